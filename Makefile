@@ -1,0 +1,28 @@
+# make setup     .venv with the pinned versions
+# make demo      accuracy against tokens on the two shipped checkpoints: a table and two pictures
+# make test      lint and tests (under ten minutes on two cores); make test-all adds the long ones
+PYTHON ?= python3
+BIN := .venv/bin
+# The test models are tiny: more threads than one only wait for each other.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup demo test test-all lint
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m llava.eval.demo
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+test: lint
+	$(TEST) -m "not long"
+
+test-all: lint
+	$(TEST)

@@ -1,0 +1,283 @@
+"""AdaVConfig: reads, validates and prints adav_configs.json, the one file that a user edits.
+
+    python -m llava.config [FILE] [--method adav --overall-tokens 144 ...]
+
+prints the configuration that would be used, or says in one sentence what is wrong with it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llava.errors import UserError, exits_cleanly
+from llava.model.token_selection import selector_names
+
+DEFAULT_FILE = Path(__file__).resolve().parent.parent / "adav_configs.json"
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message names the file, the key, what was found, what is allowed."""
+
+
+def method_names() -> tuple[str, ...]:
+    """Every value that `method` may have: selectors (before the LLM), `none` and `no_image` among them."""
+    return tuple(selector_names())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be: a test and the words that describe it."""
+
+    allowed: str
+    test: Callable[[Any], bool]
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(minimum: int, also: int | None = None) -> Rule:
+    words = f"a whole number of at least {minimum}" + ("" if also is None else f", or {also}")
+    return Rule(words, lambda v: _is_int(v) and (v >= minimum or v == also))
+
+
+def _one_of(*values) -> Rule:
+    return Rule("one of " + ", ".join(json.dumps(v) for v in values), lambda v: isinstance(v, str) and v in values)
+
+
+BOOL = Rule("true or false", lambda v: isinstance(v, bool))
+RATE = Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
+SHARE = Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+OPTIONAL_SHARE = Rule("a number from 0 to 1, or null", lambda v: v is None or SHARE.test(v))
+OBJECT = Rule("an object of method options", lambda v: isinstance(v, dict))
+
+# Options of methods and of the image path, by name. A method's own dataclass says which of them it takes
+# (llava.model.token_selection); what a value may be is said here, once, so that it is checked without torch.
+OPTION_RULES: dict[str, Rule] = {
+    "min_share": Rule("a number from 0 to 0.5", lambda v: _is_number(v) and 0 <= v <= 0.5),
+    "temperature": Rule("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
+    "compat": Rule('"public" or null', lambda v: v is None or v == "public"),
+    "seed": _whole(0),
+    "positions": _one_of("reindexed", "original"),
+    "text_scope": _one_of("after", "turn"),
+    "anyres": _one_of("official", "fastervlm"),
+}
+# Options that every method takes: they steer the path around the selector, not the selector.
+COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
+
+
+def _key(default, rule: Rule | None, help: str):
+    metadata = {"rule": rule, "help": help}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class AdaVConfig:
+    """The whole configuration of a run. Fields are the keys of adav_configs.json, in its order.
+
+    Raises ConfigError (one sentence) wherever a value cannot be used.
+    """
+
+    method: str = _key("adav", None, "how vision tokens are chosen")
+    overall_tokens: int = _key(144, _whole(1), "vision tokens kept per image, all tiles together")
+    vision_adaptive_attention: bool = _key(False, BOOL, "A-VL: split the vision KV cache into core, secondary, minor")
+    vision_adaptive_attention_rate: float = _key(0.5, RATE, "A-VL: share of vision entries evicted after prefill")
+    vision_adaptive_attention_compute_rate: float = _key(0.7, RATE, "A-VL: share of vision entries not read at a step")
+    vision_adaptive_attention_update_interval: int = _key(3, _whole(1, -1), "A-VL: steps between re-rankings, -1 never")
+    prefill_filter_flag: bool = _key(False, BOOL, "A-VL: drop vision tokens during prefill")
+    prefill_filter_layer: int = _key(3, _whole(1), "A-VL: layers that still see every vision token")
+    prefill_filter_rate: float = _key(0.5, RATE, "A-VL: share of vision tokens dropped during prefill")
+    text_pruning_flag: bool = _key(False, BOOL, "A-VL: prune the text part of the KV cache")
+    text_pruning_rate: float = _key(0.4, RATE, "A-VL: share of text entries pruned")
+    text_init_cache: int = _key(20, _whole(0), "A-VL: minimum size of the text cache")
+    text_rule: str = _key("h2o", _one_of("h2o", "history", "direct"), "A-VL: how text entries are ranked")
+    text_heavy_share: float = _key(0.7, SHARE, "A-VL: heavy hitters' share of the text cache under rule h2o")
+    all_use_h2o: bool = _key(False, BOOL, "A-VL's H2O baseline in place of A-VL")
+    h2o_heavy_share: float | None = _key(None, OPTIONAL_SHARE, "H2O: heavy hitters as a share of the prompt")
+    h2o_recent_share: float | None = _key(None, OPTIONAL_SHARE, "H2O: recent entries as a share of the prompt")
+    options: dict = _key({}, OBJECT, "options of the method")
+
+    def __post_init__(self):
+        self._check("the configuration")
+
+    def _check(self, where: str) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            rule = f.metadata["rule"] or _one_of(*method_names())
+            if not rule.test(value):
+                raise ConfigError(f'{where}: "{f.name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}')
+        for name, value in self.options.items():
+            rule = OPTION_RULES.get(name)
+            if rule and not rule.test(value):
+                raise ConfigError(
+                    f'{where}: "options.{name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}'
+                )
+        rate, compute = self.vision_adaptive_attention_rate, self.vision_adaptive_attention_compute_rate
+        if compute < rate:
+            raise ConfigError(
+                f'{where}: "vision_adaptive_attention_compute_rate" is {compute}, allowed is at least '
+                f'"vision_adaptive_attention_rate", which is {rate}: what is evicted cannot be read'
+            )
+        if self.vision_adaptive_attention and self.prefill_filter_flag and self.prefill_filter_rate > rate:
+            raise ConfigError(
+                f'{where}: "prefill_filter_rate" is {self.prefill_filter_rate}, allowed beside '
+                f'"vision_adaptive_attention" is at most "vision_adaptive_attention_rate", which is {rate}'
+            )
+        if (self.h2o_heavy_share is None) != (self.h2o_recent_share is None):
+            raise ConfigError(f'{where}: "h2o_heavy_share" and "h2o_recent_share" go together, but only one is set')
+        if self.h2o_heavy_share is not None and self.h2o_heavy_share + self.h2o_recent_share > 1:
+            raise ConfigError(
+                f'{where}: "h2o_heavy_share" + "h2o_recent_share" is '
+                f"{self.h2o_heavy_share + self.h2o_recent_share:g}, allowed is at most 1"
+            )
+        if self.options.get("compat") == "public" and self.options.get("anyres", "fastervlm") != "fastervlm":
+            raise ConfigError(
+                f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
+                f'but "options.anyres" is "{self.options["anyres"]}"'
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike | None = None, **overrides) -> AdaVConfig:
+        """Read a configuration file; keyword arguments override it.
+
+        path: a file; None means $ADAV_CONFIG where that is set, else the repository's adav_configs.json.
+        Raises ConfigError for a missing file, JSON that cannot be read (with line and column), an unknown key,
+        a wrong type or a value out of range.
+        """
+        path = Path(path or os.environ.get("ADAV_CONFIG") or DEFAULT_FILE)
+        values = _read_json(path)
+        _refuse_unknown(values, str(path))
+        _refuse_unknown(overrides, "the overrides")
+        config = object.__new__(cls)
+        for f in fields(cls):
+            default = f.default_factory() if f.default is MISSING else f.default
+            object.__setattr__(config, f.name, overrides.get(f.name, values.get(f.name, default)))
+        config._check(str(path) + (" with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""))
+        return config
+
+    def to_dict(self) -> dict:
+        """The keys and values of the file, every default filled in."""
+        return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """Ten hex digits that differ wherever any setting differs."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
+
+    def option(self, name: str):
+        """An option that every method takes (positions, text_scope, anyres), or its default.
+
+        compat="public" implies the tile path of the published numbers.
+        """
+        if name == "anyres" and self.options.get("compat") == "public":
+            return "fastervlm"
+        return self.options.get(name, COMMON_OPTIONS[name])
+
+    def options_of(self, method: type) -> dict:
+        """The options that `method` (a dataclass whose fields are its options) takes."""
+        names = {f.name for f in fields(method)}
+        return {name: value for name, value in self.options.items() if name in names}
+
+    def unused_options(self, method: type) -> list[str]:
+        """Options that neither `method` nor the path around it takes: worth a warning, they change nothing."""
+        return sorted(set(self.options) - set(COMMON_OPTIONS) - set(self.options_of(method)))
+
+    def refuse_unbuilt(self) -> None:
+        """Say so, rather than measure something else, where a switch asks for what this version does not do."""
+        for switch in ("vision_adaptive_attention", "prefill_filter_flag", "text_pruning_flag", "all_use_h2o"):
+            if getattr(self, switch):
+                raise ConfigError(f'"{switch}" is true, but this version has no adaptive KV cache yet; set it to false')
+        if self.h2o_heavy_share is not None:
+            raise ConfigError('"h2o_heavy_share" is set, but this version has no H2O cache yet; leave it null')
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def _refuse_unknown(values: dict, where: str) -> None:
+    known = [f.name for f in fields(AdaVConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f'{where}: unknown key "{key}", allowed are {", ".join(known)}')
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from None
+
+    def unique(pairs):
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f'{path}: key "{twice}" is there twice, allowed is once')
+        return seen
+
+    def no_constant(name):
+        raise ConfigError(f"{path}: found {name}, which JSON does not have; allowed are plain numbers")
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1] if text.strip() else ""
+        found = line[error.colno - 1 :].strip()[:40]
+        hint = "; JSON has no comments" if found.startswith(("//", "#", "/*")) else ""
+        raise ConfigError(
+            f"{path}: line {error.lineno}, column {error.colno}: "
+            f"{'found ' + repr(found) if found else 'the file ends'}, allowed is plain JSON{hint}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found {type(values).__name__}, allowed is one JSON object")
+    return values
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One --flag per key of adav_configs.json; what is not given on the command line stays the file's."""
+    group = parser.add_argument_group("keys of adav_configs.json")
+    for f in fields(AdaVConfig):
+        flag = "--" + f.name.replace("_", "-")
+        group.add_argument(flag, "--" + f.name, dest=f.name, default=None, metavar="VALUE", help=f.metadata["help"])
+
+
+def config_overrides(args: argparse.Namespace) -> dict:
+    """The overrides that were given as flags: values are read as JSON, and as a string where they are not JSON."""
+    overrides = {}
+    for f in fields(AdaVConfig):
+        text = getattr(args, f.name, None)
+        if text is None:
+            continue
+        try:
+            overrides[f.name] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[f.name] = text
+    return overrides
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m llava.config", description=__doc__.split("\n")[0])
+    parser.add_argument("file", nargs="?", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
+    add_config_flags(parser)
+    args = parser.parse_args()
+    print(AdaVConfig.load(args.file, **config_overrides(args)))
+
+
+if __name__ == "__main__":
+    main()

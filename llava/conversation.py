@@ -1,0 +1,132 @@
+"""Conversation templates: how a question becomes the prompt that a checkpoint was trained on.
+
+The strings are LLaVA's protocol (github.com/haotian-liu/LLaVA, conversation.py): they are facts of the
+checkpoints and must not be reworded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from llava.errors import UserError
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A template and the messages said so far; `append_message` works on a `copy()`.
+
+    style: "vicuna" (ROLE: message), "chatml" (role tokens and end tokens), "mistral" ([INST] brackets), "plain".
+    sep ends a user's message, sep2 an assistant's. `stop` is the text at which an answer ends.
+    """
+
+    name: str
+    style: str
+    system: str
+    roles: tuple[str, str]
+    sep: str
+    sep2: str
+    stop: str
+    messages: list = field(default_factory=list)
+
+    def copy(self) -> Conversation:
+        return replace(self, messages=list(self.messages))
+
+    def append_message(self, role: str, message: str | None) -> None:
+        """Add a message; None as the last one leaves the role's cue for the model to go on from."""
+        self.messages.append((role, message))
+
+    def get_prompt(self) -> str:
+        """The whole prompt as one string, the system text first."""
+        return getattr(self, "_" + self.style)()
+
+    def _vicuna(self) -> str:
+        text = self.system + self.sep
+        for i, (role, message) in enumerate(self.messages):
+            text += f"{role}: {message}{(self.sep, self.sep2)[i % 2]}" if message else f"{role}:"
+        return text
+
+    def _chatml(self) -> str:
+        text = self.system + self.sep
+        for role, message in self.messages:
+            text += role + (message + self.sep if message else "")
+        return text
+
+    def _mistral(self) -> str:
+        text = ""
+        for i, (_, message) in enumerate(self.messages):
+            if message:
+                text += f"[INST] {message} [/INST]" if i % 2 == 0 else f" {message} {self.sep2}"
+        return text
+
+    def _plain(self) -> str:
+        return "".join(message + self.sep for _, message in self.messages if message)
+
+
+conv_templates = {
+    "vicuna_v1": Conversation("vicuna_v1", "vicuna", VICUNA_SYSTEM, ("USER", "ASSISTANT"), " ", "</s>", "</s>"),
+    "chatml_direct": Conversation(
+        "chatml_direct",
+        "chatml",
+        "<|im_start|>system\nAnswer the questions.",
+        ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+        "<|im_end|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    "mistral_instruct": Conversation("mistral_instruct", "mistral", "", ("USER", "ASSISTANT"), "", "</s>", "</s>"),
+    "plain": Conversation("plain", "plain", "", ("", ""), "\n", "\n", "\n"),
+}
+
+# The pieces of text that open or close a turn, per style: what lies between two of them is one turn.
+_TURN_MARKERS = {
+    "vicuna": ("USER:", "ASSISTANT:", "</s>"),
+    "chatml": ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>"),
+    "mistral": ("[INST]", "[/INST]", "</s>"),
+    "plain": (),
+}
+
+
+def get_conversation(name: str) -> Conversation:
+    """An empty conversation of the template `name`; UserError names the templates there are."""
+    if name not in conv_templates:
+        raise UserError(f'unknown conversation template "{name}", allowed are {", ".join(conv_templates)}')
+    return conv_templates[name].copy()
+
+
+def default_conv_mode(model_config, tokenizer=None) -> str:
+    """The template that goes with a checkpoint, told by its tokenizer and model type, never by a folder name."""
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    if "<|im_start|>" in vocabulary:
+        return "chatml_direct"
+    if "mistral" in model_config.model_type:
+        return "mistral_instruct"
+    return "vicuna_v1"
+
+
+def single_turn(name: str, question: str) -> str:
+    """The prompt that asks `question` (with its <image> placeholders) under template `name`."""
+    conversation = get_conversation(name)
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def turn_markers(name: str, tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token ids of the turn markers of template `name`, with and without a space before them.
+
+    Sentencepiece gives "USER:" other ids at the start of a text than after a special token, hence both.
+    """
+    found = set()
+    for marker in _TURN_MARKERS[get_conversation(name).style]:
+        for text in (marker, " " + marker, "\n" + marker):
+            ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+            lead = tuple(tokenizer(text[: -len(marker)], add_special_tokens=False).input_ids) if text != marker else ()
+            ids = ids[len(lead) :] if lead and ids[: len(lead)] == lead else ids
+            if ids:
+                found.add(ids)
+    return tuple(sorted(found, key=len, reverse=True))

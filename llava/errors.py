@@ -1,0 +1,27 @@
+"""One exception for bad input, and the one place that turns it into a sentence and exit code 2."""
+
+import functools
+import sys
+
+
+class UserError(Exception):
+    """Bad input: the message is one sentence that says what was found, where, and what is allowed."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception has to say, on one line: libraries append paragraphs of advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def exits_cleanly(main):
+    """Decorate a command's main(): a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapper

@@ -1,0 +1,106 @@
+"""The demo benchmark: questions about coloured shapes, digits and letters, drawn by the project's own generator.
+
+The data is built on first use into shapes-v1.5 (one tile) or shapes-v1.6 (several tiles), whichever the checkpoint's
+own configuration asks for. Score: share of answers whose first word is right, overall and per kind of question. What
+comes after that word does not count, but `ended_after_one_word` tells how often nothing does: with few vision tokens
+the demo models often forget to stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import PIL
+
+import llava.demo
+from llava.errors import UserError
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.files import read_json, told_when_unwritable, write_json
+from llava.eval.samples import Sample, read_lines
+
+QUESTIONS = 4000
+
+
+class Shapes(Benchmark):
+    """Accuracy on the test split of the demo task."""
+
+    name = "shapes"
+    max_new_tokens = 2  # answers are one word, which is one token, and the token that ends them
+
+    @property
+    def family(self) -> str:
+        return "v1.6" if self.checkpoint.anyres else "v1.5"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / f"shapes-{self.family}"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "questions.jsonl"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "images"
+
+    def needed_files(self) -> list[Path]:
+        return [*super().needed_files(), self.folder / "labels.jsonl"]
+
+    def make_data(self) -> None:
+        """Draw the test split, unless this very generator has drawn it already."""
+        recipe = {"split": "test", "questions": QUESTIONS, "generator": _generator_digest(), "pillow": PIL.__version__}
+        stamp = self.folder / "recipe.json"
+        if stamp.is_file() and read_json(stamp) == recipe:
+            return
+        from llava.demo.dataset import write_dataset
+
+        with told_when_unwritable(self.folder):
+            self.data_root.mkdir(parents=True, exist_ok=True)
+            new = Path(tempfile.mkdtemp(prefix=f".shapes-{self.family}-", dir=self.data_root))
+            try:
+                write_dataset(self.family, recipe["split"], recipe["questions"], new)
+                write_json(new / stamp.name, recipe)
+                new.chmod(0o755)
+                if self.folder.exists():
+                    shutil.rmtree(self.folder)
+                new.rename(self.folder)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+
+    def labels(self) -> dict:
+        """question_id -> {answer, category}"""
+        return {row["question_id"]: row for _, row in read_lines(self.folder / "labels.jsonl")}
+
+    def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        labels = self.labels()
+        unlabelled = [sample for sample in samples if sample.question_id not in labels]
+        if unlabelled:
+            raise UserError(
+                f"{self.folder / 'labels.jsonl'}: has no answer to {len(unlabelled)} of {len(samples)} questions"
+            )
+        right: dict[str, list[bool]] = defaultdict(list)
+        ended = 0
+        for sample, row in zip(samples, rows, strict=True):
+            label = labels[sample.question_id]
+            words = row["text"].lower().split()
+            right[label["category"]].append(words[:1] == [label["answer"].lower()])
+            ended += len(words) <= 1
+        every = [value for values in right.values() for value in values]
+        return {
+            "accuracy": sum(every) / len(every),
+            "questions": len(every),
+            "ended_after_one_word": ended / len(every),
+            "per_category": {name: sum(values) / len(values) for name, values in sorted(right.items())},
+        }
+
+
+def _generator_digest() -> str:
+    """Changes with the source of the generator, so that old pictures are never scored as new ones."""
+    seen = hashlib.sha256()
+    for path in sorted(Path(llava.demo.__file__).parent.glob("*.py")):
+        seen.update(path.read_bytes())
+    return seen.hexdigest()[:10]

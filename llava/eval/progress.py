@@ -1,0 +1,79 @@
+"""One line of progress over all shards, with rate and remaining time: live on a terminal, now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+QUIET = 30  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Counts the lines that shards append to their answer files.
+
+    The rate counts from the first answer on: loading a checkpoint says nothing about what is left.
+    """
+
+    def __init__(self, title: str, total: int, files: list[Path], shards: int, stream=None):
+        self.title, self.total, self.shards = title, total, shards
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._at = {path: path.stat().st_size if path.exists() else 0 for path in files}
+        self.done = 0
+        self._start = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._shown = self._start
+        self._noted: set[str] = set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._show(final=True)
+
+    def update(self) -> None:
+        for path, offset in self._at.items():
+            if path.exists() and path.stat().st_size > offset:
+                with open(path, "rb") as file:
+                    file.seek(offset)
+                    new = file.read()
+                self.done += new.count(b"\n")
+                self._at[path] = offset + len(new)
+        if self._first is None and self.done:
+            self._first = (time.monotonic(), self.done)
+        if time.monotonic() - self._shown >= (0.5 if self.live else QUIET):
+            self._show()
+
+    def notes(self, texts: list[str]) -> None:
+        """Show lines (a shard's warnings) once each, above the line of progress."""
+        for text in texts:
+            if text not in self._noted:
+                self._noted.add(text)
+                self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
+
+    def line(self) -> str:
+        shards = f"{self.shards} shard" + ("s" if self.shards > 1 else "")
+        if self._first is None:
+            return f"{self.title}: {shards} loading, {time.monotonic() - self._start:.0f} s"
+        since, at_first = self._first
+        elapsed = time.monotonic() - since
+        text = f"{self.title}: {self.done}/{self.total} on {shards}"
+        if self.done > at_first and elapsed > 0:
+            rate = (self.done - at_first) / elapsed
+            text += f", {rate:.1f}/s, {_duration((self.total - self.done) / rate)} left"
+        return text
+
+    def _show(self, final: bool = False) -> None:
+        self._shown = time.monotonic()
+        if self.live:
+            self.stream.write("\r\033[K" + self.line() + ("\n" if final else ""))
+        elif not final:
+            self.stream.write(self.line() + "\n")
+        self.stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

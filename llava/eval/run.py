@@ -1,0 +1,201 @@
+"""One run: what makes it this run and no other, its folder, what is still to be answered, and its end.
+
+runs/<benchmark>/<checkpoint>/<method>-<tokens>-<digest>/
+    identity.json    everything that an answer depends on; the digest in the folder's name is its hash
+    adav_configs.json  copy of the configuration
+    shards/          answers as they came, work orders, logs
+    merge.jsonl      every answer once, in the order of the question file
+    score.json       what the benchmark made of them
+    run.json         how it was made: versions, commit, hardware, command, tokens, times, memory
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava.config import AdaVConfig
+from llava.errors import UserError
+from llava.eval.answers import collect, merge, remove_answers, repair
+from llava.eval.benchmarks import Benchmark
+from llava.eval.checkpoints import EvalCheckpoint
+from llava.eval.environment import commit, environment
+from llava.eval.files import digest_of, read_json, told_when_unwritable, write_atomically, write_json
+from llava.eval.measurements import summarise
+from llava.eval.samples import Sample
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Settings of generation, beside the configuration. conversation: None leaves it to the checkpoint."""
+
+    max_new_tokens: int
+    conversation: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+
+
+class Run:
+    """One benchmark under one configuration of one checkpoint.
+
+    Answers that an earlier start of the same run left behind are used again: `todo` is what is missing.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        config: AdaVConfig,
+        checkpoint: EvalCheckpoint,
+        generation: Generation,
+        output: Path,
+        model_base: EvalCheckpoint | None = None,
+        limit: int | None = None,
+    ):
+        self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
+        self.generation, self.model_base = generation, model_base
+        self.samples = benchmark.load(limit)
+        self.identity = {
+            "benchmark": benchmark.name,
+            "checkpoint": checkpoint.identity,
+            "model_base": model_base and model_base.identity,
+            "configuration": config.to_dict(),
+            "generation": asdict(generation),
+            "questions": digest_of([[list(sample.key), sample.prompt] for sample in self.samples]),
+            "images": str(Path(benchmark.image_folder).resolve()),
+        }
+        tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
+        name = f"{config.method}-{tokens}-{digest_of(self.identity)}"
+        self.folder = Path(output) / benchmark.name / _safe(checkpoint.short_name) / name
+        self.shards = self.folder / "shards"
+        self._lock: int | None = None
+        self.answered: dict[tuple, dict] = {}
+        self.errors: dict[tuple, str] = {}
+
+    def open(self, fresh: bool = False) -> None:
+        """Make or take up the folder: lock it, and read what is answered already (nothing if `fresh`)."""
+        with told_when_unwritable(self.folder):
+            self.shards.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder}: another process is at work on this very run; wait for it, or end it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks (some NFS): that no second launcher comes is the user's to see to
+        if fresh:
+            remove_answers(self.folder)
+        for path in self.shards.glob("shard-*.jsonl"):
+            with told_when_unwritable(path):
+                repair(path)
+        write_json(self.folder / "identity.json", self.identity)
+        write_json(self.folder / "adav_configs.json", self.config.to_dict())
+        self.refresh()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def lock(self) -> int:
+        """Shards inherit it, so that the folder stays locked while any of them lives."""
+        return self._lock
+
+    def todo(self) -> list[Sample]:
+        """Samples without an answer, those of one image together."""
+        first: dict[str | None, int] = {}
+        for sample in self.samples:
+            first.setdefault(sample.image, sample.line)
+        missing = [sample for sample in self.samples if sample.key not in self.answered]
+        return sorted(missing, key=lambda sample: (first[sample.image] if sample.image else sample.line, sample.line))
+
+    def order(self, shard: int, samples: list[Sample], batch_size: int) -> dict:
+        """The work order of one shard: all that llava.eval.worker needs to know."""
+        return {
+            "checkpoint": str(self.checkpoint.folder),
+            "model_base": self.model_base and str(self.model_base.folder),
+            "config": self.config.to_dict(),
+            **asdict(self.generation),
+            "batch_size": batch_size,
+            "image_folder": str(Path(self.benchmark.image_folder).resolve()),
+            "answers": str(self.answers_of(shard).resolve()),
+            "samples": [{"key": list(s.key), "image": s.image, "prompt": s.prompt} for s in samples],
+        }
+
+    def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
+        path = self.shards / f"order-{shard}.json"
+        write_atomically(path, json.dumps(self.order(shard, samples, batch_size)))
+        return path
+
+    def answers_of(self, shard: int) -> Path:
+        return self.shards / f"shard-{shard}.jsonl"
+
+    def refresh(self) -> None:
+        """Read again what the shards have answered."""
+        self.answered, self.errors = collect(self.shards)
+
+    def finish(self) -> dict:
+        """Merge and score. Raises UserError where an image was unreadable: nothing is scored then."""
+        self.refresh()
+        self._refuse_unreadable()
+        rows = merge(
+            self.samples,
+            self.answered,
+            self.folder / "merge.jsonl",
+            self.checkpoint.short_name,
+            digest_of(self.identity),
+        )
+        score = self.benchmark.finish(self.samples, rows, self.folder)
+        write_json(self.folder / "score.json", score)
+        return score
+
+    def _refuse_unreadable(self) -> None:
+        bad = [sample for sample in self.samples if sample.key in self.errors]
+        if bad:
+            sample = bad[0]
+            others = list(dict.fromkeys(s.image for s in bad if s.image != sample.image))
+            more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
+            raise UserError(
+                f'{self.benchmark.question_file}, line {sample.line}: image "{sample.image}" cannot be read '
+                f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, nothing is scored"
+            )
+
+    def earlier_code(self) -> list[str]:
+        """Digests of the code that earlier sessions answered with."""
+        path = self.folder / "run.json"
+        sessions = read_json(path).get("sessions", []) if path.is_file() else []
+        return [session["code"] for session in sessions if session.get("answered") and "code" in session]
+
+    def record(self, session: dict, score: dict | None) -> dict:
+        """Write run.json, adding `session` (one start of the command) to those before it."""
+        path = self.folder / "run.json"
+        before = read_json(path).get("sessions", []) if path.is_file() else []
+        report = {
+            "benchmark": self.benchmark.name,
+            "checkpoint": {**self.checkpoint.identity, "folder": str(self.checkpoint.folder)},
+            "configuration": self.config.to_dict(),
+            "configuration_digest": self.config.digest,
+            "generation": asdict(self.generation),
+            "question_file": str(self.benchmark.question_file),
+            "questions": len(self.samples),
+            "commit": commit(),
+            "environment": environment(),
+            "sessions": [*before, session],
+            **summarise(list(self.answered.values())),
+            "score": score,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(path, report)
+        return report
+
+
+def _safe(name: str) -> str:
+    """A checkpoint's name as a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "checkpoint"

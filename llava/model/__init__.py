@@ -1,0 +1,1 @@
+"""The model: vision tower, projector, token selection, LLM. Import the parts by name; this file imports none."""

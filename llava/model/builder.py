@@ -1,0 +1,76 @@
+"""load_pretrained_model: from a checkpoint folder or hub name to tokenizer, model and image processor.
+
+Both checkpoint formats load: LLaVA's original one (`liuhaotian/llava-*`, with its projector-only and LoRA forms on
+top of a `model_base`) and transformers' (`llava-hf/*`). What kind a checkpoint is, its files say, never its name.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from llava.config import AdaVConfig
+from llava.conversation import default_conv_mode, turn_markers
+from llava.errors import UserError
+from llava.model.checkpoint import Checkpoint
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.processors import load_image_processor, load_tokenizer
+from llava.model.token_selection import SELECTORS
+
+MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
+
+
+def load_pretrained_model(
+    model_path: str | os.PathLike,
+    model_base: str | os.PathLike | None = None,
+    model_name: str | None = None,
+    config: AdaVConfig | None = None,
+    device_map="auto",
+    torch_dtype="auto",
+):
+    """Load a LLaVA checkpoint. Returns (tokenizer, model, image_processor, context_len).
+
+    model_path: folder or hub name. model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint.
+    model_name: accepted because LLaVA's users pass it; nothing is decided by a name.
+    config: how vision tokens are chosen; None is the plain model.
+    device_map: as transformers takes it; "auto" is the CPU where there is no GPU.
+    torch_dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU; else a dtype or its name.
+    A checkpoint without tokenizer or image processor loads all the same: both are returned as None.
+    Raises UserError for whatever is wrong with the checkpoint.
+    """
+    config = config or AdaVConfig(method="none")
+    config.refuse_unbuilt()
+    on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
+    if device_map == "auto" and not on_gpu:
+        device_map = None
+    source = Checkpoint.open(model_path, model_base)
+    model_config = source.model_config()
+    model_config.mm_anyres = config.option("anyres")
+    model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
+    model.eval()
+    model.adav_config = config
+    for name in config.unused_options(SELECTORS[config.method]):
+        warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=2)
+    tokenizer = load_tokenizer([source.folder, source.base])
+    image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
+    if model_config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
+        model_config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
+    if tokenizer is not None:
+        model.turn_markers = turn_markers(default_conv_mode(model_config, tokenizer), tokenizer)
+    context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
+    return tokenizer, model, image_processor, context_len
+
+
+def _dtype(torch_dtype, on_gpu: bool):
+    if torch_dtype == "auto":
+        return "auto" if on_gpu else torch.float32
+    if isinstance(torch_dtype, torch.dtype):
+        return torch_dtype
+    found = getattr(torch, str(torch_dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f'torch_dtype is "{torch_dtype}", allowed are "auto", "float32", "float16", "bfloat16"')
+    return found
+

@@ -1,0 +1,350 @@
+"""What a checkpoint folder holds, in either format, and how its weights get into our model.
+
+`Checkpoint.open` finds the files, `model_config` gives one configuration for both formats, `load` fills the model.
+Loading itself (shards, dtypes, device maps) is transformers' from_pretrained; this file knows the names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaNextConfig
+from transformers.utils import logging
+
+from llava.errors import UserError, first_line
+from llava.hub import checkpoint_folder
+from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistralConfig
+
+CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
+HF_CLASSES = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+
+# Names in the files -> names in our model. LLaVA's own names are ours, but for the level that transformers 5 removed.
+ORIGINAL_KEYS = {r"vision_tower\.vision_tower\.vision_model\.": r"vision_tower.vision_tower."}
+# transformers has written its LLaVA models in two layouts, with and without a leading "model.".
+HF_KEYS = {
+    r"^(?:model\.)?language_model\.model\.": r"model.",
+    r"^language_model\.lm_head\.": r"lm_head.",
+    r"^model\.language_model\.": r"model.",
+    r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": r"model.vision_tower.vision_tower.",
+    r"^(?:model\.)?multi_modal_projector\.linear_1\.": r"model.mm_projector.0.",
+    r"^(?:model\.)?multi_modal_projector\.linear_2\.": r"model.mm_projector.2.",
+    r"^(?:model\.)?image_newline$": r"model.image_newline",
+}
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint on disk (hub names are downloaded by `open`).
+
+    folder: the checkpoint; base: folder of its model_base, where it needs one; settings: its config.json
+    kind: "full", "lora" (adapter_config.json) or "projector" (mm_projector.bin); hf: transformers' format
+    """
+
+    folder: Path
+    base: Path | None
+    settings: dict
+    kind: str
+    hf: bool
+
+    @classmethod
+    def open(cls, model_path, model_base=None) -> Checkpoint:
+        """Find the files and say what they are. UserError where they are missing or no LLaVA."""
+        folder = checkpoint_folder(model_path)
+        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+        hf = settings.get("model_type") in HF_CLASSES and "text_config" in settings
+        original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
+        if not hf and not (original and ("mm_vision_tower" in settings or settings.get("mm_vision_config"))):
+            raise UserError(
+                f'{folder}: architecture {settings.get("architectures") or ["unknown"]} (model_type '
+                f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
+                f"format of liuhaotian/llava-* or llava-hf/*"
+            )
+        if (folder / "adapter_config.json").is_file():
+            kind = "lora"
+        elif _weight_files(folder):
+            kind = "full"
+        elif (folder / "mm_projector.bin").is_file():
+            kind = "projector"
+        else:
+            raise UserError(f"{folder}: no weights, allowed are model*.safetensors, pytorch_model*.bin, mm_projector.bin")
+        if kind == "full" and model_base is not None:
+            raise UserError(f"{folder}: has all its weights, so model_base ({model_base}) must not be given")
+        if kind != "full" and model_base is None:
+            what = {"lora": "a LoRA adapter", "projector": "only a projector"}[kind]
+            raise UserError(f"{folder}: is {what}, so model_base must name the model that it was trained on")
+        return cls(folder, checkpoint_folder(model_base) if model_base is not None else None, settings, kind, hf)
+
+    @property
+    def tower_folder(self) -> Path | None:
+        """Where the vision tower's own files lie (LLaVA's format names it); None where the checkpoint has it all."""
+        name = self.settings.get("mm_vision_tower")
+        if self.hf or not name:
+            return None
+        inside = self.folder / name
+        return inside if inside.is_dir() else checkpoint_folder(name, weights=False)
+
+    def model_config(self):
+        """One configuration for both formats. UserError for what this code base does not run."""
+        try:
+            config = self._from_hf() if self.hf else self._from_original()
+        except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise UserError(f"{self.folder}: config.json cannot be used ({' '.join(str(error).split())})") from error
+        self._refuse(config.mm_vision_select_feature, ("patch",), "mm_vision_select_feature")
+        self._refuse(config.mm_patch_merge_type, ("flat", "spatial", "spatial_unpad"), "mm_patch_merge_type")
+        self._refuse(config.image_aspect_ratio, (None, "square", "crop", "pad", "anyres"), "image_aspect_ratio")
+        if config.image_aspect_ratio == "anyres" and not config.image_grid_pinpoints:
+            raise UserError(f"{self.folder}: image_aspect_ratio is anyres, but config.json has no image_grid_pinpoints")
+        if config.mm_hidden_size != config.vision.hidden_size:
+            raise UserError(
+                f"{self.folder}: mm_hidden_size is {config.mm_hidden_size}, allowed is the width of the vision tower "
+                f"that config.json names, {config.vision.hidden_size}"
+            )
+        return config
+
+    def _refuse(self, value, allowed, name: str) -> None:
+        if value not in allowed:
+            words = ", ".join("null" if a is None else f'"{a}"' for a in allowed)
+            raise UserError(f'{self.folder}: {name} is "{value}", allowed are {words}')
+
+    def _from_hf(self):
+        source = HF_CLASSES[self.settings["model_type"]].from_dict(self.settings)
+        text, vision = source.text_config, source.vision_config
+        if text.model_type not in CONFIG_CLASSES or vision.model_type != "clip_vision_model":
+            raise UserError(
+                f"{self.folder}: a {text.model_type} LLM with a {vision.model_type} tower, allowed are "
+                f"{' or '.join(CONFIG_CLASSES)} with clip_vision_model"
+            )
+        if not isinstance(source.vision_feature_layer, int):
+            raise UserError(f"{self.folder}: vision_feature_layer is {source.vision_feature_layer}, allowed is one layer")
+        feature = {"default": "patch", "full": "cls_patch"}.get(source.vision_feature_select_strategy)
+        values = {k: v for k, v in text.to_dict().items() if k not in ("architectures", "model_type", "_name_or_path")}
+        values.update(
+            tie_word_embeddings=source.tie_word_embeddings or text.tie_word_embeddings,
+            dtype=source.dtype or text.dtype,
+            mm_vision_config=vision.to_dict(),
+            mm_vision_select_layer=source.vision_feature_layer,
+            mm_vision_select_feature=feature or source.vision_feature_select_strategy,
+            mm_hidden_size=vision.hidden_size,
+            mm_projector_type="mlp2x_gelu",
+            mm_projector_act=source.projector_hidden_act,
+            mm_projector_bias=getattr(source, "multimodal_projector_bias", True),
+            mm_checkpoint_format="llava_hf",
+            image_aspect_ratio="crop",
+        )
+        if source.model_type == "llava_next":
+            values.update(
+                image_aspect_ratio="anyres",
+                mm_patch_merge_type="spatial_unpad",
+                # (height, width) there, (width, height) here; their order, which decides ties, stays.
+                image_grid_pinpoints=[[w, h] for h, w in source.image_grid_pinpoints],
+            )
+        if values.get("pad_token_id") is None:
+            values["pad_token_id"] = getattr(source, "pad_token_id", None)
+        return CONFIG_CLASSES[text.model_type](**values)
+
+    def _from_original(self):
+        values = dict(self.settings)
+        model_type = values.pop("model_type")
+        values.pop("architectures", None)
+        if values.get("mm_use_im_start_end"):
+            raise UserError(f"{self.folder}: mm_use_im_start_end is true, allowed is false (no LLaVA from 1.5 on has it)")
+        if not values.get("mm_vision_config"):
+            values["mm_vision_config"] = _tower_config(self.tower_folder)
+        values.setdefault("mm_hidden_size", values["mm_vision_config"]["hidden_size"])
+        return CONFIG_CLASSES["mistral" if model_type == "llava_mistral" else "llama"].from_dict(values)
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def load(self, model_class, config, device_map, dtype):
+        """The model with all its weights. UserError where they are missing, damaged or of another shape."""
+        folder = self.folder if self.kind == "full" else self.base
+        for file in _weight_files(folder):
+            _check_file(file)
+        hf = self.hf if self.kind == "full" else False
+        if self.kind != "full":
+            # Embeddings are the base's until the checkpoint's own arrive.
+            vocabulary = _read_json(folder / "config.json", f"{folder}: no config.json").get("vocab_size")
+            wanted, config.vocab_size = config.vocab_size, vocabulary or config.vocab_size
+        try:
+            with _quiet_loading():
+                model, info = model_class.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=dtype,
+                    device_map=device_map,
+                    key_mapping=HF_KEYS if hf else ORIGINAL_KEYS,
+                    output_loading_info=True,
+                    weights_only=True,
+                    attn_implementation="sdpa",
+                )
+        except Exception as error:  # torch, safetensors, pickle and transformers each raise their own
+            raise UserError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
+        if info["unexpected_keys"]:
+            unknown = sorted(info["unexpected_keys"])
+            raise UserError(
+                f"{folder}: {len(unknown)} weights have no place in the model that config.json describes, among them "
+                f"{', '.join(unknown[:3])}"
+            )
+        missing = set(info["missing_keys"])
+        if self.kind == "projector":
+            missing -= self._load_extra(model, "mm_projector.bin")
+        elif self.kind == "lora":
+            if wanted != config.vocab_size:
+                if wanted > config.vocab_size:  # the added rows are nowhere but in the checkpoint
+                    missing |= {"model.embed_tokens.weight", "lm_head.weight"} & model.state_dict().keys()
+                model.resize_token_embeddings(wanted, mean_resizing=False)
+            missing -= self._load_extra(model, "non_lora_trainables.bin")
+            model = self._merge_lora(model)
+        if any(key.startswith("model.vision_tower.") for key in missing):
+            missing -= self._load_tower(model)
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            raise UserError(f"{self.folder}: {len(missing)} weights are missing, among them {some}")
+        return model
+
+    def _load_extra(self, model, name: str) -> set[str]:
+        """Weights that LLaVA's training saved beside the base: projector, newline, perhaps the tower."""
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though the checkpoint needs it beside its model_base")
+        _check_file(path)
+        try:
+            saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch, zipfile and pickle each raise their own
+            raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
+        saved = {key.removeprefix("base_model."): value for key, value in saved.items()}
+        if any(key.startswith("model.model.") for key in saved):  # peft's own level around the whole model
+            saved = {key.removeprefix("model."): value for key, value in saved.items()}
+        weights = {}
+        for key, value in saved.items():
+            key = key if key.startswith(("model.", "lm_head.")) else "model." + key
+            weights[key.replace("vision_tower.vision_tower.vision_model.", "vision_tower.vision_tower.")] = value
+        return _fill(model, weights, path)
+
+    def _merge_lora(self, model):
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+        try:
+            with warnings.catch_warnings():
+                # The tower's projections have the LLM's names, so peft plans adapters there too, which stay empty.
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")
+                warnings.simplefilter("ignore", FutureWarning)  # peft still uses a name that transformers will drop
+                adapted = PeftModel.from_pretrained(model, str(self.folder))
+            in_file = load_peft_weights(str(self.folder), device="cpu").keys()
+            unused = sorted(in_file - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys())
+            if unused:
+                raise UserError(
+                    f"{self.folder}: {len(unused)} adapter weights have no place in the model, among them {unused[0]}"
+                )
+            return adapted.merge_and_unload()
+        except UserError:
+            raise
+        except Exception as error:  # peft passes on whatever its parts raise
+            raise UserError(f"{self.folder}: the LoRA adapter cannot be merged ({first_line(error)})") from error
+
+    def _load_tower(self, model) -> set[str]:
+        """LLaVA 1.5 keeps no tower weights: they come from the tower that config.json names."""
+        name = self.settings.get("mm_vision_tower")
+        if not name:
+            raise UserError(f"{self.folder}: has no weights for its vision tower, and config.json names no mm_vision_tower")
+        folder = self.tower_folder if _weight_files(self.tower_folder) else checkpoint_folder(name)
+        try:
+            with _quiet_loading():
+                tower = CLIPVisionModel.from_pretrained(folder, weights_only=True)
+        except Exception as error:  # as above
+            raise UserError(f"{folder}: the vision tower cannot be loaded ({first_line(error)})") from error
+        prefix = "model.vision_tower.vision_tower."
+        mine = model.state_dict().keys()
+        weights = {prefix + key: value for key, value in tower.state_dict().items()}
+        return _fill(model, {key: value for key, value in weights.items() if key in mine}, folder)
+
+
+def _fill(model, weights: dict, where: Path) -> set[str]:
+    """Copy named weights into the model; UserError where a name or shape does not fit. Returns the names."""
+    try:
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise UserError(f"{where}: weights do not fit the model ({' '.join(str(error).split())[:200]})") from error
+    if unknown:
+        raise UserError(f"{where}: {len(unknown)} weights have no place in the model, among them {unknown[0]}")
+    return set(weights)
+
+
+@contextmanager
+def _quiet_loading():
+    """transformers reports weights that it did not find, which are loaded afterwards or refused here; no alarm for those.
+
+    It draws its loading bar into log files too: a log gets none.
+    """
+    verbosity, bar = logging.get_verbosity(), not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
+    if bar:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _tower_config(folder: Path) -> dict:
+    settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no vision tower")
+    if settings.get("model_type") not in ("clip", "clip_vision_model"):
+        raise UserError(f'{folder}: vision tower of model_type "{settings.get("model_type")}", allowed is CLIP')
+    return CLIPVisionConfig.from_pretrained(folder).to_dict()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that from_pretrained would read, safetensors first; [] where there are none."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            shards = _read_json(folder / index, "").get("weight_map", {})
+            return [folder / name for name in sorted(set(shards.values()))]
+    return []
+
+
+def _check_file(path: Path) -> None:
+    """UserError for a file that is not there or whose header cannot be read (a download that broke off)."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though the checkpoint's index names it")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif not _is_torch_file(path):
+            raise ValueError("no PyTorch file")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
+
+
+def _is_torch_file(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head == b"PK" or head[:1] == b"\x80"
+
+
+def _read_json(path: Path, missing: str) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found {type(value).__name__}, allowed is one JSON object")
+    return value
+

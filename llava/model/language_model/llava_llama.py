@@ -1,0 +1,31 @@
+"""LLaVA on a Llama-shaped LLM (Vicuna, Nous-Hermes-2-Yi)."""
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+
+from llava.model.language_model.llava_config import LlavaLlamaConfig
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """The decoder, with vision tower, projector and newline embedding."""
+
+    config_class = LlavaLlamaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+    """The decoder with its language-modelling head. See LlavaMetaForCausalLM for what it adds."""
+
+    config_class = LlavaLlamaConfig
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]
+
+    def __init__(self, config):
+        super(LlamaForCausalLM, self).__init__(config)  # past the class that would build a decoder without a tower
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register(LlavaLlamaConfig.model_type, LlavaLlamaConfig)
+AutoModelForCausalLM.register(LlavaLlamaConfig, LlavaLlamaForCausalLM)

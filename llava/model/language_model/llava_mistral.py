@@ -1,0 +1,31 @@
+"""LLaVA on a Mistral-shaped LLM."""
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM, MistralModel
+
+from llava.model.language_model.llava_config import LlavaMistralConfig
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaMistralModel(LlavaMetaModel, MistralModel):
+    """The decoder, with vision tower, projector and newline embedding."""
+
+    config_class = LlavaMistralConfig
+
+
+class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
+    """The decoder with its language-modelling head. See LlavaMetaForCausalLM for what it adds."""
+
+    config_class = LlavaMistralConfig
+    _no_split_modules = ["MistralDecoderLayer", "CLIPVisionTower"]
+
+    def __init__(self, config):
+        super(MistralForCausalLM, self).__init__(config)  # past the class that would build a decoder without a tower
+        self.model = LlavaMistralModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register(LlavaMistralConfig.model_type, LlavaMistralConfig)
+AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)

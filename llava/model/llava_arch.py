@@ -1,0 +1,405 @@
+"""Images + prompt -> one embedded sequence. Token selection happens here, before the LLM reads anything.
+
+`LlavaMetaModel` adds tower, projector and newline embedding to an LLM; `LlavaMetaForCausalLM` adds `prepare`, which
+turns token ids with image placeholders into a `PreparedPrompt`, and a `generate` and `forward` that start from one.
+Whatever belongs to one request lives in its PreparedPrompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llava.config import AdaVConfig
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import UserError
+from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.token_selection import SELECTORS, ImageTokens, Selection, select
+
+
+@dataclass
+class PreparedPrompt:
+    """A batch that is ready for the LLM. B rows, padded left to S.
+
+    inputs_embeds [B, S, D]; attention_mask [B, S]; position_ids [B, S] (0 in the padding); labels [B, S] or None
+    selections        per row, per image: what was kept
+    image_spans       per row, per image: (start, length) in the padded row
+    lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
+    position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
+    seconds           time per stage: vision_tower, projector, selection, splice
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    selections: list[list[Selection]]
+    image_spans: list[list[tuple[int, int]]]
+    lengths: list[int]
+    unpruned_lengths: list[int]
+    position_offset: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class StageClock:
+    """Seconds per stage; on a GPU each stage waits for the device, so that its work is counted where it belongs."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {}
+        self._cuda = device.type == "cuda"
+
+    @contextmanager
+    def stage(self, name: str):
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _wait(self):
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class LlavaMetaModel:
+    """Mixin for an LLM's base model: vision_tower, mm_projector and, where checkpoints have one, image_newline."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_tower = CLIPVisionTower(config.vision, config.mm_vision_select_layer)
+        self.mm_projector = build_vision_projector(config)
+        if "unpad" in config.mm_patch_merge_type:
+            self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+
+
+@dataclass
+class _Row:
+    """One row of a batch while it is being put together: pieces in reading order."""
+
+    embeds: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    length: int = 0
+    unpruned: int = 0
+
+    def add(self, embeds: Tensor, positions: Tensor, unpruned: int, labels: Tensor | None = None) -> None:
+        """embeds [n, D] at `positions` [n], counted from the end of what is there; the piece was `unpruned` long."""
+        self.embeds.append(embeds)
+        self.positions.append(positions + self.unpruned)
+        self.labels.append(positions.new_full((embeds.shape[0],), IGNORE_INDEX) if labels is None else labels)
+        self.length += embeds.shape[0]
+        self.unpruned += unpruned
+
+
+class LlavaMetaForCausalLM:
+    """Mixin for an LLM with a language-modelling head: images in, tokens out.
+
+    adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
+    turn_markers  token ids of the conversation template's turn markers, for text_scope="turn"
+    last_selection  what was kept for the last batch, per image; a convenience for notebooks
+    """
+
+    # Layers of the tower above the one whose features are used, buffers that old versions saved, and the newline token
+    # where mm_patch_merge_type has no use for it. Any other weight without a place is an error (Checkpoint.load).
+    _keys_to_ignore_on_load_unexpected = [
+        r"rotary_emb\.inv_freq",
+        r"image_newline",
+        r"vision_tower\..*position_ids",
+        r"vision_tower\..*post_layernorm",
+        r"vision_tower\..*encoder\.layers\.\d+\.",
+    ]
+    adav_config = AdaVConfig(method="none")
+    turn_markers: tuple[tuple[int, ...], ...] = ()
+    last_selection: list[Selection] | None = None
+
+    def get_vision_tower(self) -> CLIPVisionTower:
+        return self.model.vision_tower
+
+    # --- images -----------------------------------------------------------------------------------------------
+
+    def _plans(self, images, image_sizes, anyres: str) -> tuple[list[Tensor], list[TilePlan]]:
+        """Flat list of pixel tensors [T, 3, H, W] and the tile plan of each."""
+        side = self.config.mm_tile_size
+        if images is None:
+            return [], []
+        if image_sizes is not None and len(image_sizes) != len(images):
+            raise UserError(f"{len(images)} images came with {len(image_sizes)} image_sizes, allowed is one size each")
+        pixels, plans = [], []
+        for i, image in enumerate(images):
+            tiles = image[None] if image.dim() == 3 else image
+            if tiles.dim() != 4 or tuple(tiles.shape[1:]) != (3, side, side):
+                raise UserError(
+                    f"image {i} has shape {list(image.shape)}, allowed is [3, {side}, {side}] or [tiles, 3, {side}, {side}]"
+                )
+            if tiles.shape[0] > 1 and image_sizes is None:
+                raise UserError(f"image {i} has {tiles.shape[0]} tiles, so image_sizes is needed: (width, height) each")
+            size = image_sizes[i] if image_sizes is not None else (side, side)
+            plan = tile_plan([int(x) for x in size], self.config, anyres)
+            # transformers pads a batch to the largest number of tiles; a single tile stands for an image left whole.
+            if tiles.shape[0] > 1:
+                if tiles.shape[0] < plan.tiles:
+                    raise UserError(
+                        f"image {i} of {plan.image_size[0]} x {plan.image_size[1]} pixels has {tiles.shape[0]} tiles, "
+                        f'but its grid under anyres "{anyres}" has {plan.tiles}'
+                    )
+                tiles = tiles[: plan.tiles]
+            pixels.append(tiles)
+            plans.append(plan)
+        return pixels, plans
+
+    def encode_images(self, pixels: list[Tensor], clock: StageClock) -> list[tuple[Tensor, Tensor]]:
+        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D] and [CLS] attention [T_i, P]."""
+        counts = [p.shape[0] for p in pixels]
+        with clock.stage("vision_tower"):
+            features, saliency = self.get_vision_tower()(torch.cat(pixels))
+        with clock.stage("projector"):
+            projector = next(self.model.mm_projector.parameters())
+            features = self.model.mm_projector(features.to(projector.device, projector.dtype))
+        return list(zip(features.split(counts), saliency.split(counts), strict=True))
+
+    def image_tokens(self, features: Tensor, saliency: Tensor, plan: TilePlan, key: int = 0) -> ImageTokens:
+        """Tiles [T, P, D] and [T, P] of one image -> its ImageTokens in LLM order, newline tokens in place."""
+        tiles, per_tile, width = features.shape
+        side = self.get_vision_tower().num_patches_per_side
+        order = merge_order(plan, side, tiles).to(features.device)
+        newline = order == NEWLINE
+        source = order.clamp(min=0)
+        merged = features.reshape(-1, width)[source]
+        scores = saliency.reshape(-1).to(features.device)[source]
+        tile, row, column = source // per_tile, source % per_tile // side, source % side
+        if newline.any():
+            merged = torch.where(newline[:, None], self.model.image_newline.to(merged), merged)
+            scores = scores.masked_fill(newline, float("nan"))
+            # A newline token ends a row of the merged crops: the number of newlines before it.
+            row = torch.where(newline, newline.long().cumsum(0) - 1, row)
+            tile, column = tile.masked_fill(newline, -1), column.masked_fill(newline, -1)
+        return ImageTokens(merged, scores, tile, row, column, key)
+
+    # --- prompt -----------------------------------------------------------------------------------------------
+
+    def _question(self, ids: Tensor, embeds: Tensor, place: int, scope: str) -> Tensor:
+        """Word embeddings [m, D] that text-aware selection reads for the image at ids[place] (design decision 5)."""
+        is_text = ids != IMAGE_TOKEN_INDEX
+        inside = torch.zeros_like(is_text)
+        if scope == "after":
+            inside[place + 1 :] = True
+        else:
+            start, end = _turn(ids.tolist(), place, self.turn_markers)
+            inside[start:end] = True
+        return embeds[inside & is_text]
+
+    def prepare(
+        self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None, config: AdaVConfig | None = None
+    ) -> PreparedPrompt:
+        """Encode the images, select their tokens, and splice them into the prompts.
+
+        input_ids: [B, S] or [S], IMAGE_TOKEN_INDEX where an image goes; padding is told by attention_mask [B, S] or,
+            without one, by leading pad tokens.
+        images: flat over the batch in reading order (a row without placeholder consumes none): tensor or list of
+            [3, H, W] or [T, 3, H, W], as process_images gives them. image_sizes: (width, height) of each original.
+        config: settings of this request; None takes the model's own.
+        Raises UserError where images and placeholders do not match or a shape is wrong.
+        """
+        config = config or self.adav_config
+        if input_ids.dim() == 1:
+            input_ids = input_ids[None]
+        embedding = self.get_input_embeddings()
+        device = embedding.weight.device
+        clock = StageClock(device)
+        rows = _real_tokens(input_ids.to(device), attention_mask, self.config)
+        pixels, plans = self._plans(images, image_sizes, config.option("anyres"))
+        placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids, _ in rows)
+        if placeholders != len(pixels):
+            raise UserError(f"the prompts have {placeholders} image placeholders, but {len(pixels)} images came with them")
+        method = SELECTORS[config.method]
+        encoded = self.encode_images(pixels, clock) if pixels and method.needs_image else [None] * len(pixels)
+        options = config.options_of(method)
+
+        done, image = [], 0
+        for b, (ids, keep) in enumerate(rows):
+            with clock.stage("splice"):
+                words = embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0))
+                row_labels = labels.to(device)[b][keep] if labels is not None else None
+            row, begin = _Row(), 0
+            places = torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
+            for place in [*places, len(ids)]:
+                with clock.stage("splice"):
+                    span = torch.arange(place - begin, device=device)
+                    row.add(
+                        words[begin:place], span, place - begin, row_labels[begin:place] if labels is not None else None
+                    )
+                if place == len(ids):
+                    break
+                with clock.stage("selection"):
+                    if encoded[image] is None:
+                        kept = _no_tokens(words)
+                    else:
+                        key = _sample_key(ids, plans[image].image_size, len(row.selections))
+                        tokens = self.image_tokens(*encoded[image], plans[image], key)
+                        text = self._question(ids, words, place, config.option("text_scope"))
+                        tokens.features = tokens.features.to(device, words.dtype)
+                        kept = select(config.method, tokens, text, config.overall_tokens, **options)
+                row.spans.append((row.length, len(kept.indices)))
+                row.selections.append(kept)
+                row.add(kept.features, kept.indices.to(device), kept.total)
+                begin, image = place + 1, image + 1
+            done.append(row)
+        with clock.stage("splice"):
+            prepared = _stack(done, config.option("positions"), labels is not None)
+        prepared.seconds = clock.seconds
+        return prepared
+
+    # --- the LLM ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids=None,
+        images=None,
+        image_sizes=None,
+        attention_mask=None,
+        *,
+        prepared: PreparedPrompt | None = None,
+        config: AdaVConfig | None = None,
+        **generation_kwargs,
+    ):
+        """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
+
+        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
+        """
+        if prepared is None:
+            prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
+        self.last_selection = [selection for row in prepared.selections for selection in row]
+        return super().generate(
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            position_offset=prepared.position_offset,
+            **generation_kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, position_offset=None, is_first_iteration=False, **kwargs
+    ):
+        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + position_offset
+        return inputs
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        images=None,
+        image_sizes=None,
+        **kwargs,
+    ):
+        """The LLM's forward; with images (or placeholders in input_ids) the prompt is prepared first.
+
+        Logits are then those of the spliced, left-padded sequence.
+        """
+        fresh = inputs_embeds is None and past_key_values is None
+        if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
+            prepared = self.prepare(input_ids, images, image_sizes, attention_mask, labels)
+            input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
+            attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) -> list[tuple[Tensor, Tensor]]:
+    """Per row: its token ids without padding, and the mask [S] that says which they are."""
+    if attention_mask is None:
+        pad, bos = model_config.pad_token_id, model_config.bos_token_id
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        if pad is not None and pad != bos and input_ids.shape[0] > 1:
+            mask = (input_ids != pad).cumsum(dim=1) > 0  # only a leading run is padding
+    else:
+        if attention_mask.dim() == 1:
+            attention_mask = attention_mask[None]
+        if attention_mask.shape != input_ids.shape:
+            raise UserError(
+                f"attention_mask has shape {list(attention_mask.shape)}, allowed is that of input_ids, "
+                f"{list(input_ids.shape)}: it is for the prompt before images are spliced in"
+            )
+        mask = attention_mask.to(input_ids.device).bool()
+    return [(ids[keep], keep) for ids, keep in zip(input_ids, mask, strict=True)]
+
+
+def _turn(ids: list[int], place: int, markers) -> tuple[int, int]:
+    """[start, end) of the turn that holds ids[place]: what lies between the nearest markers around it."""
+    start, end = 0, len(ids)
+    for at in range(len(ids)):
+        for marker in markers:
+            if tuple(ids[at : at + len(marker)]) == marker:
+                if at + len(marker) <= place:
+                    start = max(start, at + len(marker))
+                elif at > place:
+                    return start, at
+    return start, end
+
+
+def _sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
+    """What identifies an image of a sample whatever batch it is in: prompt, image size, place among its images."""
+    material = ids.cpu().numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
+    return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")
+
+
+def _no_tokens(words: Tensor) -> Selection:
+    """`no_image`: the tower did not even run."""
+    none = torch.empty(0, dtype=torch.long, device=words.device)
+    return Selection(none, words[:0], none, none, none, words[:0, 0].float(), total=0)
+
+
+def _stack(rows: list[_Row], positions: str, with_labels: bool) -> PreparedPrompt:
+    """Pad the rows left to one length."""
+    length = max(row.length for row in rows)
+    first = rows[0].embeds[0]
+    embeds = first.new_zeros((len(rows), length, first.shape[-1]))
+    mask = torch.zeros((len(rows), length), dtype=torch.long, device=first.device)
+    position_ids, label_ids = mask.clone(), torch.full_like(mask, IGNORE_INDEX)
+    offset = mask.new_zeros((len(rows), 1))
+    for b, row in enumerate(rows):
+        pad = length - row.length
+        embeds[b, pad:] = torch.cat(row.embeds)
+        mask[b, pad:] = 1
+        label_ids[b, pad:] = torch.cat(row.labels)
+        if positions == "original":
+            position_ids[b, pad:] = torch.cat(row.positions)
+            offset[b] = row.unpruned - 1 - position_ids[b, -1]
+        else:
+            position_ids[b, pad:] = torch.arange(row.length, device=mask.device)
+    return PreparedPrompt(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=position_ids,
+        labels=label_ids if with_labels else None,
+        selections=[row.selections for row in rows],
+        image_spans=[[(length - row.length + s, n) for s, n in row.spans] for row in rows],
+        lengths=[row.length for row in rows],
+        unpruned_lengths=[row.unpruned for row in rows],
+        position_offset=offset,
+    )

@@ -1,0 +1,28 @@
+"""The projector: vision features to the width of the LLM's word embeddings."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+from llava.errors import UserError
+
+
+def build_vision_projector(config) -> nn.Module:
+    """`linear` or `mlpNx_gelu` (LLaVA's names), from config.mm_projector_type; [.., mm_hidden_size] -> [.., hidden_size].
+
+    Modules are numbered as in LLaVA's checkpoints (mm_projector.0, .2, ...). UserError for any other type.
+    """
+    kind = getattr(config, "mm_projector_type", "linear")
+    if kind == "linear":
+        return nn.Linear(config.mm_hidden_size, config.hidden_size)
+    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if not match or int(match.group(1)) < 1:
+        raise UserError(f'mm_projector_type is "{kind}", allowed are "linear" and "mlpNx_gelu" with N from 1')
+    bias = getattr(config, "mm_projector_bias", True)
+    modules: list[nn.Module] = [nn.Linear(config.mm_hidden_size, config.hidden_size, bias=bias)]
+    for _ in range(1, int(match.group(1))):
+        modules += [ACT2FN[config.mm_projector_act], nn.Linear(config.hidden_size, config.hidden_size, bias=bias)]
+    return nn.Sequential(*modules)

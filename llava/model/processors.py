@@ -1,0 +1,61 @@
+"""Tokenizer and image processor of a checkpoint, from whichever of its folders has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer, LlamaConfig
+
+from llava.errors import UserError, first_line
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# The PIL variants by name: transformers' automatic choice fails without torchvision, and with it gives other digits.
+_IMAGE_PROCESSORS = {
+    "CLIPImageProcessor": "CLIPImageProcessorPil",
+    "CLIPFeatureExtractor": "CLIPImageProcessorPil",
+    "LlavaImageProcessor": "LlavaImageProcessorPil",
+    "LlavaNextImageProcessor": "LlavaNextImageProcessorPil",
+}
+
+
+def load_tokenizer(folders):
+    """The tokenizer of the first folder that has one; None where none has. UserError where one cannot be read."""
+    for folder in filter(None, folders):
+        if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+            try:
+                # The plain Llama configuration keeps a bare tokenizer.model readable under our own model types.
+                return AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), padding_side="left")
+            except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+                raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
+    return None
+
+
+def load_image_processor(folders):
+    """The image processor of the first folder that has one; None where none has. UserError where one cannot be read."""
+    for folder in filter(None, folders):
+        settings = _processor_settings(Path(folder))
+        if settings is None:
+            continue
+        name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
+        name = name.removesuffix("Fast").removesuffix("Pil")
+        if name not in _IMAGE_PROCESSORS:
+            raise UserError(f'{folder}: image processor "{name}", allowed are {", ".join(_IMAGE_PROCESSORS)}')
+        return getattr(transformers, _IMAGE_PROCESSORS[name]).from_dict(settings)
+    return None
+
+
+def _processor_settings(folder: Path) -> dict | None:
+    for file, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / file
+        if path.is_file():
+            try:
+                settings = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+            settings = settings if key is None else settings.get(key)
+            if settings:
+                return settings
+    return None
+

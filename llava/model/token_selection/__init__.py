@@ -1,0 +1,108 @@
+"""Which vision tokens the LLM gets to read: one file per method, chosen by name, before the first LLM layer.
+
+    from llava.model.token_selection import SELECTORS, ImageTokens, Selection, select
+    selection = select("adav", image, text, budget=144)
+
+Importing this package imports no torch: the launcher and the configuration check method names with `selector_names`
+and never touch a tensor. SELECTORS and the classes are imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.model.token_selection.base import ImageTokens, Selection, Selector
+
+__all__ = ["SELECTORS", "ImageTokens", "Selection", "Selector", "option_names", "select", "selector_names"]
+
+# method name -> file and class. A new method is one file and one line here.
+_CLASSES = {
+    "none": "none:KeepAll",
+    "no_image": "no_image:NoImage",
+    "random": "random:Random",
+    "cls": "cls:Cls",
+    "t2i": "t2i:T2I",
+    "mix": "mix:Mix",
+    "fastervlm": "fastervlm:FasterVLM",
+    "adav": "adav:AdaV",
+}
+
+
+def __getattr__(name: str):
+    if name == "SELECTORS":
+        value = {method: _load(place) for method, place in _CLASSES.items()}
+    elif name in ("ImageTokens", "Selection", "Selector"):
+        value = _load(f"base:{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _load(place: str):
+    file, _, attribute = place.partition(":")
+    return getattr(import_module(f"{__name__}.{file}"), attribute)
+
+
+def _selectors() -> dict[str, type[Selector]]:
+    return globals()["SELECTORS"] if "SELECTORS" in globals() else __getattr__("SELECTORS")
+
+
+def selector_names() -> tuple[str, ...]:
+    """Names of all selectors, without importing torch; what a user added to SELECTORS is included."""
+    return tuple(globals().get("SELECTORS", _CLASSES))
+
+
+def option_names(name: str) -> tuple[str, ...]:
+    """Names of the options that the selector `name` takes (imports torch)."""
+    method = _method(name)
+    return tuple(f.name for f in fields(method) if f.init) if is_dataclass(method) else ()
+
+
+def _method(name: str) -> type[Selector]:
+    selectors = _selectors()
+    if name not in selectors:
+        raise UserError(f"unknown token selection method {name!r}, allowed are {', '.join(selectors)}")
+    return selectors[name]
+
+
+def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) -> Selection:
+    """Choose the vision tokens of one image that the LLM reads.
+
+    name:    a key of SELECTORS
+    image:   the N vision tokens in LLM order; P of them are patches, the others are newline tokens
+    text:    [m, D] word embeddings of the question; m may be 0
+    budget:  K >= 1, vision tokens for this image, all tiles together
+    options: the method's own (`option_names`); what steers the path around the selector (positions, text_scope,
+             anyres) is the caller's
+
+    K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K patches are kept
+    and no newline token (AdaV's compat="public" alone rounds K down to a multiple of twice the tiles). `none` and
+    `no_image` keep all and nothing, whatever K is.
+    Raises UserError for an unknown name or option, an option out of its range, and a budget that is no count.
+    """
+    from llava.model.token_selection.base import locate, take_all
+
+    method = _method(name)
+    allowed = option_names(name)
+    for option in options:
+        if option not in allowed:
+            words = f"allowed are {', '.join(allowed)}" if allowed else "it has none"
+            raise UserError(f"unknown option {option!r} of method {name!r}, {words}")
+    if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1:
+        raise UserError(f"the budget of method {name!r} is {budget!r}, allowed is a whole number of at least 1")
+    selector = method(**options)
+    image = replace(image)  # all of its tensors on the device of the features, without a change to the caller's
+    if method.uses_budget and budget >= len(image.patches):
+        selection = take_all(image)
+    else:
+        selection = selector.keep(image, text, budget)
+    return locate(selection, image)

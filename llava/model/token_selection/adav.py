@@ -1,0 +1,84 @@
+"""AdaV (arXiv 2501.09532): saliency and closeness to the question, the budget split between them for each sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.errors import UserError
+from llava.model.token_selection.adav_public import keep_public
+from llava.model.token_selection.base import ImageTokens, Selection, Selector, is_number, lowest_index_topk, take
+from llava.model.token_selection.scores import on_all_tokens, patch_saliency, text_to_image
+from llava.model.token_selection.two_lists import union_of_best
+
+
+def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) -> int:
+    """How many of `budget` tokens to choose by text: the k_text in [floor, budget - floor] with the largest
+    (mass of the k_text best text scores) x (mass of the budget - k_text best saliencies); the smallest one on ties.
+
+    text_score, saliency: float32 [P]. Maximising the product of the masses maximises their geometric mean; a
+    constant factor on either list changes nothing.
+    """
+
+    def captured(scores):  # [budget + 1]: mass of the best 0, 1, .. budget tokens
+        best = scores[lowest_index_topk(scores, budget)]
+        # Summed in double: float32 scores then add up exactly, so that equal splits compare as equal.
+        return torch.nn.functional.pad(best.double().cumsum(0), (1, 0))
+
+    product = captured(text_score) * captured(saliency).flip(0)  # entry k: k by text, budget - k by saliency
+    product = product[floor : budget - floor + 1]
+    # Equal up to rounding is a tie: else the scale of a score would decide between splits that capture the same.
+    return floor + int(torch.nonzero(product >= product.max() * (1 - 1e-9))[0])
+
+
+@dataclass
+class AdaV(Selector):
+    """Self-adaptive cross-modal split (SCAR) over all tiles of an image together.
+
+    Two lists: text-to-image score (max over words of the softmax over patches of cos / temperature) and [CLS]
+    saliency. k_text + k_saliency = K maximises the product of the captured masses, each side with at least
+    floor(min_share * K); the union is filled up to exactly K patches where the lists overlap. Without text, saliency
+    alone. Needs no attention map of the LLM; the cost is one [m, P] cosine matrix.
+
+    min_share    0 .. 0.5, what each list is sure of
+    temperature  > 0, of the softmax over patches
+    compat       None, or "public": what the authors' code keeps, duplicates and rounding included (adav_public.py)
+
+    report: k_text, k_saliency, text_score [N], saliency_score [N] (NaN at newline tokens)
+    """
+
+    min_share: float = 0.25
+    temperature: float = 0.01
+    compat: str | None = None
+
+    def __post_init__(self):
+        if not is_number(self.min_share) or not 0 <= self.min_share <= 0.5:
+            raise UserError(f"option 'min_share' is {self.min_share!r}, allowed is a number from 0 to 0.5")
+        if not is_number(self.temperature) or not 0 < self.temperature < math.inf:
+            raise UserError(f"option 'temperature' is {self.temperature!r}, allowed is a number above 0")
+        if self.compat not in (None, "public"):
+            raise UserError(f"option 'compat' is {self.compat!r}, allowed is 'public' or nothing")
+
+    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+        saliency = patch_saliency(image)
+        text_score = text_to_image(image, text, self.temperature) if len(text) else None
+        if self.compat == "public":
+            kept, k_text = keep_public(image, text_score, saliency, budget, self.min_share)
+        elif text_score is None:
+            kept, k_text = image.patches[lowest_index_topk(saliency, budget)], 0
+        else:
+            # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
+            floor = min(int(self.min_share * budget + 1e-6), budget // 2)
+            k_text = best_split(text_score, saliency, budget, floor)
+            kept = image.patches[union_of_best(text_score, k_text, saliency, budget - k_text)]
+        return take(
+            image,
+            kept,
+            k_text=k_text,
+            k_saliency=len(kept) - k_text,
+            text_score=on_all_tokens(image, text_score),
+            saliency_score=on_all_tokens(image, saliency),
+        )

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The demo benchmark with a shipped demo checkpoint: bash scripts/demo/eval/shapes.sh [tokens] [flags]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh" shapes --family demo "$@"
