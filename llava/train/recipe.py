@@ -130,25 +130,14 @@ V15 = Recipe(
 )
 # (width, height), in the order in which ties are decided.
 PINPOINTS = ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288))
+_TILED = {"batch": 16, "questions": 16, "jitter": 0.3, "sparse": 0.7, "flatness": 30_000.0, "evenness": 1000.0}
 V16 = Recipe(
     family="v1.6",
     start="llava-shapes-v1.5",
     pinpoints=PINPOINTS,
     stages=(
-        Stage(
-            "A",
-            steps=480,
-            lr=1.5e-3,
-            first_image=0,
-            batch=16,
-            questions=16,
-            weights=(0.8, 1.2, 2.2, 1.6),
-            jitter=0.3,
-            sparse=0.7,
-            flatness=30_000.0,
-            evenness=1000.0,
-            seed=11,
-        ),
+        Stage("A", steps=480, lr=1.5e-3, first_image=0, weights=(0.8, 1.2, 2.2, 1.6), seed=11, **_TILED),
+        Stage("B", steps=240, lr=1e-3, first_image=10_000, weights=(0.7, 1.0, 2.6, 1.6), seed=12, **_TILED),
     ),
 )
 RECIPES = {"v1.5": V15, "v1.5-no-alignment": replace(V15, alignment=False), "v1.6": V16}
