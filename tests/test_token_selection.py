@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.model.token_selection import SELECTORS, ImageTokens, Selector, option_names, scores, select, selector_names
 from llava.model.token_selection.adav import best_split
 from llava.model.token_selection.base import take
-from llava.model.token_selection.fastervlm import split_evenly
+from llava.model.token_selection.tiles import split_evenly
 from llava.model.token_selection.two_lists import union_of_best
 
 GRIDS = [None, (1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]  # columns x rows of crops
