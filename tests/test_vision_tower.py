@@ -27,7 +27,7 @@ def test_features_and_cls_row_are_those_of_the_layer_that_is_used(eager, select_
     tower.vision_tower.load_state_dict(eager.state_dict(), strict=False)
     pixels = torch.randn(3, 3, 56, 56)
     with torch.no_grad():
-        features, row = tower(pixels)
+        features, row, states = tower(pixels)
         want = eager(pixels, output_hidden_states=True, output_attentions=True)
     used = select_layer if select_layer >= 0 else 6 + select_layer
     assert len(tower.vision_tower.encoder.layers) == used
@@ -42,7 +42,7 @@ def test_tiles_do_not_see_each_other_and_nothing_is_left_behind(eager):
     tower.vision_tower.load_state_dict(eager.state_dict(), strict=False)
     pixels = torch.randn(4, 3, 56, 56)
     with torch.no_grad():
-        features, row = tower(pixels)
+        features, row, _ = tower(pixels)
         for i in range(4):
             alone = tower(pixels[i : i + 1])
             torch.testing.assert_close(alone[0][0], features[i])
@@ -53,7 +53,7 @@ def test_half_precision_scores_stay_float32(eager):
     tower = CLIPVisionTower(CONFIG).to(torch.bfloat16).eval()
     tower.vision_tower.load_state_dict(eager.state_dict(), strict=False)
     with torch.no_grad():
-        features, row = tower(torch.randn(1, 3, 56, 56))
+        features, row, _ = tower(torch.randn(1, 3, 56, 56))
     assert (features.dtype, row.dtype) == (torch.bfloat16, torch.float32)
 
 
