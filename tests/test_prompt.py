@@ -12,7 +12,8 @@ from llava.conversation import single_turn
 from llava.errors import UserError
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.token_selection import SELECTORS
+from llava.model.llava_arch import StageClock
+from llava.model.token_selection import SELECTORS, select
 
 IMAGE = IMAGE_TOKEN_INDEX
 SIZES = [(40, 30), (100, 50), (31, 90), (57, 57)]
@@ -88,6 +89,24 @@ def test_batch_of_four_is_four_batches_of_one(loaded, method, positions):
         kept = model.last_selection[0]
         assert torch.equal(kept.indices, batch[i].indices) and kept.sources == batch[i].sources
         torch.testing.assert_close(kept.features, batch[i].features)
+
+
+def test_tower_states_lie_where_the_tokens_lie(loaded):
+    _, model, processor = loaded
+    images, sizes = pixels(model, processor, SIZES)
+    tiles = [image if image.dim() == 4 else image[None] for image in images]
+    encoded = model.encode_images(tiles, StageClock(torch.device("cpu")), ("hidden", "keys"))
+    side = model.get_vision_tower().num_patches_per_side
+    for i, (features, saliency, tower) in enumerate(encoded):
+        tokens = model.image_tokens(features, saliency, tile_plan(sizes[i], model.config), 0, tower)
+        assert tower.hidden.shape[:2] == tower.keys.shape[:2] == (len(tiles[i]), 1 + side**2)
+        projected = tower.project(tokens.of_patches(tower.hidden[:, 1:]))
+        torch.testing.assert_close(projected, tokens.features[tokens.patches])
+        zipped = select("visionzip", tokens, projected[:0], 5)
+        assert zipped.indices[0] == -1 and zipped.sources[0] == []
+        torch.testing.assert_close(zipped.features[0], tower.project(tower.hidden[0, 0]))
+    plain = model.encode_images(tiles, StageClock(torch.device("cpu")))
+    assert all(tower.hidden is None and tower.keys is None for _, _, tower in plain)
 
 
 def test_images_are_consumed_in_reading_order_and_text_rows_take_none(loaded):

@@ -45,7 +45,9 @@ class ClipTextTower:
             raise UserError(f"{folder}: the CLIP text tower cannot be loaded ({first_line(error)})") from error
         missing = sorted(info["missing_keys"])
         if missing:
-            raise UserError(f"{folder}: {len(missing)} weights of the CLIP text tower are missing, among them {missing[0]}")
+            raise UserError(
+                f"{folder}: {len(missing)} weights of the CLIP text tower are missing, among them {missing[0]}"
+            )
         width, ours = clip.visual_projection.in_features, vision_tower.config.hidden_size
         if width != ours:
             raise UserError(f"{folder}: a CLIP of vision width {width}, allowed is that of the vision tower, {ours}")

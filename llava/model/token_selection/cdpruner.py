@@ -33,7 +33,9 @@ def most_diverse(similarity: Tensor, relevance: Tensor, real: Tensor, count: int
     for n in range(count):
         diverse = free & (left > VANISHED * whole)
         by_diversity = diverse.any(dim=1, keepdim=True)
-        score = torch.where(by_diversity, left.masked_fill(~diverse, -torch.inf), relevance.masked_fill(~free, -torch.inf))
+        score = torch.where(
+            by_diversity, left.masked_fill(~diverse, -torch.inf), relevance.masked_fill(~free, -torch.inf)
+        )
         best = score.argmax(dim=1)
         picks.append(best)
         free.scatter_(1, best[:, None], False)

@@ -18,7 +18,8 @@ def unit_rows(vectors: Tensor) -> Tensor:
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:
-    """[..., M, D] -> [..., M, M] cosines of all pairs, float32 and exactly symmetric.
+    """[..., M, D] -> [..., M, M] cosines of all pairs, float32, exactly symmetric and exactly 1 with itself: what two
+    patches add to each other is then equal where it should be.
 
     A vector that is zero or not finite has cosine 0 with every other and with itself.
     """
@@ -30,4 +31,6 @@ def cosine_matrix(vectors: Tensor) -> Tensor:
         block = rows @ unit[..., start:, :].mT
         cosines[..., start : start + BLOCK, start:] = block
         cosines[..., start:, start : start + BLOCK] = block.mT
+    itself = torch.diagonal(cosines, dim1=-2, dim2=-1)
+    itself.copy_(itself > 0)
     return cosines
