@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 
 import torch
 
@@ -43,6 +44,9 @@ def load_pretrained_model(
     """
     config = config or AdaVConfig(method="none")
     config.refuse_unbuilt()
+    method = SELECTORS[config.method]
+    config.refuse_misfits(method)
+    wanted = method(**config.options_of(method)).tower_states
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
@@ -52,7 +56,7 @@ def load_pretrained_model(
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
     model.adav_config = config
-    for name in config.unused_options(SELECTORS[config.method]):
+    for name in config.unused_options(method):
         warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=2)
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
@@ -60,6 +64,9 @@ def load_pretrained_model(
         model_config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
     if tokenizer is not None:
         model.turn_markers = turn_markers(default_conv_mode(model_config, tokenizer), tokenizer)
+        model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
+    if "text_cosine" in wanted:
+        model.text_tower(config.options["text_tower"])
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.token_selection import SELECTORS, ImageTokens, Selection, select
+from llava.model.text_tower import ClipTextTower
+from llava.model.token_selection import SELECTORS, ImageTokens, Selection, TowerStates, select
 
 
 @dataclass
@@ -105,6 +107,7 @@ class LlavaMetaForCausalLM:
 
     adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
     turn_markers  token ids of the conversation template's turn markers, for text_scope="turn"
+    question_words  token ids -> string, for methods that read the question with another model's tokenizer
     last_selection  what was kept for the last batch, per image; a convenience for notebooks
     """
 
@@ -119,6 +122,8 @@ class LlavaMetaForCausalLM:
     ]
     adav_config = AdaVConfig(method="none")
     turn_markers: tuple[tuple[int, ...], ...] = ()
+    question_words: Callable[[list[int]], str] | None = None
+    _text_tower: ClipTextTower | None = None
     last_selection: list[Selection] | None = None
 
     def get_vision_tower(self) -> CLIPVisionTower:
@@ -156,17 +161,40 @@ class LlavaMetaForCausalLM:
             plans.append(plan)
         return pixels, plans
 
-    def encode_images(self, pixels: list[Tensor], clock: StageClock) -> list[tuple[Tensor, Tensor]]:
-        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D] and [CLS] attention [T_i, P]."""
+    def encode_images(
+        self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = ()
+    ) -> list[tuple[Tensor, Tensor, TowerStates]]:
+        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D], [CLS] attention [T_i, P], and what a method
+        wants of the tower (Selector.tower_states; `text_cosine` belongs to a question and is not filled in here)."""
         counts = [p.shape[0] for p in pixels]
+        if "text_cosine" in wanted:
+            wanted = (*wanted, "hidden")
         with clock.stage("vision_tower"):
-            features, saliency = self.get_vision_tower()(torch.cat(pixels))
+            features, saliency, states = self.get_vision_tower()(torch.cat(pixels), wanted)
         with clock.stage("projector"):
-            projector = next(self.model.mm_projector.parameters())
-            features = self.model.mm_projector(features.to(projector.device, projector.dtype))
-        return list(zip(features.split(counts), saliency.split(counts), strict=True))
+            features = self._project(features)
+        split = {name: state.split(counts) for name, state in states.items()}
+        towers = [
+            TowerStates(self._project, **{name: parts[i] for name, parts in split.items()}) for i in range(len(pixels))
+        ]
+        return list(zip(features.split(counts), saliency.split(counts), towers, strict=True))
 
-    def image_tokens(self, features: Tensor, saliency: Tensor, plan: TilePlan, key: int = 0) -> ImageTokens:
+    def _project(self, hidden: Tensor) -> Tensor:
+        """[..., W] states of the tower -> [..., D], on the projector's device."""
+        projector = next(self.model.mm_projector.parameters())
+        return self.model.mm_projector(hidden.to(projector.device, projector.dtype))
+
+    def text_tower(self, name: str) -> ClipTextTower:
+        """The CLIP text tower that `options.text_tower` names: loaded when it is first asked for, and kept."""
+        if self.question_words is None:
+            raise UserError(f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with')
+        if self._text_tower is None or self._text_tower.name != name:
+            self._text_tower = ClipTextTower.load(name, self.get_vision_tower())
+        return self._text_tower
+
+    def image_tokens(
+        self, features: Tensor, saliency: Tensor, plan: TilePlan, key: int = 0, tower: TowerStates | None = None
+    ) -> ImageTokens:
         """Tiles [T, P, D] and [T, P] of one image -> its ImageTokens in LLM order, newline tokens in place."""
         tiles, per_tile, width = features.shape
         side = self.get_vision_tower().num_patches_per_side
@@ -182,12 +210,12 @@ class LlavaMetaForCausalLM:
             # A newline token ends a row of the merged crops: the number of newlines before it.
             row = torch.where(newline, newline.long().cumsum(0) - 1, row)
             tile, column = tile.masked_fill(newline, -1), column.masked_fill(newline, -1)
-        return ImageTokens(merged, scores, tile, row, column, key)
+        return ImageTokens(merged, scores, tile, row, column, key, tower)
 
     # --- prompt -----------------------------------------------------------------------------------------------
 
-    def _question(self, ids: Tensor, embeds: Tensor, place: int, scope: str) -> Tensor:
-        """Word embeddings [m, D] that text-aware selection reads for the image at ids[place] (design decision 5)."""
+    def _question(self, ids: Tensor, place: int, scope: str) -> Tensor:
+        """[S] which tokens text-aware selection reads for the image at ids[place] (design decision 5)."""
         is_text = ids != IMAGE_TOKEN_INDEX
         inside = torch.zeros_like(is_text)
         if scope == "after":
@@ -195,7 +223,7 @@ class LlavaMetaForCausalLM:
         else:
             start, end = _turn(ids.tolist(), place, self.turn_markers)
             inside[start:end] = True
-        return embeds[inside & is_text]
+        return inside & is_text
 
     def prepare(
         self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None, config: AdaVConfig | None = None
@@ -221,8 +249,10 @@ class LlavaMetaForCausalLM:
         if placeholders != len(pixels):
             raise UserError(f"the prompts have {placeholders} image placeholders, but {len(pixels)} images came with them")
         method = SELECTORS[config.method]
-        encoded = self.encode_images(pixels, clock) if pixels and method.needs_image else [None] * len(pixels)
+        config.refuse_misfits(method)
         options = config.options_of(method)
+        wanted = method(**options).tower_states
+        encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else [None] * len(pixels)
 
         done, image = [], 0
         for b, (ids, keep) in enumerate(rows):
@@ -244,10 +274,15 @@ class LlavaMetaForCausalLM:
                         kept = _no_tokens(words)
                     else:
                         key = _sample_key(ids, plans[image].image_size, len(row.selections))
-                        tokens = self.image_tokens(*encoded[image], plans[image], key)
-                        text = self._question(ids, words, place, config.option("text_scope"))
+                        features, saliency, tower = encoded[image]
+                        asked = self._question(ids, place, config.option("text_scope"))
+                        if "text_cosine" in wanted:
+                            question = self.text_tower(options["text_tower"])
+                            cosine = question.cosine(tower.hidden[:, 1:], self.question_words(ids[asked].tolist()))
+                            tower = replace(tower, text_cosine=cosine)
+                        tokens = self.image_tokens(features, saliency, plans[image], key, tower)
                         tokens.features = tokens.features.to(device, words.dtype)
-                        kept = select(config.method, tokens, text, config.overall_tokens, **options)
+                        kept = select(config.method, tokens, words[asked], config.overall_tokens, **options)
                 row.spans.append((row.length, len(kept.indices)))
                 row.selections.append(kept)
                 row.add(kept.features, kept.indices.to(device), kept.total)
