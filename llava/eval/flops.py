@@ -1,0 +1,181 @@
+"""What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
+
+    python -m llava.eval.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672] [--text-tokens 80]
+
+prints the parts for one image; a config.json is enough, no weights are read.
+
+What is counted: matrix products and the patch convolution, 2 FLOPs for each multiply-add, for one sample by itself
+(padding of a batch excluded). Attention counts queries x keys in full, S x S, although it is causal: that is what
+papers quote and what torch's flop counter sees under the MATH backend; a causal kernel does about half of the part
+`attention`. Grouped heads: keys and values are projected for the KV heads, and attended by all query heads. What is not
+a matrix product is not counted (norms, activations, softmax, RoPE); what a method does of that kind is listed apart,
+in elements (method_costs.py). A sliding window is taken to be longer than the prompt.
+
+    cost = predict(ModelShape.of(model.config), config, [ImageCounts.of(plan, side)], text_tokens=80, words=[45])
+    cost.parts, cost.total, cost.layer_mean, cost.decode(step=1), cost.kv_bytes(element_size=2)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.errors import UserError, exits_cleanly
+from llava.eval.method_costs import SELECTOR_COSTS, MethodCost, SelectorCase
+from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
+from llava.mm_utils import tile_plan
+from llava.model.token_selection import SELECTORS
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """Image tokens of one sample in each of the L layers of the LLM.
+
+    attention  as queries, keys and values, and so in the layer's KV cache
+    mlp        after attention, in the output projection and the MLP: fewer where a method cuts inside the layer
+    """
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+
+    @classmethod
+    def same(cls, tokens: int, layers: int) -> LayerTokens:
+        """Every layer sees `tokens`: no method, or one that selects before the LLM."""
+        return cls((tokens,) * layers, (tokens,) * layers)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One sample's prefill.
+
+    parts       FLOPs: vision_tower, cls_row, projector, selector, projections (q, k, v and output), attention (scores and
+                weighted sum), mlp, lm_head
+    elements    what the method does beside matrix products: kind -> elements
+    cached      [L] entries of each layer's KV cache after prefill
+    layer_mean  image tokens in a layer's attention, mean over layers
+    """
+
+    shape: ModelShape
+    parts: dict[str, int]
+    cached: tuple[int, ...]
+    layer_mean: float
+    elements: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """FLOPs from pixels to the first token."""
+        return sum(self.parts.values())
+
+    def decode(self, step: int = 1) -> dict[str, int]:
+        """FLOPs of the step-th decode step by part, counted from 1: one token reads all that is cached, and itself."""
+        return decode(self.shape, [entries + step - 1 for entries in self.cached])
+
+    def kv_bytes(self, element_size: int, steps: int = 0) -> int:
+        """Bytes of the sample's own KV entries after prefill and `steps` decode steps, without padding."""
+        return sum(entries + steps for entries in self.cached) * self.shape.kv_entry(element_size)
+
+
+def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0) -> int:
+    """Bytes that the cache of a batch occupies: in each layer every row is as long as the longest one."""
+    longest = [max(cost.cached[layer] for cost in costs) + steps for layer in range(costs[0].shape.layers)]
+    return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)
+
+
+def vision(shape: ModelShape, tiles: int) -> dict[str, int]:
+    """FLOPs of the tower up to the layer whose features are used, of its one [CLS] row, and of the projector."""
+    tokens, width = shape.tile_patches + 1, shape.tower_width
+    layer = 4 * product(tokens, width, width) + 2 * product(tokens, width, tokens)
+    layer += 2 * product(tokens, width, shape.tower_mlp)
+    patches = product(shape.tile_patches, 3 * shape.patch**2, width)
+    return {
+        "vision_tower": tiles * (patches + shape.tower_layers * layer),
+        "cls_row": tiles * product(1, width, tokens),
+        "projector": shape.projected(tiles * shape.tile_patches),
+    }
+
+
+def language_model(shape: ModelShape, text_tokens: int, tokens: LayerTokens, logits: int = 1) -> dict[str, int]:
+    """FLOPs of the LLM's prefill. logits: positions that the head is computed for; generate() needs the last one only."""
+    if len(tokens.attention) != shape.layers or len(tokens.mlp) != shape.layers:
+        raise ValueError(f"token counts of {len(tokens.attention)} layers for an LLM of {shape.layers}")
+    attended = [text_tokens + n for n in tokens.attention]
+    left = [text_tokens + n for n in tokens.mlp]
+    parts = [_layer(shape, before, before, after) for before, after in zip(attended, left, strict=True)]
+    return _sum(parts) | {"lm_head": product(logits, shape.width, shape.vocab)}
+
+
+def decode(shape: ModelShape, cached: Sequence[int]) -> dict[str, int]:
+    """FLOPs of one decode step by part. cached: [L] entries that the new token reads beside its own, in each layer."""
+    return _sum([_layer(shape, 1, entries + 1, 1) for entries in cached]) | {
+        "lm_head": product(1, shape.width, shape.vocab)
+    }
+
+
+def _layer(shape: ModelShape, queries: int, keys: int, left: int) -> dict[str, int]:
+    """One LLM layer: `queries` tokens enter and attend to `keys` entries, `left` of them go on to the MLP."""
+    inner = shape.heads * shape.head
+    projected = product(queries, shape.width, inner + 2 * shape.kv_heads * shape.head)
+    return {
+        "projections": projected + product(left, inner, shape.width),
+        "attention": 2 * product(queries, inner, keys),
+        "mlp": 3 * product(left, shape.width, shape.mlp),
+    }
+
+
+def _sum(parts: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def selector_cost(
+    shape: ModelShape, method: str, image: ImageCounts, words: int, kept: int, options: dict
+) -> MethodCost:
+    """Of selecting `kept` tokens of one image; nothing where all are kept, since no method is asked then."""
+    if SELECTORS[method].uses_budget and kept >= image.candidates:
+        return MethodCost()
+    return SELECTOR_COSTS[method](SelectorCase(shape, image, words, kept, options))
+
+
+def predict(
+    shape: ModelShape,
+    config: AdaVConfig,
+    images: Sequence[ImageCounts],
+    text_tokens: int,
+    words: Sequence[int],
+    kept: Sequence[int] | None = None,
+    logits: int = 1,
+) -> Cost:
+    """The cost of one sample under a configuration.
+
+    images: each as it is before selection. text_tokens: the prompt's tokens that are no image tokens.
+    words: per image, how many of those text-aware selection reads. kept: per image, tokens after selection; None takes
+    what the configuration asks for. logits: see language_model.
+    """
+    method = SELECTORS[config.method]
+    if kept is None:
+        kept = [_kept(config, image) for image in images]
+    tokens = LayerTokens.same(sum(kept), shape.layers)
+    parts = vision(shape, sum(len(image.patches) for image in images) if method.needs_image else 0)
+    extra = [
+        selector_cost(shape, config.method, image, m, k, config.options)
+        for image, m, k in zip(images, words, kept, strict=True)
+    ]
+    elements = {kind: sum(cost.elements.get(kind, 0) for cost in extra) for cost in extra for kind in cost.elements}
+    parts["selector"] = sum(cost.flops for cost in extra)
+    return Cost(
+        shape,
+        parts | language_model(shape, text_tokens, tokens, logits),
+        cached=tuple(text_tokens + n for n in tokens.attention),
+        layer_mean=sum(tokens.attention) / shape.layers,
+        elements=elements,
+    )
+
+
+def _kept(config: AdaVConfig, image: ImageCounts) -> int:
+    """Tokens of one image that a method keeps which has no option that says otherwise."""
+    method = SELECTORS[config.method]
+    if method.uses_budget:
+        return image.kept(config.overall_tokens)
+    return image.tokens if method.needs_image else 0
