@@ -18,7 +18,6 @@ in elements (method_costs.py). A sliding window is taken to be longer than the p
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -159,7 +158,7 @@ def predict(
     tokens = LayerTokens.same(sum(kept), shape.layers)
     parts = vision(shape, sum(len(image.patches) for image in images) if method.needs_image else 0)
     extra = [
-        selector_cost(shape, config.method, image, m, k, config.options)
+        selector_cost(shape, config.method, image, m, k, config.options_of(method))
         for image, m, k in zip(images, words, kept, strict=True)
     ]
     elements = {kind: sum(cost.elements.get(kind, 0) for cost in extra) for cost in extra for kind in cost.elements}
@@ -179,3 +178,58 @@ def _kept(config: AdaVConfig, image: ImageCounts) -> int:
     if method.uses_budget:
         return image.kept(config.overall_tokens)
     return image.tokens if method.needs_image else 0
+
+
+def table(cost: Cost, plain: Cost) -> str:
+    """The parts of a cost beside those of the plain model, in GFLOPs."""
+    lines = [("part", "GFLOPs", "share", "none", "of none")]
+    rows = [*((name, flops, plain.parts[name]) for name, flops in cost.parts.items())]
+    rows.append(("prefill, all", cost.total, plain.total))
+    rows.append(("a decode step", sum(cost.decode().values()), sum(plain.decode().values())))
+    for name, flops, before in rows:
+        share = f"{flops / cost.total:.1%}" if name in cost.parts else ""
+        of_none = f"{flops / before:.1%}" if before else ""
+        lines.append((name, f"{flops / 1e9:,.3f}", share, f"{before / 1e9:,.3f}", of_none))
+    first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))])
+        for name, *cells in lines
+    )
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.flops", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="folder or hub name; of a folder, config.json is enough")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(672, 672), metavar=("W", "H"), help="in pixels")
+    parser.add_argument("--text-tokens", type=int, default=80, help="tokens of the prompt beside the image (80)")
+    parser.add_argument("--question-tokens", type=int, help="how many of them follow the image (half)")
+    parser.add_argument("--element-size", type=int, default=2, help="bytes per number of the KV cache (2)")
+    parser.add_argument("--config", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
+    add_config_flags(parser)
+    args = parser.parse_args(argv)
+    words = args.text_tokens // 2 if args.question_tokens is None else args.question_tokens
+    if not 0 <= words <= args.text_tokens:
+        raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
+    config = AdaVConfig.load(args.config, **config_overrides(args))
+    model_config = read_config(args.checkpoint)
+    shape = ModelShape.of(model_config)
+    plan = tile_plan(args.image_size, model_config, config.option("anyres"))
+    image = ImageCounts.of(plan, shape.side)
+    plain, cost = (
+        predict(shape, asked, [image], args.text_tokens, [words]) for asked in (AdaVConfig(method="none"), config)
+    )
+    print(
+        f"{args.checkpoint}, method {config.method}: {image.tokens:,} vision tokens of {plan.tiles} tiles -> "
+        f"{cost.layer_mean:,.1f} in the mean layer, {args.text_tokens} text tokens\n\n{table(cost, plain)}\n"
+    )
+    print("2 FLOPs per multiply-add; attention in full, S x S: a causal kernel does about half of that part")
+    kept, before = (of.kv_bytes(args.element_size) for of in (cost, plain))
+    print(f"KV cache after prefill: {kept / 1e6:,.1f} MB, {before / 1e6:,.1f} MB with none")
+    if cost.elements:
+        others = ", ".join(f"{kind} over {n:,} elements" for kind, n in cost.elements.items())
+        print(f"beside matrix products: {others}")
+
+
+if __name__ == "__main__":
+    main()

@@ -105,8 +105,9 @@ def _cdpruner(case: SelectorCase) -> MethodCost:
     tiles, largest, rounds = len(case.image.patches), max(case.image.patches), max(case.quotas)
     pairs = tiles * cosines_of_pairs(largest, case.shape.width)
     explained = sum(tiles * product(largest, n, 1) for n in range(rounds))
-    embeddings = (case.options.get("relevance") or ("clip" if case.options.get("text_tower") else "embeddings")) != "clip"
-    relevance = case.cosines_with_words() if embeddings else 0
+    default = "clip" if case.options.get("text_tower") else "embeddings"
+    by_words = (case.options.get("relevance") or default) == "embeddings"
+    relevance = case.cosines_with_words() if by_words else 0
     return MethodCost(pairs + explained + relevance, {"greedy": rounds * tiles * largest})
 
 
