@@ -14,10 +14,10 @@ from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.eval import flops
-from llava.eval.flops import Cost, LayerTokens, allocated_kv_bytes, decode, language_model, predict, vision
+from llava.eval.flops import DROPPERS, Cost, allocated_kv_bytes, decode, language_model, predict, vision
 from llava.eval.measure import kv_bytes, predicted
 from llava.eval.measurements import summarise
-from llava.eval.method_costs import SELECTOR_COSTS
+from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS
 from llava.eval.model_shape import ImageCounts, ModelShape, read_config
 from llava.mm_utils import TilePlan, left_pad, tile_plan
 from llava.model.builder import load_pretrained_model
@@ -55,17 +55,16 @@ def test_the_tower_by_hand():
 
 def test_the_language_model_by_hand():
     # 3 text tokens; layer 0 sees 2 image tokens and sends 1 of them on to its MLP, layer 1 sees 1.
-    # Layer 0, 5 tokens: q 2 * 5 * 4 * 4 = 160, k and v 2 * (2 * 5 * 4 * 2 = 80) = 160, output of 4 tokens
-    #   2 * 4 * 4 * 4 = 128; attention of 2 heads of 2: scores 2 * 5 * 4 * 5 = 200, weighted sum 200;
-    #   MLP of 4 tokens 3 * (2 * 4 * 4 * 6 = 192) = 576.
+    # Layer 0, 5 tokens: q 2 * 5 * 4 * 4 = 160, k and v 2 * (2 * 5 * 4 * 2 = 80) = 160, output 160; attention of 2 heads
+    #   of 2: scores 2 * 5 * 4 * 5 = 200, weighted sum 200; MLP of 4 tokens 3 * (2 * 4 * 4 * 6 = 192) = 576.
     # Layer 1, 4 tokens: 128 + 128 + 128; attention 2 * (2 * 4 * 4 * 4 = 128) = 256; MLP 576.
     # Head for the last position: 2 * 1 * 4 * 10 = 80.
-    tokens = LayerTokens(attention=(2, 1), mlp=(1, 1))
-    parts = {"projections": 448 + 384, "attention": 400 + 256, "mlp": 576 + 576, "lm_head": 80}
-    assert language_model(HAND, 3, tokens) == parts
-    assert language_model(HAND, 3, tokens, logits=5) == parts | {"lm_head": 400}
+    seen = [(2, 1), (1, 1)]
+    parts = {"projections": 480 + 384, "attention": 400 + 256, "mlp": 576 + 576, "lm_head": 80}
+    assert language_model(HAND, 3, seen) == parts
+    assert language_model(HAND, 3, seen, logits=5) == parts | {"lm_head": 400}
     with pytest.raises(ValueError, match="3 layers for an LLM of 2"):
-        language_model(HAND, 3, LayerTokens.same(2, 3))
+        language_model(HAND, 3, [(2, 2)] * 3)
 
 
 def test_a_decode_step_by_hand():
@@ -100,7 +99,7 @@ def test_an_image_before_selection():
 # ------------------------------------------------------------------------------------- against torch's flop counter
 SIDE = 168  # a tile of 12 x 12 patches: sequences so long that attention matters
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-BUDGET = 500  # of 720 patches, so that attention still matters after selection
+BUDGET = 500  # of 624 patches, so that attention still matters after selection
 MODELS = {
     "llama": ("llava_next", "llama", {}),
     "grouped llama": ("llava_next", "llama", {"num_key_value_heads": 1}),
@@ -108,7 +107,7 @@ MODELS = {
 }
 PINPOINTS = [[SIDE * h, SIDE * w] for h, w in ((1, 2), (2, 1), (2, 2))]
 ROWS = ([1, 9, IMAGE_TOKEN_INDEX, 10, 11, 12], [1, IMAGE_TOKEN_INDEX, 8, IMAGE_TOKEN_INDEX, 7, 6, 5], [1, 20, 21])
-SIZES = [(300, 290), (290, 150), (160, 330)]  # of the rows' three images
+SIZES = [(300, 250), (290, 150), (160, 330)]  # of the rows' three images; unpadding takes something of each
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -142,20 +141,22 @@ def counted(function) -> int:
     return counter.get_total_flops()
 
 
-def agrees(measured: int, cost: Cost, attention: float = 0.2) -> None:
+def agrees(measured: int, cost: Cost, attention: float = 0.2, exact: bool = True) -> None:
     assert cost.parts["attention"] >= attention * cost.total, "attention must matter for this to be a test"
     assert abs(measured - cost.total) <= 0.01 * measured
-    # Nothing is left out, so it is even exact; a version of transformers that computes a step otherwise may change that.
-    assert measured == cost.total
+    # Nothing is left out, so it is even exact.
+    assert not exact or measured == cost.total
 
 
-@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("method", [*SELECTORS, *DROPPERS])
 def test_prefill_agrees_with_torchs_counter(model, method):
     config = AdaVConfig(method=method, overall_tokens=BUDGET)
     batch = inputs(model, ROWS[:1], SIZES[:1])
     cost = predict(ModelShape.of(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
     measured = counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
-    agrees(measured, cost, attention=0.0 if method == "no_image" else 0.2)
+    # How much of a coverage is brought up to date, and how many words are raters, depends on the sample.
+    exact = method not in ("scope", "adav_cover", "sparsevlm")
+    agrees(measured, cost, 0.0 if method == "no_image" else 0.2, exact)
 
 
 def test_two_images_and_all_logits_agree_with_torchs_counter(model, monkeypatch):
@@ -197,11 +198,11 @@ def test_a_budget_that_keeps_everything_asks_no_method(model):
 
 
 def test_every_method_has_an_entry():
-    assert not set(SELECTORS) - set(SELECTOR_COSTS)
+    assert not set(SELECTORS) - set(SELECTOR_COSTS) and not set(DROPPERS) - set(DROPPER_COSTS)
 
 
 # ------------------------------------------------------------------------------------------ against a real KV cache
-@pytest.mark.parametrize("method", ["none", "no_image", "random", "fastervlm", "adav"])
+@pytest.mark.parametrize("method", ["none", "no_image", "random", "fastervlm", "adav", *DROPPERS])
 def test_kv_bytes_are_those_of_the_cache(model, method):
     config, shape = AdaVConfig(method=method, overall_tokens=50), ModelShape.of(model.config)
 

@@ -23,35 +23,23 @@ from dataclasses import dataclass, field
 
 from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.errors import UserError, exits_cleanly
-from llava.eval.method_costs import SELECTOR_COSTS, MethodCost, SelectorCase
+from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, MethodCost, SelectorCase, together
 from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.mm_utils import tile_plan
 from llava.model.token_selection import SELECTORS
 
-
-@dataclass(frozen=True)
-class LayerTokens:
-    """Image tokens of one sample in each of the L layers of the LLM.
-
-    attention  as queries, keys and values, and so in the layer's KV cache
-    mlp        after attention, in the output projection and the MLP: fewer where a method cuts inside the layer
-    """
-
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
-
-    @classmethod
-    def same(cls, tokens: int, layers: int) -> LayerTokens:
-        """Every layer sees `tokens`: no method, or one that selects before the LLM."""
-        return cls((tokens,) * layers, (tokens,) * layers)
+try:
+    from llava.model.token_dropping import DROPPERS, make_dropper
+except ModuleNotFoundError:  # methods inside the LLM are not part of this version
+    DROPPERS = {}
 
 
 @dataclass(frozen=True)
 class Cost:
     """One sample's prefill.
 
-    parts       FLOPs: vision_tower, cls_row, projector, selector, projections (q, k, v and output), attention (scores and
-                weighted sum), mlp, lm_head
+    parts       FLOPs: vision_tower, cls_row, projector, method (what selects or drops tokens), projections (q, k, v and
+                output), attention (scores and weighted sum), mlp, lm_head
     elements    what the method does beside matrix products: kind -> elements
     cached      [L] entries of each layer's KV cache after prefill
     layer_mean  image tokens in a layer's attention, mean over layers
@@ -96,13 +84,19 @@ def vision(shape: ModelShape, tiles: int) -> dict[str, int]:
     }
 
 
-def language_model(shape: ModelShape, text_tokens: int, tokens: LayerTokens, logits: int = 1) -> dict[str, int]:
-    """FLOPs of the LLM's prefill. logits: positions that the head is computed for; generate() needs the last one only."""
-    if len(tokens.attention) != shape.layers or len(tokens.mlp) != shape.layers:
-        raise ValueError(f"token counts of {len(tokens.attention)} layers for an LLM of {shape.layers}")
-    attended = [text_tokens + n for n in tokens.attention]
-    left = [text_tokens + n for n in tokens.mlp]
-    parts = [_layer(shape, before, before, after) for before, after in zip(attended, left, strict=True)]
+def language_model(
+    shape: ModelShape, text_tokens: int, seen: Sequence[tuple[int, int]], logits: int = 1
+) -> dict[str, int]:
+    """FLOPs of the LLM's prefill.
+
+    seen: per layer, image tokens in its attention (as queries, keys and values) and in its MLP, which are fewer where a
+    method cuts inside the layer. logits: positions that the head is computed for; generate() asks for the last one.
+    """
+    if len(seen) != shape.layers:
+        raise ValueError(f"token counts of {len(seen)} layers for an LLM of {shape.layers}")
+    parts = [
+        _layer(shape, text_tokens + attended, text_tokens + attended, text_tokens + left) for attended, left in seen
+    ]
     return _sum(parts) | {"lm_head": product(logits, shape.width, shape.vocab)}
 
 
@@ -116,9 +110,8 @@ def decode(shape: ModelShape, cached: Sequence[int]) -> dict[str, int]:
 def _layer(shape: ModelShape, queries: int, keys: int, left: int) -> dict[str, int]:
     """One LLM layer: `queries` tokens enter and attend to `keys` entries, `left` of them go on to the MLP."""
     inner = shape.heads * shape.head
-    projected = product(queries, shape.width, inner + 2 * shape.kv_heads * shape.head)
     return {
-        "projections": projected + product(left, inner, shape.width),
+        "projections": product(queries, shape.width, 2 * inner + 2 * shape.kv_heads * shape.head),
         "attention": 2 * product(queries, inner, keys),
         "mlp": 3 * product(left, shape.width, shape.mlp),
     }
@@ -126,15 +119,6 @@ def _layer(shape: ModelShape, queries: int, keys: int, left: int) -> dict[str, i
 
 def _sum(parts: list[dict[str, int]]) -> dict[str, int]:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
-
-
-def selector_cost(
-    shape: ModelShape, method: str, image: ImageCounts, words: int, kept: int, options: dict
-) -> MethodCost:
-    """Of selecting `kept` tokens of one image; nothing where all are kept, since no method is asked then."""
-    if SELECTORS[method].uses_budget and kept >= image.candidates:
-        return MethodCost()
-    return SELECTOR_COSTS[method](SelectorCase(shape, image, words, kept, options))
 
 
 def predict(
@@ -149,35 +133,54 @@ def predict(
     """The cost of one sample under a configuration.
 
     images: each as it is before selection. text_tokens: the prompt's tokens that are no image tokens.
-    words: per image, how many of those text-aware selection reads. kept: per image, tokens after selection; None takes
-    what the configuration asks for. logits: see language_model.
+    words: per image, how many of those the method may read. kept: per image, tokens that enter the LLM; None takes what
+    the configuration asks for. logits: see language_model.
     """
-    method = SELECTORS[config.method]
+    drops = config.method in DROPPERS
+    method = DROPPERS[config.method] if drops else SELECTORS[config.method]
+    options = config.options_of(method)
     if kept is None:
-        kept = [_kept(config, image) for image in images]
-    tokens = LayerTokens.same(sum(kept), shape.layers)
-    parts = vision(shape, sum(len(image.patches) for image in images) if method.needs_image else 0)
-    extra = [
-        selector_cost(shape, config.method, image, m, k, config.options_of(method))
-        for image, m, k in zip(images, words, kept, strict=True)
-    ]
-    elements = {kind: sum(cost.elements.get(kind, 0) for cost in extra) for cost in extra for kind in cost.elements}
-    parts["selector"] = sum(cost.flops for cost in extra)
+        kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
+    if drops:
+        seen, extra = _dropping(shape, config, options, text_tokens, words, kept)
+    else:
+        seen = [(sum(kept), sum(kept))] * shape.layers
+        cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
+        # Where everything is kept, no method is asked.
+        asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
+        extra = together(SELECTOR_COSTS[config.method](case) for case in asked)
+    tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
     return Cost(
         shape,
-        parts | language_model(shape, text_tokens, tokens, logits),
-        cached=tuple(text_tokens + n for n in tokens.attention),
-        layer_mean=sum(tokens.attention) / shape.layers,
-        elements=elements,
+        vision(shape, tiles) | {"method": extra.flops} | language_model(shape, text_tokens, seen, logits),
+        cached=tuple(text_tokens + attended for attended, _ in seen),
+        layer_mean=sum(attended for attended, _ in seen) / shape.layers,
+        elements=extra.elements,
     )
 
 
-def _kept(config: AdaVConfig, image: ImageCounts) -> int:
-    """Tokens of one image that a method keeps which has no option that says otherwise."""
-    method = SELECTORS[config.method]
+def _kept(method: type, budget: int, image: ImageCounts) -> int:
+    """Tokens of one image that a selector keeps which has no option that says otherwise."""
     if method.uses_budget:
-        return image.kept(config.overall_tokens)
+        return image.kept(budget)
     return image.tokens if method.needs_image else 0
+
+
+def _dropping(
+    shape: ModelShape, config: AdaVConfig, options: dict, text_tokens: int, words: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[tuple[int, int]], MethodCost]:
+    """What each layer sees of all images together under a method inside the LLM, and the cost of that method.
+
+    The method's own plan says it, which the decoder loop obeys: no request has to run for it.
+    """
+    dropper = make_dropper(config.method, **options)
+    cuts = [dropper.cuts(n, config.overall_tokens, shape.layers) for n in tokens]
+    of_images = [dropper.schedule(n, config.overall_tokens, shape.layers) for n in tokens]
+    seen = [
+        (sum(image[layer].attention for image in of_images), sum(image[layer].mlp for image in of_images))
+        for layer in range(shape.layers)
+    ]
+    return seen, DROPPER_COSTS[config.method](DropperCase(shape, text_tokens, words, tokens, cuts, seen))
 
 
 def table(cost: Cost, plain: Cost) -> str:
