@@ -231,6 +231,9 @@ def describe(run: Run, report: dict) -> str:
     lines.append(
         f"  KV cache per sample: {report['kv_bytes_live']['mean']:,.0f} bytes live, {report['kv_bytes_allocated']['mean']:,.0f} allocated"
     )
+    flops = report["prefill_flops_predicted"]["mean"]
+    if flops is not None:
+        lines.append(f"  predicted prefill per question: {flops / 1e9:,.3f} GFLOPs")
     reused = f", {session['reused']} from before" if session["reused"] else ""
     lines.append(f"  {session['answered']} questions answered in {session['wall_seconds']:.1f} s{reused}")
     lines.append(f"  {run.folder}")

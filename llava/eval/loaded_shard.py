@@ -16,8 +16,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import default_conv_mode, single_turn
 from llava.errors import UserError
 from llava.eval.answers import AnswerFile
-from llava.eval.measure import FirstToken, kv_bytes, peak_memory
-from llava.mm_utils import left_pad, process_images, tokenizer_image_token
+from llava.eval.measure import FirstToken, kv_bytes, peak_memory, predicted
+from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import StageClock
 
@@ -47,6 +48,7 @@ class LoadedShard:
         self.ends = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
         pad = self.tokenizer.pad_token_id
         self.pad = pad if pad is not None else min(self.ends, default=0)
+        self.shape = ModelShape.of(self.model.config)
 
     def run(self, spec: dict, stopping: threading.Event) -> None:
         """Answer the samples of `spec` and append them to its answers file, until done or `stopping` is set."""
@@ -101,9 +103,9 @@ class LoadedShard:
         prefill, decode = first.split()
         seconds = {**clock.seconds, **prepared.seconds, "prefill": prefill, "decode": decode}
         tokens = [self._cut(ids) for ids in output.sequences.tolist()]
-        memory = kv_bytes(
-            output.past_key_values, self.model.config, prepared.attention_mask, [len(ids) for ids in tokens]
-        )
+        plans = [tile_plan(image.size, self.model.config, config.option("anyres")) for image in images]
+        costs = predicted(prepared, [ImageCounts.of(plan, self.shape.side) for plan in plans], self.shape, config)
+        memory = kv_bytes(output.past_key_values, costs, prepared.attention_mask, [len(ids) for ids in tokens])
         for i, sample in enumerate(readable):
             rows.append(
                 {
@@ -115,6 +117,8 @@ class LoadedShard:
                     "conversation": conversation,
                     # Shares of the batch: summed over all samples they are the time of the run.
                     "seconds": {stage: round(value / len(readable), 7) for stage, value in seconds.items()},
+                    "prefill_flops": costs[i].total,
+                    "layer_mean": costs[i].layer_mean,
                     **memory[i],
                     **peak_memory(),
                 }

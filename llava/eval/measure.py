@@ -1,4 +1,5 @@
-"""What a worker measures beside its answers: when the first token came, how many bytes the KV cache takes, peak memory."""
+"""What a worker measures beside its answers: when the first token came, how many bytes the KV cache takes, peak memory,
+and what the batch should have cost."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ import time
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
+
+from llava.config import AdaVConfig
+from llava.eval.flops import Cost, predict
+from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.model.llava_arch import PreparedPrompt
 
 
 class FirstToken(StoppingCriteria):
@@ -36,31 +42,43 @@ class FirstToken(StoppingCriteria):
         return time.perf_counter()
 
 
-def kv_bytes(cache, config, attention_mask: Tensor, new_tokens: list[int]) -> list[dict[str, int]]:
+def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelShape, config: AdaVConfig) -> list[Cost]:
+    """What each row of a batch costs by itself. images: of the batch in reading order, as they were before selection."""
+    costs, images, length = [], iter(images), prepared.inputs_embeds.shape[1]
+    for row, spans in enumerate(prepared.image_spans):
+        kept = [n for _, n in spans]
+        text = prepared.lengths[row] - sum(kept)
+        # Text after an image is what is not a token of it or of a later one. (text_scope="turn" may read less of it.)
+        words = [length - start - sum(kept[i:]) for i, (start, _) in enumerate(spans)]
+        costs.append(predict(shape, config, [next(images) for _ in spans], text, words, kept))
+    return costs
+
+
+def kv_bytes(cache, costs: list[Cost], attention_mask: Tensor, new_tokens: list[int]) -> list[dict[str, int]]:
     """Per row of a batch, at the end of generation: bytes of its KV cache.
 
-    attention_mask: [B, S] of the prompt that entered the LLM. new_tokens: tokens that each row generated.
+    costs: of each row, as predicted. attention_mask: [B, S] of the prompt that entered the LLM. new_tokens: tokens that
+    each row generated.
     kv_bytes_live       entries of the row's own tokens, measured on the cache; padding excluded
     kv_bytes_allocated  the row's share of what the cache's tensors occupy
-    kv_bytes_predicted  live, from the configuration alone: layers x KV heads x head size x 2 x bytes x tokens
+    kv_bytes_predicted  live, from the configuration alone (llava.eval.flops)
     """
     rows = attention_mask.shape[0]
     # The last new token is never fed back, and what a batch feeds a row after its end is padding.
-    tokens = [n + max(new - 1, 0) for n, new in zip(attention_mask.sum(dim=1).tolist(), new_tokens, strict=True)]
+    steps = [max(new - 1, 0) for new in new_tokens]
+    tokens = [n + fed for n, fed in zip(attention_mask.sum(dim=1).tolist(), steps, strict=True)]
     live, allocated = [0] * rows, 0
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):
             allocated += tensor.untyped_storage().nbytes()
             entry = tensor.nbytes // (rows * tensor.shape[-2])
             live = [bytes_ + entry * n for bytes_, n in zip(live, tokens, strict=True)]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = config.num_hidden_layers * heads * head * 2 * cache.layers[0].keys.element_size()
+    size = cache.layers[0].keys.element_size()
     return [
         {
             "kv_bytes_live": live[i],
             "kv_bytes_allocated": allocated // rows,
-            "kv_bytes_predicted": per_token * tokens[i],
+            "kv_bytes_predicted": costs[i].kv_bytes(size, steps[i]),
         }
         for i in range(rows)
     ]

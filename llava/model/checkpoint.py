@@ -58,15 +58,7 @@ class Checkpoint:
     def open(cls, model_path, model_base=None) -> Checkpoint:
         """Find the files and say what they are. UserError where they are missing or no LLaVA."""
         folder = checkpoint_folder(model_path)
-        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
-        hf = settings.get("model_type") in HF_CLASSES and "text_config" in settings
-        original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
-        if not hf and not (original and ("mm_vision_tower" in settings or settings.get("mm_vision_config"))):
-            raise UserError(
-                f'{folder}: architecture {settings.get("architectures") or ["unknown"]} (model_type '
-                f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
-                f"format of liuhaotian/llava-* or llava-hf/*"
-            )
+        settings, hf = cls.read_settings(folder)
         if (folder / "adapter_config.json").is_file():
             kind = "lora"
         elif _weight_files(folder):
@@ -81,6 +73,20 @@ class Checkpoint:
             what = {"lora": "a LoRA adapter", "projector": "only a projector"}[kind]
             raise UserError(f"{folder}: is {what}, so model_base must name the model that it was trained on")
         return cls(folder, checkpoint_folder(model_base) if model_base is not None else None, settings, kind, hf)
+
+    @staticmethod
+    def read_settings(folder: Path) -> tuple[dict, bool]:
+        """config.json of a checkpoint folder, and whether it is in transformers' format; UserError where it is no LLaVA."""
+        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+        hf = settings.get("model_type") in HF_CLASSES and "text_config" in settings
+        original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
+        if not hf and not (original and ("mm_vision_tower" in settings or settings.get("mm_vision_config"))):
+            raise UserError(
+                f'{folder}: architecture {settings.get("architectures") or ["unknown"]} (model_type '
+                f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
+                f"format of liuhaotian/llava-* or llava-hf/*"
+            )
+        return settings, hf
 
     @property
     def tower_folder(self) -> Path | None:

@@ -343,11 +343,13 @@ class LlavaMetaForCausalLM:
         labels=None,
         images=None,
         image_sizes=None,
+        logits_to_keep=0,
         **kwargs,
     ):
         """The LLM's forward; with images (or placeholders in input_ids) the prompt is prepared first.
 
-        Logits are then those of the spliced, left-padded sequence.
+        Logits are then those of the spliced, left-padded sequence. logits_to_keep is named here because generate() looks
+        for it in the signature: without it, prefill computes the logits of every position.
         """
         fresh = inputs_embeds is None and past_key_values is None
         if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
@@ -361,6 +363,7 @@ class LlavaMetaForCausalLM:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 

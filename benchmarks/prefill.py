@@ -1,0 +1,293 @@
+"""Time to the first token of every method, on a model with random weights.
+
+    python benchmarks/prefill.py [--preset cpu] [--methods adav fastv] [--shares 0.05 0.25] [--output FILE.csv]
+
+Prefill is everything from pixels to the first token: vision tower, projector, the choice of tokens, and one pass of the
+LLM over what is left. A method that selects before the LLM pays for its choice (selector_ms) and saves in the LLM
+(llm_ms); one that drops inside the LLM does both in llm_ms. What a method chooses means nothing with random weights;
+what it costs is what it costs with any.
+
+All methods run one after another in every repetition, so that a machine that slows down slows all of them. After each,
+logits must be finite and each layer's cache must hold as many entries as predicted, else no time is printed at all.
+Times are medians, the first repetition (which warms up) among them; FLOPs are predicted (llava.eval.flops).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import platform
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from llava.config import AdaVConfig
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import UserError, exits_cleanly
+from llava.eval.environment import commit, environment
+from llava.eval.files import write_atomically
+from llava.eval.flops import DROPPERS, Cost, predict
+from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.mm_utils import tile_plan
+from llava.model.language_model.llava_config import LlavaLlamaConfig
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_arch import StageClock
+from llava.model.token_selection import SELECTORS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a model and a prompt. The image is cut into 2 x 2 crops and comes whole besides: five tiles.
+
+    tile: pixels; tower and llm: (width, layers, heads, MLP width); text: tokens before and after the image
+    """
+
+    tile: int
+    tower: tuple[int, int, int, int]
+    llm: tuple[int, int, int, int]
+    vocab: int
+    text: tuple[int, int]
+
+    def model_config(self) -> LlavaLlamaConfig:
+        width, layers, heads, mlp = self.tower
+        vision = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        vision |= {"intermediate_size": mlp, "image_size": self.tile, "patch_size": 14}
+        width, layers, heads, mlp = self.llm
+        return LlavaLlamaConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=mlp,
+            vocab_size=self.vocab,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            mm_vision_config=vision,
+            mm_hidden_size=vision["hidden_size"],
+            mm_projector_type="mlp2x_gelu",
+            mm_patch_merge_type="spatial",  # neither newline tokens nor unpadding: five whole tiles
+            image_aspect_ratio="anyres",
+            image_grid_pinpoints=[[2 * self.tile, 2 * self.tile]],
+        )
+
+
+PRESETS = {
+    # LLaVA-1.6's image (5 tiles of 24 x 24 patches, 2,880 tokens) on a model whose parts are to each other as in the 7B,
+    # small enough for two CPU cores.
+    "cpu": Preset(336, (512, 12, 8, 2048), (1024, 16, 16, 2752), 32000, (35, 45)),
+    # Seconds, to see that everything runs.
+    "tiny": Preset(56, (32, 3, 4, 64), (48, 4, 4, 80), 100, (5, 7)),
+}
+
+
+@dataclass
+class Entry:
+    """One line of the table: a method at a budget, its predicted cost, and a list of milliseconds per stage."""
+
+    config: AdaVConfig
+    cost: Cost
+    times: list[dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.method} at {self.config.overall_tokens}"
+
+    def median(self, *stages: str) -> float:
+        """Of the sum of some stages, or of all."""
+        return statistics.median(self._sums(*stages))
+
+    def _sums(self, *stages: str) -> list[float]:
+        return [sum(ms for stage, ms in one.items() if not stages or stage in stages) for one in self.times]
+
+    def row(self, plain: Entry) -> dict:
+        """The figures of one line; `plain` is that of `none`."""
+        everything, of = self._sums(), plain.median()
+        # Inside the LLM a method's own work is part of the LLM's pass.
+        selector = None if self.config.method in DROPPERS else self.median("selection")
+        return {
+            "method": self.config.method,
+            "overall_tokens": self.config.overall_tokens if self is not plain else "all",
+            "layer_mean_tokens": round(self.cost.layer_mean, 1),
+            "prefill_ms": round(self.median(), 2),
+            "prefill_ms_min": round(min(everything), 2),
+            "prefill_ms_max": round(max(everything), 2),
+            "prefill_of_none": round(self.median() / of, 4),
+            "vision_ms": round(self.median("vision_tower", "projector"), 2),
+            "selector_ms": "" if selector is None else round(selector, 2),
+            "selector_of_none": "" if selector is None else round(selector / of, 4),
+            "llm_ms": round(self.median("llm"), 2),
+            "predicted_gflops": round(self.cost.total / 1e9, 3),
+            "gflops_of_none": round(self.cost.total / plain.cost.total, 4),
+        }
+
+
+class Bench:
+    """A model with random weights, and one prompt with one image of noise."""
+
+    def __init__(self, preset: Preset, device: str, dtype: torch.dtype, seed: int):
+        torch.manual_seed(seed)
+        self.model = LlavaLlamaForCausalLM(preset.model_config()).eval().to(device, dtype)
+        self.size = (2 * preset.tile, 2 * preset.tile)
+        self.pixels = torch.randn(5, 3, preset.tile, preset.tile).to(device, dtype)
+        before, after = (torch.randint(3, preset.vocab, (n,)) for n in preset.text)
+        self.ids = torch.cat([before, torch.tensor([IMAGE_TOKEN_INDEX]), after])[None].to(device)
+        self.shape = ModelShape.of(self.model.config)
+        self.image = ImageCounts.of(tile_plan(self.size, self.model.config), self.shape.side)
+        self.text = preset.text
+        self.device = torch.device(device)
+
+    def cost(self, config: AdaVConfig) -> Cost:
+        return predict(self.shape, config, [self.image], sum(self.text), [self.text[1]])
+
+    @torch.inference_mode()
+    def prefill(self, config: AdaVConfig):
+        """(milliseconds per stage, what generate() returns with its logits and cache)."""
+        clock = StageClock(self.device)
+        prepared = self.model.prepare(self.ids, [self.pixels], [self.size], config=config)
+        with clock.stage("llm"):
+            output = self.model.generate(
+                prepared=prepared,
+                do_sample=False,
+                max_new_tokens=1,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        return {stage: 1000 * s for stage, s in {**prepared.seconds, **clock.seconds}.items()}, output
+
+    def repeat(self, entry: Entry) -> None:
+        """Time one entry once more. Exits where its output is not right: the time would be that of something else."""
+        milliseconds, output = self.prefill(entry.config)
+        cached = tuple(layer.keys.shape[-2] for layer in output.past_key_values.layers)
+        if not torch.isfinite(output.logits[0]).all():
+            sys.exit(f"{entry.name}: its logits are not finite, so no time is given")
+        if cached != entry.cost.cached:
+            sys.exit(
+                f"{entry.name}: its layers cache {cached} entries, expected are {entry.cost.cached}, so no time is given"
+            )
+        entry.times.append(milliseconds)
+
+
+def run(bench: Bench, methods: list[str], shares: list[float], repeats: int) -> list[dict]:
+    """One row per method and budget, `none` first."""
+    budgets = [max(1, int(share * bench.image.tokens + 1e-6)) for share in shares]
+    configs = [AdaVConfig(method="none")]
+    configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
+    entries = [Entry(config, bench.cost(config), []) for config in configs]
+    for repeat in range(repeats):
+        for entry in entries:
+            bench.repeat(entry)
+        print(f"repetition {repeat + 1} of {repeats}", file=sys.stderr)
+    return [entry.row(entries[0]) for entry in entries]
+
+
+def how(args: argparse.Namespace, device: str) -> dict:
+    """How the figures were made: a column each."""
+    machine = environment()
+    return {
+        "preset": args.preset,
+        "repeats": args.repeats,
+        "device": torch.cuda.get_device_name() if device == "cuda" else machine["cpu"],
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "commit": commit(),
+        "command": shlex.join(["python", "benchmarks/prefill.py", *args.given]),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def show(rows: list[dict]) -> str:
+    """The table that is printed."""
+    head = (
+        "method",
+        "tokens",
+        "layer mean",
+        "prefill ms",
+        "of none",
+        "selector ms",
+        "of none",
+        "LLM ms",
+        "GFLOPs",
+        "of none",
+    )
+    lines = [head]
+    for row in rows:
+        selector = row["selector_ms"] != ""
+        lines.append(
+            (
+                row["method"],
+                str(row["overall_tokens"]),
+                f"{row['layer_mean_tokens']:,.1f}",
+                f"{row['prefill_ms']:,.1f}",
+                f"{row['prefill_of_none']:.1%}",
+                f"{row['selector_ms']:,.1f}" if selector else "in LLM",
+                f"{row['selector_of_none']:.1%}" if selector else "",
+                f"{row['llm_ms']:,.1f}",
+                f"{row['predicted_gflops']:,.1f}",
+                f"{row['gflops_of_none']:.1%}",
+            )
+        )
+    first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))])
+        for name, *cells in lines
+    )
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    budgeted = [name for name, method in SELECTORS.items() if method.uses_budget]
+    known = ["none", *budgeted, *DROPPERS]
+    parser = argparse.ArgumentParser(prog="python benchmarks/prefill.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--methods", nargs="+", default=known, help="default: all that use a budget")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.05], help="of the image's tokens (0.05)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/prefill-<preset>-<device>.csv")
+    args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else argv
+    for method in args.methods:
+        if method not in known:
+            raise UserError(f'--methods names "{method}", allowed are {", ".join(known)}')
+    if args.repeats < 1 or not all(0 < share < 1 for share in args.shares):
+        raise UserError("--repeats is at least 1, and --shares are numbers between 0 and 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("float16" if device == "cuda" else "float32")
+    bench = Bench(PRESETS[args.preset], device, getattr(torch, args.dtype), args.seed)
+    rows = run(bench, args.methods, args.shares, args.repeats)
+    made = how(args, device)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0], *made], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **made} for row in rows)
+    output = args.output or RESULTS / f"prefill-{args.preset}-{device}.csv"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, text.getvalue())
+    print(f"{bench.image.tokens:,} vision tokens of 5 tiles, {sum(bench.text)} text tokens; medians of {args.repeats}")
+    print(
+        f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}\n\n{show(rows)}\n\n{output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

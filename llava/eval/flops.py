@@ -1,0 +1,238 @@
+"""What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
+
+    python -m llava.eval.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672] [--text-tokens 80]
+
+prints the parts for one image; a config.json is enough, no weights are read.
+
+What is counted: matrix products and the patch convolution, 2 FLOPs for each multiply-add, for one sample by itself
+(padding of a batch excluded). Attention counts queries x keys in full, S x S, although it is causal: that is what
+papers quote and what torch's flop counter sees under the MATH backend; a causal kernel does about half of the part
+`attention`. Grouped heads: keys and values are projected for the KV heads, and attended by all query heads. What is not
+a matrix product is not counted (norms, activations, softmax, RoPE); what a method does of that kind is listed apart,
+in elements (method_costs.py). A sliding window is taken to be longer than the prompt.
+
+    cost = predict(ModelShape.of(model.config), config, [ImageCounts.of(plan, side)], text_tokens=80, words=[45])
+    cost.parts, cost.total, cost.layer_mean, cost.decode(step=1), cost.kv_bytes(element_size=2)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.errors import UserError, exits_cleanly
+from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, MethodCost, SelectorCase, together
+from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
+from llava.mm_utils import tile_plan
+from llava.model.token_selection import SELECTORS
+
+try:
+    from llava.model.token_dropping import DROPPERS, make_dropper
+except ModuleNotFoundError:  # methods inside the LLM are not part of this version
+    DROPPERS = {}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One sample's prefill.
+
+    parts       FLOPs: vision_tower, cls_row, projector, method (what selects or drops tokens), projections (q, k, v and
+                output), attention (scores and weighted sum), mlp, lm_head
+    elements    what the method does beside matrix products: kind -> elements
+    cached      [L] entries of each layer's KV cache after prefill
+    layer_mean  image tokens in a layer's attention, mean over layers
+    """
+
+    shape: ModelShape
+    parts: dict[str, int]
+    cached: tuple[int, ...]
+    layer_mean: float
+    elements: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """FLOPs from pixels to the first token."""
+        return sum(self.parts.values())
+
+    def decode(self, step: int = 1) -> dict[str, int]:
+        """FLOPs of the step-th decode step by part, counted from 1: one token reads all that is cached, and itself."""
+        return decode(self.shape, [entries + step - 1 for entries in self.cached])
+
+    def kv_bytes(self, element_size: int, steps: int = 0) -> int:
+        """Bytes of the sample's own KV entries after prefill and `steps` decode steps, without padding."""
+        return sum(entries + steps for entries in self.cached) * self.shape.kv_entry(element_size)
+
+
+def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0) -> int:
+    """Bytes that the cache of a batch occupies: in each layer every row is as long as the longest one."""
+    longest = [max(cost.cached[layer] for cost in costs) + steps for layer in range(costs[0].shape.layers)]
+    return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)
+
+
+def vision(shape: ModelShape, tiles: int) -> dict[str, int]:
+    """FLOPs of the tower up to the layer whose features are used, of its one [CLS] row, and of the projector."""
+    tokens, width = shape.tile_patches + 1, shape.tower_width
+    layer = 4 * product(tokens, width, width) + 2 * product(tokens, width, tokens)
+    layer += 2 * product(tokens, width, shape.tower_mlp)
+    patches = product(shape.tile_patches, 3 * shape.patch**2, width)
+    return {
+        "vision_tower": tiles * (patches + shape.tower_layers * layer),
+        "cls_row": tiles * product(1, width, tokens),
+        "projector": shape.projected(tiles * shape.tile_patches),
+    }
+
+
+def language_model(
+    shape: ModelShape, text_tokens: int, seen: Sequence[tuple[int, int]], logits: int = 1
+) -> dict[str, int]:
+    """FLOPs of the LLM's prefill.
+
+    seen: per layer, image tokens in its attention (as queries, keys and values) and in its MLP, which are fewer where a
+    method cuts inside the layer. logits: positions that the head is computed for; generate() asks for the last one.
+    """
+    if len(seen) != shape.layers:
+        raise ValueError(f"token counts of {len(seen)} layers for an LLM of {shape.layers}")
+    parts = [
+        _layer(shape, text_tokens + attended, text_tokens + attended, text_tokens + left) for attended, left in seen
+    ]
+    return _sum(parts) | {"lm_head": product(logits, shape.width, shape.vocab)}
+
+
+def decode(shape: ModelShape, cached: Sequence[int]) -> dict[str, int]:
+    """FLOPs of one decode step by part. cached: [L] entries that the new token reads beside its own, in each layer."""
+    return _sum([_layer(shape, 1, entries + 1, 1) for entries in cached]) | {
+        "lm_head": product(1, shape.width, shape.vocab)
+    }
+
+
+def _layer(shape: ModelShape, queries: int, keys: int, left: int) -> dict[str, int]:
+    """One LLM layer: `queries` tokens enter and attend to `keys` entries, `left` of them go on to the MLP."""
+    inner = shape.heads * shape.head
+    return {
+        "projections": product(queries, shape.width, 2 * inner + 2 * shape.kv_heads * shape.head),
+        "attention": 2 * product(queries, inner, keys),
+        "mlp": 3 * product(left, shape.width, shape.mlp),
+    }
+
+
+def _sum(parts: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def predict(
+    shape: ModelShape,
+    config: AdaVConfig,
+    images: Sequence[ImageCounts],
+    text_tokens: int,
+    words: Sequence[int],
+    kept: Sequence[int] | None = None,
+    logits: int = 1,
+) -> Cost:
+    """The cost of one sample under a configuration.
+
+    images: each as it is before selection. text_tokens: the prompt's tokens that are no image tokens.
+    words: per image, how many of those the method may read. kept: per image, tokens that enter the LLM; None takes what
+    the configuration asks for. logits: see language_model.
+    """
+    drops = config.method in DROPPERS
+    method = DROPPERS[config.method] if drops else SELECTORS[config.method]
+    options = config.options_of(method)
+    if kept is None:
+        kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
+    if drops:
+        seen, extra = _dropping(shape, config, options, text_tokens, words, kept)
+    else:
+        seen = [(sum(kept), sum(kept))] * shape.layers
+        cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
+        # Where everything is kept, no method is asked.
+        asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
+        extra = together(SELECTOR_COSTS[config.method](case) for case in asked)
+    tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
+    return Cost(
+        shape,
+        vision(shape, tiles) | {"method": extra.flops} | language_model(shape, text_tokens, seen, logits),
+        cached=tuple(text_tokens + attended for attended, _ in seen),
+        layer_mean=sum(attended for attended, _ in seen) / shape.layers,
+        elements=extra.elements,
+    )
+
+
+def _kept(method: type, budget: int, image: ImageCounts) -> int:
+    """Tokens of one image that a selector keeps which has no option that says otherwise."""
+    if method.uses_budget:
+        return image.kept(budget)
+    return image.tokens if method.needs_image else 0
+
+
+def _dropping(
+    shape: ModelShape, config: AdaVConfig, options: dict, text_tokens: int, words: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[tuple[int, int]], MethodCost]:
+    """What each layer sees of all images together under a method inside the LLM, and the cost of that method.
+
+    The method's own plan says it, which the decoder loop obeys: no request has to run for it.
+    """
+    dropper = make_dropper(config.method, **options)
+    cuts = [dropper.cuts(n, config.overall_tokens, shape.layers) for n in tokens]
+    of_images = [dropper.schedule(n, config.overall_tokens, shape.layers) for n in tokens]
+    seen = [
+        (sum(image[layer].attention for image in of_images), sum(image[layer].mlp for image in of_images))
+        for layer in range(shape.layers)
+    ]
+    return seen, DROPPER_COSTS[config.method](DropperCase(shape, text_tokens, words, tokens, cuts, seen))
+
+
+def table(cost: Cost, plain: Cost) -> str:
+    """The parts of a cost beside those of the plain model, in GFLOPs."""
+    lines = [("part", "GFLOPs", "share", "none", "of none")]
+    rows = [*((name, flops, plain.parts[name]) for name, flops in cost.parts.items())]
+    rows.append(("prefill, all", cost.total, plain.total))
+    rows.append(("a decode step", sum(cost.decode().values()), sum(plain.decode().values())))
+    for name, flops, before in rows:
+        share = f"{flops / cost.total:.1%}" if name in cost.parts else ""
+        of_none = f"{flops / before:.1%}" if before else ""
+        lines.append((name, f"{flops / 1e9:,.3f}", share, f"{before / 1e9:,.3f}", of_none))
+    first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))])
+        for name, *cells in lines
+    )
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.flops", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="folder or hub name; of a folder, config.json is enough")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(672, 672), metavar=("W", "H"), help="in pixels")
+    parser.add_argument("--text-tokens", type=int, default=80, help="tokens of the prompt beside the image (80)")
+    parser.add_argument("--question-tokens", type=int, help="how many of them follow the image (half)")
+    parser.add_argument("--element-size", type=int, default=2, help="bytes per number of the KV cache (2)")
+    parser.add_argument("--config", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
+    add_config_flags(parser)
+    args = parser.parse_args(argv)
+    words = args.text_tokens // 2 if args.question_tokens is None else args.question_tokens
+    if not 0 <= words <= args.text_tokens:
+        raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
+    config = AdaVConfig.load(args.config, **config_overrides(args))
+    model_config = read_config(args.checkpoint)
+    shape = ModelShape.of(model_config)
+    plan = tile_plan(args.image_size, model_config, config.option("anyres"))
+    image = ImageCounts.of(plan, shape.side)
+    plain, cost = (
+        predict(shape, asked, [image], args.text_tokens, [words]) for asked in (AdaVConfig(method="none"), config)
+    )
+    print(
+        f"{args.checkpoint}, method {config.method}: {image.tokens:,} vision tokens of {plan.tiles} tiles -> "
+        f"{cost.layer_mean:,.1f} in the mean layer, {args.text_tokens} text tokens\n\n{table(cost, plain)}\n"
+    )
+    print("2 FLOPs per multiply-add; attention in full, S x S: a causal kernel does about half of that part")
+    kept, before = (of.kv_bytes(args.element_size) for of in (cost, plain))
+    print(f"KV cache after prefill: {kept / 1e6:,.1f} MB, {before / 1e6:,.1f} MB with none")
+    if cost.elements:
+        others = ", ".join(f"{kind} over {n:,} elements" for kind, n in cost.elements.items())
+        print(f"beside matrix products: {others}")
+
+
+if __name__ == "__main__":
+    main()
