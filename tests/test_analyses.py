@@ -91,7 +91,7 @@ def test_dispersion(checkpoint, data, tmp_path, capsys):
     for source in sources:
         here = [float(row["attention"]) for row in positions if (row["source"], row["layer"]) == source]
         assert len(here) == attention_dispersion.BINS and np.mean(here) == pytest.approx(1, abs=1e-5)
-    assert Image.open(tmp_path / "attention_dispersion.png").width == 1800
+    assert Image.open(tmp_path / "attention_dispersion.png").width == 1200
     assert str(tmp_path / "attention_dispersion.png") in capsys.readouterr().out
 
 
@@ -107,7 +107,7 @@ def test_share(checkpoint, data, tmp_path):
     for step in range(5):
         *each, mean = [float(row["image"]) for row in rows if row["step"] == str(step)]
         assert mean == pytest.approx(np.mean(each), abs=1e-5)
-    assert Image.open(tmp_path / "attention_share.png").width == 1800
+    assert Image.open(tmp_path / "attention_share.png").width == 1200
 
 
 @pytest.mark.parametrize("command", [attention_dispersion, attention_share])

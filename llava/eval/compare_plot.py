@@ -10,14 +10,10 @@ from llava.config import method_names
 from llava.eval.compare_table import summary
 from llava.eval.plots import FAINT, INK, log_ticks, look, panels, save, style
 
-# Field of a row, label of the x axis, and by which share of x the methods are moved apart.
-_AXES = (
-    ("layer_mean", "vision tokens per image, mean over the layers of the LLM (log)", 0.26),
-    ("prefill_flops", "FLOPs per question from pixels to the first token (log)", 0.08),
-)
+_SPREAD = 0.26  # of x, by which the methods are moved apart where they have bars
 CAPTION = (
-    "Dashed: methods that drop tokens inside the LLM. Bars: 95 % bootstrap over pictures. random: mean over seeds. Methods are "
-    "moved apart sideways, by up to 13 % (tokens) and 4 % (FLOPs), so that bars do not hide each other.",
+    "Dashed: methods that drop tokens inside the LLM. random: mean over seeds. Bars: 95 % bootstrap over pictures; on the "
+    "left, methods are moved apart sideways by up to 13 %, so that bars do not hide each other; on the right, places are exact.",
     "Caveat: these are small models trained on drawn shapes with a loss on the very cosine that text-guided selection (t2i, "
     "mix, adav and its kin) reads, so text guidance is flattered. The plot shows what pruning costs on this task; it is "
     "no evidence for one method over another on real data.",
@@ -32,17 +28,26 @@ def draw(rows: list[dict], path: Path) -> None:
     methods = [name for name in dict.fromkeys(order) if any(r["method"] == name and r["budget_percent"] for r in rows)]
     styles = _styles(methods)
     with style():
-        figure, axes = panels(len(checkpoints), len(_AXES), height=4.4, sharey="row")
+        figure, axes = panels(len(checkpoints), 2, height=4.4, sharey="row")
+        legend = {}
         for checkpoint, (left, right) in zip(checkpoints, axes, strict=True):
             here = [row for row in rows if row["checkpoint"] == checkpoint]
-            for axis, (name, label, spread) in zip((left, right), _AXES, strict=True):
-                _panel(axis, here, name, spread, methods, styles)
-                axis.set_xlabel(label)
-            count = f"{here[0]['questions']:.0f} questions about {here[0]['pictures']:.0f} pictures"
-            left.set_title(f"{checkpoint}: {count}")
+            for n, name in enumerate(methods):
+                points = [row for row in here if row["method"] == name]
+                aside = (1 + _SPREAD) ** (n / max(1, len(methods) - 1) - 0.5)
+                if points:
+                    legend[name] = _line(left, points, "layer_mean", styles[name], aside, bars=True)
+                    _line(right, points, "prefill_flops", styles[name])
+            _ends(left, here, "layer_mean")
+            _ends(right, here, "prefill_flops")
+            left.set_xlabel("vision tokens per image, mean over the layers of the LLM (log)")
+            right.set_xlabel("FLOPs per question, from pixels to the first token (log)")
+            left.set_title(
+                f"{checkpoint}: {here[0]['questions']:.0f} questions about {here[0]['pictures']:.0f} pictures"
+            )
             left.set_ylabel("accuracy (%)")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", title="method", handlelength=2.6, labelspacing=0.7)
+        legend = {name: legend[name] for name in methods}
+        figure.legend(legend.values(), legend, loc="outside right upper", title="method", handlelength=3)
         save(figure, path, CAPTION)
 
 
@@ -59,29 +64,29 @@ def _inside_the_llm(rows: list[dict]) -> bool:
     return any(abs(row["layer_mean"] - row["tokens_after"]) > 0.01 for row in rows)
 
 
-def _panel(axis: Axes, rows: list[dict], x: str, spread: float, methods: list[str], styles: dict[str, dict]) -> None:
-    for n, name in enumerate(methods):
-        points = sorted((row for row in rows if row["method"] == name), key=lambda row: row[x])
-        if not points:
-            continue
-        aside = (1 + spread) ** (n / max(1, len(methods) - 1) - 0.5)
-        accuracy = [100 * row["accuracy"] for row in points]
-        bars = [[100 * abs(row["accuracy"] - row["accuracy_" + end]) for row in points] for end in ("low", "high")]
-        drawn = axis.errorbar(
-            [aside * row[x] for row in points],
-            accuracy,
-            yerr=bars,
-            label=name,
-            linestyle="--" if _inside_the_llm(points) else "-",
-            markersize=6,
-            markeredgecolor="white" if styles[name]["marker"] != "x" else None,
-            markeredgewidth=0.6 if styles[name]["marker"] != "x" else 1.5,
-            elinewidth=1,
-            zorder=4 if name == "adav" else 3,
-            **styles[name],
-        )
-        for bar in drawn[2]:
-            bar.set_alpha(0.45)
+def _line(axis: Axes, points: list[dict], x: str, look_: dict, aside: float = 1.0, bars: bool = False):
+    """One method's points; returns what stands for it in the legend."""
+    points = sorted(points, key=lambda row: row["budget_percent"])
+    across, up = [aside * row[x] for row in points], [100 * row["accuracy"] for row in points]
+    if bars:
+        low, high = ([100 * row["accuracy_" + end] for row in points] for end in ("low", "high"))
+        axis.vlines(across, low, high, color=look_["color"], linewidth=1, alpha=0.45)
+    crossed = look_["marker"] == "x"
+    (line,) = axis.plot(
+        across,
+        up,
+        linestyle="--" if _inside_the_llm(points) else "-",
+        markersize=6,
+        markeredgecolor=look_["color"] if crossed else "white",
+        markeredgewidth=1.5 if crossed else 0.6,
+        zorder=4 if look_["color"] == "black" else 3,
+        **look_,
+    )
+    return line
+
+
+def _ends(axis: Axes, rows: list[dict], x: str) -> None:
+    """The two ends of the scale as lines across, and where on x all tokens are."""
     for name, dashes, text in (("none", "--", "all tokens"), ("no_image", ":", "no image")):
         for row in (row for row in rows if row["method"] == name):
             height = 100 * row["accuracy"]

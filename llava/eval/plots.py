@@ -21,8 +21,8 @@ from llava.eval.files import told_when_unwritable
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#8a8a8a"
-WIDTH = 12.0  # inches; at DPI that is 1800 pixels, and letters are still read at 1200
-DPI = 150
+WIDTH = 12.0  # inches: 1200 pixels
+DPI = 100
 _LINE = 0.2  # inches that a line of the caption takes
 _LETTERS = 165  # of the caption in a line
 _UNITS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"))
@@ -61,6 +61,7 @@ def shades(number: int) -> list[tuple]:
 def panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, list[list[Axes]]]:
     """A figure of rows x columns panels, each row `height` inches high. options: for Figure.subplots."""
     figure = Figure(figsize=(WIDTH, rows * height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
     return figure, figure.subplots(rows, columns, squeeze=False, **options).tolist()
 
 
