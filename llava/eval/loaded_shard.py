@@ -19,7 +19,8 @@ from llava.eval.answers import AnswerFile
 from llava.eval.measure import FirstToken, kv_bytes, peak_memory
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import StageClock
+from llava.model.llava_arch import PreparedPrompt, StageClock
+from llava.model.token_dropping.plan import layer_mean
 
 
 class LoadedShard:
@@ -102,7 +103,11 @@ class LoadedShard:
         seconds = {**clock.seconds, **prepared.seconds, "prefill": prefill, "decode": decode}
         tokens = [self._cut(ids) for ids in output.sequences.tolist()]
         memory = kv_bytes(
-            output.past_key_values, self.model.config, prepared.attention_mask, [len(ids) for ids in tokens]
+            output.past_key_values,
+            self.model.config,
+            prepared.attention_mask,
+            [len(ids) for ids in tokens],
+            prepared.dropping,
         )
         for i, sample in enumerate(readable):
             rows.append(
@@ -110,7 +115,7 @@ class LoadedShard:
                     "key": sample["key"],
                     "answer": self.tokenizer.decode(tokens[i], skip_special_tokens=True).strip(),
                     "total": [selection.total for selection in prepared.selections[i]],
-                    "kept": [len(selection.indices) for selection in prepared.selections[i]],
+                    **vision_tokens(prepared, i),
                     "new_tokens": len(tokens[i]),
                     "conversation": conversation,
                     # Shares of the batch: summed over all samples they are the time of the run.
@@ -161,6 +166,18 @@ class LoadedShard:
             if token in self.ends:
                 return ids[: i + 1]
         return ids
+
+
+def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
+    """Per image of a row: vision tokens left after the last cut, and those that a layer sees in the mean over layers."""
+    dropping, selections = prepared.dropping, prepared.selections[row]
+    if dropping is None:
+        kept = [len(selection.indices) for selection in selections]
+        return {"kept": kept, "layer_mean": kept}
+    return {
+        "kept": [dropping.left(row, image) for image in range(len(selections))],
+        "layer_mean": [round(layer_mean(dropping.schedule(row, image)), 4) for image in range(len(selections))],
+    }
 
 
 class UnreadableImage(Exception):

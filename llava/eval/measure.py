@@ -36,31 +36,34 @@ class FirstToken(StoppingCriteria):
         return time.perf_counter()
 
 
-def kv_bytes(cache, config, attention_mask: Tensor, new_tokens: list[int]) -> list[dict[str, int]]:
+def kv_bytes(cache, config, attention_mask: Tensor, new_tokens: list[int], dropping=None) -> list[dict[str, int]]:
     """Per row of a batch, at the end of generation: bytes of its KV cache.
 
     attention_mask: [B, S] of the prompt that entered the LLM. new_tokens: tokens that each row generated.
+    dropping: the prompt's, where its vision tokens went between layers: caches then differ from layer to layer.
     kv_bytes_live       entries of the row's own tokens, measured on the cache; padding excluded
     kv_bytes_allocated  the row's share of what the cache's tensors occupy
-    kv_bytes_predicted  live, from the configuration alone: layers x KV heads x head size x 2 x bytes x tokens
+    kv_bytes_predicted  live, from the configuration alone: KV heads x head size x 2 x bytes x tokens, over all layers
     """
-    rows = attention_mask.shape[0]
+    rows, layers = attention_mask.shape[0], config.num_hidden_layers
+    whole = attention_mask.sum(dim=1).tolist()
+    prompts = [[n] * layers for n in whole] if dropping is None else [dropping.cached(row) for row in range(rows)]
     # The last new token is never fed back, and what a batch feeds a row after its end is padding.
-    tokens = [n + max(new - 1, 0) for n, new in zip(attention_mask.sum(dim=1).tolist(), new_tokens, strict=True)]
+    tokens = [[n + max(new - 1, 0) for n in prompt] for prompt, new in zip(prompts, new_tokens, strict=True)]
     live, allocated = [0] * rows, 0
-    for layer in cache.layers:
+    for number, layer in enumerate(cache.layers):
         for tensor in (layer.keys, layer.values):
             allocated += tensor.untyped_storage().nbytes()
             entry = tensor.nbytes // (rows * tensor.shape[-2])
-            live = [bytes_ + entry * n for bytes_, n in zip(live, tokens, strict=True)]
+            live = [bytes_ + entry * n[number] for bytes_, n in zip(live, tokens, strict=True)]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = config.num_hidden_layers * heads * head * 2 * cache.layers[0].keys.element_size()
+    per_entry = heads * head * 2 * cache.layers[0].keys.element_size()
     return [
         {
             "kv_bytes_live": live[i],
             "kv_bytes_allocated": allocated // rows,
-            "kv_bytes_predicted": per_token * tokens[i],
+            "kv_bytes_predicted": per_entry * sum(tokens[i]),
         }
         for i in range(rows)
     ]

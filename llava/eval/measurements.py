@@ -10,12 +10,14 @@ STAGES = ("image_decode", "vision_tower", "projector", "selection", "splice", "p
 def summarise(rows: list[dict]) -> dict:
     """Measurements of a whole run, over all its sessions, from the rows of its answered samples.
 
-    Tokens are means per image; seconds are summed over all shards; KV bytes are per sample at the end of generation.
+    Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
+    layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation.
     """
     if not rows:
         return {}
     before = [n for row in rows for n in row["total"]]
     after = [n for row in rows for n in row["kept"]]
+    seen = [n for row in rows for n in row.get("layer_mean", row["kept"])]
     seconds: dict[str, float] = defaultdict(float)
     for row in rows:
         for stage, value in row["seconds"].items():
@@ -24,7 +26,12 @@ def summarise(rows: list[dict]) -> dict:
     report = {
         "answered": len(rows),
         "conversation": sorted({row["conversation"] for row in rows}),
-        "vision_tokens_per_image": {"before": _mean(before), "after": _mean(after), "images": len(after)},
+        "vision_tokens_per_image": {
+            "before": _mean(before),
+            "after": _mean(after),
+            "layer_mean": _mean(seen),
+            "images": len(after),
+        },
         "new_tokens": {
             "mean": _mean([row["new_tokens"] for row in rows]),
             "total": sum(row["new_tokens"] for row in rows),
