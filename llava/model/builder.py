@@ -11,14 +11,14 @@ import warnings
 
 import torch
 
-from llava.config import AdaVConfig
+from llava.config import AdaVConfig, method_class
 from llava.conversation import default_conv_mode, turn_markers
 from llava.errors import UserError
 from llava.model.checkpoint import Checkpoint
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
-from llava.model.token_selection import SELECTORS
+from llava.model.token_dropping import dropper_names, make_dropper
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -43,16 +43,20 @@ def load_pretrained_model(
     """
     config = config or AdaVConfig(method="none")
     config.refuse_unbuilt()
+    method = method_class(config.method)
+    dropper = make_dropper(config.method, **config.options_of(method)) if config.method in dropper_names() else None
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
     source = Checkpoint.open(model_path, model_base)
     model_config = source.model_config()
     model_config.mm_anyres = config.option("anyres")
+    if dropper is not None:
+        dropper.check(model_config)
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
     model.adav_config = config
-    for name in config.unused_options(SELECTORS[config.method]):
+    for name in config.unused_options(method):
         warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=2)
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
@@ -73,4 +77,3 @@ def _dtype(torch_dtype, on_gpu: bool):
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f'torch_dtype is "{torch_dtype}", allowed are "auto", "float32", "float16", "bfloat16"')
     return found
-
