@@ -87,6 +87,13 @@ OPTION_RULES: dict[str, Rule] = {
     "temperature": Rule("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
     "compat": Rule('"public" or null', lambda v: v is None or v == "public"),
     "seed": _whole(0),
+    "dominant": _whole(1),
+    "contextual": _whole(0),
+    "relevance": _one_of("clip", "embeddings"),
+    "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
+    "theta": RATE,
+    "alpha": Rule("a number of at least 0", lambda v: _is_number(v) and 0 <= v < float("inf")),
+    "strength": Rule("a number of at least 0", lambda v: _is_number(v) and 0 <= v < float("inf")),
     "positions": _one_of("reindexed", "original"),
     "text_scope": _one_of("after", "turn"),
     "anyres": _one_of("official", "fastervlm"),
@@ -181,6 +188,14 @@ class AdaVConfig:
                 raise ConfigError(
                     f'{where}: "options.{name}" states what is kept, so "options.budget" cannot be "mean" beside it'
                 )
+        if ("dominant" in self.options) != ("contextual" in self.options):
+            raise ConfigError(
+                f'{where}: "options.dominant" and "options.contextual" go together, but only one of them is set'
+            )
+        if self.options.get("relevance") == "clip" and "text_tower" not in self.options:
+            raise ConfigError(
+                f'{where}: "options.relevance" is "clip", but "options.text_tower" does not name a CLIP checkpoint'
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike | None = None, **overrides) -> AdaVConfig:
@@ -228,6 +243,14 @@ class AdaVConfig:
         """Options that neither `method` nor the path around it takes: worth a warning, they change nothing."""
         common = set(COMMON_OPTIONS) - set(getattr(method, "ignored_options", ()))
         return sorted(set(self.options) - common - set(self.options_of(method)))
+
+    def refuse_misfits(self, method: type) -> None:
+        """ConfigError where an option of the path around the selector asks for what `method` cannot give."""
+        if self.option("positions") == "original" and getattr(method, "makes_tokens", False):
+            raise ConfigError(
+                f'"options.positions" is "original", but method "{self.method}" makes tokens that stood nowhere in the '
+                'image; allowed is "reindexed"'
+            )
 
     def refuse_unbuilt(self) -> None:
         """Say so, rather than measure something else, where a switch asks for what this version does not do."""

@@ -83,6 +83,16 @@ BAD = [
     ({"options": {"text_scope": "all"}}, ["options.text_scope", "after", "turn"]),
     ({"options": {"anyres": "fast"}}, ["options.anyres", "official", "fastervlm"]),
     ({"options": {"compat": "public", "anyres": "official"}}, ["compat", "anyres"]),
+    ({"options": {"dominant": 0, "contextual": 10}}, ["options.dominant", "0", "at least 1"]),
+    ({"options": {"dominant": 54, "contextual": 10.0}}, ["options.contextual", "10.0", "whole number"]),
+    ({"options": {"dominant": 54}}, ["options.dominant", "options.contextual", "together"]),
+    ({"options": {"contextual": 10}}, ["options.dominant", "options.contextual", "together"]),
+    ({"options": {"relevance": "cosine"}}, ["options.relevance", "cosine", "clip", "embeddings"]),
+    ({"options": {"relevance": "clip"}}, ["options.relevance", "options.text_tower"]),
+    ({"options": {"text_tower": " "}}, ["options.text_tower", "CLIP"]),
+    ({"options": {"theta": 1}}, ["options.theta", "1", "below 1"]),
+    ({"options": {"alpha": -0.5}}, ["options.alpha", "-0.5", "at least 0"]),
+    ({"options": {"strength": "1"}}, ["options.strength", '"1"', "at least 0"]),
     ('{"method": "adav", // the method\n "overall_tokens": 144}', ["line 1, column 20", "comments"]),
     ('{\n  "method": "adav",\n  # tokens\n  "overall_tokens": 144\n}', ["line 3, column 3", "comments"]),
     ('{"method": "adav",}', ["line 1"]),
@@ -132,7 +142,11 @@ def test_limits_themselves_are_allowed(tmp_path):
     }
     config = AdaVConfig.load(write(tmp_path, good))
     assert all(getattr(config, key) == value for key, value in good.items())
-    AdaVConfig.load(write(tmp_path, {"options": {"min_share": 0}}))
+    AdaVConfig.load(write(tmp_path, {"options": {"min_share": 0, "theta": 0, "alpha": 0, "strength": 0}}))
+    AdaVConfig.load(write(tmp_path, {"options": {"dominant": 1, "contextual": 0, "relevance": "embeddings"}}))
+    AdaVConfig.load(
+        write(tmp_path, {"options": {"text_tower": "openai/clip-vit-large-patch14-336", "relevance": "clip"}})
+    )
 
 
 def test_command_prints_the_configuration_and_imports_no_torch(tmp_path):

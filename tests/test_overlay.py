@@ -147,6 +147,19 @@ def test_dropped_patches_stay_recognisable_but_dark():
     assert np.asarray(view).mean() > 120
 
 
+@pytest.mark.parametrize("grid", [(2, 2), "pad"], ids=str)
+def test_made_tokens_are_counted_and_not_drawn(grid):
+    image, plan = make_case(grid)
+    made = (-1, -1, -1)
+    plain, merged = selection_of([(0, 2, 3)]), selection_of([made, (0, 2, 3), made, made])
+    for (_, one), (_, other) in zip(
+        kept_views(image, plan, SIDE, plain), kept_views(image, plan, SIDE, merged), strict=True
+    ):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    drawn = [np.asarray(draw_overlay(image, plan, SIDE, {"m": kept})) for kept in (plain, merged)]
+    assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn), "the line says 1 token or 4"
+
+
 def test_long_texts_and_many_methods_stay_on_the_page():
     image, plan = make_case((3, 1))
     kept = selection_of([(1, 2, 3)])

@@ -12,7 +12,8 @@ from llava.conversation import single_turn
 from llava.errors import UserError
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.token_selection import SELECTORS
+from llava.model.llava_arch import StageClock
+from llava.model.token_selection import SELECTORS, select
 
 IMAGE = IMAGE_TOKEN_INDEX
 SIZES = [(40, 30), (100, 50), (31, 90), (57, 57)]
@@ -60,7 +61,9 @@ def test_requested_is_kept_through_the_model(loaded, method):
             plain = model.prepare(torch.tensor([[1, 9, IMAGE, 10, 11]]), images, sizes, config=config("none"))
             assert torch.equal(prepared.inputs_embeds, plain.inputs_embeds)
         else:
-            assert len(kept.indices) == tokens and (kept.tile >= 0).all()
+            made = kept.indices < 0
+            assert len(kept.indices) == tokens and (kept.tile[~made] >= 0).all()
+            assert SELECTORS[method].makes_tokens or not made.any()
             assert prepared.lengths == [4 + tokens] and prepared.image_spans == [[(2, tokens)]]
 
 
@@ -71,6 +74,10 @@ def test_batch_of_four_is_four_batches_of_one(loaded, method, positions):
     prompts = [[1, 9, 8, IMAGE, 10, 11, 12], [1, IMAGE, 13], [1, 7, 9, 8, 7, IMAGE, 20, 21], [1, 5, IMAGE, 6, 7, 8, 9]]
     images, sizes = pixels(model, processor, SIZES)
     setting = config(method, 6, positions=positions)
+    if positions == "original" and SELECTORS[method].makes_tokens:
+        with pytest.raises(UserError, match=f'"original", but method "{method}" makes tokens'):
+            model.prepare(**rows(*prompts), images=images, image_sizes=sizes, config=setting)
+        return
     new = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     together = model.generate(**rows(*prompts), images=images, image_sizes=sizes, config=setting, **new)
     batch = model.last_selection
@@ -79,7 +86,27 @@ def test_batch_of_four_is_four_batches_of_one(loaded, method, positions):
             torch.tensor([prompt]), images=images[i : i + 1], image_sizes=sizes[i : i + 1], config=setting, **new
         )
         assert torch.equal(alone[0], together[i])
-        assert torch.equal(model.last_selection[0].indices, batch[i].indices)
+        kept = model.last_selection[0]
+        assert torch.equal(kept.indices, batch[i].indices) and kept.sources == batch[i].sources
+        torch.testing.assert_close(kept.features, batch[i].features)
+
+
+def test_tower_states_lie_where_the_tokens_lie(loaded):
+    _, model, processor = loaded
+    images, sizes = pixels(model, processor, SIZES)
+    tiles = [image if image.dim() == 4 else image[None] for image in images]
+    encoded = model.encode_images(tiles, StageClock(torch.device("cpu")), ("hidden", "keys"))
+    side = model.get_vision_tower().num_patches_per_side
+    for i, (features, saliency, tower) in enumerate(encoded):
+        tokens = model.image_tokens(features, saliency, tile_plan(sizes[i], model.config), 0, tower)
+        assert tower.hidden.shape[:2] == tower.keys.shape[:2] == (len(tiles[i]), 1 + side**2)
+        projected = tower.project(tokens.of_patches(tower.hidden[:, 1:]))
+        torch.testing.assert_close(projected, tokens.features[tokens.patches])
+        zipped = select("visionzip", tokens, projected[:0], 5)
+        assert zipped.indices[0] == -1 and zipped.sources[0] == []
+        torch.testing.assert_close(zipped.features[0], tower.project(tower.hidden[0, 0]))
+    plain = model.encode_images(tiles, StageClock(torch.device("cpu")))
+    assert all(tower.hidden is None and tower.keys is None for _, _, tower in plain)
 
 
 def test_images_are_consumed_in_reading_order_and_text_rows_take_none(loaded):

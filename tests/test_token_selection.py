@@ -8,59 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_tokens import WIDTH, flat_image, layout, make_image, make_text
 
 from llava.errors import UserError
 from llava.model.token_selection import SELECTORS, ImageTokens, Selector, option_names, scores, select, selector_names
 from llava.model.token_selection.adav import best_split
 from llava.model.token_selection.base import take
-from llava.model.token_selection.fastervlm import split_evenly
+from llava.model.token_selection.tiles import split_evenly
 from llava.model.token_selection.two_lists import union_of_best
 
 GRIDS = [None, (1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]  # columns x rows of crops
 BUDGETS = [1, 7, 29, 58, 144, "N", "N + 5"]
 CHOOSERS = [name for name in SELECTORS if SELECTORS[name].uses_budget]
-SIDE, WIDTH = 13, 16
-
-
-def layout(grid, side=SIDE, cut=2, newline=True):
-    """(tile, row, column) of every token in LLM order, slot by slot: the thumbnail, then the merged crops.
-
-    `cut` rows are removed at the top and the bottom of wide grids, columns at both sides of the others.
-    """
-    slots = [(0, r, c) for r in range(side) for c in range(side)]
-    if grid is None:
-        return slots + ([(-1, side, -1)] if newline else [])
-    across, down = grid
-    top, left = (cut, 0) if across > down else (0, cut)
-    for r in range(top, down * side - top):
-        for c in range(left, across * side - left):
-            slots.append((1 + (r // side) * across + c // side, r % side, c % side))
-        if newline:
-            slots.append((-1, r - top, -1))
-    return slots
-
-
-def make_image(grid=(2, 2), seed=0, dtype=torch.float32, width=WIDTH, key=0, **layout_options):
-    tile, row, column = torch.tensor(layout(grid, **layout_options)).T
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(len(tile), width, generator=generator).to(dtype)
-    saliency = torch.rand(len(tile), generator=generator) ** 4 / 100
-    saliency[tile < 0] = math.nan
-    return ImageTokens(features, saliency, tile, row, column, key)
-
-
-def make_text(words=6, seed=1, width=WIDTH):
-    return torch.randn(words, width, generator=torch.Generator().manual_seed(seed))
-
-
-def flat_image(features, saliency):
-    """One row of patches, for hand-worked cases."""
-    n = len(features)
-    zeros = torch.zeros(n, dtype=torch.long)
-    return ImageTokens(torch.as_tensor(features), torch.as_tensor(saliency), zeros, zeros, torch.arange(n))
-
-
 # --- every method ----------------------------------------------------------------------------------------------------
+
+
+def check_indices(name, kept, everything=False):
+    """(which kept tokens are patches, their indices), after a look at the order of `indices` (decision 4)."""
+    patch = kept.indices >= 0
+    indices = kept.indices[patch]
+    if SELECTORS[name].makes_tokens and not everything:
+        assert len(indices.unique()) == len(indices), "distinct"
+        merged = [index for source in kept.sources for index in source]
+        assert len(kept.sources) == int((~patch).sum()) and not set(merged) & set(indices.tolist())
+        assert len(set(merged)) == len(merged), "a patch goes into one token"
+    else:
+        assert patch.all() and (indices[1:] > indices[:-1]).all(), "ascending and distinct"
+        assert kept.sources == []
+    return patch, indices
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -71,15 +46,17 @@ def test_requested_is_kept(name, grid, budget):
     n, patches = len(image.tile), int((image.tile >= 0).sum())
     budget = {"N": n, "N + 5": n + 5}.get(budget, budget)
     kept = select(name, image, text, budget)
-    indices = kept.indices
-    assert len(indices) == (n if budget >= patches else budget)
-    assert (indices[1:] > indices[:-1]).all(), "ascending and distinct"
+    assert len(kept.indices) == len(kept.features) == (n if budget >= patches else budget)
+    patch, indices = check_indices(name, kept, everything=budget >= patches)
     assert budget >= patches or (image.tile[indices] >= 0).all(), "newline tokens are no candidates"
-    assert torch.equal(kept.features, image.features[indices])
+    assert torch.equal(kept.features[patch], image.features[indices])
     assert kept.total == n
     for field in ("tile", "row", "column"):
-        assert torch.equal(getattr(kept, field), getattr(image, field)[indices])
-    assert torch.equal(kept.saliency.nan_to_num(-1), image.saliency[indices].nan_to_num(-1))
+        assert torch.equal(getattr(kept, field)[patch], getattr(image, field)[indices])
+        assert (getattr(kept, field)[~patch] == -1).all()
+    assert torch.equal(kept.saliency[patch].nan_to_num(-1), image.saliency[indices].nan_to_num(-1))
+    assert kept.saliency[~patch].isnan().all()
+    assert kept.features.isfinite().all() and kept.features.dtype == image.features.dtype
 
 
 @pytest.mark.parametrize("name", CHOOSERS)
@@ -119,7 +96,7 @@ def test_shuffled_tokens_and_words_give_the_same_patches(name, grid):
     image, text = make_image(grid), make_text()
     order = torch.randperm(len(image.tile), generator=torch.Generator().manual_seed(3))
     fields = (image.features, image.saliency, image.tile, image.row, image.column)
-    shuffled = ImageTokens(*(field[order] for field in fields))
+    shuffled = ImageTokens(*(field[order] for field in fields), tower=image.tower)
     assert places(select(name, shuffled, text.flip(0), 58)) == places(select(name, image, text, 58))
 
 
@@ -149,23 +126,27 @@ def test_scores_do_not_depend_on_the_dtype(dtype):
 @pytest.mark.parametrize("name", CHOOSERS)
 def test_degenerate_input_still_gives_the_budget(name, budget, spoil):
     image, text = make_image((2, 1), dtype=torch.float16), make_text().half()
-    if spoil == "nan":
-        image.features[::3] = math.nan
-    elif spoil == "inf":
-        image.features[::3, 0] = math.inf
-    elif spoil == "zero":
-        image.features.zero_()
-    elif spoil == "equal":
-        image.features[:] = image.features[0]
-        image.saliency[image.tile >= 0] = 0.001
-    elif spoil == "no saliency":
+    states = (image.features, image.tower.hidden.flatten(0, 1), image.tower.keys.flatten(0, 1))
+    if spoil == "no saliency":
         image.saliency[:] = math.nan
-    elif spoil == "huge":
-        image.features *= 1e4  # the squared norm overflows in half precision
-    else:
+    elif spoil == "equal":
+        image.saliency[image.tile >= 0] = 0.001
+    elif "text" in spoil:
         text[:] = 0 if spoil == "zero text" else math.nan
-    kept = select(name, image, text, budget).indices
-    assert len(kept.unique()) == budget and (image.tile[kept] >= 0).all()
+    for state in states:
+        if spoil == "nan":
+            state[::3] = math.nan
+        elif spoil == "inf":
+            state[::3, 0] = math.inf
+        elif spoil == "zero":
+            state.zero_()
+        elif spoil == "equal":
+            state[:] = state[0].clone()
+        elif spoil == "huge":
+            state *= 1e4  # the squared norm overflows in half precision
+    kept = select(name, image, text, budget)
+    patch, indices = check_indices(name, kept)
+    assert len(kept.indices) == budget and (image.tile[indices] >= 0).all()
 
 
 def test_a_broken_patch_is_chosen_last_by_text():
@@ -188,7 +169,7 @@ def test_without_text_saliency_decides(name):
 def test_names_need_no_torch():
     code = (
         "import sys; import llava.model.token_selection as s; names = s.selector_names();"
-        "assert {'adav', 't2i', 'cls', 'mix', 'fastervlm', 'random', 'none', 'no_image'} <= set(names), names;"
+        "assert {'adav', 'visionzip', 'divprune', 'scope', 'random', 'none', 'no_image'} <= set(names), names;"
         "assert 'torch' not in sys.modules;"
         "s.SELECTORS; assert 'torch' in sys.modules; assert tuple(s.SELECTORS) == names"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from llava.model.checkpoint import Checkpoint
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
-from llava.model.token_dropping import dropper_names, make_dropper
+from llava.model.token_dropping import dropper_names
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -44,15 +45,16 @@ def load_pretrained_model(
     config = config or AdaVConfig(method="none")
     config.refuse_unbuilt()
     method = method_class(config.method)
-    dropper = make_dropper(config.method, **config.options_of(method)) if config.method in dropper_names() else None
+    config.refuse_misfits(method)
+    chosen = method(**config.options_of(method))
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
     source = Checkpoint.open(model_path, model_base)
     model_config = source.model_config()
     model_config.mm_anyres = config.option("anyres")
-    if dropper is not None:
-        dropper.check(model_config)
+    if config.method in dropper_names():
+        chosen.check(model_config)
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
     model.adav_config = config
@@ -64,6 +66,9 @@ def load_pretrained_model(
         model_config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
     if tokenizer is not None:
         model.turn_markers = turn_markers(default_conv_mode(model_config, tokenizer), tokenizer)
+        model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
+    if "text_cosine" in chosen.tower_states:
+        model.text_tower(config.options["text_tower"])
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
 

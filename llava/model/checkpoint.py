@@ -180,7 +180,7 @@ class Checkpoint:
             vocabulary = _read_json(folder / "config.json", f"{folder}: no config.json").get("vocab_size")
             wanted, config.vocab_size = config.vocab_size, vocabulary or config.vocab_size
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 model, info = model_class.from_pretrained(
                     folder,
                     config=config,
@@ -263,7 +263,7 @@ class Checkpoint:
             raise UserError(f"{self.folder}: has no weights for its vision tower, and config.json names no mm_vision_tower")
         folder = self.tower_folder if _weight_files(self.tower_folder) else checkpoint_folder(name)
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 tower = CLIPVisionModel.from_pretrained(folder, weights_only=True)
         except Exception as error:  # as above
             raise UserError(f"{folder}: the vision tower cannot be loaded ({first_line(error)})") from error
@@ -285,7 +285,7 @@ def _fill(model, weights: dict, where: Path) -> set[str]:
 
 
 @contextmanager
-def _quiet_loading():
+def quiet_loading():
     """transformers reports weights that it did not find, which are loaded afterwards or refused here; no alarm for those.
 
     It draws its loading bar into log files too: a log gets none.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.token_dropping import Dropping, dropper_names, make_dropper
+from llava.model.text_tower import ClipTextTower
+from llava.model.token_dropping import Dropping, dropper_names
 from llava.model.token_dropping.state import PromptRow
-from llava.model.token_selection import ImageTokens, Selection, select
+from llava.model.token_selection import ImageTokens, Selection, TowerStates, select
 
 
 @dataclass
@@ -110,6 +112,7 @@ class LlavaMetaForCausalLM:
 
     adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
     turn_markers  token ids of the conversation template's turn markers, for text_scope="turn"
+    question_words  token ids -> string, for methods that read the question with another model's tokenizer
     last_selection  what was kept for the last batch, per image; a convenience for notebooks
     """
 
@@ -124,6 +127,8 @@ class LlavaMetaForCausalLM:
     ]
     adav_config = AdaVConfig(method="none")
     turn_markers: tuple[tuple[int, ...], ...] = ()
+    question_words: Callable[[list[int]], str] | None = None
+    _text_tower: ClipTextTower | None = None
     last_selection: list[Selection] | None = None
 
     def get_vision_tower(self) -> CLIPVisionTower:
@@ -161,17 +166,40 @@ class LlavaMetaForCausalLM:
             plans.append(plan)
         return pixels, plans
 
-    def encode_images(self, pixels: list[Tensor], clock: StageClock) -> list[tuple[Tensor, Tensor]]:
-        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D] and [CLS] attention [T_i, P]."""
+    def encode_images(
+        self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = ()
+    ) -> list[tuple[Tensor, Tensor, TowerStates]]:
+        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D], [CLS] attention [T_i, P], and what a method
+        wants of the tower (Selector.tower_states; `text_cosine` belongs to a question and is not filled in here)."""
         counts = [p.shape[0] for p in pixels]
+        if "text_cosine" in wanted:
+            wanted = (*wanted, "hidden")
         with clock.stage("vision_tower"):
-            features, saliency = self.get_vision_tower()(torch.cat(pixels))
+            features, saliency, states = self.get_vision_tower()(torch.cat(pixels), wanted)
         with clock.stage("projector"):
-            projector = next(self.model.mm_projector.parameters())
-            features = self.model.mm_projector(features.to(projector.device, projector.dtype))
-        return list(zip(features.split(counts), saliency.split(counts), strict=True))
+            features = self._project(features)
+        split = {name: state.split(counts) for name, state in states.items()}
+        towers = [
+            TowerStates(self._project, **{name: parts[i] for name, parts in split.items()}) for i in range(len(pixels))
+        ]
+        return list(zip(features.split(counts), saliency.split(counts), towers, strict=True))
 
-    def image_tokens(self, features: Tensor, saliency: Tensor, plan: TilePlan, key: int = 0) -> ImageTokens:
+    def _project(self, hidden: Tensor) -> Tensor:
+        """[..., W] states of the tower -> [..., D], on the projector's device."""
+        projector = next(self.model.mm_projector.parameters())
+        return self.model.mm_projector(hidden.to(projector.device, projector.dtype))
+
+    def text_tower(self, name: str) -> ClipTextTower:
+        """The CLIP text tower that `options.text_tower` names: loaded when it is first asked for, and kept."""
+        if self.question_words is None:
+            raise UserError(f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with')
+        if self._text_tower is None or self._text_tower.name != name:
+            self._text_tower = ClipTextTower.load(name, self.get_vision_tower())
+        return self._text_tower
+
+    def image_tokens(
+        self, features: Tensor, saliency: Tensor, plan: TilePlan, key: int = 0, tower: TowerStates | None = None
+    ) -> ImageTokens:
         """Tiles [T, P, D] and [T, P] of one image -> its ImageTokens in LLM order, newline tokens in place."""
         tiles, per_tile, width = features.shape
         side = self.get_vision_tower().num_patches_per_side
@@ -187,7 +215,7 @@ class LlavaMetaForCausalLM:
             # A newline token ends a row of the merged crops: the number of newlines before it.
             row = torch.where(newline, newline.long().cumsum(0) - 1, row)
             tile, column = tile.masked_fill(newline, -1), column.masked_fill(newline, -1)
-        return ImageTokens(merged, scores, tile, row, column, key)
+        return ImageTokens(merged, scores, tile, row, column, key, tower)
 
     # --- prompt -----------------------------------------------------------------------------------------------
 
@@ -234,8 +262,11 @@ class LlavaMetaForCausalLM:
             )
         method = method_class(config.method)
         inside = config.method in dropper_names()  # of the LLM: it gets every token, and drops some between layers
-        encoded = self.encode_images(pixels, clock) if pixels and method.needs_image else [None] * len(pixels)
+        config.refuse_misfits(method)
         options = config.options_of(method)
+        chosen = method(**options)
+        wanted = chosen.tower_states
+        encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else [None] * len(pixels)
 
         done, image = [], 0
         for b, (ids, keep) in enumerate(rows):
@@ -257,14 +288,19 @@ class LlavaMetaForCausalLM:
                         kept = _no_tokens(words)
                     else:
                         key = _sample_key(ids, plans[image].image_size, len(row.selections))
-                        tokens = self.image_tokens(*encoded[image], plans[image], key)
-                        row.questions.append(self._question(ids, place, config.option("text_scope")))
+                        features, saliency, tower = encoded[image]
+                        asked = self._question(ids, place, config.option("text_scope"))
+                        row.questions.append(asked)
+                        if "text_cosine" in wanted:
+                            question = self.text_tower(options["text_tower"])
+                            cosine = question.cosine(tower.hidden[:, 1:], self.question_words(ids[asked].tolist()))
+                            tower = replace(tower, text_cosine=cosine)
+                        tokens = self.image_tokens(features, saliency, plans[image], key, tower)
                         tokens.features = tokens.features.to(device, words.dtype)
                         if inside:
                             kept = select("none", tokens, words[:0], config.overall_tokens)
                         else:
-                            text = words[row.questions[-1]]
-                            kept = select(config.method, tokens, text, config.overall_tokens, **options)
+                            kept = select(config.method, tokens, words[asked], config.overall_tokens, **options)
                 row.spans.append((row.length, len(kept.indices)))
                 row.selections.append(kept)
                 row.add(kept.features, kept.indices.to(device), kept.total)
@@ -273,10 +309,9 @@ class LlavaMetaForCausalLM:
         with clock.stage("splice"):
             prepared = _stack(done, config.option("positions"), labels is not None)
         if inside:
-            dropper = make_dropper(config.method, **options)
-            dropper.check(self.config)
+            chosen.check(self.config)
             prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
-            prepared.dropping = Dropping(dropper, config.overall_tokens, self.config.num_hidden_layers, prompts)
+            prepared.dropping = Dropping(chosen, config.overall_tokens, self.config.num_hidden_layers, prompts)
         prepared.seconds = clock.seconds
         return prepared
 

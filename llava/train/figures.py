@@ -61,8 +61,11 @@ class Exam:
         pixels = process_images(images, self.processor, self.model.config)
         pixels = [p if p.dim() == 4 else p[None] for p in pixels]
         plans = self.model._plans(pixels, [image.size for image in images], "official")[1]
-        features = self.model.encode_images(pixels, StageClock(torch.device("cpu")))
-        return [self.model.image_tokens(*pair, plan) for pair, plan in zip(features, plans, strict=True)]
+        encoded = self.model.encode_images(pixels, StageClock(torch.device("cpu")))
+        return [
+            self.model.image_tokens(features, saliency, plan)
+            for (features, saliency, _), plan in zip(encoded, plans, strict=True)
+        ]
 
     @torch.no_grad()
     def answer(self, method="none", budget=1, positions="reindexed", images=None, texts=None, **options):

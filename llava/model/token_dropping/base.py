@@ -69,6 +69,7 @@ class Dropper(ABC):
     reindexed: ClassVar[bool] = False
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
+    tower_states: ClassVar[tuple[str, ...]] = ()
     # Options of the path around the method that change nothing here: each method's positions are its published rule.
     ignored_options: ClassVar[tuple[str, ...]] = ("positions",)
 

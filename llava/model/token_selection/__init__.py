@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from llava.model.token_selection.base import ImageTokens, Selection, Selector
 
-__all__ = ["SELECTORS", "ImageTokens", "Selection", "Selector", "option_names", "select", "selector_names"]
+__all__ = ["SELECTORS", "ImageTokens", "Selection", "Selector", "TowerStates", "option_names", "select", "selector_names"]
 
 # method name -> file and class. A new method is one file and one line here.
 _CLASSES = {
@@ -32,14 +32,19 @@ _CLASSES = {
     "t2i": "t2i:T2I",
     "mix": "mix:Mix",
     "fastervlm": "fastervlm:FasterVLM",
+    "visionzip": "visionzip:VisionZip",
+    "divprune": "divprune:DivPrune",
+    "cdpruner": "cdpruner:CDPruner",
+    "scope": "scope:Scope",
     "adav": "adav:AdaV",
+    "adav_cover": "adav_cover:AdaVCover",
 }
 
 
 def __getattr__(name: str):
     if name == "SELECTORS":
         value = {method: _load(place) for method, place in _CLASSES.items()}
-    elif name in ("ImageTokens", "Selection", "Selector"):
+    elif name in ("ImageTokens", "Selection", "Selector", "TowerStates"):
         value = _load(f"base:{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -84,10 +89,12 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
     options: the method's own (`option_names`); what steers the path around the selector (positions, text_scope,
              anyres) is the caller's
 
-    K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K patches are kept
-    and no newline token (AdaV's compat="public" alone rounds K down to a multiple of twice the tiles). `none` and
-    `no_image` keep all and nothing, whatever K is.
-    Raises UserError for an unknown name or option, an option out of its range, and a budget that is no count.
+    K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K tokens are kept, patches
+    or made from patches, and no newline token (AdaV's compat="public" alone rounds K down to a multiple of twice the
+    tiles). `none` and `no_image` keep all and nothing, whatever K is; VisionZip's published counts, where they are
+    given, stand in place of K.
+    Raises UserError for an unknown name or option, an option out of its range, a budget that is no count, and an image
+    without the tower states that the method reads.
     """
     from llava.model.token_selection.base import locate, take_all
 
@@ -101,8 +108,14 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
         raise UserError(f"the budget of method {name!r} is {budget!r}, allowed is a whole number of at least 1")
     selector = method(**options)
     image = replace(image)  # all of its tensors on the device of the features, without a change to the caller's
+    budget = selector.tokens(image, budget)
     if method.uses_budget and budget >= len(image.patches):
         selection = take_all(image)
     else:
+        missing = [state for state in selector.tower_states if getattr(image.tower, state, None) is None]
+        if missing:
+            raise UserError(
+                f"method {name!r} reads {' and '.join(missing)} of the vision tower, but ImageTokens.tower does not have it"
+            )
         selection = selector.keep(image, text, budget)
     return locate(selection, image)

@@ -34,6 +34,12 @@ def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) ->
     return floor + int(torch.nonzero(product >= product.max() * (1 - 1e-9))[0])
 
 
+def sure_of(min_share: float, budget: int) -> int:
+    """How many of `budget` tokens each of the two lists is sure of."""
+    # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
+    return min(int(min_share * budget + 1e-6), budget // 2)
+
+
 @dataclass
 class AdaV(Selector):
     """Self-adaptive cross-modal split (SCAR) over all tiles of an image together.
@@ -70,9 +76,7 @@ class AdaV(Selector):
         elif text_score is None:
             kept, k_text = image.patches[lowest_index_topk(saliency, budget)], 0
         else:
-            # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
-            floor = min(int(self.min_share * budget + 1e-6), budget // 2)
-            k_text = best_split(text_score, saliency, budget, floor)
+            k_text = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
             kept = image.patches[union_of_best(text_score, k_text, saliency, budget - k_text)]
         return take(
             image,

@@ -6,11 +6,32 @@ the order in which the LLM would read them, and says which K of them the LLM get
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from llava.errors import UserError
+
+
+@dataclass
+class TowerStates:
+    """What only some methods read of one image of T tiles: filled in where `Selector.tower_states` names it.
+
+    project      [n, W] -> [n, D]: hidden rows through the projector, on its device and in its dtype
+    hidden       [T, 1 + P, W]  states of the layer that gave the features, [CLS] first, before the projector
+    keys         [T, 1 + P, d]  key vectors of that layer, unscaled, mean over heads
+    text_cosine  [T, P]         cosine of patch and question in CLIP's joint space, mean over the parts of the question;
+                                zero where there is no question
+    """
+
+    project: Callable[[Tensor], Tensor]
+    hidden: Tensor | None = None
+    keys: Tensor | None = None
+    text_cosine: Tensor | None = None
 
 
 @dataclass
@@ -23,6 +44,7 @@ class ImageTokens:
     row       [N]     patch row inside its tile; for newline tokens the row of the merged grid that it ends
     column    [N]     patch column inside its tile; -1 for newline tokens
     key       int     identifies the sample (hash of input ids, image size, place of the image), for `random`
+    tower             tile by tile, what only some methods read
 
     All tensors end up on the device of `features`.
     """
@@ -33,6 +55,7 @@ class ImageTokens:
     row: Tensor
     column: Tensor
     key: int = 0
+    tower: TowerStates | None = None
 
     def __post_init__(self):
         n = self.features.shape[0]
@@ -41,11 +64,21 @@ class ImageTokens:
             if shape != (n,):
                 raise ValueError(f"ImageTokens.{name} has shape {shape}, but there are {n} features")
             setattr(self, name, getattr(self, name).to(self.features.device))
+        if self.tower is not None:
+            states = {name: getattr(self.tower, name) for name in ("hidden", "keys", "text_cosine")}
+            moved = {name: state.to(self.features.device) for name, state in states.items() if state is not None}
+            self.tower = replace(self.tower, **moved)
 
     @property
     def patches(self) -> Tensor:
         """[P] indices of the tokens that are patches, ascending: the candidates of every selector."""
         return torch.nonzero(self.tile >= 0).flatten()
+
+    def of_patches(self, states: Tensor) -> Tensor:
+        """[P, ...] what belongs to each of `patches`, out of [T, patches of a whole tile, ...] tile by tile."""
+        side = math.isqrt(states.shape[1])
+        tile, row, column = (place[self.patches].long() for place in (self.tile, self.row, self.column))
+        return states[tile, row * side + column]
 
 
 @dataclass
@@ -53,13 +86,14 @@ class Selection:
     """What was kept of one image.
 
     indices   [K]     rows of ImageTokens.features, ascending and distinct; -1 for a token that the method made
-                      (`sources` lists what went in). The only duplicates are those of AdaV's compat="public".
+                      (`sources` lists what went in), wherever in the order the method puts it. The only duplicates are
+                      those of AdaV's compat="public".
     features  [K, D]  what the LLM reads
     tile, row, column [K]  where the kept tokens lie (-1 for made tokens), filled in by `select`
     saliency  [K]     [CLS] attention of the kept tokens (NaN for made and newline tokens), filled in by `select`
     total     int     N, the number of tokens before selection
     report    dict    what the method has to say about its choice (AdaV: k_text, k_saliency, both scores)
-    sources   list    for each -1 in `indices`, in order: the indices that were merged into it
+    sources   list    for each -1 in `indices`, in order: the indices that were merged into it; none for a [CLS] token
     """
 
     indices: Tensor
@@ -81,6 +115,12 @@ class Selector(ABC):
 
     needs_image = True  # False: the vision tower is not even run
     uses_budget = True  # False: what is kept does not depend on the budget, and `keep` is always called
+    makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
+    tower_states: tuple[str, ...] = ()  # what `keep` reads of ImageTokens.tower, by the names of its fields
+
+    def tokens(self, image: ImageTokens, budget: int) -> int:
+        """How many tokens are kept of `image` where `budget` were asked for: as many, unless an option says otherwise."""
+        return budget
 
     @abstractmethod
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
@@ -102,6 +142,12 @@ def lowest_index_topk(scores: Tensor, k: int) -> Tensor:
 def is_number(value) -> bool:
     """Whether an option's value is a number (JSON's true and false are not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_option(name: str, value, good: bool, allowed: str) -> None:
+    """UserError for an option's value that is not `good`."""
+    if not good:
+        raise UserError(f"option {name!r} is {value!r}, allowed is {allowed}")
 
 
 def take(image: ImageTokens, indices: Tensor, **report) -> Selection:

@@ -7,24 +7,7 @@ from torch import Tensor
 
 from llava.model.token_selection.base import ImageTokens, Selection, Selector, lowest_index_topk, take
 from llava.model.token_selection.scores import patch_saliency
-
-
-def split_evenly(budget: int, room: list[int]) -> list[int]:
-    """How many of `budget` tokens each tile gets when tile i has room[i] patches.
-
-    An even split, the remainder to the lowest tiles. What a tile has no room for is split over the others in the same
-    way. Needs budget <= sum(room).
-    """
-    quota = [0] * len(room)
-    takers = list(range(len(room)))
-    while budget:
-        share, extra = divmod(budget, len(takers))
-        for nth, tile in enumerate(takers):
-            given = min(share + (nth < extra), room[tile] - quota[tile])
-            quota[tile] += given
-            budget -= given
-        takers = [tile for tile in takers if quota[tile] < room[tile]]
-    return quota
+from llava.model.token_selection.tiles import split_evenly
 
 
 @dataclass
