@@ -33,12 +33,13 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, exits_cleanly
 from llava.eval.environment import commit, environment
 from llava.eval.files import write_atomically
-from llava.eval.flops import DROPPERS, Cost, predict
+from llava.eval.flops import Cost, predict
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import tile_plan
 from llava.model.language_model.llava_config import LlavaLlamaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import StageClock
+from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError, exits_cleanly
+from llava.model.token_dropping import dropper_names
 from llava.model.token_selection import selector_names
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "adav_configs.json"
@@ -27,8 +28,16 @@ class ConfigError(UserError):
 
 
 def method_names() -> tuple[str, ...]:
-    """Every value that `method` may have: selectors (before the LLM), `none` and `no_image` among them."""
-    return tuple(selector_names())
+    """Every value that `method` may have: selectors (before the LLM), `none` and `no_image` among them, and droppers."""
+    return (*selector_names(), *dropper_names())
+
+
+def method_class(name: str) -> type:
+    """The selector or dropper of that name (imports torch)."""
+    from llava.model.token_dropping import DROPPERS
+    from llava.model.token_selection import SELECTORS
+
+    return DROPPERS[name] if name in DROPPERS else SELECTORS[name]
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,15 @@ def _one_of(*values) -> Rule:
     return Rule("one of " + ", ".join(json.dumps(v) for v in values), lambda v: isinstance(v, str) and v in values)
 
 
+def _is_keep_list(value) -> bool:
+    """Three counts, or three shares, that never rise."""
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    counts = all(_is_int(v) and v >= 1 for v in value)
+    shares = all(isinstance(v, float) and 0 < v < 1 for v in value)
+    return (counts or shares) and value == sorted(value, reverse=True)
+
+
 BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 RATE = Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
 SHARE = Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
@@ -79,6 +97,14 @@ OPTION_RULES: dict[str, Rule] = {
     "positions": _one_of("reindexed", "original"),
     "text_scope": _one_of("after", "turn"),
     "anyres": _one_of("official", "fastervlm"),
+    "layer": _whole(1),
+    "ratio": Rule("a percentage above 0 and below 100", lambda v: _is_number(v) and 0 < v < 100),
+    "keep": Rule(
+        "a list of three counts of at least 1, or of three shares below 1, none above the one before it", _is_keep_list
+    ),
+    "version": _one_of("1.0", "2.0"),
+    "table": Rule("the path of a FitPrune table file", lambda v: isinstance(v, str) and v != ""),
+    "budget": _one_of("last", "mean"),
 }
 # Options that every method takes: they steer the path around the selector, not the selector.
 COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
@@ -125,7 +151,9 @@ class AdaVConfig:
             value = getattr(self, f.name)
             rule = f.metadata["rule"] or _one_of(*method_names())
             if not rule.test(value):
-                raise ConfigError(f'{where}: "{f.name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}')
+                raise ConfigError(
+                    f'{where}: "{f.name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}'
+                )
         for name, value in self.options.items():
             rule = OPTION_RULES.get(name)
             if rule and not rule.test(value):
@@ -155,6 +183,11 @@ class AdaVConfig:
                 f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
                 f'but "options.anyres" is "{self.options["anyres"]}"'
             )
+        for name in ("keep", "ratio"):
+            if self.options.get("budget") == "mean" and name in self.options:
+                raise ConfigError(
+                    f'{where}: "options.{name}" states what is kept, so "options.budget" cannot be "mean" beside it'
+                )
         if ("dominant" in self.options) != ("contextual" in self.options):
             raise ConfigError(
                 f'{where}: "options.dominant" and "options.contextual" go together, but only one of them is set'
@@ -208,7 +241,8 @@ class AdaVConfig:
 
     def unused_options(self, method: type) -> list[str]:
         """Options that neither `method` nor the path around it takes: worth a warning, they change nothing."""
-        return sorted(set(self.options) - set(COMMON_OPTIONS) - set(self.options_of(method)))
+        common = set(COMMON_OPTIONS) - set(getattr(method, "ignored_options", ()))
+        return sorted(set(self.options) - common - set(self.options_of(method)))
 
     def refuse_misfits(self, method: type) -> None:
         """ConfigError where an option of the path around the selector asks for what `method` cannot give."""

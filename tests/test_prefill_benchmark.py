@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.config import AdaVConfig
-from llava.eval.flops import DROPPERS
+from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "prefill.py"
@@ -23,6 +23,7 @@ def prefill():
     return module
 
 
+@pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 def test_every_method_has_its_row(prefill, tmp_path, capsys):
     output = tmp_path / "results" / "prefill.csv"
     prefill.main(["--preset", "tiny", "--shares", "0.05", "0.5", "--repeats", "1", "--output", str(output)])

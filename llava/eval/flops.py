@@ -21,17 +21,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import AdaVConfig, add_config_flags, config_overrides, method_class
 from llava.errors import UserError, exits_cleanly
 from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, MethodCost, SelectorCase, together
 from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.mm_utils import tile_plan
-from llava.model.token_selection import SELECTORS
-
-try:
-    from llava.model.token_dropping import DROPPERS, make_dropper
-except ModuleNotFoundError:  # methods inside the LLM are not part of this version
-    DROPPERS = {}
+from llava.model.token_dropping import DROPPERS, make_dropper
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ def predict(
     the configuration asks for. logits: see language_model.
     """
     drops = config.method in DROPPERS
-    method = DROPPERS[config.method] if drops else SELECTORS[config.method]
+    method = method_class(config.method)
     options = config.options_of(method)
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]

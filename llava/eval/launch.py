@@ -215,8 +215,9 @@ def describe(run: Run, report: dict) -> str:
         )
         lines.append(f"  {name.replace('_', ' ')}: {shown}")
     if tokens["images"]:
+        layers = f", {tokens['layer_mean']:.1f} over layers" if tokens["layer_mean"] != tokens["after"] else ""
         lines.append(
-            f"  vision tokens per image: {tokens['before']:.1f} -> {tokens['after']:.1f} (mean of {tokens['images']})"
+            f"  vision tokens per image: {tokens['before']:.1f} -> {tokens['after']:.1f}{layers} (mean of {tokens['images']})"
         )
     lines.append(
         f"  KV cache per sample: {report['kv_bytes_live']['mean']:,.0f} bytes live, {report['kv_bytes_allocated']['mean']:,.0f} allocated"

@@ -20,7 +20,8 @@ from llava.eval.measure import FirstToken, kv_bytes, peak_memory, predicted
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import StageClock
+from llava.model.llava_arch import PreparedPrompt, StageClock
+from llava.model.token_dropping.plan import layer_mean
 
 
 class LoadedShard:
@@ -105,20 +106,19 @@ class LoadedShard:
         tokens = [self._cut(ids) for ids in output.sequences.tolist()]
         plans = [tile_plan(image.size, self.model.config, config.option("anyres")) for image in images]
         costs = predicted(prepared, [ImageCounts.of(plan, self.shape.side) for plan in plans], self.shape, config)
-        memory = kv_bytes(output.past_key_values, costs, prepared.attention_mask, [len(ids) for ids in tokens])
+        memory = kv_bytes(output.past_key_values, costs, prepared, [len(ids) for ids in tokens])
         for i, sample in enumerate(readable):
             rows.append(
                 {
                     "key": sample["key"],
                     "answer": self.tokenizer.decode(tokens[i], skip_special_tokens=True).strip(),
                     "total": [selection.total for selection in prepared.selections[i]],
-                    "kept": [len(selection.indices) for selection in prepared.selections[i]],
+                    **vision_tokens(prepared, i),
                     "new_tokens": len(tokens[i]),
                     "conversation": conversation,
                     # Shares of the batch: summed over all samples they are the time of the run.
                     "seconds": {stage: round(value / len(readable), 7) for stage, value in seconds.items()},
                     "prefill_flops": costs[i].total,
-                    "layer_mean": costs[i].layer_mean,
                     **memory[i],
                     **peak_memory(),
                 }
@@ -165,6 +165,18 @@ class LoadedShard:
             if token in self.ends:
                 return ids[: i + 1]
         return ids
+
+
+def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
+    """Per image of a row: vision tokens left after the last cut, and those that a layer sees in the mean over layers."""
+    dropping, selections = prepared.dropping, prepared.selections[row]
+    if dropping is None:
+        kept = [len(selection.indices) for selection in selections]
+        return {"kept": kept, "layer_mean": kept}
+    return {
+        "kept": [dropping.left(row, image) for image in range(len(selections))],
+        "layer_mean": [round(layer_mean(dropping.schedule(row, image)), 4) for image in range(len(selections))],
+    }
 
 
 class UnreadableImage(Exception):

@@ -54,26 +54,23 @@ def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelS
     return costs
 
 
-def kv_bytes(cache, costs: list[Cost], attention_mask: Tensor, new_tokens: list[int]) -> list[dict[str, int]]:
+def kv_bytes(cache, costs: list[Cost], prepared: PreparedPrompt, new_tokens: list[int]) -> list[dict[str, int]]:
     """Per row of a batch, at the end of generation: bytes of its KV cache.
 
-    costs: of each row, as predicted. attention_mask: [B, S] of the prompt that entered the LLM. new_tokens: tokens that
-    each row generated.
+    costs: of each row, as predicted. prepared: what entered the LLM. new_tokens: tokens that each row generated.
     kv_bytes_live       entries of the row's own tokens, measured on the cache; padding excluded
     kv_bytes_allocated  the row's share of what the cache's tensors occupy
     kv_bytes_predicted  live, from the configuration alone (llava.eval.flops)
     """
-    rows = attention_mask.shape[0]
+    rows, size = len(new_tokens), cache.layers[0].keys.element_size()
     # The last new token is never fed back, and what a batch feeds a row after its end is padding.
     steps = [max(new - 1, 0) for new in new_tokens]
-    tokens = [n + fed for n, fed in zip(attention_mask.sum(dim=1).tolist(), steps, strict=True)]
     live, allocated = [0] * rows, 0
-    for layer in cache.layers:
+    for layer, prompts in zip(cache.layers, _survivors(prepared, len(cache.layers)), strict=True):
         for tensor in (layer.keys, layer.values):
             allocated += tensor.untyped_storage().nbytes()
             entry = tensor.nbytes // (rows * tensor.shape[-2])
-            live = [bytes_ + entry * n for bytes_, n in zip(live, tokens, strict=True)]
-    size = cache.layers[0].keys.element_size()
+            live = [bytes_ + entry * (n + fed) for bytes_, n, fed in zip(live, prompts, steps, strict=True)]
     return [
         {
             "kv_bytes_live": live[i],
@@ -82,6 +79,13 @@ def kv_bytes(cache, costs: list[Cost], attention_mask: Tensor, new_tokens: list[
         }
         for i in range(rows)
     ]
+
+
+def _survivors(prepared: PreparedPrompt, layers: int) -> list[list[int]]:
+    """Per layer, per row: tokens of the prompt that its attention saw and its cache holds."""
+    if prepared.dropping is None:
+        return [prepared.attention_mask.sum(dim=1).tolist()] * layers
+    return [prepared.dropping.stages[stage].lengths for stage in prepared.dropping.stage_of]
 
 
 def peak_memory() -> dict[str, int]:

@@ -10,13 +10,15 @@ STAGES = ("image_decode", "vision_tower", "projector", "selection", "splice", "p
 def summarise(rows: list[dict]) -> dict:
     """Measurements of a whole run, over all its sessions, from the rows of its answered samples.
 
-    Tokens are means per image; seconds are summed over all shards; KV bytes are per sample at the end of generation;
-    FLOPs are predicted (llava.eval.flops), per sample; vision tokens of the mean layer are per sample that has an image.
+    Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
+    layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation;
+    FLOPs are predicted (llava.eval.flops), per sample.
     """
     if not rows:
         return {}
     before = [n for row in rows for n in row["total"]]
     after = [n for row in rows for n in row["kept"]]
+    seen = [n for row in rows for n in row.get("layer_mean", row["kept"])]
     counted = [row for row in rows if "prefill_flops" in row]  # rows of a run that an earlier version began have none
     seconds: dict[str, float] = defaultdict(float)
     for row in rows:
@@ -26,8 +28,12 @@ def summarise(rows: list[dict]) -> dict:
     report = {
         "answered": len(rows),
         "conversation": sorted({row["conversation"] for row in rows}),
-        "vision_tokens_per_image": {"before": _mean(before), "after": _mean(after), "images": len(after)},
-        "vision_tokens_layer_mean": _mean([row["layer_mean"] for row in counted if row["kept"]]),
+        "vision_tokens_per_image": {
+            "before": _mean(before),
+            "after": _mean(after),
+            "layer_mean": _mean(seen),
+            "images": len(after),
+        },
         "prefill_flops_predicted": {
             "mean": _mean([row["prefill_flops"] for row in counted]),
             "questions": len(counted),

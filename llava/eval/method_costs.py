@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llava.eval.model_shape import ImageCounts, ModelShape, product
-from llava.model.token_selection.fastervlm import split_evenly
+from llava.model.token_selection.similarity import BLOCK
+from llava.model.token_selection.tiles import split_evenly
+from llava.model.token_selection.visionzip import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,6 @@ class SelectorCase:
 
 def cosines_of_pairs(count: int, width: int) -> int:
     """FLOPs of similarity.cosine_matrix on [count, width]: the upper half in blocks of rows, the lower one copied."""
-    from llava.model.token_selection.similarity import BLOCK
-
     return sum(product(min(BLOCK, count - start), width, count - start) for start in range(0, count, BLOCK))
 
 
@@ -135,8 +135,6 @@ def _scope(case: SelectorCase) -> MethodCost:
 def _visionzip(case: SelectorCase) -> MethodCost:
     """Per tile: cosines of the n other patches' keys with c targets, merging as [c, n] @ [n, W], and the projector once
     more for what it makes."""
-    from llava.model.token_selection.visionzip import PUBLISHED
-
     dominant, contextual = PUBLISHED
     if case.options.get("dominant") is not None:
         dominant, contextual = case.options["dominant"], case.options["contextual"]

@@ -68,6 +68,8 @@ class Run:
             "questions": digest_of([[list(sample.key), sample.prompt] for sample in self.samples]),
             "images": str(Path(benchmark.image_folder).resolve()),
         }
+        if "table" in config.options:  # a file of numbers that the answers depend on
+            self.identity["table"] = digest_of(read_json(config.options["table"]))
         tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
         name = f"{config.method}-{tokens}-{digest_of(self.identity)}"
         self.folder = Path(output) / benchmark.name / _safe(checkpoint.short_name) / name

@@ -20,7 +20,7 @@ import transformers
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from llava.config import AdaVConfig
+from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import default_conv_mode, single_turn
 from llava.errors import UserError, exits_cleanly, first_line
@@ -28,7 +28,6 @@ from llava.eval.transformers_reference import build_reference, kind_of
 from llava.mm_utils import process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import Checkpoint
-from llava.model.token_selection import SELECTORS
 
 QUESTION = "What is in the picture? Answer the question using a single word or phrase."
 FLOAT32_LIMIT = 1e-4  # largest absolute difference of a logit
@@ -145,18 +144,21 @@ def _report_method(args, model, tokenizer, pixels: Tensor, ids: list[int], image
     """What --method keeps and what the model answers with it; True where it keeps as many tokens as it was asked to."""
     config = AdaVConfig(method=args.method, overall_tokens=args.tokens)
     prepared = model.prepare(torch.tensor([ids]), pixels, [image.size], config=config)
-    kept = prepared.selections[0][0]
-    per_tile = [int((kept.tile == tile).sum()) for tile in range(len(pixels[0]) if pixels.dim() == 5 else 1)]
-    say("method", f"{args.method} keeps {len(kept.indices)} of {kept.total} tokens, in tiles {per_tile}")
     tokens = model.generate(prepared=prepared, do_sample=False, max_new_tokens=16)
+    selection, dropping = prepared.selections[0][0], prepared.dropping
+    survivors = [selection.indices, *(dropping.survivors(0, 0) if dropping else [])][-1]
+    tile = selection.tile[survivors[survivors >= 0]] if dropping else selection.tile
+    per_tile = [int((tile == number).sum()) for number in range(len(pixels[0]) if pixels.dim() == 5 else 1)]
+    say("method", f"{args.method} keeps {len(survivors)} of {selection.total} tokens, in tiles {per_tile}")
     say("its answer", repr(tokenizer.decode(tokens[0], skip_special_tokens=True).strip()))
-    if not SELECTORS[args.method].uses_budget:
+    if not method_class(args.method).uses_budget:
         return True
     whole = model.prepare(torch.tensor([ids]), pixels, [image.size]).selections[0][0]
-    asked = args.tokens if args.tokens < int((whole.tile >= 0).sum()) else whole.total
-    if len(kept.indices) != asked:
+    candidates = whole.total if dropping else int((whole.tile >= 0).sum())
+    asked = args.tokens if args.tokens < candidates else whole.total
+    if len(survivors) != asked:
         say("", f"but {asked} were asked for")
-    return len(kept.indices) == asked
+    return len(survivors) == asked
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ from functools import partial
 
 import torch
 
-from llava.config import AdaVConfig
+from llava.config import AdaVConfig, method_class
 from llava.conversation import default_conv_mode, turn_markers
 from llava.errors import UserError
 from llava.model.checkpoint import Checkpoint
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
-from llava.model.token_selection import SELECTORS
+from llava.model.token_dropping import dropper_names
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -44,15 +44,17 @@ def load_pretrained_model(
     """
     config = config or AdaVConfig(method="none")
     config.refuse_unbuilt()
-    method = SELECTORS[config.method]
+    method = method_class(config.method)
     config.refuse_misfits(method)
-    wanted = method(**config.options_of(method)).tower_states
+    chosen = method(**config.options_of(method))
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
     source = Checkpoint.open(model_path, model_base)
     model_config = source.model_config()
     model_config.mm_anyres = config.option("anyres")
+    if config.method in dropper_names():
+        chosen.check(model_config)
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
     model.adav_config = config
@@ -65,7 +67,7 @@ def load_pretrained_model(
     if tokenizer is not None:
         model.turn_markers = turn_markers(default_conv_mode(model_config, tokenizer), tokenizer)
         model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
-    if "text_cosine" in wanted:
+    if "text_cosine" in chosen.tower_states:
         model.text_tower(config.options["text_tower"])
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
@@ -80,4 +82,3 @@ def _dtype(torch_dtype, on_gpu: bool):
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f'torch_dtype is "{torch_dtype}", allowed are "auto", "float32", "float16", "bfloat16"')
     return found
-

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llava.config import AdaVConfig
+from llava.config import AdaVConfig, method_class
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.text_tower import ClipTextTower
-from llava.model.token_selection import SELECTORS, ImageTokens, Selection, TowerStates, select
+from llava.model.token_dropping import Dropping, dropper_names
+from llava.model.token_dropping.state import PromptRow
+from llava.model.token_selection import ImageTokens, Selection, TowerStates, select
 
 
 @dataclass
@@ -35,6 +37,7 @@ class PreparedPrompt:
     image_spans       per row, per image: (start, length) in the padded row
     lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
     position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
+    dropping          which of the image tokens go between LLM layers; None where the method acts before the LLM
     seconds           time per stage: vision_tower, projector, selection, splice
     """
 
@@ -47,6 +50,7 @@ class PreparedPrompt:
     lengths: list[int]
     unpruned_lengths: list[int]
     position_offset: Tensor
+    dropping: Dropping | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -90,6 +94,7 @@ class _Row:
     labels: list[Tensor] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
+    questions: list[Tensor] = field(default_factory=list)  # per image: which ids are its text
     length: int = 0
     unpruned: int = 0
 
@@ -215,18 +220,23 @@ class LlavaMetaForCausalLM:
     # --- prompt -----------------------------------------------------------------------------------------------
 
     def _question(self, ids: Tensor, place: int, scope: str) -> Tensor:
-        """[S] which tokens text-aware selection reads for the image at ids[place] (design decision 5)."""
-        is_text = ids != IMAGE_TOKEN_INDEX
-        inside = torch.zeros_like(is_text)
+        """[S] which ids are the text that text-aware methods read for the image at ids[place] (design decision 5)."""
+        inside = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         if scope == "after":
             inside[place + 1 :] = True
         else:
             start, end = _turn(ids.tolist(), place, self.turn_markers)
             inside[start:end] = True
-        return inside & is_text
+        return inside & (ids != IMAGE_TOKEN_INDEX)
 
     def prepare(
-        self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None, config: AdaVConfig | None = None
+        self,
+        input_ids,
+        images=None,
+        image_sizes=None,
+        attention_mask=None,
+        labels=None,
+        config: AdaVConfig | None = None,
     ) -> PreparedPrompt:
         """Encode the images, select their tokens, and splice them into the prompts.
 
@@ -247,11 +257,15 @@ class LlavaMetaForCausalLM:
         pixels, plans = self._plans(images, image_sizes, config.option("anyres"))
         placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids, _ in rows)
         if placeholders != len(pixels):
-            raise UserError(f"the prompts have {placeholders} image placeholders, but {len(pixels)} images came with them")
-        method = SELECTORS[config.method]
+            raise UserError(
+                f"the prompts have {placeholders} image placeholders, but {len(pixels)} images came with them"
+            )
+        method = method_class(config.method)
+        inside = config.method in dropper_names()  # of the LLM: it gets every token, and drops some between layers
         config.refuse_misfits(method)
         options = config.options_of(method)
-        wanted = method(**options).tower_states
+        chosen = method(**options)
+        wanted = chosen.tower_states
         encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else [None] * len(pixels)
 
         done, image = [], 0
@@ -276,13 +290,17 @@ class LlavaMetaForCausalLM:
                         key = _sample_key(ids, plans[image].image_size, len(row.selections))
                         features, saliency, tower = encoded[image]
                         asked = self._question(ids, place, config.option("text_scope"))
+                        row.questions.append(asked)
                         if "text_cosine" in wanted:
                             question = self.text_tower(options["text_tower"])
                             cosine = question.cosine(tower.hidden[:, 1:], self.question_words(ids[asked].tolist()))
                             tower = replace(tower, text_cosine=cosine)
                         tokens = self.image_tokens(features, saliency, plans[image], key, tower)
                         tokens.features = tokens.features.to(device, words.dtype)
-                        kept = select(config.method, tokens, words[asked], config.overall_tokens, **options)
+                        if inside:
+                            kept = select("none", tokens, words[:0], config.overall_tokens)
+                        else:
+                            kept = select(config.method, tokens, words[asked], config.overall_tokens, **options)
                 row.spans.append((row.length, len(kept.indices)))
                 row.selections.append(kept)
                 row.add(kept.features, kept.indices.to(device), kept.total)
@@ -290,6 +308,10 @@ class LlavaMetaForCausalLM:
             done.append(row)
         with clock.stage("splice"):
             prepared = _stack(done, config.option("positions"), labels is not None)
+        if inside:
+            chosen.check(self.config)
+            prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
+            prepared.dropping = Dropping(chosen, config.overall_tokens, self.config.num_hidden_layers, prompts)
         prepared.seconds = clock.seconds
         return prepared
 
@@ -319,18 +341,24 @@ class LlavaMetaForCausalLM:
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
             position_offset=prepared.position_offset,
+            dropping=prepared.dropping,
             **generation_kwargs,
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, position_offset=None, is_first_iteration=False, **kwargs
+        self, input_ids, inputs_embeds=None, position_offset=None, dropping=None, is_first_iteration=False, **kwargs
     ):
-        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap."""
+        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
+
+        It forwards only what is named here; `dropping` goes with every step.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + position_offset
+        if dropping is not None:
+            inputs["dropping"] = dropping
         return inputs
 
     def forward(
@@ -348,14 +376,17 @@ class LlavaMetaForCausalLM:
     ):
         """The LLM's forward; with images (or placeholders in input_ids) the prompt is prepared first.
 
-        Logits are then those of the spliced, left-padded sequence. logits_to_keep is named here because generate() looks
-        for it in the signature: without it, prefill computes the logits of every position.
+        Logits are then those of the spliced, left-padded sequence; under a method that acts inside the LLM those of
+        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`: start from
+        `prepare`, whose result has it. logits_to_keep is named here
+        because generate() looks for it in the signature: without it, prefill computes the logits of every position.
         """
         fresh = inputs_embeds is None and past_key_values is None
         if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, labels)
             input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
             attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
+            kwargs["dropping"] = prepared.dropping
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -410,6 +441,14 @@ def _no_tokens(words: Tensor) -> Selection:
     """`no_image`: the tower did not even run."""
     none = torch.empty(0, dtype=torch.long, device=words.device)
     return Selection(none, words[:0], none, none, none, words[:0, 0].float(), total=0)
+
+
+def _prompt_row(row: _Row, ids: Tensor) -> PromptRow:
+    """A row for `Dropping`: where its images and their text lie once the images are spliced into `ids`."""
+    sizes = torch.ones_like(ids)
+    sizes[ids == IMAGE_TOKEN_INDEX] = sizes.new_tensor([count for _, count in row.spans])
+    starts = sizes.cumsum(dim=0) - sizes
+    return PromptRow(row.length, row.spans, [starts[question] for question in row.questions])
 
 
 def _stack(rows: list[_Row], positions: str, with_labels: bool) -> PreparedPrompt:

@@ -3,11 +3,12 @@
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
+from llava.model.language_model.decoder import DroppingDecoder
 from llava.model.language_model.llava_config import LlavaLlamaConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+class LlavaLlamaModel(DroppingDecoder, LlavaMetaModel, LlamaModel):
     """The decoder, with vision tower, projector and newline embedding."""
 
     config_class = LlavaLlamaConfig

@@ -3,11 +3,12 @@
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM, MistralModel
 
+from llava.model.language_model.decoder import DroppingDecoder
 from llava.model.language_model.llava_config import LlavaMistralConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaMistralModel(LlavaMetaModel, MistralModel):
+class LlavaMistralModel(DroppingDecoder, LlavaMetaModel, MistralModel):
     """The decoder, with vision tower, projector and newline embedding."""
 
     config_class = LlavaMistralConfig

@@ -1,0 +1,69 @@
+"""Which vision tokens go between LLM layers, during prefill: one file per method, chosen by name.
+
+    from llava.model.token_dropping import DROPPERS, make_dropper
+    dropper = make_dropper("fastv", layer=3)
+    dropper.schedule(n=576, overall_tokens=144, layers=32)      # image tokens that each layer sees
+
+Importing this package imports no torch: the launcher and the configuration check method names with `dropper_names`.
+DROPPERS and the classes are imported when they are first asked for. The loop that runs them is
+llava/model/language_model/decoder.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from llava.model.token_dropping.base import Dropper
+
+__all__ = ["DROPPERS", "Dropper", "Dropping", "dropper_names", "make_dropper"]
+
+# method name -> file and class. A new method is one file and one line here.
+_CLASSES = {
+    "fastv": "fastv:FastV",
+    "fitprune": "fitprune:FitPrune",
+    "sparsevlm": "sparsevlm:SparseVLM",
+    "pyramiddrop": "pyramiddrop:PyramidDrop",
+}
+
+
+def __getattr__(name: str):
+    if name == "DROPPERS":
+        value = {method: _load(place) for method, place in _CLASSES.items()}
+    elif name == "Dropper":
+        value = _load("base:Dropper")
+    elif name == "Dropping":
+        value = _load("state:Dropping")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _load(place: str):
+    file, _, attribute = place.partition(":")
+    return getattr(import_module(f"{__name__}.{file}"), attribute)
+
+
+def dropper_names() -> tuple[str, ...]:
+    """Names of all droppers, without importing torch; what a user added to DROPPERS is included."""
+    return tuple(globals().get("DROPPERS", _CLASSES))
+
+
+def make_dropper(name: str, **options) -> Dropper:
+    """The dropper `name` with its options.
+
+    Raises UserError for an unknown name or option, and for option values that do not go together.
+    """
+    droppers = globals()["DROPPERS"] if "DROPPERS" in globals() else __getattr__("DROPPERS")
+    if name not in droppers:
+        raise UserError(f"unknown token dropping method {name!r}, allowed are {', '.join(droppers)}")
+    allowed = [f.name for f in fields(droppers[name])]
+    for option in options:
+        if option not in allowed:
+            raise UserError(f"unknown option {option!r} of method {name!r}, allowed are {', '.join(allowed)}")
+    return droppers[name](**options)
