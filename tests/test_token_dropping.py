@@ -20,6 +20,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import left_pad, process_images
 from llava.model.builder import load_pretrained_model
+from llava.model.language_model.decoder import ATTENTION
 from llava.model.token_dropping import DROPPERS, dropper_names, make_dropper
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_dropping.base import ImageSlots, keep_best
@@ -693,12 +694,12 @@ def test_requests_that_the_loop_does_not_serve(vicuna):
     prepared = model.prepare(**inputs, config=config("fastv"))
     with pytest.raises(UserError, match="got a batch of 1 x 1 tokens.*prefilled in one piece, with a cache"):
         model(input_ids=torch.tensor([[5]]), dropping=prepared.dropping)
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"
     try:
         with pytest.raises(UserError, match='was set to "eager"'):
-            model.generate(**inputs, config=config("fastv"), **GREEDY)
+            model.generate(prepared=prepared, **GREEDY)
     finally:
-        model.set_attn_implementation("llava_sdpa_seen")
+        model.config._attn_implementation = ATTENTION
 
 
 def test_a_window_is_a_limit(tmp_path):
