@@ -74,7 +74,9 @@ def test_a_run_leaves_everything_behind(undisturbed, data):
         "layer_mean": 5.0,
         "images": QUESTIONS - 1,
     }
-    assert report["prefill_flops_predicted"]["mean"] > 1e6 and report["prefill_flops_predicted"]["questions"] == QUESTIONS
+    assert (
+        report["prefill_flops_predicted"]["mean"] > 1e6 and report["prefill_flops_predicted"]["questions"] == QUESTIONS
+    )
     assert report["kv_bytes_live"] == report["kv_bytes_predicted"]
     assert report["kv_bytes_allocated"]["mean"] >= report["kv_bytes_live"]["mean"] > 0
     stages = {"image_decode", "vision_tower", "projector", "selection", "splice", "prefill", "decode"}

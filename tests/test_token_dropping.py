@@ -176,9 +176,9 @@ def test_what_is_kept_is_what_the_schedule_says(vicuna, name, options):
 
 @pytest.mark.parametrize("name, options", CASES, ids=IDS)
 def test_every_logit_is_a_number_in_half_precision_too(vicuna, name, options):
-    model, processor = vicuna
+    shared, processor = vicuna
     # A copy: the way to bfloat16 and back would leave the shared model with rounded weights and rotations.
-    for model in (copy.deepcopy(model).to(torch.bfloat16), model):
+    for model in (copy.deepcopy(shared).to(torch.bfloat16), shared):
         prepared = model.prepare(**batch(model, processor), config=config(name, **options))
         out = prefill(model, prepared)
         assert out.logits.isfinite().all(), "padding included"

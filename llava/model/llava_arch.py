@@ -193,7 +193,9 @@ class LlavaMetaForCausalLM:
     def text_tower(self, name: str) -> ClipTextTower:
         """The CLIP text tower that `options.text_tower` names: loaded when it is first asked for, and kept."""
         if self.question_words is None:
-            raise UserError(f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with')
+            raise UserError(
+                f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with'
+            )
         if self._text_tower is None or self._text_tower.name != name:
             self._text_tower = ClipTextTower.load(name, self.get_vision_tower())
         return self._text_tower
