@@ -176,9 +176,9 @@ def test_what_is_kept_is_what_the_schedule_says(vicuna, name, options):
 
 @pytest.mark.parametrize("name, options", CASES, ids=IDS)
 def test_every_logit_is_a_number_in_half_precision_too(vicuna, name, options):
-    shared, processor = vicuna
-    # A copy: the way to bfloat16 and back would leave the shared model with rounded weights and rotations.
-    for model in (copy.deepcopy(shared).to(torch.bfloat16), shared):
+    model, processor = vicuna
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(model).to(dtype)  # rounding weights and buffers is for this test alone
         prepared = model.prepare(**batch(model, processor), config=config(name, **options))
         out = prefill(model, prepared)
         assert out.logits.isfinite().all(), "padding included"
@@ -356,6 +356,10 @@ def test_requests_that_the_loop_does_not_serve(vicuna):
     prepared = model.prepare(**inputs, config=config("fastv"))
     with pytest.raises(UserError, match="got a batch of 1 x 1 tokens.*prefilled in one piece, with a cache"):
         model(input_ids=torch.tensor([[5]]), dropping=prepared.dropping)
+    cache = prefill(model, prepared).past_key_values
+    unused = model.prepare(**inputs, config=config("fastv")).dropping
+    with pytest.raises(UserError, match="has not been prefilled"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache, dropping=unused)
     model.config._attn_implementation = "eager"
     try:
         with pytest.raises(UserError, match='was set to "eager"'):

@@ -125,6 +125,8 @@ class DroppingDecoder:
                 f"the sequence has reached {past + hidden.shape[1]} tokens, but methods inside the LLM run within this "
                 f"checkpoint's attention window only, so at most {window} are allowed"
             )
+        if past and not dropping.stage_of:
+            raise UserError(f"the cache holds {past} tokens already, but the prompt has not been prefilled with them")
         run = self._decode if past else self._prefill
         hidden = run(hidden, position_ids, past_key_values, dropping)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
@@ -179,17 +181,19 @@ class DroppingDecoder:
         if positions is None:
             whole = torch.tensor(dropping.stages[0].lengths, device=hidden.device)[:, None]
             positions = whole + torch.arange(new - hidden.shape[1], new, device=hidden.device)
-        stages: dict[int, dict] = {}
+        calls: dict[int, dict] = {}  # by stage: layers with the same survivors share what they are called with
+        numberings: dict[int, tuple] = {}
         for number, layer in enumerate(self.layers):
             stage = dropping.stage_of[number]
-            if stage not in stages:
-                own = positions - dropping.stages[stage].shift.to(positions.device)[:, None]
-                stages[stage] = {
-                    "attention_mask": dropping.decode_mask(stage, new, hidden.shape[1]),
-                    "position_embeddings": self.rotary_emb(hidden, position_ids=own.to(hidden.device)),
-                    "position_ids": own,
-                }
-            hidden = layer(hidden, past_key_values=cache, use_cache=True, **stages[stage])
+            if stage not in calls:
+                numbering = stage if dropping.dropper.reindexed else 0
+                if numbering not in numberings:
+                    own = positions - dropping.stages[numbering].shift.to(positions.device)[:, None]
+                    numberings[numbering] = own, self.rotary_emb(hidden, position_ids=own.to(hidden.device))
+                own, rope = numberings[numbering]
+                mask = dropping.decode_mask(stage, new, hidden.shape[1])
+                calls[stage] = {"attention_mask": mask, "position_embeddings": rope, "position_ids": own}
+            hidden = layer(hidden, past_key_values=cache, use_cache=True, **calls[stage])
         return hidden
 
 
