@@ -398,6 +398,12 @@ class LlavaMetaForCausalLM:
             **kwargs,
         )
 
+    def loss_function(self, logits, labels, dropping: Dropping | None = None, **kwargs):
+        """transformers' loss; labels [B, S] are those of the whole prompt, also where part of it was dropped."""
+        if dropping is not None:
+            labels = dropping.labels(labels)
+        return super().loss_function(logits=logits, labels=labels, **kwargs)
+
 
 def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) -> list[tuple[Tensor, Tensor]]:
     """Per row: its token ids without padding, and the mask [S] that says which they are."""

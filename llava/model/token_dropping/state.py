@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llava.constants import IGNORE_INDEX
 from llava.errors import UserError
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_dropping.base import Choice, Dropper, ImageSlots
@@ -118,6 +119,15 @@ class Dropping:
             pieces += [torch.arange(at, start), torch.where(now < 0, now, now + start)]
             at = start + count
         return torch.cat([*pieces, torch.arange(at, self.prompts[row].length)])
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Labels [B, S] of the padded prompts -> [B, S'] of what is left of them; made tokens have none."""
+        left = [self.left_of_prompt(row).to(labels.device) for row in range(len(self.prompts))]
+        out = labels.new_full((len(left), max(map(len, left))), IGNORE_INDEX)
+        for b, slots in enumerate(left):
+            own = labels[b, labels.shape[1] - self.prompts[b].length :]
+            out[b, out.shape[1] - len(slots) :] = torch.where(slots < 0, IGNORE_INDEX, own[slots])
+        return out
 
     # --- prefill ----------------------------------------------------------------------------------------------
 
