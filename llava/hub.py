@@ -28,17 +28,22 @@ def checkpoint_folder(name, weights: bool = True) -> Path:
 
 def _fetch(name: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import logging
 
     patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
-    if weights:
-        patterns.append("*.safetensors")
-        try:
-            complete = any(file.endswith(".safetensors") for file in HfApi().list_repo_files(name))
-        except Exception:  # offline: what is in the local cache decides
-            complete = False
-        if not complete:
-            patterns.append("*.bin")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it announces each of its retries; what is wrong is said once, below
     try:
+        if weights:
+            patterns.append("*.safetensors")
+            try:
+                complete = any(file.endswith(".safetensors") for file in HfApi().list_repo_files(name))
+            except Exception:  # offline: what is in the local cache decides
+                complete = False
+            if not complete:
+                patterns.append("*.bin")
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # hub errors, network errors, a bad name
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({first_line(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -33,6 +33,14 @@ def test_both_signals_beat_chance(exam):
     assert exam.score(exam.answer("t2i", TOKENS))["all"] - chance >= 0.25
 
 
+def test_the_right_question_beats_a_wrong_one(exam):
+    """What text guidance adds: the same selector reading another picture's question, the LLM always the right one."""
+    assert all(mine != other for mine, other in zip(exam.names, exam.names[5:], strict=False))
+    questions = (None, exam.other_questions())
+    right, wrong = (exam.score(exam.answer("t2i", TOKENS, "original", texts=texts))["all"] for texts in questions)
+    assert right - wrong >= 0.08
+
+
 def test_generate_gives_these_answers(exam):
     """The shortened path above (one forward pass, pictures encoded once) answers as model.generate does."""
     assert agreement(exam, exam.folder / "images", 100) == 1.0

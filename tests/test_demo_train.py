@@ -173,6 +173,16 @@ def test_losses_fall_where_they_should():
     right = alignment_loss(torch.stack([named, -words.sum(0)])[None], owners, kinds, colors, words)
     wrong = alignment_loss(torch.stack([-named, named])[None], owners, kinds, colors, words)
     assert right < wrong
+    # One object on two patches: evenness costs nothing where both are as near to its words, else its weight times the
+    # variance of each word's cosines, here (0.9 / 2) squared or less.
+    owners, both = torch.zeros(1, 2, dtype=torch.long), torch.stack([named, named])[None]
+    uneven = torch.stack([named, named - 3 * words[table[3 * 8 + 2] > 0][0]])[None]
+
+    def cost(patches):
+        arguments = (patches, owners, kinds, colors, words, 0.0)
+        return float(alignment_loss(*arguments, 1.0) - alignment_loss(*arguments, 0.0))
+
+    assert cost(both) == pytest.approx(0.0, abs=1e-6) and 0.01 < cost(uneven) < 0.25
     captioner = Captioner(16)
     assert torch.isfinite(
         captioner(torch.randn(2, 16), torch.tensor([[1, -1], [2, 3]]), torch.tensor([[1, -1], [2, 3]]))

@@ -53,7 +53,13 @@ def said(rows: list[dict]) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "kind, method",
-    [("original", "none"), ("original", "random"), ("original", "adav"), ("original", "no_image"), ("llava-hf", "adav")],
+    [
+        ("original", "none"),
+        ("original", "random"),
+        ("original", "adav"),
+        ("original", "no_image"),
+        ("llava-hf", "adav"),
+    ],
 )
 def test_answers_do_not_depend_on_the_batch(checkpoints, data, tmp_path, kind, method):
     specs = [order(checkpoints[kind], data, tmp_path, size, method=method, overall_tokens=9) for size in (1, 3, 7)]

@@ -122,7 +122,15 @@ def test_half_precision(capsys, folders, dtype, limit):
 
 
 @pytest.mark.parametrize(
-    "method,tokens,kept", [("adav", 13, 13), ("adav", 999, 70), ("none", 13, 70), ("no_image", 1, 0)]
+    "method,tokens,kept",
+    [
+        ("adav", 13, 13),
+        ("adav", 999, 70),
+        ("none", 13, 70),
+        ("no_image", 1, 0),
+        ("sparsevlm", 13, 13),
+        ("pyramiddrop", 69, 69),
+    ],
 )
 def test_method(capsys, folders, method, tokens, kept):
     code, lines, _ = run(capsys, folders / "original-1.6", "--method", method, "--tokens", tokens)

@@ -25,6 +25,7 @@ from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
 from llava.eval.run import Generation, Run
 from llava.eval.samples import Sample
 from llava.eval.shards import Interrupted, ShardFailure, device_groups
+from llava.eval.tables import markdown_table
 
 FOLDER = REPOSITORY / "playground" / "demo"
 CAVEAT = """\
@@ -85,15 +86,7 @@ def table(reports: list[tuple[str, str, dict]]) -> str:
                 f"{report['kv_bytes_live']['mean'] / 1000:,.0f} kB",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    padded = [
-        "| "
-        + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join(("-" * (w + 2)) if i < 2 else ("-" * (w + 1) + ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]])
+    return markdown_table(lines)
 
 
 def draw(runs: dict[str, Run]) -> Path:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, positive
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
 from llava.eval.environment import code_digest, commit
@@ -117,14 +118,9 @@ def _answer(runs: list[Run], missing: list[list], shards: int, devices: list[str
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all arguments")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     env = os.environ
-    parser = _Parser(prog="python -m llava.eval.launch", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="python -m llava.eval.launch", description=__doc__.split("\n")[0])
     parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
     parser.add_argument("tokens", nargs="?", help="vision tokens per image; overrides overall_tokens")
     parser.add_argument("--family", choices=FAMILIES, help="whose checkpoint to evaluate where CKPT names none")
@@ -142,18 +138,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
-    parser.add_argument("--shards", type=_positive, help="processes (default: one per device or device group)")
+    parser.add_argument("--shards", type=positive, help="processes (default: one per device or device group)")
     parser.add_argument(
         "--gpus-per-model",
-        type=_positive,
+        type=positive,
         default=env.get("GPUS_PER_MODEL", "1"),
         help="devices per shard (default: $GPUS_PER_MODEL, else 1)",
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=BATCH_SIZE, help=f"samples per batch (default {BATCH_SIZE})"
+        "--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch (default {BATCH_SIZE})"
     )
-    parser.add_argument("--max-new-tokens", type=_positive, help="default: the benchmark's")
-    parser.add_argument("--limit", type=_positive, help="only the first N questions")
+    parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
+    parser.add_argument("--limit", type=positive, help="only the first N questions")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -165,18 +161,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 1")
-    return int(text)
-
-
 def configuration(args: argparse.Namespace) -> AdaVConfig:
     """The configuration file with the command line's overrides; UserError for whatever cannot be used."""
     overrides = config_overrides(args)
     if args.tokens is not None:
         try:
-            tokens = _positive(args.tokens)
+            tokens = positive(args.tokens)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"<tokens> is {error} (vision tokens per image, all tiles together)") from None
         if overrides.get("overall_tokens", tokens) != tokens:

@@ -66,7 +66,9 @@ class Checkpoint:
         elif (folder / "mm_projector.bin").is_file():
             kind = "projector"
         else:
-            raise UserError(f"{folder}: no weights, allowed are model*.safetensors, pytorch_model*.bin, mm_projector.bin")
+            raise UserError(
+                f"{folder}: no weights, allowed are model*.safetensors, pytorch_model*.bin, mm_projector.bin"
+            )
         if kind == "full" and model_base is not None:
             raise UserError(f"{folder}: has all its weights, so model_base ({model_base}) must not be given")
         if kind != "full" and model_base is None:
@@ -82,7 +84,7 @@ class Checkpoint:
         original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
         if not hf and not (original and ("mm_vision_tower" in settings or settings.get("mm_vision_config"))):
             raise UserError(
-                f'{folder}: architecture {settings.get("architectures") or ["unknown"]} (model_type '
+                f"{folder}: architecture {settings.get('architectures') or ['unknown']} (model_type "
                 f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
                 f"format of liuhaotian/llava-* or llava-hf/*"
             )
@@ -129,7 +131,9 @@ class Checkpoint:
                 f"{' or '.join(CONFIG_CLASSES)} with clip_vision_model"
             )
         if not isinstance(source.vision_feature_layer, int):
-            raise UserError(f"{self.folder}: vision_feature_layer is {source.vision_feature_layer}, allowed is one layer")
+            raise UserError(
+                f"{self.folder}: vision_feature_layer is {source.vision_feature_layer}, allowed is one layer"
+            )
         feature = {"default": "patch", "full": "cls_patch"}.get(source.vision_feature_select_strategy)
         values = {k: v for k, v in text.to_dict().items() if k not in ("architectures", "model_type", "_name_or_path")}
         values.update(
@@ -161,7 +165,9 @@ class Checkpoint:
         model_type = values.pop("model_type")
         values.pop("architectures", None)
         if values.get("mm_use_im_start_end"):
-            raise UserError(f"{self.folder}: mm_use_im_start_end is true, allowed is false (no LLaVA from 1.5 on has it)")
+            raise UserError(
+                f"{self.folder}: mm_use_im_start_end is true, allowed is false (no LLaVA from 1.5 on has it)"
+            )
         if not values.get("mm_vision_config"):
             values["mm_vision_config"] = _tower_config(self.tower_folder)
         values.setdefault("mm_hidden_size", values["mm_vision_config"]["hidden_size"])
@@ -260,7 +266,9 @@ class Checkpoint:
         """LLaVA 1.5 keeps no tower weights: they come from the tower that config.json names."""
         name = self.settings.get("mm_vision_tower")
         if not name:
-            raise UserError(f"{self.folder}: has no weights for its vision tower, and config.json names no mm_vision_tower")
+            raise UserError(
+                f"{self.folder}: has no weights for its vision tower, and config.json names no mm_vision_tower"
+            )
         folder = self.tower_folder if _weight_files(self.tower_folder) else checkpoint_folder(name)
         try:
             with quiet_loading():
@@ -353,4 +361,3 @@ def _read_json(path: Path, missing: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: found {type(value).__name__}, allowed is one JSON object")
     return value
-

@@ -113,7 +113,8 @@ class LlavaMetaForCausalLM:
     adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
     turn_markers  token ids of the conversation template's turn markers, for text_scope="turn"
     question_words  token ids -> string, for methods that read the question with another model's tokenizer
-    last_selection  what was kept for the last batch, per image; a convenience for notebooks
+    last_selection  what was kept for the last batch, per image; a convenience for notebooks. Under a method inside the
+                  LLM its report["survivors"] has the slots that are left after each cut.
     """
 
     # Layers of the tower above the one whose features are used, buffers that old versions saved, and the newline token
@@ -192,7 +193,9 @@ class LlavaMetaForCausalLM:
     def text_tower(self, name: str) -> ClipTextTower:
         """The CLIP text tower that `options.text_tower` names: loaded when it is first asked for, and kept."""
         if self.question_words is None:
-            raise UserError(f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with')
+            raise UserError(
+                f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with'
+            )
         if self._text_tower is None or self._text_tower.name != name:
             self._text_tower = ClipTextTower.load(name, self.get_vision_tower())
         return self._text_tower
@@ -336,7 +339,7 @@ class LlavaMetaForCausalLM:
         if prepared is None:
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
         self.last_selection = [selection for row in prepared.selections for selection in row]
-        return super().generate(
+        output = super().generate(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
@@ -344,6 +347,11 @@ class LlavaMetaForCausalLM:
             dropping=prepared.dropping,
             **generation_kwargs,
         )
+        if prepared.dropping is not None:
+            for row, selections in enumerate(prepared.selections):
+                for image, selection in enumerate(selections):
+                    selection.report["survivors"] = prepared.dropping.survivors(row, image)
+        return output
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, position_offset=None, dropping=None, is_first_iteration=False, **kwargs
@@ -450,11 +458,16 @@ def _no_tokens(words: Tensor) -> Selection:
 
 
 def _prompt_row(row: _Row, ids: Tensor) -> PromptRow:
-    """A row for `Dropping`: where its images and their text lie once the images are spliced into `ids`."""
+    """A row for `Dropping`: where its images and their text lie once the images are spliced into `ids`.
+
+    Text before an image is none of its text here: it cannot attend to the image.
+    """
     sizes = torch.ones_like(ids)
     sizes[ids == IMAGE_TOKEN_INDEX] = sizes.new_tensor([count for _, count in row.spans])
     starts = sizes.cumsum(dim=0) - sizes
-    return PromptRow(row.length, row.spans, [starts[question] for question in row.questions])
+    text = [starts[question] for question in row.questions]
+    behind = [slots[slots > start] for slots, (start, _) in zip(text, row.spans, strict=True)]
+    return PromptRow(row.length, row.spans, behind)
 
 
 def _stack(rows: list[_Row], positions: str, with_labels: bool) -> PreparedPrompt:

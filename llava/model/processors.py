@@ -58,4 +58,3 @@ def _processor_settings(folder: Path) -> dict | None:
             if settings:
                 return settings
     return None
-

@@ -29,6 +29,9 @@ LIMITS = """## Limits: read this before quoting a figure
   evidence for one method over another on real data.
 - The vocabulary is closed ({words} tokens). A photograph or a free question gives nonsense, stated with confidence.
 - The pictures come from the generator that the model was trained on (`llava/demo`, other seeds); nothing else was tested.
+- From some stage on, pictures lose background patches in training (recipe below). Without it a pruned picture left the LLM at chance;
+  real LLaVA was trained on whole pictures only.
+- With few vision tokens the model sometimes goes on after its one-word answer; the benchmark reads the first word.
 - The tower's last layer was never trained: LLaVA reads the layer before it, and so does the contrastive loss.
 """
 
@@ -130,7 +133,13 @@ def _recipe_text(family, recipe, log, versions):
         trained = "tower, projector, LLM" if stage.train_tower else "projector, LLM (tower frozen)"
         notes = [f"LLM of {stage.fresh_llm} layers from nothing"] if stage.fresh_llm else []
         notes += [f"LLM grows to {stage.grow_to} layers"] if stage.grow_to else []
+        notes += (
+            ["caption loss on what [CLS] attends to, wrong captions differ in one word"] if stage.hard_captions else []
+        )
         notes += [f"image positions jittered for {stage.jitter:.0%} of the pictures"] if stage.jitter else []
+        notes += [f"background patches dropped from {stage.sparse:.0%} of the pictures"] if stage.sparse else []
+        notes += ["lookup practice for existence questions"] if stage.lookup else []
+        notes += [f"alignment: flatness {stage.flatness:g}, evenness {stage.evenness:g}"] if stage.evenness else []
         took = f"{seconds[stage.name]:.0f} s" if stage.name in seconds else "-"
         score = _percent(after[stage.name]["all"]) if stage.name in after else "-"
         shape = f"{stage.batch} x {stage.questions}"
@@ -140,6 +149,7 @@ def _recipe_text(family, recipe, log, versions):
     head = ("stage", "trained", "what is new", "steps", "pictures x questions", "peak lr", "seed", "time", "validation")
     lines.append(_table(head, rows))
     lines.append(
+        "Dropped background: a random share, 0 to 1, of the patches that show no object; a patch that shows one is never dropped. "
         "Times are wall-clock on a machine that other jobs shared. Step counts and seeds are fixed; nothing looks at the clock.\n"
     )
     return "\n".join(lines)

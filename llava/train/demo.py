@@ -89,7 +89,9 @@ def _free_port():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, choices=sorted(RECIPES))
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads (default 1, as for the shipped checkpoints)"
+    )
     parser.add_argument("--playground", default=str(PLAYGROUND), help="folder of checkpoints (default playground)")
     parser.add_argument("--out", help="checkpoint folder (default <playground>/llava-shapes-<recipe>)")
     args = parser.parse_args(argv)

@@ -105,6 +105,10 @@ class Exam:
         logits = self.model(inputs_embeds=inputs, attention_mask=mask, position_ids=where, logits_to_keep=1).logits
         return self.tokenizer.batch_decode(logits[:, -1:].argmax(-1))
 
+    def other_questions(self):
+        """Per question, token ids [m] of one about another picture (four questions share a picture): for `texts`."""
+        return [self.rows[(number + 5) % len(self.rows)][1] for number in range(len(self.rows))]
+
     def score(self, words):
         """{"all": share of right answers, and one share per question type}."""
         hits = defaultdict(list)
@@ -146,7 +150,7 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
                     {"method": method, "budget": budget, "positions": positions, "all": sum(scores) / len(scores)}
                 )
         # What the same selector does with the question of another picture.
-        others = [exam.rows[(number + 5) % len(exam.rows)][1] for number in range(len(exam.rows))]
+        others = exam.other_questions()
         for positions in ("reindexed", "original"):
             score = exam.score(exam.answer("t2i", budget, positions, texts=others))["all"]
             table.append({"method": "t2i, wrong question", "budget": budget, "positions": positions, "all": score})

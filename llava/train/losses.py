@@ -61,12 +61,14 @@ def _change_a_word(kinds, colors):
     return kinds, colors.scatter(1, place, torch.where(recolor, new_color, colors.gather(1, place)))
 
 
-def alignment_loss(projected, owners, kinds, colors, embeddings):
+def alignment_loss(projected, owners, kinds, colors, embeddings, flatness=100.0, evenness=0.0):
     """Loss 2: each patch near the words of the object under it, far from all others.
 
     projected [T, N, D]; owners int64 [T, N], index of the object or -1; kinds, colors int64 [T, 6]; embeddings [V, D].
-    Binary cross-entropy on the scaled cosine, summed over words, per object patch; plus the spread over the picture of
-    words that name nothing ("the", "?"), so that those attract no patch.
+    Binary cross-entropy on the scaled cosine, summed over words, per object patch; plus two variances of the cosine,
+    which matter because selection reads a softmax over patches at temperature 0.01, where a hundredth counts:
+    flatness x its spread over the picture for words that name nothing ("the", "?"), so that those attract no patch;
+    evenness x its spread over the patches that a word names, so that it attracts all of them and not the best one.
     """
     cosine = F.normalize(projected, dim=-1) @ F.normalize(embeddings, dim=-1).T
     rows = kinds * len(COLOR_NAMES) + colors
@@ -76,7 +78,14 @@ def alignment_loss(projected, owners, kinds, colors, embeddings):
     logits = ALIGNMENT_SCALE * cosine + ALIGNMENT_BIAS
     loss = F.binary_cross_entropy_with_logits(logits, positive, reduction="sum") / (owners >= 0).sum().clamp_min(1)
     silent = table.sum(0) == 0
-    return loss + 100.0 * cosine[..., silent].var(dim=1).mean()
+    loss = loss + flatness * cosine[..., silent].var(dim=1).mean()
+    if evenness:
+        count = positive.sum(1, keepdim=True)
+        mean = (cosine * positive).sum(1, keepdim=True) / count.clamp_min(1)
+        spread = ((cosine - mean).square() * positive).sum(1, keepdim=True) / count.clamp_min(1)
+        several = count > 1
+        loss = loss + evenness * (spread * several).sum() / several.sum().clamp_min(1)
+    return loss
 
 
 def answer_loss(hidden, questions, cue, embeddings, end_id):

@@ -1,6 +1,7 @@
 """What is trained, in which order, for how many steps: the whole recipe as data.
 
-Step counts and seeds are fixed and nothing looks at the clock, so a rerun gives the same model on the same machine.
+Step counts and seeds are fixed and nothing looks at the clock, so a rerun gives the same model on the same machine
+with the same number of threads (another number adds up in another order).
 """
 
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ class Stage:
     sparse          share of pictures that lose a random part of their background patches (of no object, ever)
     lookup          weight of the loss that makes existence questions look the object up half-way (losses.lookup_loss)
     weights         how often each question type is asked, in the order color, exists, where, count
+    flatness, evenness  weights of the two variances in the alignment loss (losses.alignment_loss)
     """
 
     name: str
@@ -59,6 +61,8 @@ class Stage:
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     lookup: float = 0.0
     sparse: float = 0.0
+    flatness: float = 100.0
+    evenness: float = 0.0
     seed: int = 0
 
     @property
@@ -88,6 +92,7 @@ class Recipe:
 _MIX = (1.0, 2.0, 1.3, 1.0)
 _EXISTS = (0.7, 3.0, 1.0, 0.7)
 _COUNTED = (0.6, 2.0, 1.0, 0.8, 0.0, 0.0, 1.0, 2.0)
+_ALL = (0.8, 1.2, 2.0, 1.4)
 _PRACTICE = (0.7, 2.0, 1.0, 0.7, 1.3, 0.8)
 V15 = Recipe(
     family="v1.5",
@@ -109,14 +114,30 @@ V15 = Recipe(
         Stage("E", steps=400, lr=1.5e-3, first_image=90_000, weights=_COUNTED, jitter=0.3, seed=5),
         Stage("F", steps=400, lr=1.5e-3, first_image=103_000, weights=_COUNTED, jitter=0.3, seed=6),
         Stage("G", steps=300, lr=1e-3, first_image=116_000, weights=_MIX, jitter=0.3, sparse=0.6, seed=7),
+        Stage(
+            "H",
+            steps=300,
+            lr=1.5e-3,
+            first_image=126_000,
+            weights=_ALL,
+            jitter=0.5,
+            sparse=0.9,
+            flatness=30_000.0,
+            evenness=1000.0,
+            seed=8,
+        ),
     ),
 )
 # (width, height), in the order in which ties are decided.
 PINPOINTS = ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288))
+_TILED = {"batch": 16, "questions": 16, "jitter": 0.3, "sparse": 0.7, "flatness": 30_000.0, "evenness": 1000.0}
 V16 = Recipe(
     family="v1.6",
     start="llava-shapes-v1.5",
     pinpoints=PINPOINTS,
-    stages=(Stage("A", 160, lr=1e-3, first_image=0, batch=16, questions=16, weights=_MIX, jitter=0.3, seed=11),),
+    stages=(
+        Stage("A", steps=480, lr=1.5e-3, first_image=0, weights=(0.8, 1.2, 2.2, 1.6), seed=11, **_TILED),
+        Stage("B", steps=240, lr=1e-3, first_image=10_000, weights=(0.7, 1.0, 2.6, 1.6), seed=12, **_TILED),
+    ),
 )
 RECIPES = {"v1.5": V15, "v1.5-no-alignment": replace(V15, alignment=False), "v1.6": V16}

@@ -86,8 +86,9 @@ def _losses(model, captioner, recipe, stage, batch, prefix, generator):
         cls, changed = (taken, _CHANGED) if stage.hard_captions else (hidden[:, 0], 0)
         losses["caption"] = captioner(cls[shown], batch.kinds[shown], batch.colors[shown], changed)
     if recipe.alignment:
+        objects = (batch.owners, batch.kinds, batch.colors)
         losses["alignment"] = 0.25 * alignment_loss(
-            projected, batch.owners, batch.kinds, batch.colors, model.embeddings
+            projected, *objects, model.embeddings, stage.flatness, stage.evenness
         )
     if stage.answers:
         order, lengths = batch.order, batch.lengths

@@ -75,26 +75,32 @@ class Shapes(Benchmark):
         """question_id -> {answer, category}"""
         return {row["question_id"]: row for _, row in read_lines(self.folder / "labels.jsonl")}
 
-    def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+    def categories(self, samples: list[Sample]) -> list[str]:
+        """Per sample, the kind of its question."""
+        labels = self.labels()
+        return [labels[sample.question_id]["category"] for sample in samples]
+
+    def right(self, samples: list[Sample], rows: list[dict]) -> list[bool]:
+        """Per sample, whether the first word of its answer (a row of merge.jsonl) is the label's."""
         labels = self.labels()
         unlabelled = [sample for sample in samples if sample.question_id not in labels]
         if unlabelled:
             raise UserError(
                 f"{self.folder / 'labels.jsonl'}: has no answer to {len(unlabelled)} of {len(samples)} questions"
             )
-        right: dict[str, list[bool]] = defaultdict(list)
-        ended = 0
-        for sample, row in zip(samples, rows, strict=True):
-            label = labels[sample.question_id]
-            words = row["text"].lower().split()
-            right[label["category"]].append(words[:1] == [label["answer"].lower()])
-            ended += len(words) <= 1
-        every = [value for values in right.values() for value in values]
+        answers = [labels[sample.question_id]["answer"].lower() for sample in samples]
+        return [row["text"].lower().split()[:1] == [answer] for row, answer in zip(rows, answers, strict=True)]
+
+    def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        every = self.right(samples, rows)
+        per_category: dict[str, list[bool]] = defaultdict(list)
+        for category, right in zip(self.categories(samples), every, strict=True):
+            per_category[category].append(right)
         return {
             "accuracy": sum(every) / len(every),
             "questions": len(every),
-            "ended_after_one_word": ended / len(every),
-            "per_category": {name: sum(values) / len(values) for name, values in sorted(right.items())},
+            "ended_after_one_word": sum(len(row["text"].split()) <= 1 for row in rows) / len(every),
+            "per_category": {name: sum(values) / len(values) for name, values in sorted(per_category.items())},
         }
 
 

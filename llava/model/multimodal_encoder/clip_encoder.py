@@ -53,7 +53,9 @@ class CLIPVisionTower(nn.Module):
         super().__init__()
         used = layers_used(vision_config.num_hidden_layers, select_layer)
         if not 1 <= used <= vision_config.num_hidden_layers:
-            raise ValueError(f"select_layer is {select_layer}, but the tower has {vision_config.num_hidden_layers} layers")
+            raise ValueError(
+                f"select_layer is {select_layer}, but the tower has {vision_config.num_hidden_layers} layers"
+            )
         config = copy.deepcopy(vision_config)
         config.num_hidden_layers = used
         config._attn_implementation = _ATTENTION

@@ -25,7 +25,7 @@ class RowAttention:
 
     def chunks(self, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Attention rows of the queries of `slots` [R], a chunk at a time: (r of the slots, [H, r, S])."""
-        heads = self._query.shape[0]
+        heads, slots = self._query.shape[0], slots.to(self._query.device)
         for part in slots.split(max(1, self._chunk // (heads * self.length))):
             yield part, self._rows(part)
 

@@ -73,7 +73,7 @@ class Dropping:
 
     dropper, overall_tokens: the method and its budget per image; layers: of the LLM; prompts: one per row
     After prefill:
-    records   per row, per image: its CutRecords in layer order
+    records   per prompt, per image: its CutRecords in layer order
     stages    the distinct sets of survivors; stage_of[layer]: the one that the layer's attention and cache see
     """
 
@@ -84,6 +84,7 @@ class Dropping:
         self.stages: list[Stage] = []
         self.stage_of: list[int] = []
         self._rows: list[_Row] = []
+        self._times = 1  # rows per prompt
 
     # --- what it comes to -------------------------------------------------------------------------------------
 
@@ -143,7 +144,9 @@ class Dropping:
                 f"prefill got a batch of {embeds.shape[0]} x {embeds.shape[1]} tokens, but the prompt that vision tokens "
                 f"are dropped from has {len(self.prompts)} x {length}; a prompt is prefilled in one piece, with a cache"
             )
-        self.records, self._rows, self.stages, self.stage_of = [], [], [], []
+        self.records = [[[] for _ in prompt.images] for prompt in self.prompts]
+        self._rows, self.stages, self.stage_of = [], [], []
+        self._times = times
         for b in range(embeds.shape[0]):
             prompt, cuts = self.prompts[b // times], self.cuts[b // times]
             row = embeds[b, length - prompt.length :]
@@ -154,7 +157,6 @@ class Dropping:
                 for (start, count), text in zip(prompt.images, prompt.text, strict=True)
             ]
             self._rows.append(_Row(prompt.length, images, [{cut.layer: cut for cut in one} for one in cuts]))
-            self.records.append([[] for _ in images])
         self._add_stage(embeds.device)
 
     def _queries(self, row: Tensor, start: int, count: int, text: Tensor, length: int) -> Tensor:
@@ -224,7 +226,9 @@ class Dropping:
             if cut is not None:
                 choice = self.dropper.select(attention, cut, image, image.of(hidden))
                 inside = _order(choice, image)
-                self.records[b][i].append(CutRecord(layer, choice.kept, choice.sources, inside))
+                if b % self._times == 0:  # its other beams do the same
+                    record = CutRecord(layer, choice.kept, choice.sources, inside)
+                    self.records[b // self._times][i].append(record)
                 numbers = torch.arange(total, total + len(choice.sources), device=hidden.device)
                 order = torch.cat([order, numbers])[inside.to(hidden.device)]
                 if choice.made is not None:

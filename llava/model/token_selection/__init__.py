@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
     from llava.model.token_selection.base import ImageTokens, Selection, Selector
 
-__all__ = ["SELECTORS", "ImageTokens", "Selection", "Selector", "TowerStates", "option_names", "select", "selector_names"]
+__all__ = [
+    "SELECTORS",
+    "ImageTokens",
+    "Selection",
+    "Selector",
+    "TowerStates",
+    "option_names",
+    "select",
+    "selector_names",
+]
 
 # method name -> file and class. A new method is one file and one line here.
 _CLASSES = {

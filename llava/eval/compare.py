@@ -1,0 +1,202 @@
+"""Every method at several budgets on the demo checkpoints: one CSV, one table, one plot.
+
+    python -m llava.eval.compare [--methods adav,random --budgets 25,10,5 --limit N ...]          (make compare)
+
+Each cell (checkpoint, method, budget, seed) is a run of the launcher, so the command goes on where it was interrupted,
+and cells that an earlier start finished cost nothing. A budget is a share of the vision tokens that `none` reads, mean
+over the questions. `none` and `adav` are always measured: budgets and differences are told against them.
+Writes compare.csv, compare.md and compare.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava.config import AdaVConfig, method_names
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, names, percents, positive
+from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.checkpoints import EvalCheckpoint, find_checkpoint
+from llava.eval.compare_rows import Cell, rows_of
+from llava.eval.compare_table import CAVEAT, markdown, read_rows, write_rows
+from llava.eval.environment import cores
+from llava.eval.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
+from llava.eval.run import Generation, Run
+from llava.eval.shards import Interrupted, ShardFailure, device_groups
+
+FOLDER = REPOSITORY / "playground" / "compare"
+CHECKPOINTS = "playground/llava-shapes-v1.5,playground/llava-shapes-v1.6"
+REFERENCE = "adav"
+# Ends of the scale: they have no budget.
+ENDS = ("none", "no_image")
+_KEPT = "what is answered is kept; the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class Load:
+    """Questions by default, which keep a whole comparison under an hour on two cores, and samples per batch."""
+
+    questions: int
+    batch: int
+
+
+ONE_TILE, SEVERAL_TILES = Load(1000, 32), Load(400, 16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison. tiles_only: only for checkpoints that cut images into tiles."""
+
+    method: str
+    options: dict = field(default_factory=dict)
+    tiles_only: bool = False
+
+
+def entries() -> dict[str, Entry]:
+    """Name -> what is measured under it: every method of the configuration, and AdaV as its authors' code keeps."""
+    found = {name: Entry(name) for name in method_names()}
+    return found | {"adav-public": Entry("adav", {"compat": "public"}, tiles_only=True)}
+
+
+def cells(chosen: list[str], budgets: list[float], seeds: int, full: float) -> list[Cell]:
+    """The cells of one checkpoint but `none`: `full` is the mean of vision tokens per image that `none` reads."""
+    found = []
+    for name in chosen:
+        entry = entries()[name]
+        if name in ENDS:
+            found += [Cell(name, entry.method)] if name != "none" else []
+            continue
+        for percent in budgets:
+            tokens = max(1, int(percent / 100 * full + 1e-6))
+            for seed in range(seeds) if _takes_seed(entry.method) else [None]:
+                options = entry.options | ({} if seed is None else {"seed": seed})
+                found.append(Cell(name, entry.method, percent, tokens, seed, options))
+    return found
+
+
+def _takes_seed(method: str) -> bool:
+    from llava.model.token_selection import option_names, selector_names
+
+    return method in selector_names() and "seed" in option_names(method)
+
+
+class Comparison:
+    """The runs of one checkpoint, none of them started."""
+
+    def __init__(self, checkpoint: EvalCheckpoint, output: Path, limit: int | None, device: str):
+        self.checkpoint, self.output = checkpoint, output
+        self.load = SEVERAL_TILES if checkpoint.anyres else ONE_TILE
+        self.limit = limit or self.load.questions
+        self.benchmark = BENCHMARKS["shapes"](DATA_ROOT, checkpoint)
+        self.generation = Generation(self.benchmark.max_new_tokens, device=device)
+
+    def run(self, cell: Cell) -> Run:
+        budget = {} if cell.tokens is None else {"overall_tokens": cell.tokens}
+        config = AdaVConfig(method=cell.method, options=dict(cell.options), **budget)
+        return Run(self.benchmark, config, self.checkpoint, self.generation, self.output, limit=self.limit)
+
+    def measure(
+        self, chosen: list[str], budgets: list[float], seeds: int, shards: int, devices: list[str], fresh: bool
+    ) -> list[dict]:
+        """Answer whatever is missing; the rows of this checkpoint for compare.csv."""
+
+        def answer(wanted: list[Cell], title: str) -> tuple[dict[Cell, Run], dict[Cell, dict]]:
+            runs = {cell: self.run(cell) for cell in wanted}
+            reports = carry_out(list(runs.values()), shards, devices, self.load.batch, fresh, title)
+            return runs, dict(zip(runs, reports, strict=True))
+
+        name, whole = self.checkpoint.short_name, Cell("none", "none")
+        runs, reports = answer([whole], f"{name}, none")
+        full = reports[whole]["vision_tokens_per_image"]["before"]
+        chosen = [entry for entry in chosen if self.checkpoint.anyres or not entries()[entry].tiles_only]
+        others = cells(chosen, budgets, seeds, full)
+        more_runs, more_reports = answer(others, f"{name}, {len(others)} runs")
+        return rows_of(self.benchmark, runs | more_runs, reports | more_reports, REFERENCE)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.eval.compare", description=__doc__.split("\n")[0])
+    known = list(entries())
+    parser.add_argument("--methods", type=names, default=known, help=f"of {', '.join(known)} (default: all)")
+    parser.add_argument("--budgets", type=percents, default="25,10,5", help="%% of the vision tokens (25,10,5)")
+    parser.add_argument("--checkpoints", type=names, default=CHECKPOINTS, help=f"folders or hub names ({CHECKPOINTS})")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of a method that draws at random (3)")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        help=f"questions per checkpoint (default: {ONE_TILE.questions} for one tile, {SEVERAL_TILES.questions} for several)",
+    )
+    parser.add_argument("--shards", type=positive, help="processes (default: one per device or, on the CPU, per core)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where results go (default: playground/compare/)")
+    parser.add_argument("--fresh", action="store_true", help="forget what these very runs have answered already")
+    parser.add_argument("--plot-only", action="store_true", help="table and plot from the compare.csv that is there")
+    args = parser.parse_args(argv)
+    for name in args.methods:
+        if name not in known:
+            raise UserError(f'--methods: "{name}" is no method, allowed are {", ".join(known)}')
+    args.methods = [name for name in known if name in {*args.methods, "none", REFERENCE}]
+    return args
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure and write compare.csv, anew after each checkpoint, so that an interruption leaves what is finished."""
+    devices = device_groups()
+    shards = args.shards or len(devices) or cores()
+    checkpoints = [find_checkpoint(name) for name in args.checkpoints]
+    _refuse_same_name(checkpoints)
+    with told_when_unwritable(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    comparisons = [Comparison(c, args.output, args.limit, "cuda" if devices else "cpu") for c in checkpoints]
+    rows: list[dict] = []
+    for comparison in comparisons:
+        rows += comparison.measure(args.methods, args.budgets, args.seeds, shards, devices, args.fresh)
+        write_rows(rows, args.out / "compare.csv")
+
+
+def present(folder: Path) -> str:
+    """compare.md and compare.png from the compare.csv of `folder`; returns the table."""
+    from llava.eval.compare_plot import draw
+
+    rows = read_rows(folder / "compare.csv")
+    text = markdown(rows)
+    write_atomically(folder / "compare.md", f"{text}\n\n{CAVEAT}\n")
+    draw(rows, folder / "compare.png")
+    return text
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    begun = time.monotonic()
+    if not args.plot_only:
+        try:
+            compare(args)
+        except Interrupted as error:
+            print(f"stopped by {error}: {_KEPT}", file=sys.stderr)
+            sys.exit(128 + error.number)
+        except ShardFailure as error:
+            print(f"error: {error}\n{_KEPT}", file=sys.stderr)
+            sys.exit(1)
+    print(f"{present(args.out)}\n\n{CAVEAT}\n")
+    print(f"{args.out / 'compare.csv'}, compare.md, compare.png; {time.monotonic() - begun:.0f} s")
+
+
+def _refuse_same_name(checkpoints: list[EvalCheckpoint]) -> None:
+    short = [checkpoint.short_name for checkpoint in checkpoints]
+    for name in short:
+        if short.count(name) > 1:
+            raise UserError(f'--checkpoints: two are called "{name}", allowed is each last part of a path once')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
