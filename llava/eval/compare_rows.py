@@ -49,7 +49,7 @@ def costs(report: dict) -> dict[str, float]:
     return {
         "tokens_before": tokens["before"],
         "tokens_after": tokens["after"],
-        "layer_mean": report["vision_tokens_layer_mean"],
+        "layer_mean": tokens["layer_mean"],
         "prefill_flops": flops["mean"],
         "kv_bytes": report["kv_bytes_live"]["mean"],
     }
