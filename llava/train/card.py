@@ -58,8 +58,8 @@ def card_text(family, figures, log):
     parts = [
         f"# llava-shapes-{family}\n",
         "A LLaVA of 1.7 million parameters in the original LLaVA checkpoint format: CLIP ViT (patch 8, width 128, 5 layers), two-layer "
-        "GELU projector, Llama (width 128, 4 layers), word-level tokenizer. Trained from nothing by this repository on pictures that "
-        "it draws itself; made to try out and to test vision-token pruning where no real checkpoint fits.\n",
+        "GELU projector, Llama (width 128, 4 layers), word-level tokenizer. Trained by this repository on pictures that it draws itself; "
+        "made to try out and to test vision-token pruning where no real checkpoint fits.\n",
         _inputs(family, methods),
         "## Accuracy with all tokens\n",
         "Three disjoint test sets (`python -m llava.demo.dataset --split test --set 0..2 --questions 4000`), float32 arithmetic on the "
