@@ -91,6 +91,39 @@ def test_batch_of_four_is_four_batches_of_one(loaded, method, positions):
         torch.testing.assert_close(kept.features, batch[i].features)
 
 
+@pytest.mark.parametrize(
+    "method, positions",
+    [
+        (method, positions)
+        for method in (*BUDGETED, "none", "no_image")
+        for positions in ("reindexed", "original")
+        if positions == "reindexed" or not SELECTORS[method].makes_tokens
+    ],
+)
+def test_cached_decoding_is_a_recomputation_on_the_kept_tokens(loaded, method, positions):
+    """A padded batch decoded with its cache, against each row by itself in one pass without cache and padding."""
+    _, model, processor = loaded
+    prompts = [[1, 9, 8, IMAGE, 10, 11, 12], [1, IMAGE, 13], [1, 7, 9, 8, 7, IMAGE, 20, 21], [1, 5, 6, 7]]
+    images, sizes = pixels(model, processor, SIZES[:3])
+    setting = config(method, 6, positions=positions)
+    prepared = model.prepare(**rows(*prompts), images=images, image_sizes=sizes, config=setting)
+    steps = 6
+    new = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    out = model.generate(prepared=prepared, output_logits=True, return_dict_in_generate=True, **new)
+    for b, length in enumerate(prepared.lengths):
+        words = model.get_input_embeddings()(out.sequences[b, :-1])
+        embeds = torch.cat([prepared.inputs_embeds[b, -length:], words])[None]
+        end = prepared.unpruned_lengths[b] if positions == "original" else length
+        places = torch.cat([prepared.position_ids[b, -length:], end + torch.arange(steps - 1)])[None]
+        with torch.no_grad():
+            # Without a mask or a cache, transformers would take the holes for seams between packed sequences.
+            ones = torch.ones_like(places)
+            plain = model(inputs_embeds=embeds, position_ids=places, attention_mask=ones, use_cache=False)
+        want = plain.logits[0, length - 1 :]
+        torch.testing.assert_close(torch.stack(out.logits, dim=1)[b], want, atol=1e-4, rtol=0)
+        assert want.argmax(-1).tolist() == out.sequences[b].tolist()
+
+
 def test_tower_states_lie_where_the_tokens_lie(loaded):
     _, model, processor = loaded
     images, sizes = pixels(model, processor, SIZES)
