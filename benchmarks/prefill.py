@@ -35,6 +35,7 @@ from llava.eval.environment import commit, environment
 from llava.eval.files import write_atomically
 from llava.eval.flops import Cost, predict
 from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.eval.tables import columns
 from llava.mm_utils import tile_plan
 from llava.model.language_model.llava_config import LlavaLlamaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -242,11 +243,7 @@ def show(rows: list[dict]) -> str:
                 f"{row['gflops_of_none']:.1%}",
             )
         )
-    first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(
-        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))])
-        for name, *cells in lines
-    )
+    return columns(lines)
 
 
 @exits_cleanly

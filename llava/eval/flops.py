@@ -25,6 +25,7 @@ from llava.config import AdaVConfig, add_config_flags, config_overrides, method_
 from llava.errors import UserError, exits_cleanly
 from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, MethodCost, SelectorCase, together
 from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
+from llava.eval.tables import columns
 from llava.mm_utils import tile_plan
 from llava.model.token_dropping import DROPPERS, make_dropper
 
@@ -188,11 +189,7 @@ def table(cost: Cost, plain: Cost) -> str:
         share = f"{flops / cost.total:.1%}" if name in cost.parts else ""
         of_none = f"{flops / before:.1%}" if before else ""
         lines.append((name, f"{flops / 1e9:,.3f}", share, f"{before / 1e9:,.3f}", of_none))
-    first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(
-        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))])
-        for name, *cells in lines
-    )
+    return columns(lines)
 
 
 @exits_cleanly
