@@ -25,7 +25,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.text_tower import ClipTextTower
 from llava.model.token_dropping import Dropping, dropper_names
 from llava.model.token_dropping.state import PromptRow
-from llava.model.token_selection import ImageTokens, Selection, TowerStates, select
+from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
 
 
 @dataclass
@@ -232,6 +232,36 @@ class LlavaMetaForCausalLM:
             inside[start:end] = True
         return inside & (ids != IMAGE_TOKEN_INDEX)
 
+    def _seen(
+        self,
+        rows: list[tuple],
+        words: list[Tensor],
+        encoded: list[tuple],
+        plans: list,
+        asked: list,
+        text_tower: str | None,
+    ) -> tuple[list[ImageTokens], list[Tensor]]:
+        """What a selector sees of every image of a batch, in reading order: its tokens, and the words asked about it.
+
+        rows: (ids, ...) and their word embeddings `words`; per image: what `encode_images` gave, its plan, and which
+        ids of its row are asked. text_tower: what judges how close a patch is to the words, where a method reads that.
+        """
+        images, texts, image = [], [], 0
+        for (ids, _), embedded in zip(rows, words, strict=True):
+            for nth in range(len(_placeholders(ids))):
+                features, saliency, tower = encoded[image]
+                if text_tower is not None:
+                    question = self.question_words(ids[asked[image]].tolist())
+                    cosine = self.text_tower(text_tower).cosine(tower.hidden[:, 1:], question)
+                    tower = replace(tower, text_cosine=cosine)
+                key = _sample_key(ids, plans[image].image_size, nth)
+                tokens = self.image_tokens(features, saliency, plans[image], key, tower)
+                tokens.features = tokens.features.to(embedded.device, embedded.dtype)
+                images.append(tokens)
+                texts.append(embedded[asked[image]])
+                image += 1
+        return images, texts
+
     def prepare(
         self,
         input_ids,
@@ -269,46 +299,37 @@ class LlavaMetaForCausalLM:
         options = config.options_of(method)
         chosen = method(**options)
         wanted = chosen.tower_states
-        encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else [None] * len(pixels)
+        encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else []
 
+        with clock.stage("splice"):
+            words = [embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0)) for ids, _ in rows]
+        with clock.stage("selection"):
+            scope = config.option("text_scope")
+            asked = [self._question(ids, place, scope) for ids, _ in rows for place in _placeholders(ids)]
+            if pixels and not method.needs_image:
+                kept = [_no_tokens(words[0]) for _ in pixels]
+            else:
+                judge = options["text_tower"] if "text_cosine" in wanted else None
+                seen = self._seen(rows, words, encoded, plans, asked, judge)
+                name, own = ("none", {}) if inside else (config.method, options)
+                kept = select_all(name, *seen, config.overall_tokens, **own)
         done, image = [], 0
-        for b, (ids, keep) in enumerate(rows):
-            with clock.stage("splice"):
-                words = embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0))
-                row_labels = labels.to(device)[b][keep] if labels is not None else None
-            row, begin = _Row(), 0
-            places = torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
-            for place in [*places, len(ids)]:
-                with clock.stage("splice"):
+        with clock.stage("splice"):
+            for b, (ids, keep) in enumerate(rows):
+                row, begin = _Row(), 0
+                own_labels = labels.to(device)[b][keep] if labels is not None else None
+                for place in [*_placeholders(ids), len(ids)]:
+                    piece = slice(begin, place)
                     span = torch.arange(place - begin, device=device)
-                    row.add(
-                        words[begin:place], span, place - begin, row_labels[begin:place] if labels is not None else None
-                    )
-                if place == len(ids):
-                    break
-                with clock.stage("selection"):
-                    if encoded[image] is None:
-                        kept = _no_tokens(words)
-                    else:
-                        key = _sample_key(ids, plans[image].image_size, len(row.selections))
-                        features, saliency, tower = encoded[image]
-                        asked = self._question(ids, place, config.option("text_scope"))
-                        row.questions.append(asked)
-                        if "text_cosine" in wanted:
-                            question = self.text_tower(options["text_tower"])
-                            cosine = question.cosine(tower.hidden[:, 1:], self.question_words(ids[asked].tolist()))
-                            tower = replace(tower, text_cosine=cosine)
-                        tokens = self.image_tokens(features, saliency, plans[image], key, tower)
-                        tokens.features = tokens.features.to(device, words.dtype)
-                        if inside:
-                            kept = select("none", tokens, words[:0], config.overall_tokens)
-                        else:
-                            kept = select(config.method, tokens, words[asked], config.overall_tokens, **options)
-                row.spans.append((row.length, len(kept.indices)))
-                row.selections.append(kept)
-                row.add(kept.features, kept.indices.to(device), kept.total)
-                begin, image = place + 1, image + 1
-            done.append(row)
+                    row.add(words[b][piece], span, place - begin, None if labels is None else own_labels[piece])
+                    if place == len(ids):
+                        break
+                    row.questions.append(asked[image])
+                    row.spans.append((row.length, len(kept[image].indices)))
+                    row.selections.append(kept[image])
+                    row.add(kept[image].features, kept[image].indices.to(device), kept[image].total)
+                    begin, image = place + 1, image + 1
+                done.append(row)
         with clock.stage("splice"):
             prepared = _stack(done, config.option("positions"), labels is not None)
         if inside:
@@ -430,6 +451,11 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config)
             )
         mask = attention_mask.to(input_ids.device).bool()
     return [(ids[keep], keep) for ids, keep in zip(input_ids, mask, strict=True)]
+
+
+def _placeholders(ids: Tensor) -> list[int]:
+    """Where images go among the ids of a row."""
+    return torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
 
 
 def _turn(ids: list[int], place: int, markers) -> tuple[int, int]:
