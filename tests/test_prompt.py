@@ -12,7 +12,7 @@ from llava.conversation import single_turn
 from llava.errors import UserError
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import StageClock
+from llava.model.prepared import StageClock
 from llava.model.token_selection import SELECTORS, select
 
 IMAGE = IMAGE_TOKEN_INDEX
