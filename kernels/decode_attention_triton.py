@@ -54,13 +54,14 @@ class Workspace:
     """Scratch memory between the two launches; its contents mean nothing between calls.
 
     partial float32 [B, H, S, D], maxima and sums float32 [B, H, S] for S splits; logits float32 [B, H, W] with W at least
-    the width of both lists.
+    the width of both lists. tuning: None for the default.
     """
 
     partial: Tensor
     maxima: Tensor
     sums: Tensor
     logits: Tensor
+    tuning: Tuning | None = None
 
     @classmethod
     def empty(cls, q: Tensor, k: Tensor, core: Tensor, text: Tensor, splits: int | None = None) -> Workspace:
@@ -295,9 +296,8 @@ def launch(
     scores: bool | str,
     out,
     workspace: Workspace,
-    tuning: Tuning | None = None,
 ) -> None:
-    """Fill `out` (a DecodeOutput). Shapes as in decode_attention; `tuning` is there for measurements."""
+    """Fill `out` (a DecodeOutput). Shapes as in decode_attention."""
     (batch, heads, width), groups = q.shape, k.shape[1]
     splits = workspace.maxima.shape[-1]
     core_width, text_width = core.shape[-1], text.shape[-1]
@@ -306,7 +306,7 @@ def launch(
             f"the workspace is for partial outputs {[*workspace.partial.shape]} and {workspace.logits.shape[-1]} listed "
             f"entries, where {[batch, heads, splits, width]} and {core_width + text_width} are due"
         )
-    tuning = tuning or tuning_for(heads // groups, q.dtype)
+    tuning = workspace.tuning or tuning_for(heads // groups, q.dtype)
     core_scores, text_scores = scores in (True, "core"), scores in (True, "text")
     shared = {
         "GROUP": heads // groups,
