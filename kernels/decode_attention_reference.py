@@ -48,7 +48,7 @@ def reference(
         storage.reshape(-1, width).index_select(0, rows).view(*slots.shape, width).to(precise) for storage in (k, v)
     )
 
-    logits = q.view(batch, groups, heads // groups, width).to(precise) @ keys.transpose(-1, -2) * scale
+    logits = q.reshape(batch, groups, heads // groups, width).to(precise) @ keys.transpose(-1, -2) * scale
     logits = logits.masked_fill(~valid[:, :, None], -torch.inf)
     # A row that reads nothing has only -inf, whose softmax is NaN.
     probs = logits.softmax(-1).masked_fill(~valid[:, :, None], 0)
