@@ -20,8 +20,8 @@ def reference(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, core_scores, text_scores) as in decode_attention.DecodeOutput; shapes as in decode_attention.
 
-    It gathers the listed slots and reads the longest lengths on the host, which on CUDA waits for the device. Float32
-    throughout (float64 for float64 inputs).
+    It copies the listed slots (and storage whose rows, KV heads and slots are not contiguous) and reads the longest
+    lengths on the host, which on CUDA waits for the device. Float32 throughout (float64 for float64 inputs).
     """
     batch, heads, width = q.shape
     groups = k.shape[1]
@@ -41,15 +41,18 @@ def reference(
     )
     # What lies behind a length is anything: slot 0 stands in for it, and neither its key nor its value counts.
     slots = torch.cat(parts, dim=-1).long() * valid
-    row = torch.arange(batch, device=q.device)[:, None, None]
-    group = torch.arange(groups, device=q.device)[:, None]
-    keys, values = (storage[row, group, slots].to(precise) for storage in (k, v))
+    sequence = torch.arange(batch * groups, device=q.device).view(batch, groups, 1)
+    # By index_select on rows, which on a CPU takes a tenth of the time of indexing in three dimensions.
+    rows = (sequence * k.shape[2] + slots).flatten()
+    keys, values = (
+        storage.reshape(-1, width).index_select(0, rows).view(*slots.shape, width).to(precise) for storage in (k, v)
+    )
 
     logits = q.view(batch, groups, heads // groups, width).to(precise) @ keys.transpose(-1, -2) * scale
     logits = logits.masked_fill(~valid[:, :, None], -torch.inf)
     # A row that reads nothing has only -inf, whose softmax is NaN.
     probs = logits.softmax(-1).masked_fill(~valid[:, :, None], 0)
-    out = probs @ values.masked_fill(~valid[..., None], 0)
+    out = probs @ values.masked_fill_(~valid[..., None], 0)
 
     core_scores = text_scores = None
     if scores in (True, "core"):

@@ -17,7 +17,7 @@ def run_triton(o, splits=None, scores=True, **options):
     out = DecodeOutput.empty(o.q, o.core, o.text, scores)
     workspace = decode_workspace(o.q, o.k, o.core, o.text, splits, backend="triton")
     for tensor in (*out, *vars(workspace).values()):
-        if tensor is not None:
+        if isinstance(tensor, torch.Tensor):
             tensor.fill_(torch.nan)
     return decode_attention(*o, scores=scores, out=out, workspace=workspace, backend="triton", **options)
 
