@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from llava.errors import UserError
 from llava.model.kv_cache.base import CachePolicy, RowSpans
 from llava.model.kv_cache.contiguous import ContiguousLayer
+from llava.model.kv_cache.full import Full
 from llava.model.kv_cache.storage import LayerCache
 
 
@@ -21,6 +22,11 @@ class Caching:
 
     def __init__(self, policy: CachePolicy, layers: int, prompts: list[RowSpans], next_positions: Tensor):
         self.policy, self.layers, self.prompts, self.next_positions = policy, layers, prompts, next_positions
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether anything is evicted or left unread; if not, transformers' own cache does in generate()."""
+        return not isinstance(self.policy, Full)
 
     def cache(self, steps: int, multiple: int = 1) -> AdaptiveCache:
         """An empty cache for one prefill of the prompts and up to `steps` decode steps of one token per row.
@@ -46,6 +52,8 @@ class AdaptiveCache(Cache):
         super().__init__(layers=[layer(caching.policy, steps, multiple) for _ in range(caching.layers)])
         self.caching, self.limit = caching, steps
         self.steps = 0  # decode steps so far
+        self._side: torch.cuda.Stream | None = None
+        self.update_step = False  # whether the step at hand re-ranks the core
         self.length = 0  # tokens of the padded prompt
         self.rows: list[RowSpans] = []  # what the layer at hand sees of each row, while prefill goes on
         self.numbering = [0] * caching.layers  # per layer: which of `shifts` its positions lie below the whole prompt's
@@ -87,13 +95,26 @@ class AdaptiveCache(Cache):
                 "ask for more with caching.cache(steps)"
             )
         self.steps += 1
+        self.update_step = self.caching.policy.updates(self.steps)
         for layer in self.layers:
-            layer.update_step = self.caching.policy.updates(self.steps)
+            layer.update_step = self.update_step
 
     def next_positions(self) -> Tensor:
         """[N, B, 1] positions of the step's new tokens, in each of the N ways in which layers count them (`numbering`)."""
         self._positions += 1
         return self._positions - self.shifts
+
+    def rank_beside(self) -> None:
+        """Re-rank on a side stream of the GPU, beside the layers that follow: the new core is not read before the next
+        step, and by its end every step has waited for it."""
+        self._side = torch.cuda.Stream(self._positions.device)
+        for layer in self.layers:
+            layer.side = self._side
+
+    def end_step(self) -> None:
+        """All of a step is under way but what runs beside it: wait for that too."""
+        if self.update_step and self._side is not None:
+            torch.cuda.current_stream(self._positions.device).wait_stream(self._side)
 
     # --- the same storage for one request after another ------------------------------------------------------------
 

@@ -44,6 +44,9 @@ class LayerCache(CacheLayerMixin):
     def __init__(self, policy: CachePolicy, steps: int, multiple: int = 1):
         super().__init__()
         self.policy, self.steps, self._multiple, self._scorer = policy, steps, multiple, policy.scorer
+        self.side = (
+            None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
+        )
         self.update_step = False  # whether the step at hand re-ranks the core; set by AdaptiveCache.begin_step
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------------
@@ -159,7 +162,12 @@ class LayerCache(CacheLayerMixin):
             scale=scaling,
             scores=self.update_step or self._scorer is not None,
         )
-        if self.update_step:
+        if self.update_step and self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(query.device))
+            with torch.cuda.stream(self.side):
+                self._rank(found.core_scores)
+            found.core_scores.record_stream(self.side)
+        elif self.update_step:
             self._rank(found.core_scores)
         if self._scorer is not None:
             self._evict(found.text_scores)

@@ -265,6 +265,7 @@ class DroppingDecoder:
                 position_embeddings=ropes[own],
                 position_ids=positions[own],
             )
+        cache.end_step()
         return hidden
 
 
