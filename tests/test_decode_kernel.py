@@ -110,6 +110,17 @@ def test_a_row_that_reads_nothing_gives_zeros(group):
         assert found.out.shape == nothing.q.shape and not found.out.any()
 
 
+@pytest.mark.parametrize("group", [1, 7])
+@pytest.mark.parametrize("lengths", [(63, 63), (1, 111, 0)])
+def test_reference_without_lists(lengths, group):
+    o = operands([(n, 0, 0) for n in lengths], group=group)
+    named, width = list(o), 0
+    named[4], named[6] = o.core[:, :width], o.text[..., :width]
+    found = decode_attention(*named, scores=True, backend="reference")
+    assert error(found.out, rule(o)[0]) < 1e-6
+    assert found.core_scores.shape == named[4].shape and found.text_scores.shape == named[6].shape
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_only_the_scores_that_were_asked_for(backend):
     o = operands(ROWS["111, three rows"], group=2)

@@ -76,6 +76,11 @@ class CachePolicy(ABC):
         """How entries of the evictable region are ranked; None where nothing is ever evicted from it."""
         return None
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether every step reads all that is stored, and nothing is evicted after prefill."""
+        return self.scorer is None and self.interval < 0
+
     def image(self, entered: int, held: int) -> tuple[int, int]:
         """(stay, core): of `held` image entries, how many stay after prefill, and how many of those are the core."""
         return held, held
