@@ -95,4 +95,4 @@ class Centred(Scorer):
 
 def _of_kv_heads(values: Tensor, heads: int) -> Tensor:
     """[H, ...] of query heads, summed over those that share one of `heads` KV heads: [G, ...]."""
-    return values.view(heads, -1, *values.shape[1:]).sum(dim=1)
+    return values.unflatten(0, (heads, len(values) // heads)).sum(dim=1)
