@@ -62,6 +62,10 @@ class AdaptiveCache(Cache):
         """Tokens that there have been in the padded batch, whatever has been evicted of them."""
         return self.length + self.steps if self.layers[-1].is_initialized else 0
 
+    def reset(self) -> None:
+        """Forget everything: the cache is as new."""
+        self.__init__(self.caching, self.limit)
+
     def begin_prefill(self, batch: int, length: int) -> None:
         """Prefill of a padded batch begins; sampling several answers at once repeats each row."""
         prompts = self.caching.prompts

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from llava.errors import UserError
-from llava.model.kv_cache.base import CachePolicy, Counts, LayerPlan, RowSpans
-from llava.model.kv_cache.decode_reference import decode_attention
+from llava.kernels.decode_attention import decode_attention
+from llava.model.kv_cache.base import CachePolicy, Counts, LayerPlan, RowSpans, budgets
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_selection.base import lowest_index_topk
 
@@ -133,9 +133,9 @@ class LayerCache(CacheLayerMixin):
         self.text_len = numbers([plan.text(0) for plan in plans])[:, None].repeat(1, heads)
         if self._scorer is not None:
             self.scores = torch.zeros(self.text.shape, device=device)
-            budgets = [[self.policy.budget(p.prompt, p.prompt + step) for step in range(steps + 1)] for p in plans]
-            self._total = numbers([[budget.total for budget in row] for row in budgets])
-            self._recent = numbers([[budget.recent for budget in row] for row in budgets])
+            tables = [budgets(self.policy, plan.prompt, steps) for plan in plans]
+            self._total = numbers([[budget.total for budget in row] for row in tables])
+            self._recent = numbers([[budget.recent for budget in row] for row in tables])
             self._step = torch.zeros(1, dtype=torch.long, device=device)
 
     def _rounded(self, count: int) -> int:
@@ -149,6 +149,7 @@ class LayerCache(CacheLayerMixin):
 
         `update` has stored their entries. What is evicted or re-ranked is so by the attention of this very step.
         """
+        asked = (self.update_step, self._scorer is not None)
         core, core_len = (self.image, self.image_len) if self.update_step else (self.core, self.core_len)
         found = decode_attention(
             query[:, :, 0],
@@ -160,7 +161,7 @@ class LayerCache(CacheLayerMixin):
             self.text,
             self.text_len,
             scale=scaling,
-            scores=self.update_step or self._scorer is not None,
+            scores={(False, False): False, (True, False): "core", (False, True): "text", (True, True): True}[asked],
         )
         if self.update_step and self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(query.device))
