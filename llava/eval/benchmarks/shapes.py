@@ -29,6 +29,7 @@ class Shapes(Benchmark):
     """Accuracy on the test split of the demo task."""
 
     name = "shapes"
+    headline = "accuracy"
     max_new_tokens = 2  # answers are one word, which is one token, and the token that ends them
 
     @property
@@ -47,8 +48,8 @@ class Shapes(Benchmark):
     def image_folder(self) -> Path:
         return self.folder / "images"
 
-    def needed_files(self) -> list[Path]:
-        return [*super().needed_files(), self.folder / "labels.jsonl"]
+    def annotation_files(self) -> list[Path]:
+        return [self.folder / "labels.jsonl"]
 
     def make_data(self) -> None:
         """Draw the test split, unless this very generator has drawn it already."""
@@ -91,7 +92,7 @@ class Shapes(Benchmark):
         answers = [labels[sample.question_id]["answer"].lower() for sample in samples]
         return [row["text"].lower().split()[:1] == [answer] for row, answer in zip(rows, answers, strict=True)]
 
-    def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         every = self.right(samples, rows)
         per_category: dict[str, list[bool]] = defaultdict(list)
         for category, right in zip(self.categories(samples), every, strict=True):
