@@ -6,8 +6,8 @@ The two rules differ in what is normalised before (arXiv 1505.00468; GT-Vision-L
 
 from __future__ import annotations
 
-from llava.eval.joining import mean
 from llava.eval.evalai_normaliser import normalise, normalise_words, strip_punctuation
+from llava.eval.joining import mean
 
 
 def leave_one_out(answer: str, people: list[str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from pathlib import Path
 from typing import ClassVar
 
@@ -72,6 +73,10 @@ class Benchmark(ABC):
     def prompt(self, row: dict) -> str:
         """The question as the model reads it, without image placeholder and conversation template."""
         return row["text"]
+
+    def group(self, sample: Sample) -> Hashable:
+        """Samples of one group are scored together (rotations, pairs): a subset takes whole groups. Here each alone."""
+        return sample.key
 
     def annotation_files(self) -> list[Path]:
         """Files and folders without which answers cannot be scored, or their upload file not be written."""

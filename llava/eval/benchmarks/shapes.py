@@ -19,6 +19,7 @@ import PIL
 import llava.demo
 from llava.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
+from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.files import read_json, told_when_unwritable, write_json
 from llava.eval.samples import Sample, read_lines
 
@@ -29,12 +30,17 @@ class Shapes(Benchmark):
     """Accuracy on the test split of the demo task."""
 
     name = "shapes"
+    splits = ("v1.5", "v1.6")  # without a choice, the one that the checkpoint's configuration asks for
     headline = "accuracy"
     max_new_tokens = 2  # answers are one word, which is one token, and the token that ends them
 
+    def __init__(self, data_root: Path, checkpoint: EvalCheckpoint | None, split: str | None = None):
+        several_tiles = checkpoint is not None and checkpoint.anyres
+        super().__init__(data_root, checkpoint, split or ("v1.6" if several_tiles else "v1.5"))
+
     @property
     def family(self) -> str:
-        return "v1.6" if self.checkpoint.anyres else "v1.5"
+        return self.split
 
     @property
     def folder(self) -> Path:
