@@ -60,12 +60,18 @@ def read_questions(path: Path, prompt=lambda row: row["text"]) -> list[Sample]:
     prompt: what to ask of a row, without image placeholder and template; LLaVA's files hold it in "text".
     Raises UserError for a malformed line (with its number), two identical lines, or an empty file.
     """
-    rows = read_lines(path)
+    return make_samples(read_lines(path), path, prompt)
+
+
+def make_samples(
+    rows: list[tuple[int, dict]], path: Path, prompt=lambda row: row["text"], unit: str = "line"
+) -> list[Sample]:
+    """Samples of (number, row) pairs in LLaVA's format, for files of another one; `unit` is what the number counts."""
     if not rows:
-        raise UserError(f"{path}: holds no question, allowed is one JSON object per line")
+        raise UserError(f"{path}: holds no question, allowed is one JSON object per {unit}")
     for number, row in rows:
-        _check_row(row, f"{path}, line {number}")
-    _refuse_identical(rows, path)
+        _check_row(row, f"{path}, {unit} {number}")
+    _refuse_identical(rows, path, unit)
     keys = [(row["question_id"], row.get("image"), row["text"]) for _, row in rows]
     repeated = {key for key, count in Counter(keys).items() if count > 1}
     samples = []
@@ -73,6 +79,18 @@ def read_questions(path: Path, prompt=lambda row: row["text"]) -> list[Sample]:
         full = (*key, number) if key in repeated else key
         samples.append(Sample(number, row["question_id"], row.get("image"), row["text"], prompt(row), full, row))
     return samples
+
+
+def refuse_repeated_ids(samples: list[Sample], path: Path) -> None:
+    """UserError where two samples share a question_id, for benchmarks that know their questions by it alone."""
+    first: dict[int | str, int] = {}
+    for sample in samples:
+        if sample.question_id in first:
+            raise UserError(
+                f"{path}, line {sample.line}: question_id {sample.question_id} is already in line "
+                f"{first[sample.question_id]}, allowed is each once"
+            )
+        first[sample.question_id] = sample.line
 
 
 def _check_row(row: dict, where: str) -> None:
@@ -90,12 +108,12 @@ def _check_row(row: dict, where: str) -> None:
         )
 
 
-def _refuse_identical(rows, path) -> None:
+def _refuse_identical(rows, path, unit) -> None:
     first = {}
     for number, row in rows:
         content = json.dumps(row, sort_keys=True)
         if content in first:
-            raise UserError(f"{path}, line {number}: is identical to line {first[content]}, allowed is each line once")
+            raise UserError(f"{path}, {unit} {number}: is identical to {unit} {first[content]}, allowed is each once")
         first[content] = number
 
 
