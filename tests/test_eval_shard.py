@@ -11,7 +11,7 @@ from tiny_checkpoints import build_reference, save_clip_tower, save_llava_hf, sa
 
 from llava.config import AdaVConfig
 from llava.errors import UserError
-from llava.eval import shards
+from llava.eval import loaded_shard, shards
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
 from llava.eval.loaded_shard import LoadedShard
@@ -96,7 +96,7 @@ def test_answers_do_not_depend_on_the_batch(checkpoints, data, tmp_path, kind, m
         ("no_image", {}),
     ],
 )
-def test_an_image_is_encoded_once_for_all_of_its_questions(checkpoints, data, tmp_path, method, options):
+def test_an_image_is_encoded_once_for_all_of_its_questions(checkpoints, data, tmp_path, monkeypatch, method, options):
     """Seven questions about three images, in batches that an image straddles: the same as each for itself."""
     config = {"method": method, "overall_tokens": 12, "options": options}
     spec = order(checkpoints["original"], data, tmp_path, 4, **config)
@@ -112,7 +112,7 @@ def test_an_image_is_encoded_once_for_all_of_its_questions(checkpoints, data, tm
     once, decoded = sum(tiles), len(read)
     assert len(shard.recent) == 3
     tiles.clear(), read.clear()
-    shard.recent = RecentImages(0)  # nothing is kept from one batch to the next
+    monkeypatch.setattr(loaded_shard, "RECENT_BYTES", 0)  # nothing is kept from one batch to the next
     assert said(rows_of(shard, alone)) == together and len(shard.recent) == 0
     if method == "no_image":
         assert once == sum(tiles) == 0
@@ -162,7 +162,7 @@ def test_recent_images_are_bounded_in_bytes():
     assert recent.get("a") is None and recent.get("b") is not None
     recent.put("d", image(10))
     assert recent.get("c") is None and recent.get("b") is not None, "the least recently used one goes"
-    recent.put("huge", image(21))
+    recent.put("huge", image(100))
     assert recent.get("huge") is None and len(recent) == 2, "one that does not fit drives out no other"
     recent.put("b", image(3))
     assert recent.nbytes == size + image(3).nbytes

@@ -66,6 +66,7 @@ class LoadedShard:
         """Answer the samples of `spec` and append them to its answers file, until done or `stopping` is set."""
         config = AdaVConfig(**spec["config"])
         conversation = spec["conversation"] or default_conv_mode(self.model.config, self.tokenizer)
+        self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
         answers, samples, size = AnswerFile(Path(spec["answers"])), spec["samples"], spec["batch_size"]
         while samples and not stopping.is_set():
             try:
