@@ -182,5 +182,6 @@ def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
         sheet.append([*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)])
     temporary = upload.with_name(f".{upload.name}.{os.getpid()}.tmp")
     with told_when_unwritable(upload):
+        upload.parent.mkdir(parents=True, exist_ok=True)
         book.save(temporary)
         os.replace(temporary, upload)
