@@ -107,7 +107,7 @@ def read_table(path: Path) -> list[dict]:
         csv.field_size_limit(limit)
     for number, row in enumerate(rows, 1):
         missing = [name for name in ("index", "question", "A", "image") if not row.get(name)]
-        if missing or None in row or not row["index"].isdigit():
+        if missing or None in row or None in row.values() or not row["index"].isdigit():
             what = f"lacks {', '.join(missing)}" if missing else "is not a row of the table"
             raise UserError(f"{path}, row {number} of {len(rows)}: {what}; is the file cut off?")
         row["index"] = int(row["index"])
