@@ -60,6 +60,7 @@ def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterab
         import datasets
     except ImportError:
         raise UserError('prepare needs the datasets library: pip install "adav[prepare]"') from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say too
     if source is None:
         try:
             table = datasets.load_dataset(recipe.repo, config, split=split)
