@@ -71,6 +71,8 @@ def _bare(question: str) -> str:
 
 def read_release(release: Path) -> list[tuple[tuple, tuple[str, str]]]:
     """(key, (question as the release spells it, Yes or No)) of every .txt; UserError names the line that is wrong."""
+    if not release.is_dir():
+        raise UserError(f"{release}: no such folder")
     labels = []
     for folder in sorted(path for path in release.iterdir() if path.is_dir()):
         texts = folder / "questions_answers_YN"

@@ -40,18 +40,22 @@ class POPE(Benchmark):
         return [label_file(self.folder / "coco", category) for category in CATEGORIES]
 
     def read(self) -> list[Sample]:
-        samples = super().read()
-        for sample in samples:
-            if sample.row.get("category") not in CATEGORIES:
-                raise UserError(
-                    f'{self.question_file}, line {sample.line}: "category" is {sample.row.get("category")!r}, '
-                    f"allowed are {', '.join(CATEGORIES)}"
-                )
-        return samples
+        return with_category(super().read(), self.question_file)
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         answers = [(key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
         return score(answers, self.folder / "coco", bool(self.partial))
+
+
+def with_category(samples: list[Sample], path: Path) -> list[Sample]:
+    """The samples of `path` as they are; UserError where one belongs to none of the three categories."""
+    for sample in samples:
+        if sample.row.get("category") not in CATEGORIES:
+            raise UserError(
+                f'{path}, line {sample.line}: "category" is {sample.row.get("category")!r}, '
+                f"allowed are {', '.join(CATEGORIES)}"
+            )
+    return samples
 
 
 def label_file(folder: Path, category: str) -> Path:
