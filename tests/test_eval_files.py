@@ -12,7 +12,6 @@ from llava.errors import UserError
 from llava.eval.answers import AnswerFile, collect, merge, repair
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
-from llava.eval.launch import split
 from llava.eval.progress import Progress
 from llava.eval.run import Generation, Run
 from llava.eval.samples import check_images, read_questions
@@ -24,11 +23,6 @@ def test_the_launcher_imports_no_torch():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("items, parts", [(0, 1), (1, 3), (7, 3), (9, 3), (10, 4)])
-def test_split_keeps_order_and_balance(items, parts):
-    pieces = split(list(range(items)), parts)
-    assert sum(pieces, []) == list(range(items)) and len(pieces) == parts
-    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
 
 # ----------------------------------------------------------------------------------------------- question files

@@ -2,6 +2,7 @@
 
 `LlavaMetaModel` adds tower, projector and newline embedding to an LLM; `LlavaMetaForCausalLM` adds `prepare`, which
 turns token ids with image placeholders into a `PreparedPrompt`, and a `generate` and `forward` that start from one.
+`encode` is the part of it that no question changes.
 Whatever belongs to one request lives in its PreparedPrompt.
 """
 
@@ -20,6 +21,7 @@ from llava.config import AdaVConfig, method_class
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.model.encoded_images import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.text_tower import ClipTextTower
@@ -181,9 +183,38 @@ class LlavaMetaForCausalLM:
             features = self._project(features)
         split = {name: state.split(counts) for name, state in states.items()}
         towers = [
-            TowerStates(self._project, **{name: parts[i] for name, parts in split.items()}) for i in range(len(pixels))
+            # Copies: an image may be kept for longer than the batch that a view would keep alive.
+            TowerStates(self._project, **{name: parts[i].clone() for name, parts in split.items()})
+            for i in range(len(pixels))
         ]
         return list(zip(features.split(counts), saliency.split(counts), towers, strict=True))
+
+    def encoding(self, config: AdaVConfig) -> tuple:
+        """All of a configuration that `encode` depends on; two configurations with equal ones may share its results."""
+        method = method_class(config.method)
+        wanted = method(**config.options_of(method)).tower_states
+        return config.option("anyres"), method.needs_image, tuple(wanted)
+
+    def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
+        """Images (as `prepare` takes them) -> their vision tokens in LLM order, before any question is known.
+
+        `prepare` takes the results as `encoded`: the same one as often as questions share the image.
+        """
+        config = config or self.adav_config
+        words = self.get_input_embeddings().weight
+        clock = clock or StageClock(words.device)
+        anyres, needs_image, wanted = self.encoding(config)
+        pixels, plans = self._plans(images, image_sizes, anyres)
+        if not pixels or not needs_image:
+            return [EncodedImage(plan, None) for plan in plans]
+        encoded = []
+        towers = self.encode_images(pixels, clock, wanted)
+        with clock.stage("splice"):
+            for plan, (features, saliency, tower) in zip(plans, towers, strict=True):
+                tokens = self.image_tokens(features, saliency, plan, tower=tower)
+                tokens.features = tokens.features.to(words.device, words.dtype)
+                encoded.append(EncodedImage(plan, tokens))
+        return encoded
 
     def _project(self, hidden: Tensor) -> Tensor:
         """[..., W] states of the tower -> [..., D], on the projector's device."""
@@ -240,6 +271,7 @@ class LlavaMetaForCausalLM:
         attention_mask=None,
         labels=None,
         config: AdaVConfig | None = None,
+        encoded: list[EncodedImage] | None = None,
     ) -> PreparedPrompt:
         """Encode the images, select their tokens, and splice them into the prompts.
 
@@ -248,6 +280,7 @@ class LlavaMetaForCausalLM:
         images: flat over the batch in reading order (a row without placeholder consumes none): tensor or list of
             [3, H, W] or [T, 3, H, W], as process_images gives them. image_sizes: (width, height) of each original.
         config: settings of this request; None takes the model's own.
+        encoded: what `encode` gave for these images under the same settings, in place of images and image_sizes.
         Raises UserError where images and placeholders do not match or a shape is wrong.
         """
         config = config or self.adav_config
@@ -257,19 +290,19 @@ class LlavaMetaForCausalLM:
         device = embedding.weight.device
         clock = StageClock(device)
         rows = _real_tokens(input_ids.to(device), attention_mask, self.config)
-        pixels, plans = self._plans(images, image_sizes, config.option("anyres"))
         placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids, _ in rows)
-        if placeholders != len(pixels):
+        given = encoded if encoded is not None else images if images is not None else []
+        if placeholders != len(given):
             raise UserError(
-                f"the prompts have {placeholders} image placeholders, but {len(pixels)} images came with them"
+                f"the prompts have {placeholders} image placeholders, but {len(given)} images came with them"
             )
         method = method_class(config.method)
         inside = config.method in dropper_names()  # of the LLM: it gets every token, and drops some between layers
         config.refuse_misfits(method)
         options = config.options_of(method)
         chosen = method(**options)
-        wanted = chosen.tower_states
-        encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else [None] * len(pixels)
+        if encoded is None:
+            encoded = self.encode(images, image_sizes, config, clock)
 
         done, image = [], 0
         for b, (ids, keep) in enumerate(rows):
@@ -287,19 +320,19 @@ class LlavaMetaForCausalLM:
                 if place == len(ids):
                     break
                 with clock.stage("selection"):
-                    if encoded[image] is None:
+                    plan, tokens = encoded[image].plan, encoded[image].tokens
+                    if tokens is None:
                         kept = _no_tokens(words)
                     else:
-                        key = _sample_key(ids, plans[image].image_size, len(row.selections))
-                        features, saliency, tower = encoded[image]
+                        key = _sample_key(ids, plan.image_size, len(row.selections))
                         asked = self._question(ids, place, config.option("text_scope"))
                         row.questions.append(asked)
-                        if "text_cosine" in wanted:
+                        tower = tokens.tower
+                        if "text_cosine" in chosen.tower_states:
                             question = self.text_tower(options["text_tower"])
                             cosine = question.cosine(tower.hidden[:, 1:], self.question_words(ids[asked].tolist()))
                             tower = replace(tower, text_cosine=cosine)
-                        tokens = self.image_tokens(features, saliency, plans[image], key, tower)
-                        tokens.features = tokens.features.to(device, words.dtype)
+                        tokens = replace(tokens, key=key, tower=tower)
                         if inside:
                             kept = select("none", tokens, words[:0], config.overall_tokens)
                         else:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from llava.errors import UserError
 from llava.eval.checkpoints import EvalCheckpoint
+from llava.eval.division import Subset
 from llava.eval.samples import Sample, check_images, read_questions
 
 
@@ -88,14 +89,18 @@ class Benchmark(ABC):
     def read(self) -> list[Sample]:
         return read_questions(self.question_file, self.prompt)
 
-    def load(self, limit: int | None = None) -> list[Sample]:
-        """The checked samples of this benchmark (the first `limit` of them). UserError for whatever is wrong."""
+    def load(self, limit: int | None = None, subset: Subset | None = None) -> list[Sample]:
+        """The checked samples of this benchmark: all, the first `limit`, or a drawn `subset`.
+
+        Sets `partial` where they are not all. Raises UserError for whatever is wrong.
+        """
         self.make_data()
         self._refuse_missing(self.needed_files())
         every = self.read()
-        samples = every[:limit]
+        samples = subset.draw(every, self.group) if subset else every[:limit]
         if len(samples) < len(every):
-            self.partial = f"the first {len(samples):,} of {len(every):,} questions"
+            first = f"the first {len(samples):,} of {len(every):,} questions"
+            self.partial = subset.label(len(samples), len(every)) if subset else first
         check_images(samples, self.image_folder, self.question_file)
         return samples
 
