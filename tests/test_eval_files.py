@@ -23,8 +23,6 @@ def test_the_launcher_imports_no_torch():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-
-
 # ----------------------------------------------------------------------------------------------- question files
 def questions(tmp_path, *rows):
     path = tmp_path / "questions.jsonl"
