@@ -33,12 +33,19 @@ from llava.eval.samples import Sample
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of generation, beside the configuration. conversation: None leaves it to the checkpoint."""
+    """Settings of generation, beside the configuration.
+
+    conversation: None leaves it to the checkpoint. temperature: 0 is greedy; otherwise samples are drawn one by one, each
+    from its own `seed`, so that neither batches nor interruptions change an answer.
+    """
 
     max_new_tokens: int
     conversation: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
 
 
 class Run:
