@@ -205,8 +205,22 @@ def test_pope_knows_both_spellings_and_no_third(made, tmp_path):
     path.write_text(path.read_text().replace("in the image", "in the imange"))
     assert benchmark.finish(samples, rows, tmp_path)["f1"] == 1.0
     path.write_text(path.read_text().replace("in the imange", "in this image"))
-    with pytest.raises(UserError, match="3 of 8 answered questions are not in it .* and 3 of its 8 questions have no"):
+    with pytest.raises(UserError, match="3 of 8 answered questions are not in it.* and 3 of its 8 questions have no"):
         benchmark.finish(samples, rows, tmp_path)
+
+
+def test_a_question_that_is_asked_and_labelled_twice_counts_twice(tmp_path):
+    row = {"image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
+    for category in pope.CATEGORIES:
+        write_rows(pope.label_file(tmp_path, category), [row | {"question_id": i} for i in range(2)])
+    keys = [(category, "a.jpg", row["text"]) for category in pope.CATEGORIES for _ in range(2)]
+    score = pope.score([(key, ("yes", "no")[i % 2]) for i, key in enumerate(keys)], tmp_path)
+    assert score["f1"] == pytest.approx(2 / 3) and score["questions"] == 6
+    with pytest.raises(UserError, match="1 of 3 answered questions are not in it, or less often"):
+        pope.score([(key, "yes") for key in [*keys, keys[0]]], tmp_path)
+    write_rows(pope.label_file(tmp_path, "random"), [row, row | {"label": "no"}])
+    with pytest.raises(UserError, match=r"has different labels for one question \(random, a.jpg, Is there"):
+        pope.score([(key, "yes") for key in keys], tmp_path)
 
 
 def test_pope_trusts_no_order(made, tmp_path):

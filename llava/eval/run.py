@@ -189,7 +189,7 @@ class Run:
             others = list(dict.fromkeys(s.image for s in bad if s.image != sample.image))
             more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
             raise UserError(
-                f'{self.benchmark.question_file}, line {sample.line}: image "{sample.image}" cannot be read '
+                f'{self.benchmark.question_file}, {sample.place}: image "{sample.image}" cannot be read '
                 f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, "
                 "nothing is scored (--partial scores those)"
             )
