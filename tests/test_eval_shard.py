@@ -78,7 +78,11 @@ def test_answers_do_not_depend_on_the_batch(checkpoints, data, tmp_path, kind, m
     assert alone[-1]["kept"] == [], "the last question has no image"
     assert all(row["layer_mean"] == row["kept"] for row in alone)
     assert min(row["prefill_flops"] for row in alone[:-1]) > alone[-1]["prefill_flops"] > 0
-    assert all(row["kv_bytes_live"] == row["kv_bytes_predicted"] == row["kv_bytes_allocated"] for row in alone)
+    assert all(row["kv_bytes_live"] == row["kv_bytes_predicted"] for row in alone)
+    # Room for the 11 tokens that 12 new ones may feed back; whoever ends earlier leaves some of it unused.
+    unused = [12 - row["new_tokens"] for row in alone]
+    entry = shard.shape.layers * shard.shape.kv_entry(4)
+    assert [row["kv_bytes_allocated"] - row["kv_bytes_live"] for row in alone] == [n * entry for n in unused]
     assert all(row["kv_bytes_allocated"] >= row["kv_bytes_live"] for row in all_at_once)
 
 

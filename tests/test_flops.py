@@ -21,8 +21,10 @@ from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS
 from llava.eval.model_shape import ImageCounts, ModelShape, read_config
 from llava.mm_utils import TilePlan, left_pad, tile_plan
 from llava.model.builder import load_pretrained_model
+from llava.model.engine import Engine
 from llava.model.kv_cache.base import Counts
 from llava.model.kv_cache.full import Full
+from llava.model.sampling import Sampling
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 
@@ -230,13 +232,9 @@ def test_kv_bytes_are_those_of_the_cache(model, method):
 
     def prefill(rows, sizes):
         prepared = model.prepare(**inputs(model, rows, sizes), config=config)
-        output = model.generate(prepared=prepared, max_new_tokens=1, return_dict_in_generate=True)
+        cache = Engine(model).generate(prepared, Sampling(max_new_tokens=1)).cache
         costs = predicted(prepared, counts(model, sizes), shape, config)
-        return (
-            costs,
-            output.past_key_values,
-            kv_bytes(output.past_key_values, costs, prepared, [1] * len(rows)),
-        )
+        return costs, cache, kv_bytes(cache, costs, [1] * len(rows))
 
     def occupied(cache):
         return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

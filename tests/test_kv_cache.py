@@ -132,7 +132,7 @@ def test_steps_equal_a_recomputation(yi, case, front):
     model, processor = yi
     config = setting(case, front)
     prepared = model.prepare(**batch(model, processor), config=config)
-    assert (prepared.caching is None) == (CASES[case][0] == "full")
+    assert prepared.caching.adaptive == (CASES[case][0] != "full")
     check_against_replay(model, prepared, forced(range(4)), config)
 
 
@@ -226,7 +226,9 @@ def test_interval_minus_1_is_plain_eviction(yi):
     with torch.no_grad():
         for step, token in enumerate(tokens[0].tolist()):
             position = torch.tensor([[prepared.lengths[0] + step]])
-            got.append(model(input_ids=torch.tensor([[token]]), position_ids=position, past_key_values=cache).logits[0, -1])
+            got.append(
+                model(input_ids=torch.tensor([[token]]), position_ids=position, past_key_values=cache).logits[0, -1]
+            )
     torch.testing.assert_close(want[0, 1:], torch.stack(got), atol=1e-5, rtol=0)
 
 

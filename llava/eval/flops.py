@@ -77,8 +77,8 @@ class Cost:
 def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0) -> int:
     """Bytes that the cache of a batch occupies: in each layer every row has as many slots as the longest one.
 
-    steps: that have been, where everything is kept (transformers' cache grows); that there may be, under a policy that
-    evicts or skips entries (its storage is allocated once).
+    steps: that there may be; storage is allocated once, after prefill. (On a GPU the engine rounds slots up to a multiple
+    of 128.)
     """
     longest = [max(cost.plans[layer].slots(steps) for cost in costs) for layer in range(costs[0].shape.layers)]
     return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)

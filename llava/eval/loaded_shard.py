@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteriaList
 from transformers import logging as transformers_logging
 
 from llava.config import AdaVConfig
@@ -18,12 +17,14 @@ from llava.conversation import default_conv_mode, single_turn
 from llava.errors import UserError
 from llava.eval.answers import AnswerFile
 from llava.eval.files import digest_of
-from llava.eval.measure import FirstToken, kv_bytes, peak_memory, predicted
+from llava.eval.measure import kv_bytes, peak_memory, predicted
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.encoded_images import EncodedImage, RecentImages
+from llava.model.engine import Engine
 from llava.model.prepared import PreparedPrompt, StageClock
+from llava.model.sampling import Sampling
 from llava.model.token_dropping.plan import layer_mean
 
 # Of encoded images that are kept for the next batch. Work is ordered by image, so it need not hold many: LLaVA-1.6's
@@ -55,11 +56,7 @@ class LoadedShard:
             if found is None:
                 raise UserError(f"{spec['checkpoint']}: has no {part}, which an evaluation needs")
         self.device = self.model.get_input_embeddings().weight.device
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
-        pad = self.tokenizer.pad_token_id
-        self.pad = pad if pad is not None else min(self.ends, default=0)
+        self.engine = Engine(self.model, self.tokenizer)
         self.shape = ModelShape.of(self.model.config)
         self.recent = RecentImages(RECENT_BYTES)
 
@@ -68,11 +65,7 @@ class LoadedShard:
         config = AdaVConfig(**spec["config"])
         conversation = spec["conversation"] or default_conv_mode(self.model.config, self.tokenizer)
         self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
-        answers, samples, size = (
-            AnswerFile(Path(spec["answers"])),
-            spec["samples"],
-            1 if spec["temperature"] else spec["batch_size"],
-        )
+        answers, samples, size = AnswerFile(Path(spec["answers"])), spec["samples"], spec["batch_size"]
         while samples and not stopping.is_set():
             try:
                 rows = self.answer(samples[:size], config, conversation, spec)
@@ -102,31 +95,22 @@ class LoadedShard:
             return rows
         images = [encoded[sample["image"]] for sample in readable if sample["image"] is not None]
         prepared = self.splice(readable, images, config, conversation)
-        first = FirstToken(self.device)
-        output = self.model.generate(
-            prepared=prepared,
-            **_decoding(spec, readable),
-            max_new_tokens=spec["max_new_tokens"],
-            pad_token_id=self.pad,
-            stopping_criteria=StoppingCriteriaList([first]),
-            return_dict_in_generate=True,
-        )
-        prefill, decode = first.split()
-        seconds = Counter({"prefill": prefill, "decode": decode})
+        generated = self.engine.generate(prepared, [_sampling(spec, sample) for sample in readable])
+        seconds = Counter(generated.seconds)
         seconds.update(clock.seconds)
         seconds.update(prepared.seconds)
-        tokens = [self._cut(ids) for ids in output.sequences.tolist()]
+        new_tokens = [len(answer.tokens) for answer in generated.answers]
         counts = [ImageCounts.of(image.plan, self.shape.side) for image in images]
         costs = predicted(prepared, counts, self.shape, config)
-        memory = kv_bytes(output.past_key_values, costs, prepared, [len(ids) for ids in tokens])
+        memory = kv_bytes(generated.cache, costs, new_tokens)
         for i, sample in enumerate(readable):
             rows.append(
                 {
                     "key": sample["key"],
-                    "answer": self.tokenizer.decode(tokens[i], skip_special_tokens=True).strip(),
+                    "answer": generated.answers[i].text.strip(),
                     "total": [selection.total for selection in prepared.selections[i]],
                     **vision_tokens(prepared, i),
-                    "new_tokens": len(tokens[i]),
+                    "new_tokens": new_tokens[i],
                     "conversation": conversation,
                     # Shares of the batch: summed over all samples they are the time of the run.
                     "seconds": {stage: round(value / len(readable), 7) for stage, value in seconds.items()},
@@ -178,7 +162,7 @@ class LoadedShard:
     ) -> PreparedPrompt:
         """The PreparedPrompt of a batch; images: flat, in order, one for each sample that has one."""
         conversation = conversation or default_conv_mode(self.model.config, self.tokenizer)
-        input_ids, mask = left_pad([self._token_ids(sample, conversation) for sample in samples], self.pad)
+        input_ids, mask = left_pad([self._token_ids(sample, conversation) for sample in samples], self.engine.pad)
         return self.model.prepare(
             input_ids.to(self.device), attention_mask=mask.to(self.device), config=config, encoded=images
         )
@@ -199,21 +183,13 @@ class LoadedShard:
             return [self._to_device(p) for p in pixels]
         return pixels.to(self.device, self.model.dtype)
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        """New tokens of one row up to and with its end token: what follows is padding of the batch."""
-        for i, token in enumerate(ids):
-            if token in self.ends:
-                return ids[: i + 1]
-        return ids
 
-
-def _decoding(spec: dict, samples: list[dict]) -> dict:
-    """Arguments of generate(): greedy, or sampled from a seed that belongs to the one sample of the batch."""
+def _sampling(spec: dict, sample: dict) -> Sampling:
+    """Greedy, or drawn from a seed that belongs to the sample, whatever batch it is in."""
     if not spec["temperature"]:
-        return {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
-    (sample,) = samples
-    torch.manual_seed(int(digest_of([spec["seed"], sample["key"]]), 16))
-    return {"do_sample": True, "num_beams": 1, "temperature": spec["temperature"], "top_p": spec["top_p"]}
+        return Sampling(spec["max_new_tokens"])
+    seed = int(digest_of([spec["seed"], sample["key"]]), 16)
+    return Sampling(spec["max_new_tokens"], spec["temperature"], spec["top_p"] or 1.0, seed)
 
 
 def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:

@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     config, decoding = configuration(args), sampling(args)
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
-    import torch
-
     from llava.conversation import default_conv_mode
     from llava.eval.loaded_shard import UnreadableImage, read_image
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
+    from llava.model.engine import Engine
+    from llava.model.sampling import Sampling
 
     try:
         images = [read_image(path) for path in files]
@@ -77,20 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     prompt = single_turn(args.conv_mode or default_conv_mode(model.config, tokenizer), asked)
     input_ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None].to(model.device)
     pixels = process_images(images, image_processor, model.config, config.option("anyres"))
-    drawn = {"do_sample": False, "temperature": None, "top_p": None}
-    if decoding:
-        torch.manual_seed(decoding["seed"])
-        drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
-        input_ids,
-        images=[tiles.to(model.device, model.dtype) for tiles in pixels],
-        image_sizes=[image.size for image in images],
-        max_new_tokens=args.max_new_tokens,
-        pad_token_id=pad,
-        **drawn,
+    prepared = model.prepare(
+        input_ids, [tiles.to(model.device, model.dtype) for tiles in pixels], [image.size for image in images]
     )
-    print(tokenizer.decode(output[0], skip_special_tokens=True).strip())
+    wanted = Sampling(args.max_new_tokens)
+    if decoding:
+        wanted = Sampling(args.max_new_tokens, args.temperature, args.top_p or 1.0, decoding["seed"])
+    (answer,) = Engine(model, tokenizer).generate(prepared, wanted).answers
+    print(answer.text.strip())
 
 
 if __name__ == "__main__":
