@@ -58,9 +58,9 @@ def test_the_tower_by_hand():
     # 4 * (2 * 5 * 3 * 3 = 90) = 360; scores 2 * 5 * 3 * 5 = 150 and as much for the weighted sum = 300; MLP
     # 2 * (2 * 5 * 3 * 5 = 150) = 300. Together 72 + 960 = 1032.
     # The [CLS] row once more: 2 * 1 * 3 * 5 = 30. Projector over 4 patches: 2 * 4 * 3 * 4 = 96, and 2 * 4 * 4 * 4 = 128.
-    assert vision(HAND, 1) == {"vision_tower": 1032, "cls_row": 30, "projector": 224}
-    assert vision(HAND, 3) == {"vision_tower": 3 * 1032, "cls_row": 90, "projector": 672}
-    assert set(vision(HAND, 0).values()) == {0}
+    assert vision(HAND, 1, 4) == {"vision_tower": 1032, "cls_row": 30, "projector": 224}
+    assert vision(HAND, 3, 6) == {"vision_tower": 3 * 1032, "cls_row": 90, "projector": 336}
+    assert set(vision(HAND, 0, 0).values()) == {0}
 
 
 def test_the_language_model_by_hand():

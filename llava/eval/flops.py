@@ -84,8 +84,12 @@ def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0)
     return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)
 
 
-def vision(shape: ModelShape, tiles: int) -> dict[str, int]:
-    """FLOPs of the tower up to the layer whose features are used, of its one [CLS] row, and of the projector."""
+def vision(shape: ModelShape, tiles: int, projected: int) -> dict[str, int]:
+    """FLOPs of the tower up to the layer whose features are used, of its one [CLS] row, and of the projector.
+
+    projected: rows that go through the projector, which padding does not and, under a method that chooses without
+    looking at them, what is dropped does not either.
+    """
     tokens, width = shape.tile_patches + 1, shape.tower_width
     layer = 4 * product(tokens, width, width) + 2 * product(tokens, width, tokens)
     layer += 2 * product(tokens, width, shape.tower_mlp)
@@ -93,7 +97,7 @@ def vision(shape: ModelShape, tiles: int) -> dict[str, int]:
     return {
         "vision_tower": tiles * (patches + shape.tower_layers * layer),
         "cls_row": tiles * product(1, width, tokens),
-        "projector": shape.projected(tiles * shape.tile_patches),
+        "projector": shape.projected(projected),
     }
 
 
@@ -169,6 +173,9 @@ def predict(
         costs.append(price(DropperCase(shape, text_tokens, words, kept, cuts, seen)))
     extra = together(costs)
     tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
+    late = not getattr(method, "reads_features", True)
+    rows = [n if late and n < image.candidates else image.candidates for image, n in zip(images, kept, strict=True)]
+    projected = sum(rows) if method.needs_image else 0
     policy = make_policy(config)
     behind = words[0] if images else 0  # text behind the first image's start
     held = [Counts(text_tokens - behind, attended, behind, sum(kept)) for attended, _ in seen]
@@ -176,7 +183,7 @@ def predict(
     both = together([extra, choosing])
     return Cost(
         shape,
-        vision(shape, tiles)
+        vision(shape, tiles, projected)
         | {"method": extra.flops, "cache": choosing.flops}
         | language_model(shape, text_tokens, seen, logits),
         plans=tuple(policy.plan(counts) for counts in held),

@@ -135,8 +135,7 @@ def _scope(case: SelectorCase) -> MethodCost:
 
 
 def _visionzip(case: SelectorCase) -> MethodCost:
-    """Per tile: cosines of the n other patches' keys with c targets, merging as [c, n] @ [n, W], and the projector once
-    more for what it makes."""
+    """Per tile: cosines of the n other patches' keys with c targets, and merging as [c, n] @ [n, W]."""
     dominant, contextual = PUBLISHED
     if case.options.get("dominant") is not None:
         dominant, contextual = case.options["dominant"], case.options["contextual"]
@@ -146,7 +145,6 @@ def _visionzip(case: SelectorCase) -> MethodCost:
             merged = quota * contextual // (dominant + contextual)
             others = patches - (quota - merged - 1)
             flops += product(others, width // case.shape.tower_heads, merged) + product(merged, others, width)
-            flops += case.shape.projected(1 + merged)
             compared += others * merged
     return MethodCost(flops, {"sort": case.image.candidates, "greedy": compared})
 

@@ -112,7 +112,7 @@ class ImageCounts:
     """One image before selection.
 
     patches   per tile (the whole image first), how many of its patches the LLM could read: unpadding takes some away.
-              The tower and the projector run on whole tiles all the same.
+              The tower runs on whole tiles all the same.
     newlines  newline tokens among the image's tokens
     """
 

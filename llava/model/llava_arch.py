@@ -128,17 +128,19 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return pixels, plans
 
     def encode_images(
-        self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = ()
+        self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = (), project: bool = True
     ) -> list[tuple[Tensor, Tensor, TowerStates]]:
-        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D], [CLS] attention [T_i, P], and what a method
-        wants of the tower (Selector.tower_states; `text_cosine` belongs to a question and is not filled in here)."""
+        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D] (or the tower's own, [T_i, P, W]), [CLS] attention
+        [T_i, P], and what a method wants of the tower (Selector.tower_states; `text_cosine` belongs to a question and is
+        not filled in here)."""
         counts = [p.shape[0] for p in pixels]
         if "text_cosine" in wanted:
             wanted = (*wanted, "hidden")
         with clock.stage("vision_tower"):
             features, saliency, states = self.get_vision_tower()(torch.cat(pixels), wanted)
-        with clock.stage("projector"):
-            features = self._project(features)
+        if project:
+            with clock.stage("projector"):
+                features = self._project(features)
         split = {name: state.split(counts) for name, state in states.items()}
         towers = [
             # Copies: an image may be kept for longer than the batch that a view would keep alive.
@@ -150,8 +152,10 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     def encoding(self, config: AdaVConfig) -> tuple:
         """All of a configuration that `encode` depends on; two configurations with equal ones may share its results."""
         method = method_class(config.method)
-        wanted = method(**config.options_of(method)).tower_states
-        return config.option("anyres"), method.needs_image, tuple(wanted)
+        chosen = method(**config.options_of(method))
+        # Whether all patches go through the projector depends on how many are kept.
+        kept = None if getattr(method, "reads_features", True) else (chosen, config.overall_tokens)
+        return config.option("anyres"), method.needs_image, tuple(chosen.tower_states), kept
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
         """Images (as `prepare` takes them) -> their vision tokens in LLM order, before any question is known.
@@ -161,18 +165,38 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         config = config or self.adav_config
         words = self.get_input_embeddings().weight
         clock = clock or StageClock(words.device)
-        anyres, needs_image, wanted = self.encoding(config)
+        anyres, needs_image, wanted, kept = self.encoding(config)
         pixels, plans = self._plans(images, image_sizes, anyres)
         if not pixels or not needs_image:
             return [EncodedImage(plan, None) for plan in plans]
-        encoded = []
-        towers = self.encode_images(pixels, clock, wanted)
+        towers = self.encode_images(pixels, clock, wanted, project=False)
         with clock.stage("splice"):
-            for plan, (features, saliency, tower) in zip(plans, towers, strict=True):
-                tokens = self.image_tokens(features, saliency, plan, tower=tower)
-                tokens.features = tokens.features.to(words.device, words.dtype)
-                encoded.append(EncodedImage(plan, tokens))
-        return encoded
+            tokens = [
+                self.image_tokens(features, saliency, plan, tower=tower, projected=False)
+                for plan, (features, saliency, tower) in zip(plans, towers, strict=True)
+            ]
+            # Where the choice does not look at them, only the features that are kept go through the projector, then.
+            late = [kept is not None and kept[0].tokens(one, kept[1]) < len(one.patches) for one in tokens]
+        with clock.stage("projector"):
+            now = [one.features[one.patches] for one, later in zip(tokens, late, strict=True) if not later]
+            features = iter(self._to_words(torch.cat(now)).split([len(part) for part in now]) if now else ())
+            for one, later in zip(tokens, late, strict=True):
+                if not later:
+                    one.features = self._with_newlines(next(features), one.patches, len(one.tile))
+                    one.unprojected = None
+        return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
+
+    def _to_words(self, hidden: Tensor) -> Tensor:
+        """[n, W] states of the tower -> [n, D] as the LLM reads them, beside its word embeddings."""
+        words = self.get_input_embeddings().weight
+        return self._project(hidden).to(words.device, words.dtype)
+
+    def _with_newlines(self, features: Tensor, patches: Tensor, tokens: int) -> Tensor:
+        """[N, D] of an image of N tokens: features [P, D] at `patches` [P], the newline embedding everywhere else."""
+        if len(patches) == tokens:
+            return features
+        newlines = self.model.image_newline.to(features).expand(tokens, -1)
+        return newlines.index_copy(0, patches.to(features.device), features)
 
     def _project(self, hidden: Tensor) -> Tensor:
         """[..., W] states of the tower -> [..., D], on the projector's device."""
@@ -190,9 +214,18 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return self._text_tower
 
     def image_tokens(
-        self, features: Tensor, saliency: Tensor, plan: TilePlan, key: int = 0, tower: TowerStates | None = None
+        self,
+        features: Tensor,
+        saliency: Tensor,
+        plan: TilePlan,
+        key: int = 0,
+        tower: TowerStates | None = None,
+        projected: bool = True,
     ) -> ImageTokens:
-        """Tiles [T, P, D] and [T, P] of one image -> its ImageTokens in LLM order, newline tokens in place."""
+        """Tiles [T, P, D] and [T, P] of one image -> its ImageTokens in LLM order, newline tokens in place.
+
+        projected: False for the tower's own states, [T, P, W]: what is read of them goes through the projector.
+        """
         tiles, per_tile, width = features.shape
         side = self.get_vision_tower().num_patches_per_side
         order = merge_order(plan, side, tiles).to(features.device)
@@ -202,11 +235,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         scores = saliency.reshape(-1).to(features.device)[source]
         tile, row, column = source // per_tile, source % per_tile // side, source % side
         if newline.any():
-            merged = torch.where(newline[:, None], self.model.image_newline.to(merged), merged)
             scores = scores.masked_fill(newline, float("nan"))
             # A newline token ends a row of the merged crops: the number of newlines before it.
             row = torch.where(newline, newline.long().cumsum(0) - 1, row)
             tile, column = tile.masked_fill(newline, -1), column.masked_fill(newline, -1)
+        if not projected:
+            merged = merged.masked_fill(newline[:, None], 0)
+            return ImageTokens(merged, scores, tile, row, column, key, tower, self._to_words)
+        merged = self._with_newlines(merged[~newline], torch.nonzero(~newline).flatten(), len(order))
         return ImageTokens(merged, scores, tile, row, column, key, tower)
 
     # --- prompt -----------------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ class ImageTokens:
     column    [N]     patch column inside its tile; -1 for newline tokens
     key       int     identifies the sample (hash of input ids, image size, place of the image), for `random`
     tower             tile by tile, what only some methods read
+    unprojected       None, or what turns rows of `features` into what the LLM reads: `features` are then [N, W] states of
+                      the tower (zero for newline tokens), so that only what is kept goes through the projector. For
+                      methods that do not read features (Selector.reads_features), where not everything is kept.
 
     All tensors end up on the device of `features`.
     """
@@ -56,6 +59,7 @@ class ImageTokens:
     column: Tensor
     key: int = 0
     tower: TowerStates | None = None
+    unprojected: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
         n = self.features.shape[0]
@@ -73,6 +77,11 @@ class ImageTokens:
     def patches(self) -> Tensor:
         """[P] indices of the tokens that are patches, ascending: the candidates of every selector."""
         return torch.nonzero(self.tile >= 0).flatten()
+
+    def read(self, indices: Tensor) -> Tensor:
+        """[k, D] what the LLM reads of the tokens at `indices` [k]."""
+        rows = self.features[indices]
+        return rows if self.unprojected is None else self.unprojected(rows)
 
     def of_patches(self, states: Tensor) -> Tensor:
         """[P, ...] what belongs to each of `patches`, out of [T, patches of a whole tile, ...] tile by tile."""
@@ -115,6 +124,7 @@ class Selector(ABC):
 
     needs_image = True  # False: the vision tower is not even run
     uses_budget = True  # False: what is kept does not depend on the budget, and `keep` is always called
+    reads_features = True  # False: the choice does not depend on ImageTokens.features
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
     tower_states: tuple[str, ...] = ()  # what `keep` reads of ImageTokens.tower, by the names of its fields
 
@@ -157,7 +167,7 @@ def check_option(name: str, value, good: bool, allowed: str) -> None:
 def take(image: ImageTokens, indices: Tensor, **report) -> Selection:
     """The Selection that keeps `indices` [K] (in any order) of `image`, unmerged."""
     indices = torch.sort(indices).values
-    return Selection(indices=indices, features=image.features[indices], report=report)
+    return Selection(indices=indices, features=image.read(indices), report=report)
 
 
 def take_all(image: ImageTokens) -> Selection:

@@ -12,5 +12,7 @@ from llava.model.token_selection.scores import patch_saliency
 class Cls(Selector):
     """Top K patches by [CLS] attention. The question is not looked at."""
 
+    reads_features = False
+
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return take(image, image.patches[lowest_index_topk(patch_saliency(image), budget)])

@@ -18,6 +18,8 @@ class FasterVLM(Selector):
     is per tile.
     """
 
+    reads_features = False
+
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         saliency, patches = patch_saliency(image), image.patches
         tile = image.tile[patches].long()

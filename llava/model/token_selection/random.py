@@ -20,6 +20,8 @@ class Random(Selector):
     seed  a whole number of at least 0
     """
 
+    reads_features = False
+
     seed: int = 0
 
     def __post_init__(self):

@@ -42,6 +42,7 @@ class Scope(GreedySelector):
     alpha  >= 0, weight of saliency; 0 leaves coverage alone
     """
 
+    reads_features = False
     tower_states = ("hidden",)
 
     alpha: float = 1.0

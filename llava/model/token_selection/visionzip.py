@@ -49,6 +49,7 @@ class VisionZip(Selector):
                           is the ratio and the budget is kept.
     """
 
+    reads_features = False
     makes_tokens = True
     tower_states = ("hidden", "keys")
 
@@ -110,6 +111,8 @@ def _in_order(image: ImageTokens, *blocks: list[tuple[Tensor, Tensor, list]]) ->
         made += [cls, contextual]
         sources += [[] for _ in tiles] + [group for _, _, groups in tiles for group in groups]
     indices = torch.cat(indices)
-    features = image.features[indices.clamp_min(0)]
+    patches = image.read(indices[indices >= 0])
+    features = patches.new_empty(len(indices), patches.shape[1])
+    features[indices >= 0] = patches
     features[indices < 0] = image.tower.project(torch.cat(made)).to(features)
     return Selection(indices=indices, features=features, sources=sources)
