@@ -66,12 +66,12 @@ def decode_weight_bytes(model) -> int:
     return sum(weight.nbytes for part in parts for weight in part.parameters())
 
 
-def step_bytes(weights: int, entry: int, read: Sequence[Sequence[int]], batch: int) -> float:
+def step_bytes(weights: int, kv: Sequence[int], batch: int) -> float:
     """Bytes that a decode step reads in the mean: the weights once, and every row's KV entries.
 
-    entry: bytes of one token's keys and values in one layer; read: per step, the entries that it reads in each layer
+    kv: per step, bytes of the entries that one row reads
     """
-    return weights + batch * entry * sum(map(sum, read)) / len(read)
+    return weights + batch * sum(kv) / len(kv)
 
 
 def ceiling(bytes_per_step: float, bandwidth: float, batch: int) -> float:

@@ -28,7 +28,7 @@ from llava.config import AdaVConfig
 from llava.errors import UserError, exits_cleanly
 from llava.eval.flops import Cost, predict
 from llava.eval.tables import columns
-from llava.model.llava_arch import StageClock
+from llava.model.prepared import StageClock
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 

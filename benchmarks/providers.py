@@ -26,7 +26,7 @@ from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.transformers_reference import share_weights
 from llava.mm_utils import tile_plan
-from llava.model.llava_arch import StageClock
+from llava.model.prepared import StageClock
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import select
 
@@ -158,8 +158,8 @@ class Upstream(Provider):
 
     @staticmethod
     def can(config: AdaVConfig) -> bool:
-        """Whether a configuration is one of this way: tokens chosen by [CLS] attention and words, before the LLM."""
-        if config.method in ("none", "no_image", "random", *DROPPERS):
+        """Whether a configuration's prefill is of this way: tokens chosen by [CLS] attention and words, before the LLM."""
+        if config.prefill_filter_flag or config.method in ("none", "no_image", "random", *DROPPERS):
             return False
         return not method_class(config.method)(**config.options_of(method_class(config.method))).tower_states
 

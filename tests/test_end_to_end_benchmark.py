@@ -1,13 +1,14 @@
 """benchmarks/end_to_end.py on its smallest preset: who has rows, what gets none, and the arithmetic of the ceiling."""
 
-import argparse
 import csv
 import dataclasses
 
 import end_to_end
+import end_to_end_bench
 import pytest
 import torch
-from end_to_end import Bench, Entry, entries_read, read_config, rows_of
+from end_to_end import read_config, rows_of
+from end_to_end_bench import Bench, Entry
 from end_to_end_report import fill, read_csv
 from memory import ceiling, copy_bandwidth, decode_weight_bytes, step_bytes
 from providers import Models, Ours, Transformers, Upstream
@@ -88,7 +89,7 @@ def test_half_precision_is_checked_by_a_float32_twin(tmp_path):
 
 def test_a_wrong_answer_gets_no_row(tmp_path, bench, monkeypatch):
     """Our head is made another one than transformers': everything of ours that is compared is refused, and named."""
-    build = end_to_end.random_model
+    build = end_to_end_bench.random_model
 
     def with_wrong_reference(*args):
         model = build(*args)
@@ -98,7 +99,7 @@ def test_a_wrong_answer_gets_no_row(tmp_path, bench, monkeypatch):
         monkeypatch.setattr(Models, "transformers", reference)
         return model
 
-    monkeypatch.setattr(end_to_end, "random_model", with_wrong_reference)
+    monkeypatch.setattr(end_to_end_bench, "random_model", with_wrong_reference)
     output = tmp_path / "e.csv"
     flags = ["--preset", "tiny", "--repeats", "1", "--batches", "1", "--new-tokens", "2"]
     with pytest.raises(SystemExit, match=r"ours \(method=none\): its logits are up to .*gets no time"):
@@ -150,10 +151,7 @@ def test_a_repetition_with_other_tokens(bench):
 def test_the_ceiling_by_hand():
     # Two layers, ten entries each after prefill, 4 bytes an entry; three rows, two steps, weights of 1,000 bytes. The
     # steps read 11 and 12 entries in each layer: 1,000 + 3 x 4 x (22 + 24) / 2 = 1,276 bytes in the mean.
-    cost = argparse.Namespace(cached=(10, 10))
-    read = entries_read(cost, steps=2)
-    assert read == [[11, 11], [12, 12]]
-    assert step_bytes(1000, 4, read, batch=3) == 1276
+    assert step_bytes(1000, [22 * 4, 24 * 4], batch=3) == 1276
     assert ceiling(1276, bandwidth=2552, batch=3) == 6  # two steps a second, three tokens each
 
 

@@ -56,6 +56,10 @@ class Cost:
         """FLOPs of the step-th decode step by part, counted from 1: one token reads all that is cached, and itself."""
         return decode(self.shape, [entries + step - 1 for entries in self.cached])
 
+    def read_bytes(self, element_size: int, step: int = 1) -> int:
+        """Bytes of keys and values that the step-th decode step reads, its own among them."""
+        return sum(entries + step for entries in self.cached) * self.shape.kv_entry(element_size)
+
     def kv_bytes(self, element_size: int, steps: int = 0) -> int:
         """Bytes of the sample's own KV entries after prefill and `steps` decode steps, without padding."""
         return sum(entries + steps for entries in self.cached) * self.shape.kv_entry(element_size)
