@@ -36,7 +36,7 @@ from providers import PROVIDERS
 from record import RESULTS, how, write_csv
 from shapes import PRESETS, Prompts
 
-from llava.config import AdaVConfig, ConfigError
+from llava.config import AdaVConfig, ConfigError, method_class
 from llava.errors import UserError, exits_cleanly
 from llava.eval.flops import Cost
 
@@ -56,7 +56,8 @@ def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: in
         cost = bench.cost(config, prompts)
         row = {
             "provider": entry.provider.name,
-            "config": entry.label,
+            "name": entry.label,
+            "config": _settings(config),
             "layers": prompts.shape.layers,
             "batch": batch,
             "at_once": at_once,
@@ -117,10 +118,16 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
     return {name: _median(values), f"{name}_min": round(min(values), 3), f"{name}_max": round(max(values), 3)}
 
 
-def read_config(text: str) -> AdaVConfig:
-    """`method=adav overall_tokens=144` on top of the defaults; values are JSON, or words."""
+def read_config(text: str) -> tuple[str, AdaVConfig]:
+    """`NAME: method=adav overall_tokens=144`, on top of the defaults -> what to call it, and the configuration.
+
+    Without a name it is called after its method and what else it turns on. Values are JSON, or words.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon or "=" in name:  # a colon inside a value
+        name, rest = "", text
     known, values = [f.name for f in fields(AdaVConfig)], {}
-    for part in shlex.split(text):
+    for part in shlex.split(rest):
         key, equals, value = part.partition("=")
         if not equals or key not in known:
             raise ConfigError(
@@ -130,7 +137,26 @@ def read_config(text: str) -> AdaVConfig:
             values[key] = json.loads(value)
         except json.JSONDecodeError:
             values[key] = value
-    return AdaVConfig(**values)
+    config = AdaVConfig(**values)
+    return name.strip() or _name(config), config
+
+
+def _name(config: AdaVConfig) -> str:
+    parts = [config.method]
+    if getattr(method_class(config.method), "uses_budget", True):
+        parts.append(str(config.overall_tokens))
+    parts += [f"+ {config.cache_policy}"] * (config.cache_policy != "full") + ["+ filter"] * config.prefill_filter_flag
+    return " ".join(parts)
+
+
+def _settings(config: AdaVConfig) -> str:
+    """What a configuration says beyond the defaults, as --config takes it."""
+    plain, values = AdaVConfig(method="none").to_dict(), config.to_dict()
+    return " ".join(
+        shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+        for key, value in values.items()
+        if key == "method" or value != plain[key]
+    )
 
 
 def twin_complaints(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> dict[tuple[str, str], str]:
@@ -176,7 +202,10 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
     parser.add_argument("--layers", type=int, help="of the LLM; default: the preset's")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument(
-        "--config", action="append", metavar='"KEY=VALUE ..."', help=f"repeatable; default: {' and '.join(CONFIGS)}"
+        "--config",
+        action="append",
+        metavar='"[NAME:] KEY=VALUE ..."',
+        help=f"repeatable; default: {' and '.join(CONFIGS)}",
     )
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 32; presets cpu 1, tiny 1 2")
     parser.add_argument("--new-tokens", nargs="+", type=int, help="default: 64 512; presets cpu 32, tiny 4")
@@ -207,7 +236,12 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
     name = f"end_to_end-{args.preset}-{args.device}"
     args.output = args.output or RESULTS / f"{name}.csv"
     args.plot = args.plot or DOCUMENT.parent / f"{name}.png"
-    return args, {text: read_config(text) for text in args.config or CONFIGS}
+    configs: dict[str, AdaVConfig] = {}
+    for name, config in map(read_config, args.config or CONFIGS):
+        if name in configs:
+            raise UserError(f'two configurations are called "{name}": give them names, --config "NAME: KEY=VALUE ..."')
+        configs[name] = config
+    return args, configs
 
 
 @exits_cleanly

@@ -47,7 +47,7 @@ def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
     for row in rows:
         batch = f"{row['batch']:.0f}" + ("" if row["at_once"] == row["batch"] else " x 1")
         lines.append(
-            (row["provider"], row["config"], batch, f"{row['new_tokens']:.0f}", _spread(row, "ttft_ms"))
+            (row["provider"], row["name"], batch, f"{row['new_tokens']:.0f}", _spread(row, "ttft_ms"))
             + tuple(_number(row[f"{stage}_ms"]) for stage in STAGES)
             + (_number(row["ttft_speedup"], 2), _spread(row, "tokens_per_s"), _number(row["decode_speedup"], 2))
             + (_number(row["gb_per_s"], 1), _number(row["ceiling_tokens_per_s"], 1))
@@ -108,7 +108,7 @@ def draw(rows: list[dict], path: Path) -> None:
         figure, axes = panels(len(cells), 2, height=1.0 + 0.42 * most)
         for cell, (left, right) in zip(cells, axes, strict=True):
             here = [row for row in rows if (row["batch"], row["new_tokens"]) == cell]
-            names = [f"{row['provider']}: {row['config']}" for row in here]
+            names = [f"{row['provider']}: {row['name']}" for row in here]
             _first_token(left, here)
             _decoding(right, here)
             for axis in (left, right):

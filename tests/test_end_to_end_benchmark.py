@@ -18,13 +18,13 @@ from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.eval.transformers_reference import share_weights
 
-ADAV, CLS, ALL = "method=adav overall_tokens=8", "method=cls overall_tokens=8", "method=none"
+ADAV, CLS, ALL = AdaVConfig(overall_tokens=8), AdaVConfig(method="cls", overall_tokens=8), AdaVConfig(method="none")
 
 
 @pytest.fixture
 def bench():
-    def make(*labels, providers=("transformers", "upstream", "ours"), dtype=torch.float32):
-        configs = {label: read_config(label) for label in labels}
+    def make(config, providers=("transformers", "upstream", "ours"), dtype=torch.float32):
+        configs = {"it": config}
         return Bench(PRESETS["tiny"], None, "cpu", dtype, 0, providers, configs)
 
     return make
@@ -32,7 +32,8 @@ def bench():
 
 def test_every_provider_has_its_row(tmp_path, capsys):
     output, plot, document = tmp_path / "results" / "e.csv", tmp_path / "docs" / "e.png", tmp_path / "performance.md"
-    configs = [part for text in (ALL, ADAV, "method=fastv overall_tokens=20") for part in ("--config", text)]
+    texts = ("method=none", "method=adav overall_tokens=8", "FastV: method=fastv overall_tokens=20")
+    configs = [part for text in texts for part in ("--config", text)]
     end_to_end.main(
         ["--preset", "tiny", "--repeats", "2", "--batches", "2", "--new-tokens", "1", "4"]
         + ["--output", str(output), "--plot", str(plot)]
@@ -41,12 +42,13 @@ def test_every_provider_has_its_row(tmp_path, capsys):
     rows = list(csv.DictReader(output.open()))
     cell = [
         ("transformers", "all tokens"),
-        ("ours", ALL),
-        ("upstream", ADAV),
-        ("ours", ADAV),
-        ("ours", "method=fastv overall_tokens=20"),
+        ("ours", "none"),
+        ("upstream", "adav 8"),
+        ("ours", "adav 8"),
+        ("ours", "FastV"),
     ]
-    assert [(row["provider"], row["config"]) for row in rows] == cell * 2
+    assert rows[4]["config"] == "method=fastv overall_tokens=20"
+    assert [(row["provider"], row["name"]) for row in rows] == cell * 2
     assert [(row["batch"], row["new_tokens"]) for row in rows[::5]] == [("2", "1"), ("2", "4")]
     for row in rows:
         # 5 tiles of 16 patches, and a newline token for each of the 8 rows of the merged crops.
@@ -57,9 +59,9 @@ def test_every_provider_has_its_row(tmp_path, capsys):
         assert row["at_once"] == ("1" if row["provider"] == "upstream" else row["batch"])
         assert row["torch"] and row["device"] and row["command"].startswith("python benchmarks/end_to_end.py")
         assert row["compared_with"] == {
-            ("ours", ALL): "transformers",
-            ("ours", ADAV): "upstream",
-        }.get((row["provider"], row["config"]), "")
+            ("ours", "none"): "transformers",
+            ("ours", "adav 8"): "upstream",
+        }.get((row["provider"], row["name"]), "")
         if row["compared_with"]:
             assert row["same_tokens"] == "1.0"
     # 4 layers, 48 numbers of keys and of values, 4 bytes each; three of four new tokens are fed back, two rows.
@@ -68,7 +70,7 @@ def test_every_provider_has_its_row(tmp_path, capsys):
     assert float(last[3]["kv_mb"]) == round(entry * (20 + 3) / 1e6, 2)
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "a copy moves" in printed and ADAV in printed
+    assert "a copy moves" in printed and "adav 8" in printed
 
     document.write_text("Before.\n\n<!-- e -->\nold\n<!-- end of e -->\n\nAfter.\n")
     for _ in range(2):  # the second time replaces the first
@@ -102,7 +104,7 @@ def test_a_wrong_answer_gets_no_row(tmp_path, bench, monkeypatch):
     monkeypatch.setattr(end_to_end_bench, "random_model", with_wrong_reference)
     output = tmp_path / "e.csv"
     flags = ["--preset", "tiny", "--repeats", "1", "--batches", "1", "--new-tokens", "2"]
-    with pytest.raises(SystemExit, match=r"ours \(method=none\): its logits are up to .*gets no time"):
+    with pytest.raises(SystemExit, match=r"ours \(none\): its logits are up to .*gets no time"):
         end_to_end.main([*flags, "--output", str(output), "--plot", str(tmp_path / "e.png")])
     assert [row["provider"] for row in read_csv(output)] == ["transformers", "upstream"]
 
@@ -110,9 +112,9 @@ def test_a_wrong_answer_gets_no_row(tmp_path, bench, monkeypatch):
 def test_other_tokens_than_the_published_way_keeps(bench):
     made = bench(ADAV)
     entry = next(entry for entry in made.entries if entry.provider.name == "ours")
-    entry.provider = Ours(made.models, read_config(CLS))
+    entry.provider = Ours(made.models, CLS)
     right, complaints = made.right(made.prompts(2), 2)
-    assert complaints == [f"ours ({ADAV}): it keeps other vision tokens than upstream, so it gets no time"]
+    assert complaints == ["ours (it): it keeps other vision tokens than upstream, so it gets no time"]
     assert [entry.provider.name for entry in right] == ["transformers", "upstream"]
 
 
@@ -126,7 +128,7 @@ class OneMore(Ours):
 
 def test_a_cache_of_another_size(bench):
     made = bench(ADAV, providers=("ours",))
-    made.entries = [Entry(OneMore(made.models, read_config(ADAV)), ADAV, None)]
+    made.entries = [Entry(OneMore(made.models, ADAV), "it", None)]
     right, (complaint,) = made.right(made.prompts(1), 3)
     assert not right and "its KV cache has 35,328 bytes, expected are 33,792" in complaint
 
@@ -145,7 +147,7 @@ def test_a_repetition_with_other_tokens(bench):
     assert len(right) == 1 and not complaints
     made.models.ours.lm_head.weight.data.neg_()
     complaints = made.measure(right, prompts, 3, repeats=2)
-    assert not right and complaints == [f"ours ({ALL}): repetition 1 gave other tokens, so it gets no time"]
+    assert not right and complaints == ["ours (it): repetition 1 gave other tokens, so it gets no time"]
 
 
 def test_the_ceiling_by_hand():
@@ -202,6 +204,18 @@ def test_which_configurations_have_a_published_way():
     assert not Upstream.side_by_side and Transformers.side_by_side and Ours.side_by_side
 
 
+def test_names_of_configurations():
+    for text, name in (
+        ("method=none", "none"),
+        ("method=no_image", "no_image"),
+        ("method=adav overall_tokens=9 text_pruning_flag=true prefill_filter_flag=true", "adav 9 + avl + filter"),
+        ("H2O: method=none all_use_h2o=true", "H2O"),
+        ("""method=adav 'options={"positions": "original"}'""", "adav 144"),
+    ):
+        assert read_config(text)[0] == name
+    assert read_config("""method=adav 'options={"positions": "original"}'""")[1].options == {"positions": "original"}
+
+
 def test_the_bandwidth_is_that_of_memory():
     assert 1e8 < copy_bandwidth("cpu") < 1e13
 
@@ -209,6 +223,8 @@ def test_the_bandwidth_is_that_of_memory():
 def test_bad_arguments(tmp_path, capsys):
     for arguments, said in (
         (["--config", "method=adav tokens=3"], 'found "tokens=3", allowed is KEY=VALUE with a key of method,'),
+        (["--config", "method=adav", "--config", "method=adav min=1"], 'found "min=1"'),
+        (["--config", "method=adav", "--config", "method=adav options={}"], 'two configurations are called "adav 144"'),
         (["--config", "adav"], 'found "adav", allowed is KEY=VALUE'),
         (["--config", "method=adav overall_tokens=0"], '"overall_tokens" is 0, allowed is a whole number'),
         (["--batches", "0"], "--batches is 0, allowed is at least 1"),
