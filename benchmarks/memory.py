@@ -41,18 +41,20 @@ class Peak:
     """The most memory in use since it was made, weights included: the device's, or this process's where that is the CPU."""
 
     def __init__(self, device: str):
-        self.cuda = device == "cuda"
+        self.cuda, self.known = device == "cuda", True
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            with suppress(OSError):  # Linux alone can forget an earlier peak; elsewhere none is told
+            self.known = False
+            with suppress(OSError):  # Linux alone forgets an earlier peak; elsewhere none is told
                 Path("/proc/self/clear_refs").write_text("5")
+                self.known = True
 
     def bytes(self) -> int | None:
         """None where the system does not tell."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
-        with suppress(OSError):
+        if self.known:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return 1024 * int(line.split()[1])

@@ -10,7 +10,7 @@ import torch
 from end_to_end import read_config, rows_of
 from end_to_end_bench import Bench, Entry
 from end_to_end_report import fill, read_csv
-from memory import ceiling, copy_bandwidth, decode_weight_bytes, step_bytes
+from memory import Peak, ceiling, copy_bandwidth, decode_weight_bytes, step_bytes
 from providers import Models, Ours, Transformers, Upstream
 from shapes import PRESETS, Prompts, random_model
 
@@ -214,6 +214,17 @@ def test_names_of_configurations():
     ):
         assert read_config(text)[0] == name
     assert read_config("""method=adav 'options={"positions": "original"}'""")[1].options == {"positions": "original"}
+
+
+def test_the_peak_is_forgotten_between_answers():
+    peak = Peak("cpu")
+    if not peak.known:
+        pytest.skip("this system does not let a process forget its peak")
+    large = torch.ones(64 << 20)
+    before, with_it = peak.bytes(), large.nbytes
+    del large
+    after = Peak("cpu").bytes()
+    assert before >= with_it and after <= before - with_it // 2
 
 
 def test_the_bandwidth_is_that_of_memory():
