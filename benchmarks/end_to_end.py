@@ -9,7 +9,7 @@ Weights are random and shared by all providers (providers.py), prompts are the s
 asked for. Time to the first token goes from pixels on the device to a token of every row, and is split into vision tower,
 projector, selection and prefill, which is all the rest. Decoding is every token after the first. Decoding reads memory
 and does little else, so beside its speed stands a ceiling: the bytes that this very configuration reads per step
-(weights, and the KV entries of its policy) over the bandwidth of a copy, measured in the same run.
+(weights, and the KV entries of its policy) over the bandwidth of a copy, the fastest that was seen in the same run.
 
 Before anything is timed, a provider's answers are compared: with every token kept ours against transformers' model, with
 tokens selected against the published way, which has to keep the same ones; and the bytes of every KV cache with those
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from end_to_end_bench import Bench, Entry
 from end_to_end_report import DOCUMENT, draw, fill, read_csv, show
-from memory import ceiling, copy_bandwidth, step_bytes
+from memory import ceiling, step_bytes
 from providers import PROVIDERS
 from record import RESULTS, how, write_csv
 from shapes import PRESETS, Prompts
@@ -48,7 +48,7 @@ REAL = ([1, 8, 32], [64, 512])
 TWIN = (2, 8)  # LLM layers and new tokens of the float32 model that half precision is checked by
 
 
-def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: int, bandwidth: float) -> list[dict]:
+def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: int) -> list[dict]:
     """The figures of every entry of one batch and length."""
     rows, batch = [], len(prompts.ids)
     for entry in entries:
@@ -70,7 +70,7 @@ def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: in
         for stage in STAGES:
             row[f"{stage}_ms"] = _median([1e3 * answer.stages.get(stage, 0.0) for answer in entry.answers])
         row["prefill_ms"] = _median([1e3 * (a.first - sum(a.stages.values())) for a in entry.answers])
-        row |= _decoding(entry, bench, prompts, cost, at_once, bandwidth)
+        row |= _decoding(entry, bench, cost, at_once)
         row["kv_mb"] = round(entry.answers[0].kv / 1e6, 2)
         row["peak_mb"] = round(max(entry.peaks) / 1e6, 1) or ""
         row["compared_with"] = entry.reference.name if entry.reference else ""
@@ -84,7 +84,7 @@ def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: in
     return rows
 
 
-def _decoding(entry: Entry, bench: Bench, prompts: Prompts, cost: Cost, at_once: int, bandwidth: float) -> dict:
+def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
     """Speed of decoding, and what is the most that memory allows."""
     batch, steps = entry.answers[0].tokens.shape[0], entry.answers[0].tokens.shape[1] - 1
     row = dict.fromkeys(
@@ -97,13 +97,13 @@ def _decoding(entry: Entry, bench: Bench, prompts: Prompts, cost: Cost, at_once:
     rates = [batch * steps / answer.decode for answer in entry.answers]
     kv = [cost.read_bytes(bench.dtype.itemsize, step) for step in range(1, steps + 1)]
     read = step_bytes(bench.weights, kv, at_once)
-    most, rate = ceiling(read, bandwidth, at_once), statistics.median(rates)
+    most, rate = ceiling(read, bench.bandwidth, at_once), statistics.median(rates)
     row |= _spread("tokens_per_s", rates)
     row |= {
         "step_ms": round(1e3 * at_once / rate, 3),
         "mb_per_step": round(read / 1e6, 1),
         "gb_per_s": round(read * rate / at_once / 1e9, 2),
-        "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "copy_gb_per_s": round(bench.bandwidth / 1e9, 2),
         "ceiling_tokens_per_s": round(most, 2),
         "of_ceiling": round(rate / most, 4),
     }
@@ -176,9 +176,8 @@ def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
     bench = Bench(PRESETS[args.preset], args.layers, args.device, dtype, args.seed, args.providers, configs)
     bench.entries = [entry for entry in bench.entries if entry.key not in refused]
     complaints = [f"{provider} ({label}): {why}, so it gets no time" for (provider, label), why in refused.items()]
-    bandwidth, rows, made = copy_bandwidth(args.device), [], how(args, "end_to_end.py", args.device)
-    print(f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}", end=", ")
-    print(f"a copy moves {bandwidth / 1e9:,.1f} GB/s (read plus written)", flush=True)
+    rows, made = [], how(args, "end_to_end.py", args.device)
+    print(f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}", flush=True)
     for batch in args.batches:
         prompts = bench.prompts(batch)
         for new_tokens in args.new_tokens:
@@ -186,13 +185,14 @@ def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
             wrong += bench.measure(entries, prompts, new_tokens, args.repeats)
             print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
             complaints += wrong
-            rows += rows_of(entries, bench, prompts, new_tokens, bandwidth)
+            rows += rows_of(entries, bench, prompts, new_tokens)
             if rows:
                 write_csv(args.output, rows, made)
     if rows:
         written = read_csv(args.output)
         draw(written, args.plot)
-        print(f"\n{show(written)}\n\n{args.output}\n{args.plot}")
+        print(f"a copy moves up to {bench.bandwidth / 1e9:,.1f} GB/s (read plus written)\n")
+        print(f"{show(written)}\n\n{args.output}\n{args.plot}")
     return complaints
 
 

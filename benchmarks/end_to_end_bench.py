@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from memory import Peak, decode_weight_bytes
+from memory import Peak, copy_bandwidth, decode_weight_bytes
 from providers import PROVIDERS, Answer, Models, Provider, Transformers, Upstream
 from shapes import Preset, Prompts, random_model
 
@@ -39,7 +39,8 @@ class Entry:
 class Bench:
     """A model with random weights, and who answers with it under which configurations.
 
-    providers: names; configs: by what they are called. `entries` are the lines of the table.
+    providers: names; configs: by what they are called. `entries` are the lines of the table; `bandwidth` is the fastest
+    copy so far, in bytes per second, tried before every repetition.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Bench:
         self.preset, self.device, self.dtype, self.seed = preset, device, dtype, seed
         model = random_model(preset.model_config(newline=True, layers=layers), device, dtype, seed)
         self.models = Models(model)
-        self.weights = decode_weight_bytes(model)
+        self.weights, self.bandwidth = decode_weight_bytes(model), 0.0
         self.entries = self._entries(providers, configs)
 
     def _entries(self, chosen, configs: dict[str, AdaVConfig]) -> list[Entry]:
@@ -132,6 +133,7 @@ class Bench:
         complaints = []
         checked = {entry.key: entry.answers.pop() for entry in entries}
         for repeat in range(repeats):
+            self.bandwidth = max(self.bandwidth, copy_bandwidth(self.device))
             for entry in list(entries):
                 gc.collect()
                 peak = Peak(self.device)
