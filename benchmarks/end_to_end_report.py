@@ -76,7 +76,8 @@ def show(rows: list[dict]) -> str:
 
 
 def fill(document: Path, results: Path) -> None:
-    """Put the table of `results` into `document`, between its own pair of marks: `<!-- NAME -->`, `<!-- end of NAME -->`."""
+    """Put the table of `results` into `document`, between its own pair of marks: `<!-- NAME -->`, `<!-- end of NAME -->`,
+    and the plot of that name where one lies beside the document."""
     rows, name = read_csv(results), results.stem
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     try:
@@ -86,7 +87,14 @@ def fill(document: Path, results: Path) -> None:
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"{document}: found no one place for this table, allowed is one {begin} and after it one {end}")
     before, after = text[: text.index(begin)], text[text.index(end) + len(end) :]
-    write_atomically(document, f"{before}{begin}\n{_made(rows[0])}\n\n{markdown_table(_lines(rows))}\n{end}{after}")
+    plot = document.with_name(f"{name}.png")
+    picture = (
+        f"\n![Time to the first token by stage, and decoding beside its ceiling]({plot.name})\n"
+        if plot.exists()
+        else ""
+    )
+    table = markdown_table(_lines(rows))
+    write_atomically(document, f"{before}{begin}\n{_made(rows[0])}\n\n{table}\n{picture}{end}{after}")
 
 
 def _made(row: dict) -> str:

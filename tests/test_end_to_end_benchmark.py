@@ -31,7 +31,7 @@ def bench():
 
 
 def test_every_provider_has_its_row(tmp_path, capsys):
-    output, plot, document = tmp_path / "results" / "e.csv", tmp_path / "docs" / "e.png", tmp_path / "performance.md"
+    output, plot, document = tmp_path / "results" / "e.csv", tmp_path / "e.png", tmp_path / "performance.md"
     texts = ("method=none", "method=adav overall_tokens=8", "FastV: method=fastv overall_tokens=20")
     configs = [part for text in texts for part in ("--config", text)]
     end_to_end.main(
@@ -77,7 +77,7 @@ def test_every_provider_has_its_row(tmp_path, capsys):
         end_to_end.main(["--table", str(output), "--document", str(document)])
     text = document.read_text()
     assert text.startswith("Before.") and text.endswith("After.\n") and "old" not in text
-    assert text.count("| transformers ") == 2 and text.count("| 2 x 1 ") == 2
+    assert text.count("| transformers ") == 2 and text.count("| 2 x 1 ") == 2 and text.count("(e.png)") == 1
 
 
 def test_half_precision_is_checked_by_a_float32_twin(tmp_path):
