@@ -176,6 +176,32 @@ def test_the_ceiling_of_a_row(bench):
     assert row["ceiling_tokens_per_s"] == round(2 * 1e9 / read, 2) and row["of_ceiling"] == round(6 * read / 1e9, 4)
 
 
+def test_the_ceiling_of_an_adaptive_cache(bench):
+    """A-VL, rate 0.5, compute_rate 0.89, interval 3, on 88 image tokens between 5 and 7 of text: 44 entries of the image
+    are stored, 9 are the core, and every third step reads all 44. Steps read 5 + 9 + 8, 5 + 9 + 9 and 5 + 44 + 10."""
+    name, config = read_config("method=none vision_adaptive_attention=true vision_adaptive_attention_compute_rate=0.89")
+    assert name == "none + avl"
+    made = bench(config, providers=("upstream", "ours"))
+    prompts = made.prompts(2)
+    right, complaints = made.right(prompts, 4)
+    assert not complaints and right[0].reference.name == "transformers"
+    assert not made.measure(right, prompts, 4, repeats=1)
+    made.weights, made.bandwidth, right[0].answers[0].decode = 10**6, 1e9, 3.0
+    (row,) = rows_of(right, made, prompts, 4)
+    entry = 4 * 2 * 48 * 4  # of one token in all layers
+    assert row["kv_mb"] == round(2 * (5 + 44 + 7 + 3) * entry / 1e6, 2)
+    read = 10**6 + 2 * entry * (22 + 23 + 59) / 3
+    assert row["mb_per_step"] == round(read / 1e6, 1) and row["tokens_per_s"] == 2
+    assert row["ceiling_tokens_per_s"] == round(2e9 / read, 2) and row["of_ceiling"] == round(read / 1e9, 4)
+
+
+@pytest.mark.parametrize("config", ["all_use_h2o=true method=none", "method=none prefill_filter_flag=true"])
+def test_other_caches_have_the_predicted_size(bench, config):
+    made = bench(read_config(config)[1], providers=("ours",))
+    right, complaints = made.right(made.prompts(2), 4)
+    assert len(right) == 1 and not complaints
+
+
 @pytest.mark.parametrize(
     ("name", "patches", "gigabytes"),
     [("llava-v1.5-7b", 576, 13.21), ("llava-v1.6-vicuna-13b", 2880, 25.70), ("llava-v1.6-34b", 2880, 67.86)],

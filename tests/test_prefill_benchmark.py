@@ -38,8 +38,12 @@ def test_wrong_output_gets_no_time():
     bench = prefill.Bench(PRESETS["tiny"], "cpu", torch.float32, seed=0)
     config = AdaVConfig(method="cls", overall_tokens=4)
     cost = bench.cost(config)
-    entry = prefill.Entry(config, dataclasses.replace(cost, cached=(16, 16, 16, 15)), [])
-    with pytest.raises(SystemExit, match="cls at 4: its layers cache .* no time is given"):
+    *others, last = cost.plans
+    one_less = dataclasses.replace(last, front=last.front - 1)
+    entry = prefill.Entry(config, dataclasses.replace(cost, plans=(*others, one_less)), [])
+    with pytest.raises(
+        SystemExit, match=r"cls at 4: its layers cache \(16, 16, 16, 16\).* \(16, 16, 16, 15\), so no time is given"
+    ):
         bench.repeat(entry)
     entry = prefill.Entry(config, cost, [])
     bench.repeat(entry)
