@@ -36,7 +36,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from decode_providers import Case, Provider, Step, cache_bytes, error, providers
+from decode_providers import Case, Provider, Step, error, providers
+from memory import copy_bandwidth
 from record import RESULTS, how, write_csv
 from torch import Tensor
 
@@ -162,22 +163,6 @@ def row(case: Case, provider: Provider, copies: int, copy_gb: float) -> dict:
     }
 
 
-def copy_bandwidth(device: str) -> float:
-    """Gigabytes per second, read plus written, of copying four times what the processor's cache holds, at least 256 MiB."""
-    source = torch.ones(max(256 << 20, 4 * cache_bytes(device)), dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    samples = []
-    for _ in range(10):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        samples.append(time.perf_counter() - start)
-    return 2 * source.numel() / float(np.median(samples)) / 1e9
-
-
 def show(rows: list[dict]) -> str:
     """The table that is printed."""
     head = ("provider", "batch", "tokens", "core", "us", "p20", "p80", "graph us", "p20", "p80", "MB", "GB/s", "of copy", "error")  # fmt: skip
@@ -237,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     made = {**how(args, "decode_kernel.py", args.device), "triton": triton_version()}
     output = args.output or RESULTS / f"decode_kernel-{args.preset}-{args.shape}-{args.dtype}.csv"
-    copy_gb = copy_bandwidth(args.device)
+    copy_gb = copy_bandwidth(args.device) / 1e9
     print(f"{made['device']}, {args.dtype}, torch {made['torch']}, a copy moves {copy_gb:,.0f} GB/s")
     rows, wrong = [], []
     for batch, tokens, share in product(args.batches, args.tokens, args.shares):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
+from memory import cache_bytes
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -156,13 +156,3 @@ def error(found: Tensor | DecodeOutput, expected: DecodeOutput) -> float:
     found = found if isinstance(found, DecodeOutput) else DecodeOutput(found.reshape(expected.out.shape))
     pairs = [(a.float(), b) for a, b in zip(found, expected, strict=True) if a is not None]
     return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
-
-
-def cache_bytes(device: str) -> int:
-    """The last level of the processor's cache."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    try:
-        return 1024 * int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().rstrip("K"))
-    except (OSError, ValueError):
-        return 32 << 20

@@ -22,66 +22,15 @@ from pathlib import Path
 
 import torch
 from record import RESULTS, how, write_csv
+from shapes import PRESETS, Preset, Prompts, random_model
 
 from llava.config import AdaVConfig
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, exits_cleanly
 from llava.eval.flops import Cost, predict
-from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.eval.tables import columns
-from llava.mm_utils import tile_plan
-from llava.model.language_model.llava_config import LlavaLlamaConfig
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.prepared import StageClock
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of a model and a prompt. The image is cut into 2 x 2 crops and comes whole besides: five tiles.
-
-    tile: pixels; tower and llm: (width, layers, heads, MLP width); text: tokens before and after the image
-    """
-
-    tile: int
-    tower: tuple[int, int, int, int]
-    llm: tuple[int, int, int, int]
-    vocab: int
-    text: tuple[int, int]
-
-    def model_config(self) -> LlavaLlamaConfig:
-        width, layers, heads, mlp = self.tower
-        vision = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        vision |= {"intermediate_size": mlp, "image_size": self.tile, "patch_size": 14}
-        width, layers, heads, mlp = self.llm
-        return LlavaLlamaConfig(
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            intermediate_size=mlp,
-            vocab_size=self.vocab,
-            max_position_embeddings=4096,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            mm_vision_config=vision,
-            mm_hidden_size=vision["hidden_size"],
-            mm_projector_type="mlp2x_gelu",
-            mm_patch_merge_type="spatial",  # neither newline tokens nor unpadding: five whole tiles
-            image_aspect_ratio="anyres",
-            image_grid_pinpoints=[[2 * self.tile, 2 * self.tile]],
-        )
-
-
-PRESETS = {
-    # LLaVA-1.6's image (5 tiles of 24 x 24 patches, 2,880 tokens) on a model whose parts are to each other as in the 7B,
-    # small enough for two CPU cores.
-    "cpu": Preset(336, (512, 12, 8, 2048), (1024, 16, 16, 2752), 32000, (35, 45)),
-    # Seconds, to see that everything runs.
-    "tiny": Preset(56, (32, 3, 4, 64), (48, 4, 4, 80), 100, (5, 7)),
-}
 
 
 @dataclass
@@ -129,25 +78,20 @@ class Bench:
     """A model with random weights, and one prompt with one image of noise."""
 
     def __init__(self, preset: Preset, device: str, dtype: torch.dtype, seed: int):
-        torch.manual_seed(seed)
-        self.model = LlavaLlamaForCausalLM(preset.model_config()).eval().to(device, dtype)
-        self.size = (2 * preset.tile, 2 * preset.tile)
-        self.pixels = torch.randn(5, 3, preset.tile, preset.tile).to(device, dtype)
-        before, after = (torch.randint(3, preset.vocab, (n,)) for n in preset.text)
-        self.ids = torch.cat([before, torch.tensor([IMAGE_TOKEN_INDEX]), after])[None].to(device)
-        self.shape = ModelShape.of(self.model.config)
-        self.image = ImageCounts.of(tile_plan(self.size, self.model.config), self.shape.side)
-        self.text = preset.text
+        # Neither newline tokens nor unpadding: five whole tiles.
+        self.model = random_model(preset.model_config(), device, dtype, seed)
+        self.prompts = Prompts.random(preset, self.model.config, self.model.lm_head.weight, batch=1, seed=seed)
         self.device = torch.device(device)
 
     def cost(self, config: AdaVConfig) -> Cost:
-        return predict(self.shape, config, [self.image], sum(self.text), [self.text[1]])
+        prompts = self.prompts
+        return predict(prompts.shape, config, [prompts.image], sum(prompts.text), [prompts.text[1]])
 
     @torch.inference_mode()
     def prefill(self, config: AdaVConfig):
         """(milliseconds per stage, what generate() returns with its logits and cache)."""
         clock = StageClock(self.device)
-        prepared = self.model.prepare(self.ids, [self.pixels], [self.size], config=config)
+        prepared = self.model.prepare(self.prompts.ids, self.prompts.pixels, self.prompts.sizes, config=config)
         with clock.stage("llm"):
             output = self.model.generate(
                 prepared=prepared,
@@ -174,7 +118,7 @@ class Bench:
 
 def run(bench: Bench, methods: list[str], shares: list[float], repeats: int) -> list[dict]:
     """One row per method and budget, `none` first."""
-    budgets = [max(1, int(share * bench.image.tokens + 1e-6)) for share in shares]
+    budgets = [max(1, int(share * bench.prompts.image.tokens + 1e-6)) for share in shares]
     configs = [AdaVConfig(method="none")]
     configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
     entries = [Entry(config, bench.cost(config), []) for config in configs]
@@ -249,7 +193,11 @@ def main(argv: list[str] | None = None) -> None:
     made = how(args, "prefill.py", device)
     output = args.output or RESULTS / f"prefill-{args.preset}-{device}.csv"
     write_csv(output, rows, made)
-    print(f"{bench.image.tokens:,} vision tokens of 5 tiles, {sum(bench.text)} text tokens; medians of {args.repeats}")
+    prompts = bench.prompts
+    print(
+        f"{prompts.image.tokens:,} vision tokens of {len(prompts.image.patches)} tiles, {sum(prompts.text)} text tokens; "
+        f"medians of {args.repeats}"
+    )
     print(
         f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}\n\n{show(rows)}\n\n{output}"
     )

@@ -5,6 +5,8 @@ import dataclasses
 
 import prefill
 import pytest
+import torch
+from shapes import PRESETS, Prompts
 
 from llava.config import AdaVConfig
 from llava.model.token_dropping import DROPPERS
@@ -33,11 +35,15 @@ def test_every_method_has_its_row(tmp_path, capsys):
 
 
 def test_wrong_output_gets_no_time():
-    bench = prefill.Bench(prefill.PRESETS["tiny"], "cpu", prefill.torch.float32, seed=0)
+    bench = prefill.Bench(PRESETS["tiny"], "cpu", torch.float32, seed=0)
     config = AdaVConfig(method="cls", overall_tokens=4)
     cost = bench.cost(config)
-    entry = prefill.Entry(config, dataclasses.replace(cost, cached=(16, 16, 16, 15)), [])
-    with pytest.raises(SystemExit, match="cls at 4: its layers cache .* no time is given"):
+    *others, last = cost.plans
+    one_less = dataclasses.replace(last, front=last.front - 1)
+    entry = prefill.Entry(config, dataclasses.replace(cost, plans=(*others, one_less)), [])
+    with pytest.raises(
+        SystemExit, match=r"cls at 4: its layers cache \(16, 16, 16, 16\).* \(16, 16, 16, 15\), so no time is given"
+    ):
         bench.repeat(entry)
     entry = prefill.Entry(config, cost, [])
     bench.repeat(entry)
@@ -49,10 +55,9 @@ def test_wrong_output_gets_no_time():
 
 
 def test_the_cpu_preset_is_llava_1_6s_image():
-    config = prefill.PRESETS["cpu"].model_config()
-    shape = prefill.ModelShape.of(config)
-    image = prefill.ImageCounts.of(prefill.tile_plan((672, 672), config), shape.side)
-    assert image.patches == (576,) * 5 and image.newlines == 0
+    config = PRESETS["cpu"].model_config()
+    prompts = Prompts.random(PRESETS["cpu"], config, torch.empty(0), batch=1, seed=0)
+    assert prompts.image.patches == (576,) * 5 and prompts.image.newlines == 0
 
 
 def test_bad_arguments(capsys):

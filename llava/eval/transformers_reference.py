@@ -71,7 +71,7 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
     if not any(name.startswith("model.vision_tower.") for name in weights):
         tower = _read_tower(source)
         weights |= {"model.vision_tower." + name: value.to(dtype) for name, value in tower.items()}
-    reference = _empty(source, kind, config, weights)
+    reference = _empty(source.settings, kind, config, weights)
     reference.load_state_dict(weights, strict=False, assign=True)
     reference.tie_weights()
     empty = [name for name, value in reference.named_parameters() if value.is_meta]
@@ -84,11 +84,27 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
     return reference.eval()
 
 
-def _empty(source: Checkpoint, kind: str, config, weights: dict[str, Tensor]):
-    """The class without weights: parameters on the meta device, buffers computed."""
-    text_class = MistralConfig if source.settings["model_type"] == "llava_mistral" else LlamaConfig
+def share_weights(model):
+    """transformers' model on the very tensors of our `model`, for measuring one beside the other: no copy is made.
+
+    Its tower is whole, as a checkpoint's is and as transformers runs it. Ours ends at the layer whose features are used;
+    what lies above changes no output, so the last of our layers lends it its weights.
+    """
+    weights = {_rename(name): value for name, value in model.state_dict().items() if not _BUFFERS.search(name)}
+    ours = model.get_vision_tower().config.num_hidden_layers
+    for layer in range(ours, model.config.vision.num_hidden_layers):
+        prefix, last = (f"model.vision_tower.encoder.layers.{number}." for number in (layer, ours - 1))
+        weights |= {prefix + name.removeprefix(last): weights[name] for name in list(weights) if name.startswith(last)}
+    reference = _empty(model.config.to_dict(), kind_of(model.config), model.config, weights)
+    reference.load_state_dict(weights, strict=True, assign=True)
+    return reference.to(model.device).eval()
+
+
+def _empty(settings: dict, kind: str, config, weights: dict[str, Tensor]):
+    """The class without weights: parameters on the meta device, buffers computed. settings: of the LLM."""
+    text_class = MistralConfig if settings["model_type"] == "llava_mistral" else LlamaConfig
     skipped = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
-    settings = {k: v for k, v in source.settings.items() if not k.startswith("mm_") and k not in skipped}
+    settings = {k: v for k, v in settings.items() if not k.startswith("mm_") and k not in skipped}
     text = text_class.from_dict(settings)
     text.vocab_size = weights["model.language_model.embed_tokens.weight"].shape[0]
     vision = dict(config.mm_vision_config)

@@ -1,0 +1,261 @@
+"""Time to the first token and speed of decoding, side by side with transformers and with the way of the published code.
+
+    python benchmarks/end_to_end.py                                               # the `cpu` preset, minutes on two cores
+    python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b                 # real shapes, bfloat16, on a GPU
+    python benchmarks/end_to_end.py --config "method=none" --config "method=fastv overall_tokens=288"
+    python benchmarks/end_to_end.py --table benchmarks/results/end_to_end-cpu-cpu.csv      # into docs/performance.md
+
+Weights are random and shared by all providers (providers.py), prompts are the same, answers are greedy and as long as
+asked for. Time to the first token goes from pixels on the device to a token of every row, and is split into vision tower,
+projector, selection and prefill, which is all the rest. Decoding is every token after the first. Decoding reads memory
+and does little else, so beside its speed stands a ceiling: the bytes that this very configuration reads per step
+(weights, and the KV entries of its policy) over the bandwidth of a copy, the fastest that was seen in the same run.
+
+Before anything is timed, a provider's answers are compared: with every token kept ours against transformers' model, with
+tokens selected against the published way, which has to keep the same ones; and the bytes of every KV cache with those
+predicted. In float32 the logits of the first token are compared, and all tokens where nothing is left unread in
+decoding; in half precision a float32 twin with fewer layers is compared like that, and the logits to within the dtype's
+noise. What is wrong gets no row, and the exit code is 1. Providers take turns in every repetition; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from end_to_end_bench import Bench, Entry
+from end_to_end_report import DOCUMENT, draw, fill, read_csv, show
+from memory import ceiling, step_bytes
+from providers import PROVIDERS
+from record import RESULTS, how, write_csv
+from shapes import PRESETS, Prompts
+
+from llava.config import AdaVConfig, ConfigError, method_class
+from llava.errors import UserError, exits_cleanly
+from llava.eval.flops import Cost
+
+CONFIGS = ("method=none", "method=adav overall_tokens=144")
+STAGES = ("vision_tower", "projector", "selection")
+# Batches and new tokens by preset, where they are not given; the issue's for real shapes, minutes for the others.
+SIZES = {"cpu": ([1], [32]), "tiny": ([1, 2], [4])}
+REAL = ([1, 8, 32], [64, 512])
+TWIN = (2, 8)  # LLM layers and new tokens of the float32 model that half precision is checked by
+
+
+def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: int) -> list[dict]:
+    """The figures of every entry of one batch and length."""
+    rows, batch = [], len(prompts.ids)
+    for entry in entries:
+        config, at_once = entry.provider.config, batch if entry.provider.side_by_side else 1
+        cost = bench.cost(config, prompts)
+        row = {
+            "provider": entry.provider.name,
+            "name": entry.label,
+            "config": _settings(config),
+            "layers": prompts.shape.layers,
+            "batch": batch,
+            "at_once": at_once,
+            "new_tokens": new_tokens,
+            "vision_tokens": prompts.image.tokens,
+            "layer_mean_tokens": round(cost.layer_mean, 1),
+            "text_tokens": sum(prompts.text),
+            **_spread("ttft_ms", [1e3 * answer.first for answer in entry.answers]),
+        }
+        for stage in STAGES:
+            row[f"{stage}_ms"] = _median([1e3 * answer.stages.get(stage, 0.0) for answer in entry.answers])
+        row["prefill_ms"] = _median([1e3 * (a.first - sum(a.stages.values())) for a in entry.answers])
+        row |= _decoding(entry, bench, cost, at_once)
+        row["kv_mb"] = round(entry.answers[0].kv / 1e6, 2)
+        row["peak_mb"] = round(max(entry.peaks) / 1e6, 1) or ""
+        row["compared_with"] = entry.reference.name if entry.reference else ""
+        row["same_tokens"] = "" if entry.same_tokens is None else round(entry.same_tokens, 4)
+        rows.append(row)
+    plain = next((row for row in rows if row["provider"] == "transformers"), None)
+    for row in rows:
+        for name, figure, better in (("ttft", "ttft_ms", -1), ("decode", "tokens_per_s", 1)):
+            known = plain is not None and plain[figure] != ""
+            row[f"{name}_speedup"] = round((row[figure] / plain[figure]) ** better, 3) if known else ""
+    return rows
+
+
+def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
+    """Speed of decoding, and what is the most that memory allows."""
+    batch, steps = entry.answers[0].tokens.shape[0], entry.answers[0].tokens.shape[1] - 1
+    row = dict.fromkeys(
+        [f"tokens_per_s{end}" for end in ("", "_min", "_max")]
+        + ["step_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s", "ceiling_tokens_per_s", "of_ceiling"],
+        "",
+    )
+    if not steps:
+        return row
+    rates = [batch * steps / answer.decode for answer in entry.answers]
+    kv = [cost.read_bytes(bench.dtype.itemsize, step) for step in range(1, steps + 1)]
+    read = step_bytes(bench.weights, kv, at_once)
+    most, rate = ceiling(read, bench.bandwidth, at_once), statistics.median(rates)
+    row |= _spread("tokens_per_s", rates)
+    row |= {
+        "step_ms": round(1e3 * at_once / rate, 3),
+        "mb_per_step": round(read / 1e6, 1),
+        "gb_per_s": round(read * rate / at_once / 1e9, 2),
+        "copy_gb_per_s": round(bench.bandwidth / 1e9, 2),
+        "ceiling_tokens_per_s": round(most, 2),
+        "of_ceiling": round(rate / most, 4),
+    }
+    return row
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3)
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {name: _median(values), f"{name}_min": round(min(values), 3), f"{name}_max": round(max(values), 3)}
+
+
+def read_config(text: str) -> tuple[str, AdaVConfig]:
+    """`NAME: method=adav overall_tokens=144`, on top of the defaults -> what to call it, and the configuration.
+
+    Without a name it is called after its method and what else it turns on. Values are JSON, or words.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon or "=" in name:  # a colon inside a value
+        name, rest = "", text
+    known, values = [f.name for f in fields(AdaVConfig)], {}
+    for part in shlex.split(rest):
+        key, equals, value = part.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(
+                f'--config "{text}": found "{part}", allowed is KEY=VALUE with a key of {", ".join(known)}'
+            )
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    config = AdaVConfig(**values)
+    return name.strip() or _name(config), config
+
+
+def _name(config: AdaVConfig) -> str:
+    parts = [config.method]
+    if getattr(method_class(config.method), "uses_budget", True):
+        parts.append(str(config.overall_tokens))
+    parts += [f"+ {config.cache_policy}"] * (config.cache_policy != "full") + ["+ filter"] * config.prefill_filter_flag
+    return " ".join(parts)
+
+
+def _settings(config: AdaVConfig) -> str:
+    """What a configuration says beyond the defaults, as --config takes it."""
+    plain, values = AdaVConfig(method="none").to_dict(), config.to_dict()
+    return " ".join(
+        shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+        for key, value in values.items()
+        if key == "method" or value != plain[key]
+    )
+
+
+def twin_complaints(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> dict[tuple[str, str], str]:
+    """What is wrong in float32, with fewer layers and rows: by provider and configuration."""
+    layers = min(TWIN[0], PRESETS[args.preset].llm[1])
+    twin = Bench(PRESETS[args.preset], layers, args.device, torch.float32, args.seed, args.providers, configs)
+    right, complaints = twin.right(twin.prompts(min(2, max(args.batches))), min(TWIN[1], max(args.new_tokens)))
+    print("\n".join(complaints), file=sys.stderr, end="\n" if complaints else "")
+    kept = {entry.key for entry in right}
+    return {entry.key: "wrong in float32" for entry in twin.entries if entry.key not in kept}
+
+
+def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
+    """Measure every batch and length, write what there is after each, and return what was wrong."""
+    dtype = getattr(torch, args.dtype)
+    refused = {} if dtype == torch.float32 else twin_complaints(args, configs)
+    bench = Bench(PRESETS[args.preset], args.layers, args.device, dtype, args.seed, args.providers, configs)
+    bench.entries = [entry for entry in bench.entries if entry.key not in refused]
+    complaints = [f"{provider} ({label}): {why}, so it gets no time" for (provider, label), why in refused.items()]
+    rows, made = [], how(args, "end_to_end.py", args.device)
+    print(f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}", flush=True)
+    for batch in args.batches:
+        prompts = bench.prompts(batch)
+        for new_tokens in args.new_tokens:
+            entries, wrong = bench.right(prompts, new_tokens)
+            wrong += bench.measure(entries, prompts, new_tokens, args.repeats)
+            print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
+            complaints += wrong
+            rows += rows_of(entries, bench, prompts, new_tokens)
+            if rows:
+                write_csv(args.output, rows, made)
+    if rows:
+        written = read_csv(args.output)
+        draw(written, args.plot)
+        print(f"a copy moves up to {bench.bandwidth / 1e9:,.1f} GB/s (read plus written)\n")
+        print(f"{show(written)}\n\n{args.output}\n{args.plot}")
+    return complaints
+
+
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, AdaVConfig]]:
+    parser = argparse.ArgumentParser(prog="python benchmarks/end_to_end.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--layers", type=int, help="of the LLM; default: the preset's")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar='"[NAME:] KEY=VALUE ..."',
+        help=f"repeatable; default: {' and '.join(CONFIGS)}",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 32; presets cpu 1, tiny 1 2")
+    parser.add_argument("--new-tokens", nargs="+", type=int, help="default: 64 512; presets cpu 32, tiny 4")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/end_to_end-<preset>-<device>.csv")
+    parser.add_argument("--plot", type=Path, help="default: docs/end_to_end-<preset>-<device>.png")
+    parser.add_argument(
+        "--table", type=Path, metavar="CSV", help="measure nothing: put this file's table into --document"
+    )
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: docs/performance.md")
+    args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else argv
+    batches, new_tokens = SIZES.get(args.preset, REAL)
+    args.batches, args.new_tokens = args.batches or batches, args.new_tokens or new_tokens
+    counts = [("--repeats", args.repeats), ("--layers", args.layers)]
+    counts += [("--batches", n) for n in args.batches] + [("--new-tokens", n) for n in args.new_tokens]
+    for flag, count in counts:
+        if count is not None and count < 1:
+            raise UserError(f"{flag} is {count}, allowed is at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but this torch sees no GPU")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    name = f"end_to_end-{args.preset}-{args.device}"
+    args.output = args.output or RESULTS / f"{name}.csv"
+    args.plot = args.plot or DOCUMENT.parent / f"{name}.png"
+    configs: dict[str, AdaVConfig] = {}
+    for name, config in map(read_config, args.config or CONFIGS):
+        if name in configs:
+            raise UserError(f'two configurations are called "{name}": give them names, --config "NAME: KEY=VALUE ..."')
+        configs[name] = config
+    return args, configs
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args, configs = arguments(argv)
+    if args.table:
+        fill(args.document, args.table)
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    complaints = run(args, configs)
+    if complaints:
+        sys.exit("\n".join(complaints))
+
+
+if __name__ == "__main__":
+    main()
