@@ -305,13 +305,6 @@ def test_fastervlm_tile_path_has_neither_newline_nor_unpadding(loaded):
     assert (kept.tile >= 0).all() and len(kept.indices) == 12
 
 
-def test_switches_of_later_steps_are_refused_not_ignored(tmp_path):
-    save_llava_hf(build_reference("llava"), tmp_path)
-    for switch in ("vision_adaptive_attention", "prefill_filter_flag", "text_pruning_flag", "all_use_h2o"):
-        with pytest.raises(UserError, match=switch):
-            load_pretrained_model(tmp_path, config=AdaVConfig(**{switch: True}), device_map="cpu")
-
-
 def test_unused_options_are_warned_about(tmp_path):
     save_llava_hf(build_reference("llava"), tmp_path)
     with pytest.warns(UserWarning, match='options.temperature is set, but method "cls"'):
