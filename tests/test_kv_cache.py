@@ -13,6 +13,7 @@ import torch
 from cache_cases import CASES, FILTER, FRONTS, PUBLISHED, by_hand, setting, text, vision
 from cache_reference import AFTER, replay
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from llava.config import AdaVConfig
@@ -405,8 +406,21 @@ def test_half_precision_stays_finite(yi):
         model.float()
 
 
+class HostReads(TorchDispatchMode):
+    """Counts what brings a value from the device to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+        self.count += function.overloadpacket.__name__ in names
+        return function(*arguments, **(keywords or {}))
+
+
 def test_a_step_changes_storage_in_place(yi):
-    """The tensors of a step are the same objects at every step, so that a step can be captured as a graph."""
+    """A step works on the same tensors every time and needs nothing from the host, so that it can be captured."""
     model, processor = yi
     for case in ("published", "core and history", "h2o", "text direct"):
         prepared = model.prepare(**batch(model, processor), config=setting(case))
@@ -422,7 +436,9 @@ def test_a_step_changes_storage_in_place(yi):
             }
 
         before = tensors()
-        with torch.no_grad():
-            for step in forced(range(4)).T[1:]:
+        for step in forced(range(4)).T[1:]:
+            with torch.no_grad(), HostReads() as reads:
                 model(input_ids=step[:, None], past_key_values=cache, caching=prepared.caching)
+            # decode_attention's plain reference reads three lengths; nothing else may ask the host.
+            assert reads.count == 3 * LAYERS
         assert tensors() == before and cache.steps == STEPS
