@@ -13,6 +13,7 @@ import torch
 from cache_cases import CASES, FILTER, FRONTS, PUBLISHED, by_hand, setting, text, vision
 from cache_reference import AFTER, replay
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from llava.config import AdaVConfig
@@ -54,6 +55,11 @@ def load(folder, shape):
 
 @pytest.fixture(scope="module", params=SHAPES)
 def loaded(request, tmp_path_factory):
+    return load(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module", params=["vicuna", "yi"])
+def vicuna_or_yi(request, tmp_path_factory):
     return load(tmp_path_factory.mktemp(request.param), request.param)
 
 
@@ -112,7 +118,7 @@ def check_against_replay(model, prepared, tokens, config):
             order = [sorted(kept, key=lambda i: (not seen.h2o and seen.kinds[i], i)) for kept in seen.kept]  # noqa: B023
             keys = torch.stack([seen.key[head, slots] for head, slots in enumerate(order)])
             torch.testing.assert_close(entries(layer, row), keys, atol=1e-4, rtol=0)
-    return cache
+    return cache, logits
 
 
 # --- the matrix ------------------------------------------------------------------------------------------------------
@@ -142,9 +148,7 @@ def test_every_shape_and_batches_of_one(loaded, case):
     model, processor = loaded
     config = setting(case)
     together = model.prepare(**batch(model, processor), config=config)
-    cache = check_against_replay(model, together, forced(range(4)), config)
-    del cache
-    logits = by_hand(model, together, forced(range(4)), new_cache(model, together))
+    _, logits = check_against_replay(model, together, forced(range(4)), config)
     for row in range(4):
         alone = model.prepare(**batch(model, processor, [row]), config=config)
         own = by_hand(model, alone, forced([row]), new_cache(model, alone))
@@ -152,29 +156,34 @@ def test_every_shape_and_batches_of_one(loaded, case):
         assert torch.equal(own[0].argmax(dim=-1), logits[row].argmax(dim=-1))
 
 
-@pytest.mark.parametrize("front", FRONTS)
-def test_keeping_everything_is_the_plain_model(loaded, front):
-    """64 tokens, batch of 1 and of 3: rates of 0, the full policy on storage of its own, and H2O with room for all."""
-    model, processor = loaded
-    for rows in ([1], [0, 1, 3]):
-        inputs = batch(model, processor, rows)
-        method = setting("full", front)
-        want = model.generate(**inputs, config=method, **GREEDY)
-        for keys in (vision(0.0, 0.0, 3), vision(0.0, 0.0, -1), text("h2o", rate=0.0), text("history", minimum=100)):
-            if method.prefill_filter_flag and "vision_adaptive_attention" in keys:
-                continue  # the filter's rate may not be above A-VL's
+def check_keeping_everything(model, processor, front, rows, tokens):
+    """Rates of 0, the full policy on storage of its own, and budgets with room for all, against transformers' cache."""
+    inputs, method, options = batch(model, processor, rows), setting("full", front), GREEDY | {"max_new_tokens": tokens}
+    want = model.generate(**inputs, config=method, **options)
+    for keys in (vision(0.0, 0.0, 3), text("h2o", rate=0.0), text("history", minimum=100)):
+        if not (method.prefill_filter_flag and "vision_adaptive_attention" in keys):  # the filter may not drop more
             config = AdaVConfig(**(method.to_dict() | keys))
-            assert torch.equal(model.generate(**inputs, config=config, **GREEDY), want)
-        prepared = model.prepare(**inputs, config=method)
-        cache = new_cache(model, prepared, 63)
-        assert torch.equal(model.generate(prepared=prepared, past_key_values=cache, **GREEDY), want)
-        assert cache.steps == 63 and cache.get_seq_length() == prepared.inputs_embeds.shape[1] + 63
+            assert torch.equal(model.generate(**inputs, config=config, **options), want)
+    prepared = model.prepare(**inputs, config=method)
+    cache = new_cache(model, prepared, tokens - 1)
+    assert torch.equal(model.generate(prepared=prepared, past_key_values=cache, **options), want)
+    assert cache.steps == tokens - 1 and cache.get_seq_length() == prepared.inputs_embeds.shape[1] + tokens - 1
 
 
-@pytest.mark.parametrize("case", [name for name, (policy, _) in CASES.items() if policy != "full"])
-def test_64_generated_tokens_in_a_batch_and_alone(loaded, case):
+@pytest.mark.parametrize("front", FRONTS)
+def test_keeping_everything_changes_nothing(yi, front):
+    check_keeping_everything(*yi, front, [0, 1, 2, 3], 8)
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 1, 3]], ids=["batch 1", "batch 3"])
+def test_keeping_everything_is_the_plain_model_for_64_tokens(loaded, rows):
+    check_keeping_everything(*loaded, "none", rows, 64)
+
+
+@pytest.mark.parametrize("case", ["core", "published", "core and history", "h2o", "h2o of the paper"])
+def test_64_generated_tokens_in_a_batch_and_alone(vicuna_or_yi, case):
     """generate() feeds what steps by hand are fed, and a batch of three is three batches of one."""
-    model, processor = loaded
+    model, processor = vicuna_or_yi
     rows, config = [0, 1, 3], setting(case)
     together = model.generate(**batch(model, processor, rows), config=config, **GREEDY)
     for place, row in enumerate(rows):
@@ -187,8 +196,8 @@ def test_64_generated_tokens_in_a_batch_and_alone(loaded, case):
     assert not torch.equal(together, plain), "a policy that changes nothing would pass as well"
 
 
-def test_64_tokens_against_the_recomputation(loaded):
-    model, processor = loaded
+def test_64_tokens_against_the_recomputation(vicuna_or_yi):
+    model, processor = vicuna_or_yi
     for case in ("published", "core and history", "h2o"):
         config = setting(case)
         prepared = model.prepare(**batch(model, processor, [0, 1]), config=config)
@@ -236,7 +245,7 @@ def test_text_between_images_is_text_and_images_are_ranked_together(yi):
     model, processor = yi
     config = AdaVConfig(method="none", **vision(0.9, 0.9, 2), **text("direct", minimum=1, rate=0.5))
     prepared = model.prepare(**batch(model, processor, [1]), config=config)
-    cache = check_against_replay(model, prepared, forced([1]), config)
+    cache, _ = check_against_replay(model, prepared, forced([1]), config)
     (first, one), (second, two) = prepared.image_spans[0]
     between = second - first - one
     assert between == 3 and cache.layers[0].plans[0].prompt == between + 2 and cache.layers[0].plans[0].front == 1
@@ -257,14 +266,15 @@ def test_the_filter_alone_is_a_method_inside_the_llm(yi):
             assert seen == [count] * 2 + [int(count / 2)] * 2
 
 
-def test_rows_that_have_ended_disturb_no_other(loaded):
+def test_rows_that_have_ended_disturb_no_other(yi):
     """generate() goes on feeding padding to a row after its end."""
-    model, processor = loaded
+    model, processor = yi
+    options = GREEDY | {"max_new_tokens": 24}
     for case in ("published", "h2o", "text history"):
         config = setting(case)
-        free = model.generate(**batch(model, processor, [0, 1, 3]), config=config, **GREEDY)
+        free = model.generate(**batch(model, processor, [0, 1, 3]), config=config, **options | {"eos_token_id": None})
         ends = int(free[1, 2])
-        options = GREEDY | {"eos_token_id": ends}
+        options["eos_token_id"] = ends
         together = model.generate(**batch(model, processor, [0, 1, 3]), config=config, **options)
         for place, row in enumerate([0, 1, 3]):
             alone = model.generate(**batch(model, processor, [row]), config=config, **options)[0]
@@ -329,7 +339,6 @@ def test_requests_that_an_adaptive_cache_does_not_serve(yi):
         ({"assistant_model": model}, "does not go with assisted generation"),
         ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size is 4"),
-        ({"use_cache": False}, "use_cache is false"),
         ({"past_key_values": DynamicCache()}, "a DynamicCache of another making"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions does not go with"),
     ):
@@ -399,8 +408,21 @@ def test_half_precision_stays_finite(yi):
         model.float()
 
 
+class HostReads(TorchDispatchMode):
+    """Counts what brings a value from the device to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+        self.count += function.overloadpacket.__name__ in names
+        return function(*arguments, **(keywords or {}))
+
+
 def test_a_step_changes_storage_in_place(yi):
-    """The tensors of a step are the same objects at every step, so that a step can be captured as a graph."""
+    """A step works on the same tensors every time and needs nothing from the host, so that it can be captured."""
     model, processor = yi
     for case in ("published", "core and history", "h2o", "text direct"):
         prepared = model.prepare(**batch(model, processor), config=setting(case))
@@ -416,7 +438,9 @@ def test_a_step_changes_storage_in_place(yi):
             }
 
         before = tensors()
-        with torch.no_grad():
-            for step in forced(range(4)).T[1:]:
+        for step in forced(range(4)).T[1:]:
+            with torch.no_grad(), HostReads() as reads:
                 model(input_ids=step[:, None], past_key_values=cache, caching=prepared.caching)
+            # decode_attention's plain reference reads three lengths; nothing else may ask the host.
+            assert reads.count == 3 * LAYERS
         assert tensors() == before and cache.steps == STEPS

@@ -108,8 +108,6 @@ class LlavaGeneration:
                 f"an adaptive KV cache does not go with {generation_mode.value.replace('_', ' ')}, allowed are greedy "
                 "search and sampling: entries that one continuation evicts are gone for the others"
             )
-        if not generation_config.use_cache:
-            raise UserError("use_cache is false, but the configuration asks for an adaptive KV cache")
         for name in ("cache_implementation", "prefill_chunk_size"):
             if getattr(generation_config, name) is not None:
                 raise UserError(

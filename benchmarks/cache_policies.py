@@ -1,0 +1,207 @@
+"""What the cache policies change on the demo checkpoints, alone and behind AdaV.
+
+    python benchmarks/cache_policies.py [--questions 200]
+
+An answer of the demo benchmark is one token, and the first token comes out of prefill, where a cache policy has no say:
+the benchmark's own accuracy is the same under every policy. Measured instead, on the same questions:
+
+accuracy_fed   the prompt up to the end of its image is prefilled, the question and the assistant's cue are fed token by
+               token through the cache, and the answer is read after the last of them. Under `full` that is the benchmark's
+               accuracy. The policy has to choose what to evict before it has seen a word of the question: the hardest case.
+changed_fed    share of those answers that are not the answer under `full`
+agreement      the whole prompt is prefilled, and 64 tokens that `full` generated, past the end of the answer, are fed
+               whatever the policy would have said: share of steps at which it would have said the same
+kl             mean over those steps of the Kullback-Leibler divergence from `full`'s distribution, in nats
+kv_stored, kv_read  bytes after the 64 steps, and read per step in the mean, as shares of `full`'s
+
+Writes benchmarks/results/cache-policies-demo.csv and prints it as a table.
+"""
+
+import argparse
+import csv
+import dataclasses
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn.functional import kl_div, log_softmax
+
+from llava.config import AdaVConfig
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import positive
+from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.checkpoints import find_checkpoint
+from llava.eval.environment import commit
+from llava.eval.launch import DATA_ROOT
+from llava.eval.loaded_shard import LoadedShard, read_image
+from llava.eval.run import Generation, Run
+from llava.eval.tables import markdown_table
+from llava.model.kv_cache import Caching, make_policy
+from llava.model.kv_cache.base import RowSpans
+from llava.model.prepared import PreparedPrompt
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, BATCH = 64, 20
+# AdaV keeps a quarter of the tokens.
+CHECKPOINTS = {"playground/llava-shapes-v1.5": 36, "playground/llava-shapes-v1.6": 135}
+
+
+def avl(rate, compute_rate):
+    return {
+        "vision_adaptive_attention": True,
+        "vision_adaptive_attention_rate": rate,
+        "vision_adaptive_attention_compute_rate": compute_rate,
+        "text_pruning_flag": True,
+    }
+
+
+POLICIES = {
+    "full": {},
+    "avl 0.5 / 0.7": avl(0.5, 0.7),
+    "avl 0.8 / 0.9": avl(0.8, 0.9),
+    "h2o 50 %": {"all_use_h2o": True},
+    "h2o 20 %": {"h2o_heavy_share": 0.1, "h2o_recent_share": 0.1},
+}
+
+
+def up_to_the_image(prepared: PreparedPrompt) -> tuple[PreparedPrompt, torch.Tensor, torch.Tensor]:
+    """(the prompts as far as their images go, what follows them [B, R, D] padded right, how much that is [B])."""
+    spans, behind = prepared.image_spans, []
+    ends = [start + count for ((start, count),) in spans]
+    first = [prepared.inputs_embeds.shape[1] - length for length in prepared.lengths]
+    longest = max(end - begin for begin, end in zip(first, ends, strict=True))
+    embeds = prepared.inputs_embeds.new_zeros(len(ends), longest, prepared.inputs_embeds.shape[-1])
+    mask = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    positions, moved = mask.clone(), []
+    for row, (begin, end) in enumerate(zip(first, ends, strict=True)):
+        at = longest - (end - begin)
+        embeds[row, at:] = prepared.inputs_embeds[row, begin:end]
+        positions[row, at:], mask[row, at:] = prepared.position_ids[row, begin:end], 1
+        behind.append(prepared.inputs_embeds[row, end:])
+        moved.append([(spans[row][0][0] - begin + at, spans[row][0][1])])
+    cut = dataclasses.replace(
+        prepared,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        image_spans=moved,
+        lengths=[end - begin for begin, end in zip(first, ends, strict=True)],
+    )
+    return cut, torch.nn.utils.rnn.pad_sequence(behind, batch_first=True), torch.tensor([len(rest) for rest in behind])
+
+
+@torch.inference_mode()
+def decode(model, prepared: PreparedPrompt, config: AdaVConfig, embeds: torch.Tensor):
+    """Logits [B, 1 + R, V] of prefill and of steps that are fed `embeds` [B, R, D]; the cache that they ran on."""
+    length = prepared.inputs_embeds.shape[1]
+    spans = [
+        RowSpans(own, [(start - length + own, count) for start, count in images])
+        for own, images in zip(prepared.lengths, prepared.image_spans, strict=True)
+    ]
+    policy, layers = make_policy(config), model.config.num_hidden_layers
+    caching = Caching(policy, layers, spans, prepared.position_ids[:, -1:] + 1)
+    cache = caching.cache(embeds.shape[1])
+    inputs = {"past_key_values": cache, "caching": caching}
+    out = model(
+        inputs_embeds=prepared.inputs_embeds,
+        attention_mask=prepared.attention_mask,
+        position_ids=prepared.position_ids,
+        logits_to_keep=1,
+        **inputs,
+    )
+    logits = [out.logits[:, -1]]
+    for step in embeds.split(1, dim=1):
+        logits.append(model(inputs_embeds=step, **inputs).logits[:, -1])
+    return torch.stack(logits, dim=1), cache
+
+
+def entries(cache, steps: int) -> tuple[int, int]:
+    """(stored after `steps` steps, read in all of them): entries of all layers and rows."""
+    plans = [plan for layer in cache.layers for plan in layer.plans]
+    return sum(plan.stored(steps) for plan in plans), sum(plan.read(s) for plan in plans for s in range(1, steps + 1))
+
+
+def measure(shard: LoadedShard, run: Run, method: dict, questions: int) -> list[dict]:
+    """One row per policy, all on the same prompts of one method."""
+    benchmark, found = run.benchmark, {name: [] for name in POLICIES}
+    model, embed = shard.model, shard.model.get_input_embeddings()
+    for start in range(0, questions, BATCH):
+        samples = run.samples[start : start + BATCH]
+        images = [read_image(Path(benchmark.image_folder) / sample.image) for sample in samples]
+        asked = [{"image": sample.image, "prompt": sample.prompt} for sample in samples]
+        prepared = shard.prepare(asked, images, AdaVConfig(**method))
+        cut, behind, sizes = up_to_the_image(prepared)
+        said = model.generate(
+            prepared=prepared, max_new_tokens=STEPS + 1, do_sample=False, eos_token_id=None, pad_token_id=shard.pad
+        )
+        first = None
+        for name, keys in POLICIES.items():
+            config = AdaVConfig(**method, **keys)
+            fed, _ = decode(model, cut, config, behind)
+            answers = fed[torch.arange(len(sizes)), sizes].argmax(dim=-1)
+            forced, cache = decode(model, prepared, config, embed(said[:, :STEPS]))
+            odds = log_softmax(forced[:, 1:].float(), dim=-1)
+            if first is None:
+                first, full, sizes_of_full = answers, odds, entries(cache, STEPS)
+                if not torch.equal(forced.argmax(dim=-1), said):
+                    raise UserError("full: steps by hand say other tokens than generate(), so nothing is measured")
+            texts = [{"text": shard.tokenizer.decode([token])} for token in answers.tolist()]
+            stored, read = entries(cache, STEPS)
+            found[name].append(
+                {
+                    "accuracy_fed": sum(benchmark.right(samples, texts)),
+                    "changed_fed": int((answers != first).sum()),
+                    "agreement": (odds.argmax(dim=-1) == full.argmax(dim=-1)).float().mean(dim=1).sum().item(),
+                    "kl": kl_div(odds, full, log_target=True, reduction="none").sum(-1).mean(dim=1).sum().item(),
+                    "kv_stored": len(samples) * stored / sizes_of_full[0],
+                    "kv_read": len(samples) * read / sizes_of_full[1],
+                }
+            )
+    return [
+        {"policy": name} | {key: round(sum(part[key] for part in parts) / questions, 4) for key in parts[0]}
+        for name, parts in found.items()
+    ]
+
+
+@exits_cleanly
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=positive, default=200, help="per checkpoint (default 200)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cache-policies-demo.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    made_with = {
+        "command": " ".join(["python", "benchmarks/cache_policies.py", *sys.argv[1:]]),
+        "hardware": f"{platform.machine()} CPU, 1 thread, float32",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "commit": commit(),
+    }
+    rows = []
+    for folder, tokens in CHECKPOINTS.items():
+        checkpoint = find_checkpoint(str(ROOT / folder))
+        benchmark = BENCHMARKS["shapes"](DATA_ROOT, checkpoint)
+        with tempfile.TemporaryDirectory() as scratch:
+            generation = Generation(benchmark.max_new_tokens)
+            run = Run(benchmark, AdaVConfig(method="none"), checkpoint, generation, Path(scratch), limit=args.questions)
+            shard = LoadedShard(run.order(0, [], BATCH))
+        for method in ({"method": "none"}, {"method": "adav", "overall_tokens": tokens}):
+            facts = {"checkpoint": checkpoint.short_name, "method": method["method"]}
+            facts |= {"overall_tokens": method.get("overall_tokens", ""), "questions": len(run.samples)}
+            for row in measure(shard, run, method, len(run.samples)):
+                rows.append(facts | row | made_with)
+                print(*list(rows[-1].values())[:-4], flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = [name for name in rows[0] if name not in made_with]
+    print(markdown_table([shown, *([str(row[name]) for name in shown] for row in rows)]))
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
