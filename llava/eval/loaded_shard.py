@@ -20,7 +20,7 @@ from llava.eval.measure import FirstToken, kv_bytes, peak_memory, predicted
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import PreparedPrompt, StageClock
+from llava.model.prepared import PreparedPrompt, StageClock
 from llava.model.token_dropping.plan import layer_mean
 
 

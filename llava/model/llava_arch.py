@@ -1,16 +1,15 @@
 """Images + prompt -> one embedded sequence. Token selection happens here, before the LLM reads anything.
 
 `LlavaMetaModel` adds tower, projector and newline embedding to an LLM; `LlavaMetaForCausalLM` adds `prepare`, which
-turns token ids with image placeholders into a `PreparedPrompt`, and a `generate` and `forward` that start from one.
+turns token ids with image placeholders into a `PreparedPrompt` (prepared.py), and a `forward` that starts from one;
+`generate` is in generation.py.
 Whatever belongs to one request lives in its PreparedPrompt.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,58 +19,18 @@ from llava.config import AdaVConfig, method_class
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.model.generation import LlavaGeneration, check_cache
+from llava.model.kv_cache import make_policy
+from llava.model.kv_cache.base import RowSpans
+from llava.model.kv_cache.cache import Caching
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.prepared import PreparedPrompt, StageClock
 from llava.model.text_tower import ClipTextTower
 from llava.model.token_dropping import Dropping, dropper_names
+from llava.model.token_dropping.prefill_filter import PrefillFilter
 from llava.model.token_dropping.state import PromptRow
 from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
-
-
-@dataclass
-class PreparedPrompt:
-    """A batch that is ready for the LLM. B rows, padded left to S.
-
-    inputs_embeds [B, S, D]; attention_mask [B, S]; position_ids [B, S] (0 in the padding); labels [B, S] or None
-    selections        per row, per image: what was kept
-    image_spans       per row, per image: (start, length) in the padded row
-    lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
-    position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
-    dropping          which of the image tokens go between LLM layers; None where the method acts before the LLM
-    seconds           time per stage: vision_tower, projector, selection, splice
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor | None
-    selections: list[list[Selection]]
-    image_spans: list[list[tuple[int, int]]]
-    lengths: list[int]
-    unpruned_lengths: list[int]
-    position_offset: Tensor
-    dropping: Dropping | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class StageClock:
-    """Seconds per stage; on a GPU each stage waits for the device, so that its work is counted where it belongs."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
-        self._cuda = device.type == "cuda"
-
-    @contextmanager
-    def stage(self, name: str):
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _wait(self):
-        if self._cuda:
-            torch.cuda.synchronize()
 
 
 class LlavaMetaModel:
@@ -107,7 +66,7 @@ class _Row:
         self.unpruned += unpruned
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(LlavaGeneration):
     """Mixin for an LLM with a language-modelling head: images in, tokens out.
 
     adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
@@ -332,63 +291,20 @@ class LlavaMetaForCausalLM:
                 done.append(row)
         with clock.stage("splice"):
             prepared = _stack(done, config.option("positions"), labels is not None)
-        if inside:
-            chosen.check(self.config)
+        layers = self.config.num_hidden_layers
+        dropper = chosen if inside else PrefillFilter.of(config)
+        if dropper is not None:
+            dropper.check(self.config)
             prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
-            prepared.dropping = Dropping(chosen, config.overall_tokens, self.config.num_hidden_layers, prompts)
+            prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
+        if config.cache_policy != "full":
+            spans = [RowSpans(row.length, row.spans) for row in done]
+            following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
+            prepared.caching = Caching(make_policy(config), layers, spans, following)
         prepared.seconds = clock.seconds
         return prepared
 
     # --- the LLM ----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids=None,
-        images=None,
-        image_sizes=None,
-        attention_mask=None,
-        *,
-        prepared: PreparedPrompt | None = None,
-        config: AdaVConfig | None = None,
-        **generation_kwargs,
-    ):
-        """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
-
-        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
-        """
-        if prepared is None:
-            prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
-        self.last_selection = [selection for row in prepared.selections for selection in row]
-        output = super().generate(
-            inputs_embeds=prepared.inputs_embeds,
-            attention_mask=prepared.attention_mask,
-            position_ids=prepared.position_ids,
-            position_offset=prepared.position_offset,
-            dropping=prepared.dropping,
-            **generation_kwargs,
-        )
-        if prepared.dropping is not None:
-            for row, selections in enumerate(prepared.selections):
-                for image, selection in enumerate(selections):
-                    selection.report["survivors"] = prepared.dropping.survivors(row, image)
-        return output
-
-    def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, position_offset=None, dropping=None, is_first_iteration=False, **kwargs
-    ):
-        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
-
-        It forwards only what is named here; `dropping` goes with every step.
-        """
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + position_offset
-        if dropping is not None:
-            inputs["dropping"] = dropping
-        return inputs
 
     def forward(
         self,
@@ -401,14 +317,17 @@ class LlavaMetaForCausalLM:
         images=None,
         image_sizes=None,
         logits_to_keep=0,
+        caching: Caching | None = None,
         **kwargs,
     ):
         """The LLM's forward; with images (or placeholders in input_ids) the prompt is prepared first.
 
         Logits are then those of the spliced, left-padded sequence; under a method that acts inside the LLM those of
-        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`: start from
-        `prepare`, whose result has it. logits_to_keep is named here
-        because generate() looks for it in the signature: without it, prefill computes the logits of every position.
+        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`, and under an
+        adaptive KV cache its `caching` and past_key_values=caching.cache(steps): start from `prepare`, whose result has
+        them. Without that, a prompt whose configuration asks for an adaptive cache leaves no cache behind.
+        logits_to_keep is named here because generate() looks for it in the signature: without it, prefill computes the
+        logits of every position.
         """
         fresh = inputs_embeds is None and past_key_values is None
         if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
@@ -416,6 +335,15 @@ class LlavaMetaForCausalLM:
             input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
             attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
             kwargs["dropping"] = prepared.dropping
+            if prepared.caching is not None:
+                if kwargs.get("use_cache"):
+                    raise UserError(
+                        "the configuration asks for an adaptive KV cache, which forward() cannot make by itself: start "
+                        "from prepare(), whose result has caching.cache(steps)"
+                    )
+                kwargs["use_cache"] = False
+        if caching is not None:
+            check_cache(past_key_values, caching)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
