@@ -1,0 +1,181 @@
+"""The model that is trained: an LLM with tower and projector added, or a LLaVA; and which of its weights learn."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from llava.conversation import default_conv_mode, turn_markers
+from llava.errors import UserError
+from llava.hub import checkpoint_folder
+from llava.mm_utils import grid_pinpoints
+from llava.model.builder import MODEL_CLASSES, load_pretrained_model
+from llava.model.checkpoint import Checkpoint, load_extra
+from llava.model.processors import load_image_processor, load_tokenizer
+from llava.train.arguments import RunArguments
+
+# The LLM's matrices that get adapters: every one but the output, as LLaVA chooses them. The tower has layers of the same
+# names, hence the whole path.
+LORA_TARGETS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+
+def build(run: RunArguments):
+    """(tokenizer, model, image_processor) of a run, every weight loaded and marked as learning or not.
+
+    Sets run.model.version where the command line did not. UserError for whatever is wrong with the checkpoints.
+    """
+    model_args, data_args, training = run.model, run.data, run.training
+    set_seed(training.seed)  # the projector's start
+    folder = checkpoint_folder(model_args.model_name_or_path)
+    # Weights in half precision need the full-precision copies that DeepSpeed's optimizer keeps; without it they stay float32.
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    dtype = half if training.deepspeed else torch.float32
+    with _whole_weights(training):
+        if Checkpoint.is_llava(folder):
+            _refuse_settings_of_a_llava(run)
+            tokenizer, model, image_processor, _ = load_pretrained_model(
+                folder, config=run.selection, device_map=None, torch_dtype=dtype
+            )
+        else:
+            tokenizer, model, image_processor = _from_llm(run, dtype)
+        if model_args.pretrain_mm_mlp_adapter:
+            path = Path(model_args.pretrain_mm_mlp_adapter)
+            if not path.is_file():
+                raise UserError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+            load_extra(model, path)
+    if tokenizer is None or image_processor is None:
+        raise UserError(f"{folder}: has no tokenizer or no image processor, and training needs both")
+    if data_args.image_aspect_ratio is not None and Checkpoint.is_llava(folder):
+        model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    if model_args.version is None:
+        model_args.version = default_conv_mode(model.config, tokenizer)
+    tokenizer.padding_side = "right"
+    model.turn_markers = turn_markers(model_args.version, tokenizer)
+    model.config.tokenizer_model_max_length = training.model_max_length
+    model.config.tokenizer_padding_side = "right"
+    model.config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    model.config.freeze_mm_mlp_adapter = training.freeze_mm_mlp_adapter
+    model.config.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
+    model.config.use_cache = False
+    _choose_what_learns(model, run)
+    if run.kind == "lora":
+        model = _with_lora(model, training, dtype)
+    return tokenizer, model, image_processor
+
+
+def _from_llm(run: RunArguments, dtype):
+    """An LLM with the tower of --vision_tower and a projector that knows nothing yet."""
+    model_args, data_args = run.model, run.data
+    if not model_args.vision_tower:
+        raise UserError(f"{model_args.model_name_or_path}: is a plain LLM, so --vision_tower must name a CLIP")
+    settings = {
+        "mm_vision_tower": model_args.vision_tower,
+        "mm_projector_type": model_args.mm_projector_type,
+        "mm_vision_select_layer": model_args.mm_vision_select_layer,
+        "mm_vision_select_feature": model_args.mm_vision_select_feature,
+        "mm_patch_merge_type": model_args.mm_patch_merge_type,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": data_args.image_aspect_ratio or "square",
+    }
+    if data_args.image_grid_pinpoints is not None:
+        settings["image_grid_pinpoints"] = data_args.image_grid_pinpoints
+    source = Checkpoint.of_llm(model_args.model_name_or_path, **settings)
+    config = source.model_config()
+    if config.image_grid_pinpoints is not None:
+        _check_pinpoints(config)
+    config.mm_anyres = run.selection.option("anyres")
+    model = source.load(MODEL_CLASSES[config.model_type], config, None, dtype)
+    model.adav_config = run.selection
+    return load_tokenizer([source.folder]), model, load_image_processor([source.tower_folder])
+
+
+def _check_pinpoints(config) -> None:
+    try:
+        sizes = grid_pinpoints(config)
+    except (ValueError, SyntaxError, TypeError):
+        sizes = []
+    side = config.mm_tile_size
+    if not sizes or any(value < side or value % side for size in sizes for value in size):
+        raise UserError(
+            f"--image_grid_pinpoints is {config.image_grid_pinpoints}, allowed is a list of [width, height], each a "
+            f"multiple of the tower's {side} pixels"
+        )
+    config.image_grid_pinpoints = [list(size) for size in sizes]
+
+
+def _refuse_settings_of_a_llava(run: RunArguments) -> None:
+    """A LLaVA brings its tower and its grid with it: another one would be another model."""
+    for value, name in ((run.data.image_grid_pinpoints, "image_grid_pinpoints"),):
+        if value is not None:
+            raise UserError(f"{run.model.model_name_or_path}: is a LLaVA already, so --{name} must not be given")
+    if run.data.image_aspect_ratio not in (None, "pad", "square"):
+        raise UserError(
+            f'{run.model.model_name_or_path}: is a LLaVA already, so --image_aspect_ratio "{run.data.image_aspect_ratio}" '
+            "must not be given, allowed are pad and square"
+        )
+
+
+def _choose_what_learns(model, run: RunArguments) -> None:
+    """requires_grad of every weight: LLaVA's rules, and for the newline token that of the projector."""
+    base, kind = model.model, run.kind
+    model.requires_grad_(kind == "full" and not run.model.freeze_backbone)
+    base.vision_tower.requires_grad_(run.model.unfreeze_mm_vision_tower)
+    base.mm_projector.requires_grad_(not run.training.freeze_mm_mlp_adapter)
+    if hasattr(base, "image_newline"):
+        # Selection keeps no newline token: it would be a weight that most batches have no gradient for.
+        reads_newlines = run.selection.method == "none" and model.config.image_aspect_ratio == "anyres"
+        base.image_newline.requires_grad_(reads_newlines and not run.training.freeze_mm_mlp_adapter)
+    if model.get_output_embeddings() is not None and run.model.freeze_backbone and kind == "full":
+        model.get_output_embeddings().requires_grad_(not model.config.tie_word_embeddings)
+    if kind != "lora" and not any(p.requires_grad for p in model.parameters()):
+        raise UserError("every part of the model is frozen, so there is nothing to train")
+
+
+def _with_lora(model, training, dtype):
+    from peft import LoraConfig, get_peft_model
+
+    if training.lora_r < 1 or training.lora_alpha < 1 or not 0 <= training.lora_dropout < 1:
+        raise UserError(
+            f"--lora_r {training.lora_r} --lora_alpha {training.lora_alpha} --lora_dropout {training.lora_dropout}: allowed "
+            "are whole numbers of at least 1, and a dropout from 0 to below 1"
+        )
+    learning = [p for p in model.parameters() if p.requires_grad]
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=training.lora_r,
+            lora_alpha=training.lora_alpha,
+            target_modules=LORA_TARGETS,
+            lora_dropout=training.lora_dropout,
+            bias=training.lora_bias,
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=dtype == torch.float32,
+    )
+    for parameter in learning:  # peft freezes whatever is no adapter
+        parameter.requires_grad_(True)
+    if training.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+@contextmanager
+def _whole_weights(training):
+    """Under ZeRO-3 transformers would cut every weight into the ranks' parts while it is read, and what is filled in
+    afterwards (tower, projector) would find nothing to fill. Here each rank reads the whole model into host memory, and
+    DeepSpeed cuts it up when training starts."""
+    config = getattr(training, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
