@@ -195,7 +195,13 @@ def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
     if config.tie_word_embeddings:
         state = {name: value for name, value in state.items() if not name.endswith("lm_head.weight")}
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict({name: value.contiguous() for name, value in state.items()}, folder)
+    save_torch_state_dict({name: _alone(value) for name, value in state.items()}, folder)
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The tensor with a memory of its own: what ZeRO-3 has gathered are parts of one buffer."""
+    value = value.detach().cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -131,8 +131,6 @@ def _choose_what_learns(model, run: RunArguments) -> None:
         # Selection keeps no newline token: it would be a weight that most batches have no gradient for.
         reads_newlines = run.selection.method == "none" and model.config.image_aspect_ratio == "anyres"
         base.image_newline.requires_grad_(reads_newlines and not run.training.freeze_mm_mlp_adapter)
-    if model.get_output_embeddings() is not None and run.model.freeze_backbone and kind == "full":
-        model.get_output_embeddings().requires_grad_(not model.config.tie_word_embeddings)
     if kind != "lora" and not any(p.requires_grad for p in model.parameters()):
         raise UserError("every part of the model is frozen, so there is nothing to train")
 
