@@ -244,10 +244,14 @@ def test_the_answer_does_not_choose_the_tokens(anyres, data):
     other[learnt] = torch.where(other[learnt] == 2, other[learnt], (other[learnt] * 7) % 60 + 5)
     assert not torch.equal(other, batch["input_ids"])
     chosen = [model.prepare(**(batch | {"input_ids": ids})).selections for ids in (batch["input_ids"], other)]
-    told = [model.prepare(**(batch | {"input_ids": ids, "labels": None})).selections for ids in (batch["input_ids"], other)]
+    told = [
+        model.prepare(**(batch | {"input_ids": ids, "labels": None})).selections for ids in (batch["input_ids"], other)
+    ]
 
     def same(pair):
-        return all(torch.equal(a.indices, b.indices) for x, y in zip(*pair, strict=True) for a, b in zip(x, y, strict=True))
+        return all(
+            torch.equal(a.indices, b.indices) for x, y in zip(*pair, strict=True) for a, b in zip(x, y, strict=True)
+        )
 
     assert same(chosen) and not same(told)
 
@@ -301,5 +305,7 @@ def test_an_image_that_cannot_be_read(folders, data, tmp_path, workers):
     changes = from_llm(folders) | {"max_steps": 9, "dataloader_num_workers": workers}
     with pytest.raises(UserError) as error:
         train_data.run(broken, tmp_path / "out", **changes, save_strategy="steps", save_steps=1)
-    assert str(error.value).startswith(f"{broken}/data.json, sample 3 (id \"3\"): image {broken}/images/3.png cannot be read")
+    assert str(error.value).startswith(
+        f'{broken}/data.json, sample 3 (id "3"): image {broken}/images/3.png cannot be read'
+    )
     assert "\n" not in str(error.value)

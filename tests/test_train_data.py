@@ -58,7 +58,9 @@ def test_vicuna_token_by_token(tokenizers):
 
 def test_chatml_token_by_token(tokenizers):
     found = marked(TURNS, "chatml_direct", tokenizers["chatml"])
-    assert found.startswith("<s> <|im_start|> system / Answer the questions . <|im_end|> <|im_start|> user / <image> / What")
+    assert found.startswith(
+        "<s> <|im_start|> system / Answer the questions . <|im_end|> <|im_start|> user / <image> / What"
+    )
     learnt = [word for word in found.split(" ") if word.startswith("[")]
     assert learnt == ["[red]", "[<|im_end|>]", "[two]", "[and]", "[three]", "[<|im_end|>]"]
 
@@ -151,18 +153,26 @@ def test_what_is_too_long_is_cut_at_the_end(loaded, tmp_path):
     whole = dataset_of(loaded, folder)[1]
     tokens = len(whole["input_ids"]) + 15  # 16 patches for one placeholder
     assert len(dataset_of(loaded, folder, tokens)[1]["input_ids"]) == len(whole["input_ids"])
-    with pytest.warns(UserWarning, match=rf'sample 1 \(id "1"\): {tokens} tokens, of which the first {tokens - 1} are used'):
+    with pytest.warns(
+        UserWarning, match=rf'sample 1 \(id "1"\): {tokens} tokens, of which the first {tokens - 1} are used'
+    ):
         cut = dataset_of(loaded, folder, tokens - 1)[1]
     assert torch.equal(cut["input_ids"], whole["input_ids"][:-1])
     # Selection makes room: 5 of 16 vision tokens.
-    assert len(dataset_of(loaded, folder, tokens - 11, method="cls", overall_tokens=5)[1]["labels"]) == len(whole["labels"])
+    assert len(dataset_of(loaded, folder, tokens - 11, method="cls", overall_tokens=5)[1]["labels"]) == len(
+        whole["labels"]
+    )
     for limit in (30, 50):
         with pytest.raises(UserError, match="too long: .* it has no whole image or no answer left"):
             dataset_of(loaded, folder, limit)[1]
 
 
 def rows(**changes):
-    sample = {"id": "a", "image": "0.png", "conversations": train_data._turns([("human", "<image>\nWhy?"), ("gpt", "so")])}
+    sample = {
+        "id": "a",
+        "image": "0.png",
+        "conversations": train_data._turns([("human", "<image>\nWhy?"), ("gpt", "so")]),
+    }
     return [{k: v for k, v in (sample | changes).items() if v is not None}]
 
 
@@ -172,14 +182,20 @@ def turns(*pairs):
 
 BAD = {
     "no placeholder": (rows(**turns(("human", "Why?"), ("gpt", "so"))), "0 <image> in its turns, but 1 images"),
-    "two placeholders": (rows(**turns(("human", "<image><image>"), ("gpt", "so"))), "2 <image> in its turns, but 1 images"),
+    "two placeholders": (
+        rows(**turns(("human", "<image><image>"), ("gpt", "so"))),
+        "2 <image> in its turns, but 1 images",
+    ),
     "no image": (rows(image=None), "1 <image> in its turns, but 0 images"),
     "image is missing": (rows(image="gone.png"), "gone.png is not there"),
     "image outside": (rows(image="../data.json"), "does not lie inside"),
     "image of no name": (rows(image=7), '"image" is 7, allowed is a path or a list of paths'),
     "no turns": (rows(conversations=None), "is no list of turns"),
     "a turn is text": (rows(conversations=["hello"]), "is no list of turns"),
-    "twice the user": (rows(**turns(("human", "<image>"), ("human", "b"))), 'turn 2 is from "human", allowed there is "gpt"'),
+    "twice the user": (
+        rows(**turns(("human", "<image>"), ("human", "b"))),
+        'turn 2 is from "human", allowed there is "gpt"',
+    ),
     "another role": (rows(**turns(("human", "<image>"), ("bot", "b"))), 'turn 2 is from "bot", allowed there is "gpt"'),
     "no answer": (rows(**turns(("human", "<image>"))), "nothing to learn"),
     "an empty answer": (rows(**turns(("human", "<image>"), ("gpt", " "))), "turn 2, an answer, is empty"),
@@ -236,3 +252,16 @@ def test_batches_have_one_modality_and_even_lengths():
     assert kinds == {True: 354 // 24, False: 177 // 24}
     assert order == grouped_order(lengths, 4, 6, torch.Generator().manual_seed(1))
     assert order != grouped_order(lengths, 4, 6, torch.Generator().manual_seed(2))
+
+
+def test_conversations_of_the_demo(tmp_path):
+    """The demo's training pictures in LLaVA's format: every question once, and the trainer takes them."""
+    from llava.demo.conversations import write_conversations
+
+    path = write_conversations("v1.6", 3, tmp_path)
+    samples = read_samples(path, tmp_path / "images")
+    assert len(samples) == 12 and len({sample.images[0] for sample in samples}) == 3
+    questions = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [s.turns for s in samples] == [[f"<image>\n{q['text']}", a] for q, a in zip(questions, answers, strict=True)]
+    check_captions(samples)

@@ -46,7 +46,15 @@ def launch(start, output, ranks, zero=None, **changes):
     changes = {"per_device_train_batch_size": 4 // ranks} | changes
     if zero:
         changes["deepspeed"] = ROOT / "scripts" / f"zero{zero}.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        str(port),
+    ]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja lies there
     done = subprocess.run(
         [*torchrun, "-m", "llava.train.train", *command(start, output, **changes)],
@@ -129,6 +137,52 @@ def test_several_tiles_with_selection(tmp_path, zero):
         close(launch(start, tmp_path / f"two{number}", 2, zero, **changes, **selection), one)
 
 
+SCRIPTS = {  # published settings: arXiv 2310.03744 and github.com/haotian-liu/LLaVA, scripts/v1_5
+    "pretrain": {"learning_rate": 1e-3, "batch": 32, "zero": 2},
+    "finetune": {"learning_rate": 2e-5, "batch": 16, "zero": 3},
+    "finetune_lora": {"learning_rate": 2e-4, "batch": 16, "zero": 3},
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts(start, tmp_path, script):
+    """As published but for the model, the data and the device: bfloat16, two ranks, a worker for the images."""
+    folders, data = start
+    captions = script == "pretrain"
+    if captions:
+        data = train_data.write_samples(tmp_path / "captions", count=4, captions=True)
+    changes = {"model_name_or_path": folders["llm"], "vision_tower": folders["tower"], "use_cpu": True, "tf32": False}
+    changes |= {"data_path": data / "data.json", "image_folder": data / "images", "output_dir": tmp_path / "out"}
+    changes |= {"max_steps": 1, "dataloader_pin_memory": False}
+    if not captions:
+        projector = load_pretrained_model(folders["llava"], device_map="cpu")[1].model.mm_projector.state_dict()
+        torch.save({f"model.mm_projector.{k}": v for k, v in projector.items()}, tmp_path / "mm_projector.bin")
+        changes["pretrain_mm_mlp_adapter"] = tmp_path / "mm_projector.bin"
+    command = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        environment = {"PROCESSES": "2", "MASTER_PORT": str(listener.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "v1_5" / f"{script}.sh"), *command],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    used = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    published = SCRIPTS[script]
+    assert (used.learning_rate, used.per_device_train_batch_size) == (published["learning_rate"], published["batch"])
+    assert (used.num_train_epochs, used.weight_decay, used.warmup_ratio, used.model_max_length) == (1, 0, 0.03, 2048)
+    assert used.lr_scheduler_type == "cosine" and used.bf16 and used.deepspeed.endswith(f"zero{published['zero']}.json")
+    assert used.group_by_modality_length is not captions
+    if script == "finetune_lora":
+        assert (used.lora_r, used.lora_alpha, used.mm_projector_lr) == (128, 256, 2e-5)
+    base = None if script == "finetune" else folders["llm"]
+    assert weights(tmp_path / "out", base)["model.mm_projector.0.weight"].isfinite().all()
+
+
 def test_bad_input_is_one_sentence_on_every_rank(start, tmp_path):
-    with pytest.raises(AssertionError, match="error: --version is \"v7\""):
+    with pytest.raises(AssertionError, match='error: --version is "v7"'):
         launch(start, tmp_path, 2, 2, version="v7")

@@ -34,9 +34,7 @@ def write_samples(folder: Path, count: int = 12, texts: int = 0, captions: bool 
         elif i % 2:
             turns += [("human", WORDS[1]), ("gpt", "two")]
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": _turns(turns)})
-    rows += [
-        {"id": f"t{i}", "conversations": _turns([("human", WORDS[i % 2]), ("gpt", "Yes")])} for i in range(texts)
-    ]
+    rows += [{"id": f"t{i}", "conversations": _turns([("human", WORDS[i % 2]), ("gpt", "Yes")])} for i in range(texts)]
     (folder / "data.json").write_text(json.dumps(rows))
     return folder
 

@@ -7,7 +7,6 @@ writes OUT/images/*.png and OUT/data.json, from the training split (no test pict
 
 import argparse
 import json
-from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.demo.dataset import PER_IMAGE, write_dataset
