@@ -199,6 +199,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(folders, data, captions, tmp_pat
     expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
     (tmp_path / "stopped").mkdir()
     shutil.copytree(tmp_path / "run" / "checkpoint-5", tmp_path / "stopped" / "checkpoint-5")
+    (tmp_path / "stopped" / "checkpoint-7").mkdir()  # killed while it was being written
     again, resumed = train_data.run(source, tmp_path / "stopped", **changes)
     assert resumed == losses and again.state.global_step == 8
     for name, value in again.model.state_dict().items():
@@ -285,6 +286,14 @@ BAD = {
         {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[[50, 100]]", "mm_patch_merge_type": "spatial_unpad"},
         "multiple of the tower's 56 pixels",
     ),
+    "a grid for a llava": (
+        {"model_name_or_path": "LLAVA", "image_grid_pinpoints": "[[56, 112]]"},
+        "is a LLaVA already",
+    ),
+    "tiles for a llava": (
+        {"model_name_or_path": "LLAVA", "image_aspect_ratio": "anyres"},
+        "allowed are pad and square",
+    ),
     "a warm-up": ({"warmup_ratio": 2}, "allowed is a share from 0 to below 1"),
 }
 
@@ -292,6 +301,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(folders, data, tmp_path, case):
     changes, message = BAD[case]
+    if changes.get("model_name_or_path") == "LLAVA":
+        changes = changes | {"model_name_or_path": folders["llava"]}
     with pytest.raises(UserError, match=message) as error:
         train_data.run(data, tmp_path, **(from_llm(folders) | changes))
     assert "\n" not in str(error.value)

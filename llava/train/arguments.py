@@ -5,7 +5,7 @@ Flags that LLaVA's published command lines carry and that decide nothing here an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
@@ -156,9 +156,3 @@ def selection_config(path: str | None, overrides: dict) -> AdaVConfig:
     if path is None and not overrides:
         return AdaVConfig(method="none")
     return AdaVConfig.load(path, **overrides)
-
-
-def llava_fields(*arguments) -> dict:
-    """Names and values of what is LLaVA's in these arguments (TrainingArguments' own left out)."""
-    own = {f.name for f in fields(TrainingArguments)}
-    return {f.name: getattr(a, f.name) for a in arguments for f in fields(a) if f.name not in own}

@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from llava.conversation import default_conv_mode, turn_markers
 from llava.errors import UserError
 from llava.hub import checkpoint_folder
-from llava.mm_utils import grid_pinpoints
+from llava.mm_utils import grid_pinpoints, is_hf
 from llava.model.builder import MODEL_CLASSES, load_pretrained_model
 from llava.model.checkpoint import Checkpoint, load_extra
 from llava.model.processors import load_image_processor, load_tokenizer
@@ -49,7 +49,12 @@ def build(run: RunArguments):
             load_extra(model, path)
     if tokenizer is None or image_processor is None:
         raise UserError(f"{folder}: has no tokenizer or no image processor, and training needs both")
-    if data_args.image_aspect_ratio is not None and Checkpoint.is_llava(folder):
+    if data_args.image_aspect_ratio not in (None, model.config.image_aspect_ratio):
+        if is_hf(model.config) or model.config.image_aspect_ratio == "anyres":
+            raise UserError(
+                f'{folder}: its images are prepared as "{model.config.image_aspect_ratio}", so --image_aspect_ratio '
+                f'"{data_args.image_aspect_ratio}" must not be given'
+            )
         model.config.image_aspect_ratio = data_args.image_aspect_ratio
     if model_args.version is None:
         model_args.version = default_conv_mode(model.config, tokenizer)
@@ -111,9 +116,10 @@ def _check_pinpoints(config) -> None:
 
 def _refuse_settings_of_a_llava(run: RunArguments) -> None:
     """A LLaVA brings its tower and its grid with it: another one would be another model."""
-    for value, name in ((run.data.image_grid_pinpoints, "image_grid_pinpoints"),):
-        if value is not None:
-            raise UserError(f"{run.model.model_name_or_path}: is a LLaVA already, so --{name} must not be given")
+    if run.data.image_grid_pinpoints is not None:
+        raise UserError(
+            f"{run.model.model_name_or_path}: is a LLaVA already, so --image_grid_pinpoints must not be given"
+        )
     if run.data.image_aspect_ratio not in (None, "pad", "square"):
         raise UserError(
             f'{run.model.model_name_or_path}: is a LLaVA already, so --image_aspect_ratio "{run.data.image_aspect_ratio}" '

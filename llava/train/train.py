@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.config import add_config_flags, config_overrides
 from llava.errors import UserError, exits_cleanly
@@ -79,16 +79,23 @@ def train(run: RunArguments) -> LlavaTrainer:
         kind=run.kind,
         image_processor=image_processor,
     )
-    output = Path(run.training.output_dir)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
     try:
-        trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint or last)
+        trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint or _last_checkpoint(run.training))
     except UserError as error:
         # From a data loader's worker the sentence comes at the end of its traceback.
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from error
     trainer.save_state()
     trainer.save_model()
     return trainer
+
+
+def _last_checkpoint(training) -> str | None:
+    """The newest checkpoint of the output folder that was finished: the trainer's state is written last."""
+    folders = Path(training.output_dir).glob("checkpoint-*")
+    done = {
+        int(f.name.split("-")[1]): f for f in folders if f.name[11:].isdigit() and (f / TRAINER_STATE_NAME).is_file()
+    }
+    return str(done[max(done)]) if done else None
 
 
 @exits_cleanly
