@@ -11,9 +11,10 @@ from pathlib import Path
 from llava.errors import UserError, first_line
 
 
-def checkpoint_folder(name, weights: bool = True) -> Path:
+def checkpoint_folder(name, weights: bool = True, fetch: bool = True) -> Path | None:
     """Folder of `name`, a local folder or a hub name (owner/name). weights=False fetches only the small files.
 
+    fetch=False asks no network: None where a hub checkpoint is not on this machine already.
     Raises UserError where there is no such folder and the hub does not give it either.
     """
     path, text = Path(name), os.fspath(name)
@@ -23,7 +24,17 @@ def checkpoint_folder(name, weights: bool = True) -> Path:
     # Where the first part is a folder here, a path was meant: never ask the hub for somebody's namesake.
     if not rest or "/" in rest or owner in ("", ".", "..", "~") or path.exists() or Path(owner).exists():
         raise UserError(f"{name}: no such folder, allowed are a checkpoint folder and a hub name (owner/name)")
-    return _fetch(text, weights)
+    return _fetch(text, weights) if fetch else _cached(text)
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _fetch(name: str, weights: bool) -> Path:

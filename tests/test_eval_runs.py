@@ -16,6 +16,9 @@ import pytest
 from eval_data import REPOSITORY, SPLIT, command, environment, launch, make_vqav2
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
+from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.launch import FAMILIES
+
 QUESTIONS = 72
 
 
@@ -234,11 +237,14 @@ def complete(path: Path) -> list[dict]:
 
 def test_the_scripts_are_three_lines_over_one_launcher(tmp_path):
     scripts = sorted(REPOSITORY.glob("scripts/*/eval/*.sh"))
-    assert {script.parts[-3] for script in scripts} == {"demo", "v1_5", "v1_6", "v1_6_34B"}
+    families = [name for name in FAMILIES if name != "demo"]
+    expected = {("demo", "shapes"), *((family, name) for family in families for name in BENCHMARKS if name != "shapes")}
+    assert {(script.parts[-3], script.stem) for script in scripts} == expected and len(expected) == 34
     for script in scripts:
         family = script.parts[-3]
         lines = script.read_text().splitlines()
-        assert len(lines) == 3 and f'launch.sh" {script.stem} --family {family}' in lines[2]
+        assert len(lines) == 3 and lines[2].endswith(f'launch.sh" {script.stem} --family {family} "$@"')
+        assert f"bash scripts/{family}/eval/{script.stem}.sh [tokens]" in lines[1]
     # From another folder, with a checkpoint that is not there: the launcher answers.
     env = {**environment(), "CKPT": "./nowhere"}
     done = subprocess.run(["bash", str(scripts[0]), "14"], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -20,10 +20,10 @@ _SAMPLE = 1 << 20  # bytes read at the front, the middle and the end of a weight
 
 @dataclass(frozen=True)
 class EvalCheckpoint:
-    """A checkpoint folder. name: as the user gave it; settings: its config.json."""
+    """A checkpoint. name: as the user gave it; folder: None for one that is not fetched yet; settings: its config.json."""
 
     name: str
-    folder: Path
+    folder: Path | None
     settings: dict
 
     @property
@@ -39,13 +39,14 @@ class EvalCheckpoint:
 
     @property
     def identity(self) -> dict:
-        return {"name": self.short_name, "content": content_digest(self.folder)}
+        return {"name": self.short_name, "content": self.folder and content_digest(self.folder)}
 
 
-def find_checkpoint(name: str) -> EvalCheckpoint:
+def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
     """A checkpoint by folder (as given, or below the repository) or hub name; UserError where there is none.
 
-    A hub checkpoint is fetched here, once, so that the shards do not all fetch it at the same time.
+    A hub checkpoint is fetched here, once, so that the shards do not all fetch it at the same time; with fetch=False it
+    may come without a folder.
     """
     for folder in (Path(name), REPOSITORY / name):
         if folder.is_dir():
@@ -59,7 +60,9 @@ def find_checkpoint(name: str) -> EvalCheckpoint:
             return EvalCheckpoint(str(name), folder.resolve(), settings)
     if (REPOSITORY / str(name).partition("/")[0]).exists():  # a path below the repository was meant
         raise UserError(f"{name}: no such checkpoint folder")
-    folder = checkpoint_folder(name)
+    folder = checkpoint_folder(name, fetch=fetch)
+    if folder is None:
+        return EvalCheckpoint(str(name), None, {})
     return EvalCheckpoint(str(name), folder, read_json(folder / "config.json"))
 
 

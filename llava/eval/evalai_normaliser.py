@@ -36,7 +36,7 @@ ARTICLES = ("a", "an", "the")
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
-_COMMA_IN_NUMBER = re.compile(r"(?<=\d)(\,)+(?=\d)")
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")  # never met by EvalAI's form, which has lost its commas before
 # Upstream hands re.UNICODE to sub() where the count goes, so only that many periods are removed.
 _MOST_PERIODS = int(re.UNICODE)
 
@@ -45,10 +45,10 @@ def normalise(answer: str) -> str:
     """The form in which EvalAI compares an answer: case, punctuation, numbers, articles and contractions."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    return _words(_punctuation(text))
+    return normalise_words(strip_punctuation(text))
 
 
-def _punctuation(text: str) -> str:
+def strip_punctuation(text: str) -> str:
     """Marks beside a space vanish, marks inside a word become a space."""
     result = text
     for mark in PUNCTUATION:
@@ -57,6 +57,7 @@ def _punctuation(text: str) -> str:
     return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
-def _words(text: str) -> str:
+def normalise_words(text: str) -> str:
+    """Lower case; number words become digits, articles go, contractions get their apostrophe."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

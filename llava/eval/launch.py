@@ -1,9 +1,10 @@
 """Evaluate a checkpoint on a benchmark: shards over the devices, resumes, merges, scores.
 
-    python -m llava.eval.launch BENCHMARK [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
+    python -m llava.eval.launch BENCHMARK|all [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
 
-The scripts below scripts/ are this command with a family. The same command goes on after any interruption, also with
-another number of shards. Imports no torch: whatever is wrong with the input shows before a model is loaded.
+The scripts below scripts/ are this command with a family; "all" are the seven benchmarks of the published table, answered by
+the same processes and printed as that table. The same command goes on after any interruption, also with another number of
+shards. Imports no torch: whatever is wrong with the input shows before a model is loaded.
 Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
 """
 
@@ -16,48 +17,62 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.conversation import get_conversation
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser, positive
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
+from llava.eval.describe import describe_plan, describe_run
+from llava.eval.division import Subset, divide, useful_shards
 from llava.eval.environment import code_digest, commit
 from llava.eval.files import REPOSITORY
+from llava.eval.published import TABLE
 from llava.eval.run import Generation, Run
 from llava.eval.shards import Interrupted, ShardFailure, device_groups, run_shards
 
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint, and the conversation template it was trained with where its files may leave that open."""
+
+    checkpoint: str
+    conversation: str | None = None
+
+
 FAMILIES = {
-    "demo": "playground/llava-shapes-v1.5",
-    "v1_5": "liuhaotian/llava-v1.5-7b",
-    "v1_6": "liuhaotian/llava-v1.6-vicuna-7b",
-    "v1_6_34B": "liuhaotian/llava-v1.6-34b",
+    "demo": Family("playground/llava-shapes-v1.5"),
+    "v1_5": Family("liuhaotian/llava-v1.5-7b"),
+    "v1_6": Family("liuhaotian/llava-v1.6-vicuna-7b"),
+    "v1_6_34B": Family("liuhaotian/llava-v1.6-34b", "chatml_direct"),
 }
 DATA_ROOT = REPOSITORY / "playground" / "data" / "eval"
 OUTPUT = REPOSITORY / "runs"
 BATCH_SIZE = 8
 
 
-def split(items: list, parts: int) -> list[list]:
-    """`parts` runs of neighbours, sizes differing by at most one (some are empty where there are too few items)."""
-    size, longer = divmod(len(items), parts)
-    ends = [i * size + min(i, longer) for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-
-
 def carry_out(
-    runs: list[Run], shards: int, devices: list[str], batch_size: int, fresh: bool = False, title: str = ""
+    runs: list[Run],
+    shards: int,
+    devices: list[str],
+    batch_size: int,
+    fresh: bool = False,
+    title: str = "",
+    partial: bool = False,
 ) -> list[dict]:
     """Answer, merge and score runs of one checkpoint, which share the worker processes. Returns each run's report.
 
+    partial: score also a run with unreadable images, on the other questions, and say so.
     Raises ShardFailure or Interrupted with everything that was answered on disk, UserError for bad input.
     """
     try:
         for run in runs:
             run.open(fresh)
         missing = [run.todo() for run in runs]
-        shards = max(1, min(shards, max(map(len, missing))))
+        shards = useful_shards(missing, shards)
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -88,14 +103,23 @@ def carry_out(
         try:
             if any(missing):
                 _answer(runs, missing, shards, devices, batch_size, title)
-            scores = [run.finish() for run in runs]
         except BaseException as error:
             with suppress(UserError):  # a full disk must not hide what went wrong first
                 for run, before in zip(runs, reused, strict=True):
                     run.refresh()
                     record(run, before, f"{type(error).__name__}: {error}", None)
             raise
-        return [record(run, before, "finished", score) for run, before, score in zip(runs, reused, scores, strict=True)]
+        reports, failed = [], []
+        for run, before in zip(runs, reused, strict=True):
+            try:
+                reports.append(record(run, before, "finished", run.finish(partial)))
+            except UserError as error:  # the other runs are scored all the same
+                failed.append(error)
+                with suppress(UserError):
+                    record(run, before, f"{type(error).__name__}: {error}", None)
+        if failed:
+            raise failed[0]
+        return reports
     finally:
         for run in runs:
             run.close()
@@ -104,7 +128,7 @@ def carry_out(
 def _answer(runs: list[Run], missing: list[list], shards: int, devices: list[str], batch_size: int, title: str) -> None:
     orders: list[list[Path]] = [[] for _ in range(shards)]
     for run, samples in zip(runs, missing, strict=True):
-        for shard, part in enumerate(split(samples, shards)):
+        for shard, part in enumerate(divide(samples, shards)):
             if part:
                 orders[shard].append(run.write_order(shard, part, batch_size))
     run_shards(
@@ -121,7 +145,7 @@ def _answer(runs: list[Run], missing: list[list], shards: int, devices: list[str
 def parse(argv: list[str] | None) -> argparse.Namespace:
     env = os.environ
     parser = Parser(prog="python -m llava.eval.launch", description=__doc__.split("\n")[0])
-    parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
+    parser.add_argument("benchmark", help=", ".join([*BENCHMARKS, f"or all, which is {', '.join(TABLE)}"]))
     parser.add_argument("tokens", nargs="?", help="vision tokens per image; overrides overall_tokens")
     parser.add_argument("--family", choices=FAMILIES, help="whose checkpoint to evaluate where CKPT names none")
     parser.add_argument(
@@ -149,7 +173,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch (default {BATCH_SIZE})"
     )
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
+    parser.add_argument("--split", help="of the benchmark (default: its first)")
     parser.add_argument("--limit", type=positive, help="only the first N questions")
+    parser.add_argument(
+        "--subset",
+        type=positive,
+        default=env.get("SUBSET"),
+        help="only N questions, drawn with a seed (default: $SUBSET)",
+    )
+    parser.add_argument("--subset-seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument(
+        "--partial", action="store_true", help="score all but the questions with unreadable images, and say so"
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -157,6 +192,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="auto: float32 on CPU, the checkpoint's own on GPU",
     )
     parser.add_argument("--fresh", action="store_true", help="forget what this very run has answered already")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
     add_config_flags(parser)
     return parser.parse_intermixed_args(argv)
 
@@ -177,76 +213,73 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
     return AdaVConfig.load(args.config, **overrides)
 
 
-def plan(args: argparse.Namespace) -> tuple[Run, list[str]]:
-    """The run that the command line asks for and the devices it may use, every input checked."""
-    if args.benchmark not in BENCHMARKS:
-        raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join(BENCHMARKS)}')
+def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """The runs that the command line asks for and the devices they may use, every input checked."""
+    if args.benchmark not in (*BENCHMARKS, "all"):
+        raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join([*BENCHMARKS, "all"])}')
+    names = TABLE if args.benchmark == "all" else [args.benchmark]
+    if args.split and len(names) > 1:
+        raise UserError("--split goes with one benchmark, not with all")
+    if args.limit and args.subset:
+        raise UserError("--limit takes the first questions and --subset draws them; give one of them")
     config = configuration(args)
-    name = args.checkpoint or (args.family and FAMILIES[args.family])
+    family = FAMILIES.get(args.family)
+    name = args.checkpoint or (family and family.checkpoint)
     if not name:
         raise UserError("no checkpoint is named; give --family, --checkpoint or CKPT=")
-    if args.conv_mode is not None:
-        from llava.conversation import get_conversation
-
-        get_conversation(args.conv_mode)
+    conversation = args.conv_mode or (family.conversation if family and not args.checkpoint else None)
+    if conversation is not None:
+        get_conversation(conversation)
     devices = device_groups(args.gpus_per_model)
-    checkpoint = find_checkpoint(name)
-    model_base = find_checkpoint(args.model_base) if args.model_base else None
-    benchmark = BENCHMARKS[args.benchmark](Path(args.data_root or DATA_ROOT), checkpoint)
-    generation = Generation(
-        max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
-        conversation=args.conv_mode,
-        dtype=args.dtype,
-        device="cuda" if devices else "cpu",
-    )
-    return Run(benchmark, config, checkpoint, generation, args.output, model_base, args.limit), devices
-
-
-def describe(run: Run, report: dict) -> str:
-    """A finished run in a few lines."""
-    session, tokens = report["sessions"][-1], report["vision_tokens_per_image"]
-    lines = [f"{run.benchmark.name}, {run.checkpoint.short_name}, method {run.config.method}:"]
-    for name, value in report["score"].items():
-        parts = value.items() if isinstance(value, dict) else [(None, value)]
-        shown = ", ".join(
-            (f"{k} " if k else "") + (f"{100 * v:.1f} %" if isinstance(v, float) else str(v)) for k, v in parts
+    checkpoint = find_checkpoint(name, fetch=not args.plan)
+    model_base = find_checkpoint(args.model_base, fetch=not args.plan) if args.model_base else None
+    subset = Subset(args.subset, args.subset_seed) if args.subset else None
+    runs = []
+    for each in names:
+        benchmark = BENCHMARKS[each](Path(args.data_root or DATA_ROOT), checkpoint, args.split)
+        generation = Generation(
+            max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
+            conversation=conversation,
+            dtype=args.dtype,
+            device="cuda" if devices else "cpu",
         )
-        lines.append(f"  {name.replace('_', ' ')}: {shown}")
-    if tokens["images"]:
-        layers = f", {tokens['layer_mean']:.1f} over layers" if tokens["layer_mean"] != tokens["after"] else ""
-        lines.append(
-            f"  vision tokens per image: {tokens['before']:.1f} -> {tokens['after']:.1f}{layers} (mean of {tokens['images']})"
-        )
-    lines.append(
-        f"  KV cache per sample: {report['kv_bytes_live']['mean']:,.0f} bytes live, {report['kv_bytes_allocated']['mean']:,.0f} allocated"
-    )
-    flops = report["prefill_flops_predicted"]["mean"]
-    if flops is not None:
-        lines.append(f"  predicted prefill per question: {flops / 1e9:,.3f} GFLOPs")
-    reused = f", {session['reused']} from before" if session["reused"] else ""
-    lines.append(f"  {session['answered']} questions answered in {session['wall_seconds']:.1f} s{reused}")
-    lines.append(f"  {run.folder}")
-    return "\n".join(lines)
+        runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, args.limit, subset))
+    return runs, devices
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
-        run, devices = plan(args)
+        runs, devices = plan(args)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    title = f"{run.benchmark.name} {run.folder.name}"
+    shards = args.shards or max(1, len(devices))
+    if args.plan:
+        print(describe_plan(runs, shards, devices))
+        return
+    title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
+    reports = answered_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial)
+    for run, report in zip(runs, reports, strict=True):
+        print(describe_run(run, report))
+    if len(runs) > 1:
+        from llava.eval.table import show_runs
+
+        print(show_runs([run.folder for run in runs], args.output))
+
+
+def answered_or_exit(runs: list[Run], *arguments) -> list[dict]:
+    """`carry_out`, as a command ends: a shard that died or a signal is told, and what is kept besides."""
     try:
-        (report,) = carry_out([run], args.shards or max(1, len(devices)), devices, args.batch_size, args.fresh, title)
+        return carry_out(runs, *arguments)
     except (ShardFailure, Interrupted) as error:
-        kept = f"{len(run.answered)} of {len(run.samples)} questions are answered and kept; the same command goes on from there"
+        answered, all_ = sum(len(run.answered) for run in runs), sum(len(run.samples) for run in runs)
+        kept = f"{answered} of {all_} questions are answered and kept; the same command goes on from there"
         if isinstance(error, Interrupted):
             print(f"stopped by {error}: {kept}", file=sys.stderr)
             sys.exit(128 + error.number)
         print(f"error: {error}\n{kept}", file=sys.stderr)
         sys.exit(1)
-    print(describe(run, report))
 
 
 if __name__ == "__main__":

@@ -1,45 +1,18 @@
-"""What a worker measures beside its answers: when the first token came, how many bytes the KV cache takes, peak memory,
-and what the batch should have cost."""
+"""What a worker measures beside its answers: how many bytes the KV cache takes, peak memory, and what the batch should
+have cost."""
 
 from __future__ import annotations
 
 import resource
 import sys
-import time
 
 import torch
-from torch import Tensor
-from transformers import StoppingCriteria
 
 from llava.config import AdaVConfig
 from llava.eval.flops import Cost, predict
 from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.model.kv_cache.cache import AdaptiveCache
 from llava.model.prepared import PreparedPrompt
-
-
-class FirstToken(StoppingCriteria):
-    """Notes when generate() has its first token, which ends prefill; stops nothing."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._start = self._now()
-        self._first: float | None = None
-
-    def __call__(self, input_ids, scores, **kwargs) -> Tensor:
-        if self._first is None:
-            self._first = self._now()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def split(self) -> tuple[float, float]:
-        """(prefill, decode) in seconds, up to now."""
-        end = self._now()
-        first = self._first if self._first is not None else end
-        return first - self._start, end - first
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelShape, config: AdaVConfig) -> list[Cost]:
@@ -54,10 +27,10 @@ def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelS
     return costs
 
 
-def kv_bytes(cache, costs: list[Cost], prepared: PreparedPrompt, new_tokens: list[int]) -> list[dict[str, int]]:
+def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> list[dict[str, int]]:
     """Per row of a batch, at the end of generation: bytes of its KV cache.
 
-    costs: of each row, as predicted. prepared: what entered the LLM. new_tokens: tokens that each row generated.
+    costs: of each row, as predicted. new_tokens: tokens that each row generated.
     kv_bytes_live       entries of the row's own tokens, measured on the cache; padding excluded
     kv_bytes_allocated  the row's share of what the cache's tensors occupy
     kv_bytes_predicted  live, from the configuration alone (llava.eval.flops)
@@ -66,11 +39,12 @@ def kv_bytes(cache, costs: list[Cost], prepared: PreparedPrompt, new_tokens: lis
     # The last new token is never fed back, and what a batch feeds a row after its end is padding.
     steps = [max(new - 1, 0) for new in new_tokens]
     live, allocated = [0] * rows, 0
-    for layer, prompts in zip(cache.layers, _survivors(prepared, len(cache.layers)), strict=True):
+    for layer in cache.layers:
+        entries = [layer.stored(row, fed) for row, fed in enumerate(steps)]
         for tensor in (layer.keys, layer.values):
             allocated += tensor.untyped_storage().nbytes()
             entry = tensor.nbytes // (rows * tensor.shape[-2])
-            live = [bytes_ + entry * (n + fed) for bytes_, n, fed in zip(live, prompts, steps, strict=True)]
+            live = [bytes_ + entry * n for bytes_, n in zip(live, entries, strict=True)]
     return [
         {
             "kv_bytes_live": live[i],
@@ -79,13 +53,6 @@ def kv_bytes(cache, costs: list[Cost], prepared: PreparedPrompt, new_tokens: lis
         }
         for i in range(rows)
     ]
-
-
-def _survivors(prepared: PreparedPrompt, layers: int) -> list[list[int]]:
-    """Per layer, per row: tokens of the prompt that its attention saw and its cache holds."""
-    if prepared.dropping is None:
-        return [prepared.attention_mask.sum(dim=1).tolist()] * layers
-    return [prepared.dropping.stages[stage].lengths for stage in prepared.dropping.stage_of]
 
 
 def peak_memory() -> dict[str, int]:

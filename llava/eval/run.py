@@ -1,6 +1,6 @@
 """One run: what makes it this run and no other, its folder, what is still to be answered, and its end.
 
-runs/<benchmark>/<checkpoint>/<method>-<tokens>-<digest>/
+runs/<benchmark>/<checkpoint>/<method>-<tokens>[-<split>][-subset<n>]-<digest>/
     identity.json    everything that an answer depends on; the digest in the folder's name is its hash
     adav_configs.json  copy of the configuration
     shards/          answers as they came, work orders, logs
@@ -24,6 +24,7 @@ from llava.errors import UserError
 from llava.eval.answers import collect, merge, remove_answers, repair
 from llava.eval.benchmarks import Benchmark
 from llava.eval.checkpoints import EvalCheckpoint
+from llava.eval.division import Subset, by_image
 from llava.eval.environment import commit, environment
 from llava.eval.files import digest_of, read_json, told_when_unwritable, write_atomically, write_json
 from llava.eval.measurements import summarise
@@ -32,12 +33,19 @@ from llava.eval.samples import Sample
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of generation, beside the configuration. conversation: None leaves it to the checkpoint."""
+    """Settings of generation, beside the configuration.
+
+    conversation: None leaves it to the checkpoint. temperature: 0 is greedy; otherwise samples are drawn one by one, each
+    from its own `seed`, so that neither batches nor interruptions change an answer.
+    """
 
     max_new_tokens: int
     conversation: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
 
 
 class Run:
@@ -55,12 +63,15 @@ class Run:
         output: Path,
         model_base: EvalCheckpoint | None = None,
         limit: int | None = None,
+        subset: Subset | None = None,
     ):
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
         self.generation, self.model_base = generation, model_base
-        self.samples = benchmark.load(limit)
+        self.samples = benchmark.load(limit, subset)
         self.identity = {
             "benchmark": benchmark.name,
+            "split": benchmark.split,
+            "part": benchmark.partial,
             "checkpoint": checkpoint.identity,
             "model_base": model_base and model_base.identity,
             "configuration": config.to_dict(),
@@ -70,8 +81,17 @@ class Run:
         }
         if "table" in config.options:  # a file of numbers that the answers depend on
             self.identity["table"] = digest_of(read_json(config.options["table"]))
-        tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
-        name = f"{config.method}-{tokens}-{digest_of(self.identity)}"
+        self.asked = {"limit": limit, "subset": subset and subset.size, "seed": subset and subset.seed}
+        if not benchmark.partial:
+            self.asked = dict.fromkeys(self.asked)
+        self.tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
+        parts = [config.method, self.tokens]
+        if benchmark.split != benchmark.splits[0]:
+            parts.append(_safe(benchmark.split))
+        if subset and benchmark.partial:
+            parts.append(f"subset{len(self.samples)}")
+        digest = digest_of(self.identity) if checkpoint.folder else "DIGEST"  # a plan of what is not fetched yet
+        name = "-".join([*parts, digest])
         self.folder = Path(output) / benchmark.name / _safe(checkpoint.short_name) / name
         self.shards = self.folder / "shards"
         self._lock: int | None = None
@@ -112,11 +132,7 @@ class Run:
 
     def todo(self) -> list[Sample]:
         """Samples without an answer, those of one image together."""
-        first: dict[str | None, int] = {}
-        for sample in self.samples:
-            first.setdefault(sample.image, sample.line)
-        missing = [sample for sample in self.samples if sample.key not in self.answered]
-        return sorted(missing, key=lambda sample: (first[sample.image] if sample.image else sample.line, sample.line))
+        return by_image([sample for sample in self.samples if sample.key not in self.answered])
 
     def order(self, shard: int, samples: list[Sample], batch_size: int) -> dict:
         """The work order of one shard: all that llava.eval.worker needs to know."""
@@ -132,9 +148,12 @@ class Run:
         }
 
     def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
-        path = self.shards / f"order-{shard}.json"
+        path = self.order_of(shard)
         write_atomically(path, json.dumps(self.order(shard, samples, batch_size)))
         return path
+
+    def order_of(self, shard: int) -> Path:
+        return self.shards / f"order-{shard}.json"
 
     def answers_of(self, shard: int) -> Path:
         return self.shards / f"shard-{shard}.jsonl"
@@ -143,31 +162,43 @@ class Run:
         """Read again what the shards have answered."""
         self.answered, self.errors = collect(self.shards)
 
-    def finish(self) -> dict:
-        """Merge and score. Raises UserError where an image was unreadable: nothing is scored then."""
+    def finish(self, partial: bool = False) -> dict:
+        """Merge and score. Raises UserError where an image was unreadable: nothing is scored then, unless `partial`
+        allows it to score the other questions and to say so."""
         self.refresh()
-        self._refuse_unreadable()
-        rows = merge(
-            self.samples,
-            self.answered,
-            self.folder / "merge.jsonl",
-            self.checkpoint.short_name,
-            digest_of(self.identity),
-        )
-        score = self.benchmark.finish(self.samples, rows, self.folder)
+        samples = self._readable(partial)
+        left_out = {sample.key for sample in self.samples} - {sample.key for sample in samples}
+        answered = {key: row for key, row in self.answered.items() if key not in left_out}
+        rows = merge(samples, answered, self.merged, self.checkpoint.short_name, digest_of(self.identity))
+        score = self.benchmark.finish(samples, rows, self.folder)
         write_json(self.folder / "score.json", score)
         return score
 
-    def _refuse_unreadable(self) -> None:
+    @property
+    def merged(self) -> Path:
+        """Where all answers end."""
+        return self.folder / "merge.jsonl"
+
+    def _readable(self, partial: bool) -> list[Sample]:
+        """The samples to score: all, or those that share no group with one whose image cannot be read."""
         bad = [sample for sample in self.samples if sample.key in self.errors]
-        if bad:
+        if not bad:
+            return self.samples
+        if not partial:
             sample = bad[0]
             others = list(dict.fromkeys(s.image for s in bad if s.image != sample.image))
             more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
             raise UserError(
-                f'{self.benchmark.question_file}, line {sample.line}: image "{sample.image}" cannot be read '
-                f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, nothing is scored"
+                f'{self.benchmark.question_file}, {sample.place}: image "{sample.image}" cannot be read '
+                f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, "
+                "nothing is scored (--partial scores those)"
             )
+        group = self.benchmark.group
+        groups = {group(sample) for sample in bad}
+        good = [sample for sample in self.samples if group(sample) not in groups]
+        asked = self.benchmark.partial or f"{len(self.samples):,} questions"
+        self.benchmark.partial = f"{len(good):,} of {asked}, {len(bad):,} have an unreadable image"
+        return good
 
     def earlier_code(self) -> list[str]:
         """Digests of the code that earlier sessions answered with."""
@@ -181,6 +212,10 @@ class Run:
         before = read_json(path).get("sessions", []) if path.is_file() else []
         report = {
             "benchmark": self.benchmark.name,
+            "split": self.benchmark.split,
+            "part": self.benchmark.partial,
+            "asked": self.asked,
+            "tokens": self.tokens,
             "checkpoint": {**self.checkpoint.identity, "folder": str(self.checkpoint.folder)},
             "configuration": self.config.to_dict(),
             "configuration_digest": self.config.digest,
@@ -192,6 +227,7 @@ class Run:
             "sessions": [*before, session],
             **summarise(list(self.answered.values())),
             "score": score,
+            "published": score and self.benchmark.published(score),
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_json(path, report)

@@ -54,18 +54,32 @@ def device_groups(per_model: int = 1) -> list[str]:
     return [",".join(devices[i : i + per_model]) for i in range(0, len(devices), per_model)]
 
 
+def device_of(shard: int, devices: list[str]) -> str | None:
+    """The device (or group) of a shard; None is the CPU. More shards than devices share them in turn."""
+    return devices[shard % len(devices)] if devices else None
+
+
+def worker_command(orders: list[Path]) -> list[str]:
+    return [sys.executable, "-m", "llava.eval.worker", "--watch-stdin", *map(str, orders)]
+
+
+def worker_settings(device: str | None, shards: int) -> dict[str, str]:
+    """What the environment of one of `shards` workers has of its own; a user's OMP_NUM_THREADS stands."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // shards))
+    return {"CUDA_VISIBLE_DEVICES": device or "", "OMP_NUM_THREADS": threads}
+
+
 class Shard:
     """A running worker."""
 
-    def __init__(self, index: int, device: str | None, orders: list[Path], threads: int, locks: list[int], log: Path):
+    def __init__(self, index: int, device: str | None, orders: list[Path], shards: int, locks: list[int], log: Path):
         self.name = f"shard {index} ({'CPU' if device is None else 'GPU ' + device})"
         self.last_lines: deque[str] = deque(maxlen=12)
         self.warnings: list[str] = []
-        environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device or "", PYTHONUNBUFFERED="1")
+        environment = {**os.environ, **worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llava.eval.worker", "--watch-stdin", *map(str, orders)],
+            worker_command(orders),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -138,13 +152,11 @@ def run_shards(
     orders: work orders of each shard. answers: all files that they append to. todo: samples that will be appended.
     If a shard fails, the others finish their batch and stop, and its failure is raised; what is answered stays.
     """
-    threads = max(1, cores() // len(orders))
     shards: list[Shard] = []
     with _signals_raise(), Progress(title, todo, answers, len(orders)) as progress:
         try:
             for i, (order, log) in enumerate(zip(orders, logs, strict=True)):
-                device = devices[i % len(devices)] if devices else None
-                shards.append(Shard(i, device, order, threads, locks, log))
+                shards.append(Shard(i, device_of(i, devices), order, len(orders), locks, log))
             while any(shard.process.poll() is None for shard in shards):
                 if any(shard.process.poll() for shard in shards):
                     break

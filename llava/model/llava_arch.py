@@ -3,7 +3,7 @@
 `LlavaMetaModel` adds tower, projector and newline embedding to an LLM; `LlavaMetaForCausalLM` adds `prepare`, which
 turns token ids with image placeholders into a `PreparedPrompt` (prepared.py), and a `forward` that starts from one;
 `generate` is in generation.py.
-Whatever belongs to one request lives in its PreparedPrompt.
+`encode` is the part of it that no question changes. Whatever belongs to one request lives in its PreparedPrompt.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llava.config import AdaVConfig, method_class
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.model.encoded_images import EncodedImage
 from llava.model.generation import LlavaGeneration, check_cache
 from llava.model.kv_cache import make_policy
 from llava.model.kv_cache.base import RowSpans
@@ -140,9 +141,38 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             features = self._project(features)
         split = {name: state.split(counts) for name, state in states.items()}
         towers = [
-            TowerStates(self._project, **{name: parts[i] for name, parts in split.items()}) for i in range(len(pixels))
+            # Copies: an image may be kept for longer than the batch that a view would keep alive.
+            TowerStates(self._project, **{name: parts[i].clone() for name, parts in split.items()})
+            for i in range(len(pixels))
         ]
         return list(zip(features.split(counts), saliency.split(counts), towers, strict=True))
+
+    def encoding(self, config: AdaVConfig) -> tuple:
+        """All of a configuration that `encode` depends on; two configurations with equal ones may share its results."""
+        method = method_class(config.method)
+        wanted = method(**config.options_of(method)).tower_states
+        return config.option("anyres"), method.needs_image, tuple(wanted)
+
+    def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
+        """Images (as `prepare` takes them) -> their vision tokens in LLM order, before any question is known.
+
+        `prepare` takes the results as `encoded`: the same one as often as questions share the image.
+        """
+        config = config or self.adav_config
+        words = self.get_input_embeddings().weight
+        clock = clock or StageClock(words.device)
+        anyres, needs_image, wanted = self.encoding(config)
+        pixels, plans = self._plans(images, image_sizes, anyres)
+        if not pixels or not needs_image:
+            return [EncodedImage(plan, None) for plan in plans]
+        encoded = []
+        towers = self.encode_images(pixels, clock, wanted)
+        with clock.stage("splice"):
+            for plan, (features, saliency, tower) in zip(plans, towers, strict=True):
+                tokens = self.image_tokens(features, saliency, plan, tower=tower)
+                tokens.features = tokens.features.to(words.device, words.dtype)
+                encoded.append(EncodedImage(plan, tokens))
+        return encoded
 
     def _project(self, hidden: Tensor) -> Tensor:
         """[..., W] states of the tower -> [..., D], on the projector's device."""
@@ -200,28 +230,25 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         self,
         rows: list[tuple],
         words: list[Tensor],
-        encoded: list[tuple],
-        plans: list,
+        encoded: list[EncodedImage],
         asked: list,
         text_tower: str | None,
     ) -> tuple[list[ImageTokens], list[Tensor]]:
         """What a selector sees of every image of a batch, in reading order: its tokens, and the words asked about it.
 
-        rows: (ids, ...) and their word embeddings `words`; per image: what `encode_images` gave, its plan, and which
-        ids of its row are asked. text_tower: what judges how close a patch is to the words, where a method reads that.
+        rows: (ids, ...) and their word embeddings `words`; per image: what `encode` gave, and which ids of its row are
+        asked. text_tower: what judges how close a patch is to the words, where a method reads that.
         """
         images, texts, image = [], [], 0
         for (ids, _), embedded in zip(rows, words, strict=True):
             for nth in range(len(_placeholders(ids))):
-                features, saliency, tower = encoded[image]
+                plan, tokens = encoded[image].plan, encoded[image].tokens
+                tower = tokens.tower
                 if text_tower is not None:
                     question = self.question_words(ids[asked[image]].tolist())
                     cosine = self.text_tower(text_tower).cosine(tower.hidden[:, 1:], question)
                     tower = replace(tower, text_cosine=cosine)
-                key = _sample_key(ids, plans[image].image_size, nth)
-                tokens = self.image_tokens(features, saliency, plans[image], key, tower)
-                tokens.features = tokens.features.to(embedded.device, embedded.dtype)
-                images.append(tokens)
+                images.append(replace(tokens, key=_sample_key(ids, plan.image_size, nth), tower=tower))
                 texts.append(embedded[asked[image]])
                 image += 1
         return images, texts
@@ -234,6 +261,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         attention_mask=None,
         labels=None,
         config: AdaVConfig | None = None,
+        encoded: list[EncodedImage] | None = None,
     ) -> PreparedPrompt:
         """Encode the images, select their tokens, and splice them into the prompts.
 
@@ -242,6 +270,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         images: flat over the batch in reading order (a row without placeholder consumes none): tensor or list of
             [3, H, W] or [T, 3, H, W], as process_images gives them. image_sizes: (width, height) of each original.
         config: settings of this request; None takes the model's own.
+        encoded: what `encode` gave for these images under the same settings, in place of images and image_sizes.
         Raises UserError where images and placeholders do not match or a shape is wrong.
         """
         config = config or self.adav_config
@@ -251,19 +280,19 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         device = embedding.weight.device
         clock = StageClock(device)
         rows = _real_tokens(input_ids.to(device), attention_mask, self.config)
-        pixels, plans = self._plans(images, image_sizes, config.option("anyres"))
         placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids, _ in rows)
-        if placeholders != len(pixels):
+        given = encoded if encoded is not None else images if images is not None else []
+        if placeholders != len(given):
             raise UserError(
-                f"the prompts have {placeholders} image placeholders, but {len(pixels)} images came with them"
+                f"the prompts have {placeholders} image placeholders, but {len(given)} images came with them"
             )
         method = method_class(config.method)
         inside = config.method in dropper_names()  # of the LLM: it gets every token, and drops some between layers
         config.refuse_misfits(method)
         options = config.options_of(method)
         chosen = method(**options)
-        wanted = chosen.tower_states
-        encoded = self.encode_images(pixels, clock, wanted) if pixels and method.needs_image else []
+        if encoded is None:
+            encoded = self.encode(images, image_sizes, config, clock)
 
         with clock.stage("splice"):
             words = [embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0)) for ids, _ in rows]
@@ -275,11 +304,11 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 for (ids, _), target in zip(rows, targets, strict=True)
                 for place in _placeholders(ids)
             ]
-            if pixels and not method.needs_image:
-                kept = [_no_tokens(words[0]) for _ in pixels]
+            if encoded and not method.needs_image:
+                kept = [_no_tokens(words[0]) for _ in encoded]
             else:
-                judge = options["text_tower"] if "text_cosine" in wanted else None
-                seen = self._seen(rows, words, encoded, plans, asked, judge)
+                judge = options["text_tower"] if "text_cosine" in chosen.tower_states else None
+                seen = self._seen(rows, words, encoded, asked, judge)
                 name, own = ("none", {}) if inside else (config.method, options)
                 kept = select_all(name, *seen, config.overall_tokens, **own)
         done, image = [], 0
@@ -306,10 +335,9 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             dropper.check(self.config)
             prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
-        if config.cache_policy != "full":
-            spans = [RowSpans(row.length, row.spans) for row in done]
-            following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
-            prepared.caching = Caching(make_policy(config), layers, spans, following)
+        spans = [RowSpans(row.length, row.spans) for row in done]
+        following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
+        prepared.caching = Caching(make_policy(config), layers, spans, following)
         prepared.seconds = clock.seconds
         return prepared
 
@@ -344,7 +372,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
             attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
             kwargs["dropping"] = prepared.dropping
-            if prepared.caching is not None:
+            if prepared.caching.adaptive:
                 if kwargs.get("use_cache"):
                     raise UserError(
                         "the configuration asks for an adaptive KV cache, which forward() cannot make by itself: start "

@@ -1,12 +1,20 @@
 """One file per benchmark: where its files lie, what is asked, how answers are scored. Imports no torch."""
 
 from llava.eval.benchmarks.base import Benchmark
+from llava.eval.benchmarks.gqa import GQA
+from llava.eval.benchmarks.mmbench import MMBench
+from llava.eval.benchmarks.mmbench_cn import MMBenchCN
+from llava.eval.benchmarks.mme import MME
+from llava.eval.benchmarks.mmvet import MMVet
+from llava.eval.benchmarks.pope import POPE
+from llava.eval.benchmarks.seed import SEED
 from llava.eval.benchmarks.shapes import Shapes
+from llava.eval.benchmarks.sqa import ScienceQA
+from llava.eval.benchmarks.textvqa import TextVQA
+from llava.eval.benchmarks.vizwiz import VizWiz
 from llava.eval.benchmarks.vqav2 import VQAv2
 
-BENCHMARKS: dict[str, type[Benchmark]] = {
-    "shapes": Shapes,
-    "vqav2": VQAv2,
-}
+_CLASSES = (Shapes, VQAv2, GQA, VizWiz, ScienceQA, TextVQA, POPE, MME, MMBench, MMBenchCN, MMVet, SEED)
+BENCHMARKS: dict[str, type[Benchmark]] = {benchmark.name: benchmark for benchmark in _CLASSES}
 
 __all__ = ["BENCHMARKS", "Benchmark"]

@@ -19,6 +19,7 @@ import PIL
 import llava.demo
 from llava.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
+from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.files import read_json, told_when_unwritable, write_json
 from llava.eval.samples import Sample, read_lines
 
@@ -29,11 +30,17 @@ class Shapes(Benchmark):
     """Accuracy on the test split of the demo task."""
 
     name = "shapes"
+    splits = ("v1.5", "v1.6")  # without a choice, the one that the checkpoint's configuration asks for
+    headline = "accuracy"
     max_new_tokens = 2  # answers are one word, which is one token, and the token that ends them
+
+    def __init__(self, data_root: Path, checkpoint: EvalCheckpoint | None, split: str | None = None):
+        several_tiles = checkpoint is not None and checkpoint.anyres
+        super().__init__(data_root, checkpoint, split or ("v1.6" if several_tiles else "v1.5"))
 
     @property
     def family(self) -> str:
-        return "v1.6" if self.checkpoint.anyres else "v1.5"
+        return self.split
 
     @property
     def folder(self) -> Path:
@@ -47,8 +54,8 @@ class Shapes(Benchmark):
     def image_folder(self) -> Path:
         return self.folder / "images"
 
-    def needed_files(self) -> list[Path]:
-        return [*super().needed_files(), self.folder / "labels.jsonl"]
+    def annotation_files(self) -> list[Path]:
+        return [self.folder / "labels.jsonl"]
 
     def make_data(self) -> None:
         """Draw the test split, unless this very generator has drawn it already."""
@@ -91,7 +98,7 @@ class Shapes(Benchmark):
         answers = [labels[sample.question_id]["answer"].lower() for sample in samples]
         return [row["text"].lower().split()[:1] == [answer] for row, answer in zip(rows, answers, strict=True)]
 
-    def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         every = self.right(samples, rows)
         per_category: dict[str, list[bool]] = defaultdict(list)
         for category, right in zip(self.categories(samples), every, strict=True):

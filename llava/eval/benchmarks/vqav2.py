@@ -1,27 +1,33 @@
-"""VQAv2 test-dev (arXiv 1612.00837): an upload file for the EvalAI server, which alone has the answers.
+"""VQAv2 (arXiv 1612.00837): an upload file for test-dev, whose answers only the EvalAI server has; soft accuracy on val.
 
-Files in LLaVA's layout, below vqav2/: the questions (llava_vqav2_mscoco_test-dev2015.jsonl), the whole test split
-that an upload must cover (llava_vqav2_mscoco_test2015.jsonl), and the images (test2015).
+Files below vqav2/. test-dev, in LLaVA's layout: the questions (llava_vqav2_mscoco_test-dev2015.jsonl), the whole test
+split that an upload must cover (llava_vqav2_mscoco_test2015.jsonl), and the images (test2015). val, the official files:
+v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014. Joined by question_id.
 """
 
 from __future__ import annotations
 
-import json
+from collections import defaultdict
 from pathlib import Path
 
 from llava.errors import UserError
+from llava.eval.annotations import SHORT_ANSWER, read_part, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.evalai_normaliser import normalise
-from llava.eval.files import told_when_unwritable, write_atomically
-from llava.eval.samples import Sample, read_lines
+from llava.eval.files import write_json
+from llava.eval.joining import join, mean
+from llava.eval.samples import Sample, make_samples, read_lines, refuse_repeated_ids
+from llava.eval.vqa_accuracy import official_accuracy
 
-SPLIT = "llava_vqav2_mscoco_test-dev2015"
+TEST_DEV = "llava_vqav2_mscoco_test-dev2015"
 
 
 class VQAv2(Benchmark):
     """Answers normalised as EvalAI does it; questions of the test split that were not asked get an empty answer."""
 
     name = "vqav2"
+    splits = ("test-dev", "val")
+    headline = "accuracy"
     download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#vqav2"
 
     @property
@@ -30,52 +36,96 @@ class VQAv2(Benchmark):
 
     @property
     def question_file(self) -> Path:
-        return self.folder / f"{SPLIT}.jsonl"
+        names = {"test-dev": f"{TEST_DEV}.jsonl", "val": "v2_OpenEnded_mscoco_val2014_questions.json"}
+        return self.folder / names[self.split]
 
     @property
     def whole_split(self) -> Path:
         return self.folder / "llava_vqav2_mscoco_test2015.jsonl"
 
     @property
-    def image_folder(self) -> Path:
-        return self.folder / "test2015"
+    def labels(self) -> Path:
+        return self.folder / "v2_mscoco_val2014_annotations.json"
 
-    def needed_files(self) -> list[Path]:
-        return [*super().needed_files(), self.whole_split]
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / {"test-dev": "test2015", "val": "val2014"}[self.split]
+
+    def annotation_files(self) -> list[Path]:
+        return [self.labels if self.split == "val" else self.whole_split]
 
     def read(self) -> list[Sample]:
         """The questions; that the upload file can be written from them is checked now, not hours later."""
-        samples = super().read()
-        first: dict[int | str, int] = {}
-        for sample in samples:
-            if sample.question_id in first:
+        if self.split == "val":
+            samples = self._read_val()
+        else:
+            samples = super().read()
+            ids = {sample.question_id for sample in samples}
+            strangers = len(ids - set(split_ids(self.whole_split)))
+            if strangers:
                 raise UserError(
-                    f"{self.question_file}, line {sample.line}: question_id {sample.question_id} is already in line "
-                    f"{first[sample.question_id]}, allowed is each once"
+                    f"{self.whole_split}: lacks {strangers} of the {len(ids)} question_ids of {self.question_file}"
                 )
-            first[sample.question_id] = sample.line
-        strangers = len(first.keys() - set(self._split_ids()))
-        if strangers:
-            raise UserError(
-                f"{self.whole_split}: lacks {strangers} of the {len(first)} question_ids of {self.question_file}"
-            )
+        refuse_repeated_ids(samples, self.question_file)
         return samples
 
-    def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """Write answers_upload/<split>/<checkpoint>/<run>.json: [{question_id, answer}] over the whole test split."""
-        answers = {sample.question_id: normalise(row["text"]) for sample, row in zip(samples, rows, strict=True)}
-        ids = self._split_ids()
-        upload = self.folder / "answers_upload" / SPLIT / self.checkpoint.short_name / f"{folder.name}.json"
-        with told_when_unwritable(upload):
-            upload.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(upload, json.dumps([{"question_id": i, "answer": answers.get(i, "")} for i in ids]))
-        return {"upload": str(upload), "answered": len(answers), "empty": len(ids) - len(answers)}
+    def _read_val(self) -> list[Sample]:
+        questions = read_part(self.question_file, "questions")
+        with told_when_malformed(self.question_file):
+            rows = [
+                {
+                    "question_id": question["question_id"],
+                    "image": f"COCO_val2014_{question['image_id']:012d}.jpg",
+                    "text": question["question"] + SHORT_ANSWER,
+                }
+                for question in questions
+            ]
+        return make_samples(list(enumerate(rows, 1)), self.question_file, unit="entry")
 
-    def _split_ids(self) -> list:
-        rows = read_lines(self.whole_split)
-        for number, row in rows:
-            if not isinstance(row.get("question_id"), (int, str)):
-                raise UserError(
-                    f'{self.whole_split}, line {number}: has no "question_id" that is a whole number or a string'
-                )
-        return [row["question_id"] for _, row in rows]
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        """val: soft accuracy. test-dev: writes answers_upload/<split>/<checkpoint>/<run>.json over the whole split."""
+        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        if self.split == "val":
+            return score(answers, read_part(self.labels, "annotations"), self.labels, bool(self.partial))
+        upload = self.upload_file(folder, self.folder / "answers_upload" / TEST_DEV, "json")
+        return write_upload(dict(answers), split_ids(self.whole_split), upload)
+
+
+def score(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> dict:
+    """Accuracy of (question_id, answer) pairs by VQAv2's rule, after the normalisation that an upload would get."""
+    with told_when_malformed(source):
+        labels = [
+            (entry["question_id"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type", "other")))
+            for entry in annotations
+        ]
+    per_type = defaultdict(list)
+    for [answer], [(people, kind)] in join(answers, labels, source, partial).values():
+        with told_when_malformed(source):
+            per_type[kind].append(official_accuracy(normalise(answer), people))
+    values = [value for group in per_type.values() for value in group]
+    return {
+        "accuracy": mean(values),
+        "questions": len(values),
+        "per_answer_type": {kind: mean(group) for kind, group in sorted(per_type.items())},
+    }
+
+
+def split_ids(path: Path) -> list:
+    """The question_ids of a split, in its order."""
+    rows = read_lines(path)
+    for number, row in rows:
+        if not isinstance(row.get("question_id"), (int, str)):
+            raise UserError(f'{path}, line {number}: has no "question_id" that is a whole number or a string')
+    return [row["question_id"] for _, row in rows]
+
+
+def write_upload(answers: dict, ids: list, upload: Path) -> dict:
+    """[{question_id, answer}] over `ids`, in EvalAI's normal form and empty where nothing was answered."""
+    strangers = len(answers.keys() - set(ids))
+    if strangers:
+        raise UserError(
+            f"{upload}: not written, {strangers} of {len(answers)} answers are to none of the split's questions"
+        )
+    content = [{"question_id": i, "answer": normalise(answers[i]) if i in answers else ""} for i in ids]
+    write_json(upload, content, indent=None)
+    return {"upload": str(upload), "answered": len(answers), "empty": len(ids) - len(answers)}

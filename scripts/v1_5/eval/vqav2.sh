@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# VQAv2 test-dev with LLaVA-1.5-7B: bash scripts/v1_5/eval/vqav2.sh [tokens] [flags]
+# VQAv2 with LLaVA-1.5-7B: bash scripts/v1_5/eval/vqav2.sh [tokens] [flags]
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh" vqav2 --family v1_5 "$@"

@@ -1,0 +1,248 @@
+"""Questions per second: the worker at its defaults against the loop that evaluations of LLaVA forks are made of.
+
+    python benchmarks/eval_throughput.py [--pictures 8] [--repeats 5] [--output FILE.csv]
+
+The upstream loop, written down here from what it does: one question at a time; for each, its image is decoded and cut
+into tiles, the vision tower runs eagerly through all of its layers and hands out the attention map of every one of them
+(`output_attentions=True`), and `generate` runs at batch 1. The worker is llava.eval.loaded_shard as the launcher starts
+it: batches, each picture decoded and encoded once for all of its questions, SDPA, one [CLS] row. Both choose tokens by
+the same code under the same configuration, both write an answer line per question, neither counts loading.
+
+The pictures are the demo's, eight questions each (POPE asks 18 of a picture, GQA 30, MME 2). Answers must be the same, else no figure is
+given. Loops take turns in every repetition, so that a machine that slows down slows both; figures are medians.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import logging as transformers_logging
+
+from llava.config import AdaVConfig
+from llava.conversation import default_conv_mode, single_turn
+from llava.demo.questions import ask
+from llava.demo.scenes import draw_scene, scene_rng
+from llava.demo.vocabulary import QUESTION_TYPES
+from llava.errors import exits_cleanly
+from llava.eval.arguments import Parser, positive
+from llava.eval.environment import commit, environment
+from llava.eval.files import REPOSITORY, write_atomically
+from llava.eval.launch import BATCH_SIZE
+from llava.eval.loaded_shard import LoadedShard
+from llava.eval.run import Generation
+from llava.eval.tables import columns
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
+FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2
+
+
+class EagerTower(torch.nn.Module):
+    """The vision tower as upstream runs it: every layer, eager attention, all maps returned.
+
+    Has the weights of `tower`; the layers above the one whose features are used keep random ones: what they give is thrown
+    away, here as there.
+    """
+
+    def __init__(self, tower: CLIPVisionTower, whole: CLIPVisionConfig):
+        super().__init__()
+        config = copy.deepcopy(whole)
+        config._attn_implementation = "eager"
+        self.model = CLIPVisionModel(config).eval()
+        missing, unexpected = self.model.load_state_dict(tower.vision_tower.state_dict(), strict=False)
+        above = f"encoder.layers.{tower.config.num_hidden_layers}."
+        assert not unexpected and all(name.startswith(above) or "post_layernorm" in name for name in missing), missing
+        self.num_patches_per_side, self.layer = tower.num_patches_per_side, tower.config.num_hidden_layers
+
+    def forward(self, pixel_values, wanted=()):
+        out = self.model(pixel_values, output_hidden_states=True, output_attentions=True)
+        assert len(out.attentions) == self.model.config.num_hidden_layers
+        rows = out.attentions[self.layer - 1][:, :, 0, 1:].float()
+        return out.hidden_states[self.layer][:, 1:], rows.mean(dim=1), {}
+
+
+def make_questions(folder: Path, pictures: int) -> list[dict]:
+    """Samples as the launcher orders them: pictures drawn into `folder`, PER_PICTURE questions after one another."""
+    samples = []
+    for index in range(pictures):
+        scene, name = draw_scene(FAMILY, "test", index), f"{index:04d}.png"
+        Image.fromarray(scene.pixels).save(folder / name)
+        for n in range(PER_PICTURE):
+            category = QUESTION_TYPES[n % len(QUESTION_TYPES)]
+            rng = scene_rng(FAMILY, "test", index, stream=1 + n // len(QUESTION_TYPES))
+            question = ask(scene, category, rng) or ask(scene, "exists", rng)
+            samples.append({"key": [index, n], "image": name, "prompt": question.text})
+    return samples
+
+
+class Upstream:
+    """One question at a time, everything anew for each."""
+
+    def __init__(self, shard: LoadedShard, tower: EagerTower, spec: dict):
+        self.shard, self.tower, self.spec = shard, tower, spec
+        self.config = AdaVConfig(**spec["config"])
+
+    @contextlib.contextmanager
+    def _eager(self):
+        model = self.shard.model.model
+        ours, model.vision_tower = model.vision_tower, self.tower
+        try:
+            yield
+        finally:
+            model.vision_tower = ours
+
+    @torch.inference_mode()
+    def run(self, file: Path) -> list[str]:
+        shard, answers = self.shard, []
+        conversation = default_conv_mode(shard.model.config, shard.tokenizer)
+        with self._eager(), open(file, "w") as out:
+            for sample in self.spec["samples"]:
+                image = Image.open(Path(self.spec["image_folder"]) / sample["image"]).convert("RGB")
+                pixels = process_images([image], shard.image_processor, shard.model.config)
+                prompt = single_turn(conversation, "<image>\n" + sample["prompt"])
+                ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None]
+                output = shard.model.generate(
+                    ids,
+                    images=pixels,
+                    image_sizes=[image.size],
+                    config=self.config,
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=self.spec["max_new_tokens"],
+                    pad_token_id=shard.pad,
+                )
+                answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())
+                out.write(json.dumps({"key": sample["key"], "text": answers[-1]}) + "\n")
+                out.flush()
+        return answers
+
+
+class Worker:
+    """The project's worker."""
+
+    def __init__(self, shard: LoadedShard, spec: dict):
+        self.shard, self.spec = shard, spec
+
+    def run(self, file: Path) -> list[str]:
+        self.shard.run({**self.spec, "answers": str(file)}, threading.Event())
+        rows = {tuple(row["key"]): row["answer"] for row in map(json.loads, file.read_text().splitlines())}
+        return [rows[tuple(sample["key"])] for sample in self.spec["samples"]]
+
+
+def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of every repetition per loop. Exits where the answers differ: it would be the time of something else."""
+    answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in loops.items()}
+    first, *others = answers.values()
+    for other in others:
+        differ = sum(a != b for a, b in zip(first, other, strict=True))
+        if differ:
+            sys.exit(f"{differ} of {len(first)} answers differ between {' and '.join(answers)}, so no figure is given")
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for repeat in range(repeats):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            again = loop.run(folder / f"{name}-{repeat}.jsonl")
+            seconds[name].append(time.perf_counter() - start)
+            if again != first:
+                sys.exit(f"{name} answers otherwise in repetition {repeat + 1}, so no figure is given")
+        print(f"repetition {repeat + 1} of {repeats}", file=sys.stderr)
+    return seconds
+
+
+def rows_of(seconds: dict[str, list[float]], questions: int) -> list[dict]:
+    """One row per loop, `upstream` first; of_upstream is the ratio of the medians."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return [
+        {
+            "loop": name,
+            "questions_per_second": round(questions / medians[name], 3),
+            "questions_per_second_min": round(questions / max(times), 3),
+            "questions_per_second_max": round(questions / min(times), 3),
+            "of_upstream": round(medians["upstream"] / medians[name], 3),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python benchmarks/eval_throughput.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--pictures", type=positive, default=8, help=f"{PER_PICTURE} questions each (8)")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"of the worker ({BATCH_SIZE})")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--output", type=Path, default=RESULTS / "eval_throughput-cpu.csv")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        samples = make_questions(folder, args.pictures)
+        config = AdaVConfig.load(REPOSITORY / "adav_configs.json")
+        spec = {
+            "checkpoint": str(CHECKPOINT),
+            "model_base": None,
+            "config": config.to_dict(),
+            **asdict(Generation(MAX_NEW_TOKENS)),
+            "batch_size": args.batch_size,
+            "image_folder": str(folder),
+            "samples": samples,
+        }
+        shard = LoadedShard(spec)
+        tower = EagerTower(shard.model.get_vision_tower(), shard.model.config.vision)
+        loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}
+        rows = rows_of(measure(loops, args.repeats, folder), len(samples))
+    machine = environment()
+    made = {
+        "checkpoint": CHECKPOINT.name,
+        "method": config.method,
+        "overall_tokens": config.overall_tokens,
+        "pictures": args.pictures,
+        "questions": len(samples),
+        "batch_size": args.batch_size,
+        "repeats": args.repeats,
+        "device": machine["cpu"],
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "commit": commit(),
+        "command": shlex.join(["python", "benchmarks/eval_throughput.py", *(sys.argv[1:] if argv is None else argv)]),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0], *made], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **made} for row in rows)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output, text.getvalue())
+    lines = [("loop", "questions/s", "slowest", "fastest", "of upstream")]
+    for row in rows:
+        speeds = (f"{row[f'questions_per_second{end}']:.1f}" for end in ("", "_min", "_max"))
+        lines.append((row["loop"], *speeds, f"{row['of_upstream']:.2f}"))
+    print(f"{columns(lines)}\n\n{made['device']}, {made['threads']} threads, medians of {args.repeats}; {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""GQA testdev-balanced (arXiv 1902.09506): exact match of one answer.
+
+Files below gqa/: LLaVA's questions (llava_gqa_testdev_balanced.jsonl), and in data/ the images (images/) and the official
+testdev_balanced_questions.json. Answers lose a final period and their capitals, as LLaVA's converter does it, and are
+compared as eval.py does it. Joined by question_id.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from llava.eval.annotations import told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.files import read_json, write_json
+from llava.eval.joining import join, mean
+from llava.eval.samples import Sample, refuse_repeated_ids
+
+
+class GQA(Benchmark):
+    name = "gqa"
+    splits = ("testdev-balanced",)
+    headline = "accuracy"
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#gqa"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "gqa"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "llava_gqa_testdev_balanced.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        return self.folder / "data" / "testdev_balanced_questions.json"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "data" / "images"
+
+    def annotation_files(self) -> list[Path]:
+        return [self.labels]
+
+    def read(self) -> list[Sample]:
+        samples = super().read()
+        refuse_repeated_ids(samples, self.question_file)
+        return samples
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        return score(answers, read_json(self.labels), self.labels, bool(self.partial))
+
+
+def prediction(text: str) -> str:
+    """The answer as the official evaluation is given it."""
+    return text.rstrip(".").lower()
+
+
+def score(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> dict:
+    """Accuracy of (question_id, answer) pairs against {question_id: {answer, types}}; overall, open and binary."""
+    with told_when_malformed(source):
+        labels = [
+            (key, (entry["answer"], entry.get("types", {}).get("structural"))) for key, entry in questions.items()
+        ]
+    every, groups = [], defaultdict(list)
+    for [text], [(answer, structure)] in join(answers, labels, source, partial).values():
+        every.append(prediction(text) == answer)
+        if structure is not None:
+            groups["open" if structure == "query" else "binary"].append(every[-1])
+    by_kind = {kind: mean(group) for kind, group in sorted(groups.items())}
+    return {"accuracy": mean(every), "questions": len(every), **({"per_kind": by_kind} if by_kind else {})}
+
+
+def write_predictions(answers: list[tuple], path: Path) -> None:
+    """The file that the official eval.py reads: [{questionId, prediction}]."""
+    write_json(path, [{"questionId": key, "prediction": prediction(text)} for key, text in answers], indent=None)

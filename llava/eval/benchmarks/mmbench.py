@@ -1,0 +1,187 @@
+"""MMBench (arXiv 2307.06281), English: local circular accuracy on dev, and the server's upload file for dev and test.
+
+Files below mmbench/: mmbench_dev_20230712.tsv or mmbench_test_20230712.tsv, which hold the images in base64; they are
+unpacked into mmbench/images on the first run. The same question comes once per rotation of its options, the indices equal
+modulo 1,000,000; it counts as right where every rotation is. The server matches free text by an LLM, this scorer
+letters alone, so it may differ a little. Joined by index.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.annotations import OPTION_LETTER
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.files import told_when_unwritable
+from llava.eval.joining import join, mean
+from llava.eval.letters import option_letter
+from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
+
+ROTATION = 1_000_000
+LETTERS = "ABCD"
+NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category", "L2-category")
+
+
+class MMBench(Benchmark):
+    name = "mmbench"
+    splits = ("dev", "test")
+    headline = "accuracy"
+    max_new_tokens = 1024  # LLaVA's model_vqa_mmbench
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#mmbench"
+    files = {"dev": "mmbench_dev_20230712.tsv", "test": "mmbench_test_20230712.tsv"}
+    instruction = OPTION_LETTER
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "mmbench"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / self.files[self.split]
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "images"
+
+    def group(self, sample: Sample) -> Hashable:
+        return sample.question_id % ROTATION
+
+    def make_data(self) -> None:
+        """Unpack the images, each under the hash of its content, so that rotations share one file."""
+        if not self.question_file.is_file():
+            return
+        with told_when_unwritable(self.image_folder):
+            self.image_folder.mkdir(exist_ok=True)
+            for row in read_table(self.question_file):
+                content = _content(row, self.question_file)
+                path = self.image_folder / _name(content)
+                if not path.exists():
+                    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                    temporary.write_bytes(content)
+                    os.replace(temporary, path)
+
+    def prompt(self, row: dict) -> str:
+        return row["text"] + self.instruction
+
+    def read(self) -> list[Sample]:
+        rows = []
+        for row in read_table(self.question_file):
+            image = _name(_content(row, self.question_file))
+            rows.append({**row, "question_id": row["index"], "image": image, "text": question(row)})
+        samples = make_samples(list(enumerate(rows, 1)), self.question_file, self.prompt, unit="row")
+        refuse_repeated_ids(samples, self.question_file)
+        return samples
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        table = [sample.row for sample in samples]
+        if self.partial is None:
+            place = self.folder / "answers_upload" / self.question_file.stem
+            upload = self.upload_file(folder, place, "xlsx")
+            write_upload(dict(answers), table, upload)
+            written = {"upload": str(upload), "answered": len(answers)}
+        else:
+            written = {}
+        return {**(score(answers, table, self.question_file) if self.split == "dev" else {}), **written}
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of an MMBench .tsv: column -> text, without empty cells; "index" is a number.
+
+    An "image" that is another row's index stands for that row's image. UserError says what is wrong with the file.
+    """
+    limit = csv.field_size_limit(1 << 30)  # the module's own limit is below the size of an image
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("index", "question", "A", "image") if not row.get(name)]
+        if missing or None in row or None in row.values() or not row["index"].isdigit():
+            what = f"lacks {', '.join(missing)}" if missing else "is not a row of the table"
+            raise UserError(f"{path}, row {number} of {len(rows)}: {what}; is the file cut off?")
+        row["index"] = int(row["index"])
+    images = {str(row["index"]): row["image"] for row in rows}
+    return [
+        {name: cell for name, cell in row.items() if not _empty(cell)}
+        | {"image": images.get(row["image"], row["image"])}
+        for row in rows
+    ]
+
+
+def _empty(cell) -> bool:
+    return cell is None or (isinstance(cell, str) and cell.lower() in ("", "nan", "none"))
+
+
+def question(row: dict) -> str:
+    """Hint, question and options A. to D. up to the first that is missing, one per line."""
+    lines = [row["hint"]] if "hint" in row else []
+    lines.append(row["question"])
+    for letter in LETTERS:
+        if letter not in row:
+            break
+        lines.append(f"{letter}. {row[letter]}")
+    return "\n".join(lines)
+
+
+def _content(row: dict, path: Path) -> bytes:
+    try:
+        return base64.b64decode(row["image"], validate=True)
+    except ValueError:
+        raise UserError(f"{path}, index {row['index']}: its image is not base64; is the file cut off?") from None
+
+
+def _name(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20] + (".png" if content.startswith(b"\x89PNG") else ".jpg")
+
+
+def score(answers: list[tuple], table: list[dict], source: Path, partial: bool = False) -> dict:
+    """Circular accuracy of (index, answer) pairs: a question is right where all of its rotations are."""
+    unlabelled = sum("answer" not in row for row in table)
+    if unlabelled:
+        raise UserError(f"{source}: {unlabelled} of {len(table)} rows have no answer, so this split is the server's")
+    rotations, categories = defaultdict(list), {}
+    for index, ([text], [row]) in join(answers, [(row["index"], row) for row in table], source, partial).items():
+        rotations[index % ROTATION].append(option_letter(text, LETTERS) == row["answer"])
+        categories[index % ROTATION] = row.get("category", "all")
+    per_category = defaultdict(list)
+    for base, right in rotations.items():
+        per_category[categories[base]].append(all(right))
+    groups = [value for group in per_category.values() for value in group]
+    return {
+        "accuracy": mean(groups),
+        "questions": len(groups),
+        "single_pass_accuracy": mean(value for right in rotations.values() for value in right),
+        "rows": len(answers),
+        "per_category": {name: mean(group) for name, group in sorted(per_category.items())},
+    }
+
+
+def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
+    """The .xlsx that the server takes: the table without images and notes, predictions in the seventh column."""
+    from openpyxl import Workbook
+
+    columns = list(dict.fromkeys(name for row in table for name in row if name not in NOT_UPLOADED))
+    columns = [name for name in columns if name not in ("question_id", "text")]
+    order = [name for name in ("index", "question", *LETTERS) if name in columns]
+    rest = [name for name in columns if name not in order]
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet()
+    sheet.append([*order, "prediction", *rest])
+    for row in table:
+        sheet.append([*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)])
+    temporary = upload.with_name(f".{upload.name}.{os.getpid()}.tmp")
+    with told_when_unwritable(upload):
+        upload.parent.mkdir(parents=True, exist_ok=True)
+        book.save(temporary)
+        os.replace(temporary, upload)

@@ -1,0 +1,15 @@
+"""MMBench (arXiv 2307.06281), Chinese: as the English one, with its own tables and instruction.
+
+Files below mmbench/: mmbench_dev_cn_20231003.tsv or mmbench_test_cn_20231003.tsv.
+"""
+
+from __future__ import annotations
+
+from llava.eval.benchmarks.mmbench import MMBench
+
+
+class MMBenchCN(MMBench):
+    name = "mmbench_cn"
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#mmbench-cn"
+    files = {"dev": "mmbench_dev_cn_20231003.tsv", "test": "mmbench_test_cn_20231003.tsv"}
+    instruction = "\n请直接回答选项字母。"

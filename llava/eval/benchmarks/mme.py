@@ -1,0 +1,138 @@
+"""MME (arXiv 2306.13394): two yes/no questions per image, in 14 sub-tasks; points for perception and cognition.
+
+Files below MME/: LLaVA's questions (llava_mme.jsonl) and MME_Benchmark_release_version, which holds per sub-task the images
+and one .txt of questions and answers per image (side by side, or in images/ and questions_answers_YN/). Joined by
+(sub-task, image, question without instruction). The answers are also written as the official calculation.py reads them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.files import told_when_unwritable, write_atomically
+from llava.eval.joining import agreed, join, mean
+from llava.eval.samples import Sample
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+YES_NO = "Please answer yes or no."
+
+
+class MME(Benchmark):
+    name = "mme"
+    headline = "perception"
+    points = True
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#mme"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "MME"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "llava_mme.jsonl"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "MME_Benchmark_release_version"
+
+    def group(self, sample: Sample) -> Hashable:
+        return sample.image
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        """Points per sub-task; also writes eval_tool/answers/<checkpoint>/<run>/<sub-task>.txt."""
+        answers = [
+            (key(sample.question_id, sample.text), row["text"]) for sample, row in zip(samples, rows, strict=True)
+        ]
+        release = read_release(self.image_folder)
+        result = score(answers, release, self.image_folder, bool(self.partial))
+        texts = self.upload_file(folder, self.folder / "eval_tool" / "answers", "txt").with_suffix("")
+        write_answers(answers, release, texts)
+        return {**result, "answers": str(texts)}
+
+
+def key(question_id: str, text: str) -> tuple[str, str, str]:
+    """(sub-task, image without ending, question without instruction) of a row of LLaVA's question or answer files."""
+    task, _, rest = str(question_id).partition("/")
+    return task, Path(rest).stem, _bare(text)
+
+
+def _bare(question: str) -> str:
+    question = question.replace(SHORT_ANSWER.strip(), "").replace(YES_NO, "")
+    return " ".join(question.split())
+
+
+def read_release(release: Path) -> list[tuple[tuple, tuple[str, str]]]:
+    """(key, (question as the release spells it, Yes or No)) of every .txt; UserError names the line that is wrong."""
+    if not release.is_dir():
+        raise UserError(f"{release}: no such folder")
+    labels = []
+    for folder in sorted(path for path in release.iterdir() if path.is_dir()):
+        texts = folder / "questions_answers_YN"
+        for path in sorted((texts if texts.is_dir() else folder).glob("*.txt")):
+            with told_when_malformed(path):
+                lines = path.read_text(encoding="utf-8").split("\n")
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                question, tab, label = line.strip().rpartition("\t")
+                if folder.name not in PERCEPTION + COGNITION or not tab or label.strip().lower() not in ("yes", "no"):
+                    raise UserError(
+                        f'{path}, line {number}: found "{line.strip()}", allowed is a question of one of the '
+                        f"{len(PERCEPTION + COGNITION)} sub-tasks, a tab and Yes or No"
+                    )
+                labels.append(((folder.name, path.stem, _bare(question)), (question, label.strip())))
+    return labels
+
+
+def said(text: str) -> str:
+    """yes, no or other: what the first four characters of an answer hold, as calculation.py reads them."""
+    start = text.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def score(answers: list[tuple], release: list[tuple], source: Path, partial: bool = False) -> dict:
+    """Points of (key, answer) pairs: per sub-task 100 x share of right answers + 100 x share of images all right.
+
+    perception adds up ten sub-tasks (at most 2,000), cognition four (at most 800); over those that were asked, if
+    `partial`, where an image that lacks one of its two answers counts for the first share alone.
+    """
+    asked = defaultdict(int)
+    for (task, image, _), _ in release:
+        asked[task, image] += 1
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for key_, (texts, several) in join(answers, release, source, partial, repeats=True).items():
+        task, image, _ = key_
+        label = agreed([label.lower() for _, label in several], key_, source)
+        right[task][image].extend(said(text) == label for text in texts)
+    points = {}
+    for task, images in right.items():
+        whole = [all(values) for image, values in images.items() if len(values) == asked[task, image]]
+        share = mean(value for values in images.values() for value in values)
+        points[task] = 100 * share + 100 * (mean(whole) if whole else 0.0)
+    return {
+        "perception": sum(points.get(task, 0.0) for task in PERCEPTION),
+        "cognition": sum(points.get(task, 0.0) for task in COGNITION),
+        "questions": len(answers),
+        "per_task": {task: points[task] for task in PERCEPTION + COGNITION if task in points},
+    }
+
+
+def write_answers(answers: list[tuple], release: list[tuple], folder: Path) -> None:
+    """folder/<sub-task>.txt with lines "image.txt, question, right answer, answer" separated by tabs."""
+    known = dict(release)
+    lines: dict[str, list[str]] = defaultdict(list)
+    for (task, image, bare), text in answers:
+        question, label = known[task, image, bare]
+        lines[task].append("\t".join([f"{image}.txt", question, label, " ".join(text.split())]))
+    with told_when_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for task, content in lines.items():
+        write_atomically(folder / f"{task}.txt", "\n".join(content) + "\n")

@@ -1,0 +1,116 @@
+"""MM-Vet (arXiv 2308.02490): free answers; a file for the authors' grader, or a score by a judge of one's own.
+
+Files below mm-vet/: LLaVA's questions (llava-mm-vet.jsonl), the images (images), and mm-vet.json, needed where a judge is
+named (JUDGE_URL and JUDGE_MODEL in the environment, llava.eval.judge). The published numbers are graded by GPT-4; those of
+another judge are not comparable with them. Joined by question id (v1_<id>).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from llava.eval.annotations import told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.files import read_json, write_json
+from llava.eval.joining import join, mean
+from llava.eval.judge import Judge, grade_all
+from llava.eval.samples import Sample, refuse_repeated_ids
+
+# The grader's prompt of the authors (yuweihao/MM-Vet, mm-vet_evaluator.ipynb), word for word: it is protocol.
+_MEME = (
+    "This meme is poking fun at the fact that the names of the countries Iceland and Greenland are misleading. Despite "
+    "its name, Iceland is known for its beautiful green landscapes, while Greenland is mostly covered in ice and snow. "
+    "The meme is saying that the person has trust issues because the names of these countries do not accurately "
+    "represent their landscapes."
+)
+GRADER = f"""Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in the ground truth means it is totally right only when all elements in the ground truth are present in the prediction, and <OR> means it is totally right when any one element in the ground truth is present in the prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the last space of the correctness score.
+
+Question | Ground truth | Prediction | Correctness
+--- | --- | --- | ---
+What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0
+What is x in the equation? | -1 <AND> -5 | x = -1 | 0.5
+What is x in the equation? | -1 <AND> -5 | x = -5 | 0.5
+What is x in the equation? | -1 <AND> -5 | x = -5 or 5 | 0.5
+What is x in the equation? | -1 <AND> -5 | x = -1 or x = -5 | 1.0
+Can you explain this meme? | {_MEME} | The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is not very icy and Greenland isn't very green. | 0.4
+Can you explain this meme? | {_MEME} | The meme is using humor to point out the misleading nature of Iceland's and Greenland's names. Iceland, despite its name, has lush green landscapes while Greenland is mostly covered in ice and snow. The text 'This is why I have trust issues' is a playful way to suggest that these contradictions can lead to distrust or confusion. The humor in this meme is derived from the unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0
+"""
+
+
+class MMVet(Benchmark):
+    name = "mmvet"
+    headline = "total"
+    max_new_tokens = 1024  # LLaVA's model_vqa
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#mm-vet"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "mm-vet"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "llava-mm-vet.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        return self.folder / "mm-vet.json"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "images"
+
+    def annotation_files(self) -> list[Path]:
+        return [self.labels] if Judge.from_environment() else []
+
+    def read(self) -> list[Sample]:
+        samples = super().read()
+        refuse_repeated_ids(samples, self.question_file)
+        return samples
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        """Writes results/<checkpoint>/<run>.json; with a judge, its mean grade and that of every capability."""
+        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        upload = self.upload_file(folder, self.folder / "results", "json")
+        written = write_results(answers, upload)
+        judge = Judge.from_environment()
+        if judge is None:
+            return written
+        graded = score(answers, read_json(self.labels), self.labels, judge, folder / "grades.jsonl", bool(self.partial))
+        return {**graded, **written}
+
+
+def name(question_id: int | str) -> str:
+    return f"v1_{question_id}"
+
+
+def write_results(answers: list[tuple], upload: Path) -> dict:
+    """{"v1_<id>": answer}, as the authors' grader reads it."""
+    write_json(upload, {name(key): text for key, text in answers})
+    return {"upload": str(upload), "answered": len(answers)}
+
+
+def score(answers: list[tuple], labels: dict, source: Path, judge: Judge, kept: Path, partial: bool = False) -> dict:
+    """Mean grade of (id, answer) pairs by `judge`, overall and per capability. kept: where grades are written at once."""
+    joined = join([(name(key), text) for key, text in answers], labels.items(), source, partial)
+    with told_when_malformed(source):
+        prompts = {
+            key: f"{GRADER}{entry['question']} | {_spaced(entry['answer'])} | {text} |"
+            for key, ([text], [entry]) in joined.items()
+        }
+        capabilities = {key: entry["capability"] for key, (_, [entry]) in joined.items()}
+    grades = grade_all(judge, prompts, kept)
+    per_capability = defaultdict(list)
+    for key, grade in grades.items():
+        for capability in capabilities[key]:
+            per_capability[capability].append(grade)
+    return {
+        "total": mean(grades.values()),
+        "questions": len(grades),
+        "judge": judge.model,
+        "per_capability": {kind: mean(values) for kind, values in sorted(per_capability.items())},
+    }
+
+
+def _spaced(answer: str) -> str:
+    return answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")

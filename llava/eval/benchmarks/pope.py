@@ -1,0 +1,114 @@
+"""POPE (arXiv 2305.10355): is an object in the picture; F1 of "yes" in three categories, and their mean.
+
+Files below pope/: LLaVA's questions (llava_pope_test.jsonl), the official labels (coco/coco_pope_<category>.json) and the
+COCO images (val2014). LLaVA's scorer trusts the order of lines; here labels are joined by (category, image, question).
+The authors later respelled "imange" as "image" in their files: both spellings mean the same question.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.joining import agreed, join, mean
+from llava.eval.samples import Sample, read_lines
+
+CATEGORIES = ("adversarial", "popular", "random")
+
+
+class POPE(Benchmark):
+    name = "pope"
+    headline = "f1"
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#pope"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "pope"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "llava_pope_test.jsonl"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "val2014"
+
+    def annotation_files(self) -> list[Path]:
+        return [label_file(self.folder / "coco", category) for category in CATEGORIES]
+
+    def read(self) -> list[Sample]:
+        return with_category(super().read(), self.question_file)
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        answers = [(key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        return score(answers, self.folder / "coco", bool(self.partial))
+
+
+def with_category(samples: list[Sample], path: Path) -> list[Sample]:
+    """The samples of `path` as they are; UserError where one belongs to none of the three categories."""
+    for sample in samples:
+        if sample.row.get("category") not in CATEGORIES:
+            raise UserError(
+                f'{path}, line {sample.line}: "category" is {sample.row.get("category")!r}, '
+                f"allowed are {', '.join(CATEGORIES)}"
+            )
+    return samples
+
+
+def label_file(folder: Path, category: str) -> Path:
+    return folder / f"coco_pope_{category}.json"
+
+
+def key(sample: Sample) -> tuple[str, str, str]:
+    return (sample.row["category"], sample.image, _spelled(sample.text.removesuffix(SHORT_ANSWER)))
+
+
+def _spelled(question: str) -> str:
+    return question.strip().replace("imange", "image")
+
+
+def says_yes(text: str) -> bool:
+    """An answer counts as no where its first sentence has the word No, no or not, else as yes."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
+    """F1 (positive = yes) of (key, answer) pairs per category against the files in `labels`, and the mean over them."""
+    known, source = [], labels
+    for category in CATEGORIES:
+        source = label_file(labels, category)
+        with told_when_malformed(source):
+            for number, row in read_lines(source):
+                if row["label"] not in ("yes", "no"):
+                    raise UserError(f'{source}, line {number}: "label" is {row["label"]!r}, allowed are yes and no')
+                known.append(((category, row["image"], _spelled(row["text"])), row["label"] == "yes"))
+    counts: dict[str, dict] = defaultdict(lambda: dict.fromkeys([(a, b) for a in (0, 1) for b in (0, 1)], 0))
+    for key_, (texts, several) in join(answers, known, labels, partial, repeats=True).items():
+        for text in texts:
+            counts[key_[0]][says_yes(text), agreed(several, key_, labels)] += 1
+    per_category = {category: _measures(counts[category]) for category in CATEGORIES if category in counts}
+    total = len(answers)
+    right = sum(table[True, True] + table[False, False] for table in counts.values())
+    yes = sum(table[True, True] + table[True, False] for table in counts.values())
+    return {
+        "f1": mean(measures["f1"] for measures in per_category.values()),
+        "questions": total,
+        "accuracy": right / total,
+        "yes_ratio": yes / total,
+        **{category: measures for category, measures in per_category.items()},
+    }
+
+
+def _measures(table: dict) -> dict:
+    """From counts by (said yes, is yes)."""
+    hits, said, are = table[True, True], table[True, True] + table[True, False], table[True, True] + table[False, True]
+    return {
+        "f1": 2 * hits / (said + are) if said + are else 0.0,
+        "precision": hits / said if said else 0.0,
+        "recall": hits / are if are else 0.0,
+        "questions": sum(table.values()),
+    }

@@ -1,0 +1,111 @@
+"""ScienceQA-IMG (arXiv 2209.09513): multiple choice; accuracy on the test questions that come with an image.
+
+Files below scienceqa/: LLaVA's questions (llava_test_CQM-A.json), the official problems.json and pid_splits.json, and the
+images (images/test/<id>/image.png). The questions without image are asked too, as text alone. Joined by problem id.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import UserError
+from llava.eval.annotations import OPTION_LETTER, told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.files import read_json
+from llava.eval.joining import join, mean
+from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
+
+LETTERS = "ABCDE"
+
+
+class ScienceQA(Benchmark):
+    name = "sqa"
+    headline = "image_accuracy"
+    max_new_tokens = 1024  # LLaVA's model_vqa_science
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#scienceqa"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "scienceqa"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "llava_test_CQM-A.json"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "images" / "test"
+
+    def annotation_files(self) -> list[Path]:
+        return [self.folder / "problems.json", self.folder / "pid_splits.json"]
+
+    def prompt(self, row: dict) -> str:
+        return row["text"] + OPTION_LETTER
+
+    def read(self) -> list[Sample]:
+        """LLaVA's file is a list of conversations; the first turn holds context, question and options."""
+        with told_when_malformed(self.question_file):
+            rows = []
+            for entry in read_json(self.question_file):
+                value = entry["conversations"][0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+                image = {"image": entry["image"]} if entry.get("image") else {}
+                rows.append({"question_id": entry["id"], "text": value, **image})
+        samples = make_samples(list(enumerate(rows, 1)), self.question_file, self.prompt, unit="entry")
+        refuse_repeated_ids(samples, self.question_file)
+        return samples
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        answers = [
+            (str(sample.question_id), (row["text"], sample.image is not None))
+            for sample, row in zip(samples, rows, strict=True)
+        ]
+        return score(answers, self.folder, self.split, bool(self.partial))
+
+
+def chosen(text: str, choices: int) -> int:
+    """Which of `choices` options an answer picks, -1 for none that can be told.
+
+    As in LLaVA's eval_science_qa: the letter alone, "B. ..." at the start, or "The answer is B".
+    """
+    text = text.replace("\n", ". ")
+    if text.strip() and text.strip() in LETTERS and len(text.strip()) == 1:
+        letter = text.strip()
+    elif re.match(rf"[{LETTERS}]\. ", text):
+        letter = text[0]
+    else:
+        found = re.search(rf"The answer is ([{LETTERS}])\.", text) or re.search(rf"The answer is ([{LETTERS}])", text)
+        if not found:
+            return -1
+        letter = found[1]
+    index = LETTERS.index(letter)
+    return index if index < choices else -1
+
+
+def read_problems(folder: Path, split: str) -> dict[str, dict]:
+    """id -> problem, of one split."""
+    problems, splits = (read_json(folder / name) for name in ("problems.json", "pid_splits.json"))
+    with told_when_malformed(folder / "pid_splits.json"):
+        ids = [str(key) for key in splits[split]]
+        missing = [key for key in ids if key not in problems]
+    if missing:
+        raise UserError(
+            f"{folder / 'problems.json'}: lacks {len(missing)} of the {len(ids)} problems of split {split} "
+            f"(the first: {missing[0]})"
+        )
+    return {key: problems[key] for key in ids}
+
+
+def score(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> dict:
+    """Accuracy of (id, (answer, asked with an image)) pairs against problems.json: with an image, and over all."""
+    source = folder / "problems.json"
+    labels = read_problems(folder, split).items()
+    with_image, every = [], []
+    for [(text, image)], [problem] in join(answers, labels, source, partial).values():
+        with told_when_malformed(source):
+            every.append(chosen(text, len(problem["choices"])) == problem["answer"])
+        if image:
+            with_image.append(every[-1])
+    images = {"image_accuracy": mean(with_image)} if with_image else {}
+    return {**images, "accuracy": mean(every), "questions": len(every), "questions_with_image": len(with_image)}

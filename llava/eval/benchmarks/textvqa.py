@@ -1,0 +1,73 @@
+"""TextVQA val (arXiv 1904.08920), with OCR tokens in the prompt: soft accuracy against ten answers.
+
+Files below textvqa/: LLaVA's questions (llava_textvqa_val_v051_ocr.jsonl), TextVQA_0.5.1_val.json, and the images
+(train_images). LLaVA's question_id is the image's, so answers are joined by (image id, lower-cased question), the question
+being recovered from the prompt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.annotations import read_part, told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.joining import join, mean
+from llava.eval.samples import Sample
+from llava.eval.vqa_accuracy import textvqa_accuracy
+
+
+class TextVQA(Benchmark):
+    name = "textvqa"
+    splits = ("val",)
+    headline = "accuracy"
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#textvqa"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "textvqa"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / "llava_textvqa_val_v051_ocr.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        return self.folder / "TextVQA_0.5.1_val.json"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / "train_images"
+
+    def annotation_files(self) -> list[Path]:
+        return [self.labels]
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        answers = [
+            ((sample.question_id, question(sample.prompt, self.question_file)), row["text"])
+            for sample, row in zip(samples, rows, strict=True)
+        ]
+        return score(answers, read_part(self.labels, "data"), self.labels, bool(self.partial))
+
+
+def question(prompt: str, source: Path) -> str:
+    """The lower-cased question in a prompt of LLaVA's: "question[, OCR line], instruction" or "OCR line, question, ..."."""
+    lines = prompt.split("\n")
+    ocr = [line.startswith("Reference OCR token:") for line in lines]
+    if len(lines) == 2 or (len(lines) == 3 and any(ocr)):
+        return lines[1 if ocr[0] else 0].lower()
+    raise UserError(
+        f"{source}: a prompt has {len(lines)} lines, allowed are a question, one line of OCR tokens and an instruction"
+    )
+
+
+def score(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> dict:
+    """Accuracy of ((image id, question), answer) pairs. A question that was annotated twice counts their mean."""
+    with told_when_malformed(source):
+        labels = [((entry["image_id"], entry["question"].lower()), entry["answers"]) for entry in data]
+        values = [
+            mean(textvqa_accuracy(text, people) for people in several)
+            for texts, several in join(answers, labels, source, partial, repeats=True).values()
+            for text in texts
+        ]
+    return {"accuracy": mean(values), "questions": len(values)}

@@ -1,0 +1,81 @@
+"""VizWiz-VQA (arXiv 1802.08218): an upload file for test, soft accuracy on val.
+
+Files below vizwiz/. test, in LLaVA's layout: llava_test.jsonl and the images (test). val: the official val.json and its
+images (val), asked with the words of LLaVA's test questions. Joined by the image: each has one question.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.benchmarks.base import Benchmark
+from llava.eval.evalai_normaliser import normalise
+from llava.eval.files import read_json, write_json
+from llava.eval.joining import join, mean
+from llava.eval.samples import Sample, make_samples
+from llava.eval.vqa_accuracy import official_accuracy
+
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+
+
+class VizWiz(Benchmark):
+    name = "vizwiz"
+    splits = ("test", "val")
+    headline = "accuracy"
+    download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#viswiz"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_root / "vizwiz"
+
+    @property
+    def question_file(self) -> Path:
+        return self.folder / {"test": "llava_test.jsonl", "val": "val.json"}[self.split]
+
+    @property
+    def image_folder(self) -> Path:
+        return self.folder / self.split
+
+    def read(self) -> list[Sample]:
+        if self.split == "test":
+            samples = super().read()
+        else:
+            with told_when_malformed(self.question_file):
+                rows = [
+                    {
+                        "question_id": entry["image"],
+                        "image": entry["image"],
+                        "text": entry["question"] + UNANSWERABLE + SHORT_ANSWER,
+                    }
+                    for entry in read_json(self.question_file)
+                ]
+            samples = make_samples(list(enumerate(rows, 1)), self.question_file, unit="entry")
+        twice = [image for image, count in Counter(sample.image for sample in samples).items() if count > 1]
+        if twice:
+            raise UserError(f'{self.question_file}: image "{twice[0]}" has several questions, allowed is one each')
+        return samples
+
+    def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        """val: soft accuracy. test: writes answers_upload/<checkpoint>/<run>.json, [{image, answer}]."""
+        answers = [(sample.image, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        if self.split == "val":
+            return score(answers, read_json(self.question_file), self.question_file, bool(self.partial))
+        return write_upload(answers, self.upload_file(folder, self.folder / "answers_upload", "json"))
+
+
+def score(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> dict:
+    """Accuracy of (image, answer) pairs by the rule of the VQA evaluation, after the upload's normalisation."""
+    with told_when_malformed(source):
+        labels = [(entry["image"], [a["answer"] for a in entry["answers"]]) for entry in entries]
+        joined = join(answers, labels, source, partial)
+        values = [official_accuracy(normalise(answer), people) for [answer], [people] in joined.values()]
+    return {"accuracy": mean(values), "questions": len(values)}
+
+
+def write_upload(answers: list[tuple], upload: Path) -> dict:
+    """[{image, answer}], in EvalAI's normal form."""
+    write_json(upload, [{"image": image, "answer": normalise(text)} for image, text in answers], indent=None)
+    return {"upload": str(upload), "answered": len(answers)}

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# MMBench with LLaVA-1.6-7B: bash scripts/v1_6/eval/mmbench.sh [tokens] [flags]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh" mmbench --family v1_6 "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# MM-Vet with LLaVA-1.6-7B: bash scripts/v1_6/eval/mmvet.sh [tokens] [flags]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh" mmvet --family v1_6 "$@"

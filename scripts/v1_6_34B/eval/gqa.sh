@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# GQA with LLaVA-1.6-34B: bash scripts/v1_6_34B/eval/gqa.sh [tokens] [flags]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh" gqa --family v1_6_34B "$@"
