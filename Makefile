@@ -1,7 +1,8 @@
 # make setup     .venv with the pinned versions
 # make demo      accuracy against tokens on the two shipped checkpoints: a table and two pictures
 # make compare   every method at 25, 10 and 5 % of the tokens: a CSV, a table and a plot (under an hour; goes on where it stopped)
-# make test      lint and tests (under ten minutes on two cores); make test-all adds the long ones
+# make test      lint and tests (under ten minutes on two cores)
+# make test-all  also the long ones, and those of the extras, which it installs
 PYTHON ?= python3
 BIN := .venv/bin
 # The test models are tiny: more threads than one only wait for each other.
@@ -28,5 +29,10 @@ lint: .venv/installed
 test: lint
 	$(TEST) -m "not long"
 
-test-all: lint
+# Training (DeepSpeed) is tested by the long tests; nothing else needs it.
+.venv/extras: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,train]"
+	@touch $@
+
+test-all: lint .venv/extras
 	$(TEST)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.demo.dataset import write_dataset
-from llava.train.figures import Exam, agreement
+from llava.train.demo.figures import Exam, agreement
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "playground" / "llava-shapes-v1.5"
 TOKENS = 14  # 10 % of 144

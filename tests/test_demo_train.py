@@ -11,14 +11,14 @@ from llava.demo.dataset import scene_questions
 from llava.demo.tokenizer import vocabulary
 from llava.demo.vocabulary import COLOR_NAMES, KINDS
 from llava.errors import UserError
-from llava.train import data, demo
-from llava.train.batches import batches, image_embeddings, image_order, jittered_positions, sparse_order
-from llava.train.checkpoint import load_demo_model
-from llava.train.losses import Captioner, alignment_loss, lookup_loss
-from llava.train.model import DemoModel
-from llava.train.muon import Muon, orthogonalize
-from llava.train.packed import packed_forward
-from llava.train.recipe import PINPOINTS, RECIPES, V15, V16, Sizes
+from llava.train.demo import data, run
+from llava.train.demo.batches import batches, image_embeddings, image_order, jittered_positions, sparse_order
+from llava.train.demo.checkpoint import load_demo_model
+from llava.train.demo.losses import Captioner, alignment_loss, lookup_loss
+from llava.train.demo.model import DemoModel
+from llava.train.demo.muon import Muon, orthogonalize
+from llava.train.demo.packed import packed_forward
+from llava.train.demo.recipe import PINPOINTS, RECIPES, V15, V16, Sizes
 
 TINY = Sizes(width=32, tower_layers=3, tower_mlp=48, llm_mlp=48, heads=2, llm_layers=4)
 
@@ -32,8 +32,8 @@ def tiny(recipe):
 def trained(tmp_path_factory):
     """(folder, v1.5 model, v1.6 model) after two steps of every stage of both recipes."""
     folder = tmp_path_factory.mktemp("demo")
-    first = demo.train(tiny(V15), folder / "train" / "v1.5", folder / "v1.5")
-    second = demo.train(tiny(V16), folder / "train" / "v1.6", folder / "v1.6", folder / "v1.5")
+    first = run.train(tiny(V15), folder / "train" / "v1.5", folder / "v1.5")
+    second = run.train(tiny(V16), folder / "train" / "v1.6", folder / "v1.6", folder / "v1.5")
     return folder, first, second
 
 
@@ -101,13 +101,13 @@ def test_a_stopped_run_goes_on_and_another_recipe_is_refused(trained):
     folder, first, _ = trained
     work = folder / "train" / "v1.5"
     (work / f"stage_{V15.stages[-1].name}.pt").unlink()
-    again = demo.train(tiny(V15), work, folder / "again")
+    again = run.train(tiny(V15), work, folder / "again")
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     other = tiny(dataclasses.replace(V15, alignment=False))
     with pytest.raises(UserError, match="another recipe"):
-        demo.train(other, work, folder / "other")
+        run.train(other, work, folder / "other")
     with pytest.raises(UserError, match="train that checkpoint first"):
-        demo.train(tiny(V16), folder / "train" / "none", folder / "none", folder / "nowhere")
+        run.train(tiny(V16), folder / "train" / "none", folder / "none", folder / "nowhere")
 
 
 def test_grown_layers_change_nothing_at_first():
@@ -226,6 +226,6 @@ def test_the_command_refuses_bad_input(tmp_path, capsys):
         ["--recipe", "v1.5", "--playground", "no"],
     ):
         with pytest.raises(SystemExit) as stopped:
-            demo.main(arguments)
+            run.main(arguments)
         assert stopped.value.code == 2
     assert "no folder no" in capsys.readouterr().err

@@ -65,8 +65,8 @@ def load_pretrained_model(
         warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=2)
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
-    if model_config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
-        model_config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
+    if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
+        model.config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
     if tokenizer is not None:
         model.turn_markers = turn_markers(default_conv_mode(model_config, tokenizer), tokenizer)
         model.question_words = partial(tokenizer.decode, skip_special_tokens=True)

@@ -7,6 +7,7 @@ Loading itself (shards, dtypes, device maps) is transformers' from_pretrained; t
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaNextConfig
 from transformers.utils import logging
 
@@ -45,7 +47,8 @@ class Checkpoint:
     """A checkpoint on disk (hub names are downloaded by `open`).
 
     folder: the checkpoint; base: folder of its model_base, where it needs one; settings: its config.json
-    kind: "full", "lora" (adapter_config.json) or "projector" (mm_projector.bin); hf: transformers' format
+    kind: "full", "lora" (adapter_config.json), "projector" (mm_projector.bin), or "llm": an LLM that is about to become a
+        LLaVA, whose projector is not there yet; hf: transformers' format
     """
 
     folder: Path
@@ -75,6 +78,27 @@ class Checkpoint:
             what = {"lora": "a LoRA adapter", "projector": "only a projector"}[kind]
             raise UserError(f"{folder}: is {what}, so model_base must name the model that it was trained on")
         return cls(folder, checkpoint_folder(model_base) if model_base is not None else None, settings, kind, hf)
+
+    @classmethod
+    def of_llm(cls, model_path, **mm_settings) -> Checkpoint:
+        """An LLM (Vicuna, Llama, Mistral) as the start of a LLaVA: its config.json with LLaVA's `mm_*` settings added.
+
+        UserError for an LLM of another kind.
+        """
+        folder = checkpoint_folder(model_path)
+        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+        kind = settings.get("model_type")
+        if kind not in CONFIG_CLASSES:
+            raise UserError(f'{folder}: model_type is "{kind}", allowed for training are {", ".join(CONFIG_CLASSES)}')
+        if not _weight_files(folder):
+            raise UserError(f"{folder}: no weights, allowed are model*.safetensors, pytorch_model*.bin")
+        return cls(folder, None, settings | {"model_type": f"llava_{kind}"} | mm_settings, "llm", False)
+
+    @staticmethod
+    def is_llava(folder: Path) -> bool:
+        """Whether config.json is that of a LLaVA, in either format, and not that of a plain LLM."""
+        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+        return settings.get("model_type") not in CONFIG_CLASSES
 
     @staticmethod
     def read_settings(folder: Path) -> tuple[dict, bool]:
@@ -177,13 +201,14 @@ class Checkpoint:
 
     def load(self, model_class, config, device_map, dtype):
         """The model with all its weights. UserError where they are missing, damaged or of another shape."""
-        folder = self.folder if self.kind == "full" else self.base
+        folder, hf = self.base or self.folder, self.hf
         for file in _weight_files(folder):
             _check_file(file)
-        hf = self.hf if self.kind == "full" else False
-        if self.kind != "full":
+        if self.base is not None:
             # Embeddings are the base's until the checkpoint's own arrive.
-            vocabulary = _read_json(folder / "config.json", f"{folder}: no config.json").get("vocab_size")
+            of_base = _read_json(folder / "config.json", f"{folder}: no config.json")
+            hf = of_base.get("model_type") in HF_CLASSES and "text_config" in of_base
+            vocabulary = of_base["text_config"].get("vocab_size") if hf else of_base.get("vocab_size")
             wanted, config.vocab_size = config.vocab_size, vocabulary or config.vocab_size
         try:
             with quiet_loading():
@@ -215,6 +240,8 @@ class Checkpoint:
                 model.resize_token_embeddings(wanted, mean_resizing=False)
             missing -= self._load_extra(model, "non_lora_trainables.bin")
             model = self._merge_lora(model)
+        elif self.kind == "llm":
+            missing -= _start_projector(model)
         if any(key.startswith("model.vision_tower.") for key in missing):
             missing -= self._load_tower(model)
         if missing:
@@ -223,23 +250,10 @@ class Checkpoint:
         return model
 
     def _load_extra(self, model, name: str) -> set[str]:
-        """Weights that LLaVA's training saved beside the base: projector, newline, perhaps the tower."""
         path = self.folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing, though the checkpoint needs it beside its model_base")
-        _check_file(path)
-        try:
-            saved = dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # torch, zipfile and pickle each raise their own
-            raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
-        saved = {key.removeprefix("base_model."): value for key, value in saved.items()}
-        if any(key.startswith("model.model.") for key in saved):  # peft's own level around the whole model
-            saved = {key.removeprefix("model."): value for key, value in saved.items()}
-        weights = {}
-        for key, value in saved.items():
-            key = key if key.startswith(("model.", "lm_head.")) else "model." + key
-            weights[key.replace("vision_tower.vision_tower.vision_model.", "vision_tower.vision_tower.")] = value
-        return _fill(model, weights, path)
+        return load_extra(model, path)
 
     def _merge_lora(self, model):
         from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
@@ -279,6 +293,46 @@ class Checkpoint:
         mine = model.state_dict().keys()
         weights = {prefix + key: value for key, value in tower.state_dict().items()}
         return _fill(model, {key: value for key, value in weights.items() if key in mine}, folder)
+
+
+def load_extra(model, path: Path) -> set[str]:
+    """Fill in weights that LLaVA's training saved beside an LLM: projector, newline, perhaps the tower. Returns their names."""
+    _check_file(path)
+    try:
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch, zipfile and pickle each raise their own
+        raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
+    saved = {key.removeprefix("base_model."): value for key, value in saved.items()}
+    if any(key.startswith("model.model.") for key in saved):  # peft's own level around the whole model
+        saved = {key.removeprefix("model."): value for key, value in saved.items()}
+    weights = {}
+    for key, value in saved.items():
+        key = key if key.startswith(("model.", "lm_head.")) else "model." + key
+        weights[key.replace("vision_tower.vision_tower.vision_model.", "vision_tower.vision_tower.")] = value
+    return _fill(model, weights, path)
+
+
+def load_whole(model, folder: Path) -> None:
+    """Fill a model with the weights of a checkpoint in LLaVA's format that holds all of them (safetensors)."""
+    for file in _weight_files(folder):
+        _check_file(file)
+        weights = load_file(file)
+        for theirs, ours in ORIGINAL_KEYS.items():
+            weights = {re.sub(theirs, ours, name): value for name, value in weights.items()}
+        _fill(model, weights, file)
+
+
+def _start_projector(model) -> set[str]:
+    """Random weights as LLaVA starts from: torch's own for the projector, 1 / sqrt(width) for the newline token."""
+    for module in model.model.mm_projector.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()
+    names = {name for name in model.state_dict() if name.startswith("model.mm_projector.")}
+    newline = getattr(model.model, "image_newline", None)
+    if newline is not None:
+        torch.nn.init.normal_(newline, std=newline.shape[0] ** -0.5)
+        names.add("model.image_newline")
+    return names
 
 
 def _fill(model, weights: dict, where: Path) -> set[str]:

@@ -247,14 +247,19 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     # --- prompt -----------------------------------------------------------------------------------------------
 
-    def _question(self, ids: Tensor, place: int, scope: str) -> Tensor:
-        """[S] which ids are the text that text-aware methods read for the image at ids[place] (design decision 5)."""
+    def _question(self, ids: Tensor, place: int, scope: str, labels: Tensor | None = None) -> Tensor:
+        """[S] which ids are the text that text-aware methods read for the image at ids[place] (design decision 5).
+
+        labels [S]: what is to be learnt is no question, or a selector in training would be told the answer.
+        """
         inside = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         if scope == "after":
             inside[place + 1 :] = True
         else:
             start, end = _turn(ids.tolist(), place, self.turn_markers)
             inside[start:end] = True
+        if labels is not None:
+            inside &= labels == IGNORE_INDEX
         return inside & (ids != IMAGE_TOKEN_INDEX)
 
     def _seen(
@@ -329,7 +334,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             words = [embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0)) for ids, _ in rows]
         with clock.stage("selection"):
             scope = config.option("text_scope")
-            asked = [self._question(ids, place, scope) for ids, _ in rows for place in _placeholders(ids)]
+            targets = _rows_of(labels, rows)
+            asked = [
+                self._question(ids, place, scope, target)
+                for (ids, _), target in zip(rows, targets, strict=True)
+                for place in _placeholders(ids)
+            ]
             if encoded and not method.needs_image:
                 kept = [_no_tokens(words[0]) for _ in encoded]
             else:
@@ -339,13 +349,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 kept = select_all(name, *seen, config.overall_tokens, **own)
         done, image = [], 0
         with clock.stage("splice"):
-            for b, (ids, keep) in enumerate(rows):
+            for b, (ids, _) in enumerate(rows):
                 row, begin = _Row(), 0
-                own_labels = labels.to(device)[b][keep] if labels is not None else None
                 for place in [*_placeholders(ids), len(ids)]:
                     piece = slice(begin, place)
                     span = torch.arange(place - begin, device=device)
-                    row.add(words[b][piece], span, place - begin, None if labels is None else own_labels[piece])
+                    row.add(words[b][piece], span, place - begin, None if labels is None else targets[b][piece])
                     if place == len(ids):
                         break
                     row.questions.append(asked[image])
@@ -443,6 +452,14 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config)
             )
         mask = attention_mask.to(input_ids.device).bool()
     return [(ids[keep], keep) for ids, keep in zip(input_ids, mask, strict=True)]
+
+
+def _rows_of(labels: Tensor | None, rows: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """Per row: its labels [S, or a padded batch of them] without padding; None where there are none."""
+    if labels is None:
+        return [None] * len(rows)
+    labels = labels[None] if labels.dim() == 1 else labels
+    return [own.to(keep.device)[keep] for own, (_, keep) in zip(labels, rows, strict=True)]
 
 
 def _placeholders(ids: Tensor) -> list[int]:

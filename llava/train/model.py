@@ -1,116 +1,185 @@
-"""The demo model in training: transformers' own CLIP tower and Llama, a two-layer projector, the newline token."""
+"""The model that is trained: an LLM with tower and projector added, or a LLaVA; and which of its weights learn."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from llava.demo.tokenizer import MAX_LENGTH, vocabulary
+from llava.conversation import default_conv_mode, turn_markers
+from llava.errors import UserError
+from llava.hub import checkpoint_folder
+from llava.mm_utils import grid_pinpoints, is_hf
+from llava.model.builder import MODEL_CLASSES, load_pretrained_model
+from llava.model.checkpoint import Checkpoint, load_extra
+from llava.model.processors import load_image_processor, load_tokenizer
+from llava.train.arguments import RunArguments
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def tower_config(sizes):
-    """CLIP vision configuration of a demo tower."""
-    return CLIPVisionConfig(
-        hidden_size=sizes.width,
-        intermediate_size=sizes.tower_mlp,
-        num_hidden_layers=sizes.tower_layers,
-        num_attention_heads=sizes.heads,
-        image_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        hidden_act="gelu",
-        projection_dim=sizes.width,
-    )
+# The LLM's matrices that get adapters: every one but the output, as LLaVA chooses them. The tower has layers of the same
+# names, hence the whole path.
+LORA_TARGETS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
 
-def llm_config(sizes, layers=None):
-    """Llama configuration of a demo LLM with `layers` layers (default: the final number)."""
-    vocab = vocabulary()
-    return LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=sizes.width,
-        intermediate_size=sizes.llm_mlp,
-        num_hidden_layers=layers or sizes.llm_layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        max_position_embeddings=MAX_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        bos_token_id=vocab["<s>"],
-        eos_token_id=vocab["</s>"],
-        pad_token_id=vocab["<pad>"],
-    )
+def build(run: RunArguments):
+    """(tokenizer, model, image_processor) of a run, every weight loaded and marked as learning or not.
+
+    Sets run.model.version where the command line did not. UserError for whatever is wrong with the checkpoints.
+    """
+    model_args, data_args, training = run.model, run.data, run.training
+    set_seed(training.seed)  # the projector's start
+    folder = checkpoint_folder(model_args.model_name_or_path)
+    # Weights in half precision need the full-precision copies that DeepSpeed's optimizer keeps; without it they stay float32.
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    dtype = half if training.deepspeed else torch.float32
+    with _whole_weights(training):
+        if Checkpoint.is_llava(folder):
+            _refuse_settings_of_a_llava(run)
+            tokenizer, model, image_processor, _ = load_pretrained_model(
+                folder, config=run.selection, device_map=None, torch_dtype=dtype
+            )
+        else:
+            tokenizer, model, image_processor = _from_llm(run, dtype)
+        if model_args.pretrain_mm_mlp_adapter:
+            path = Path(model_args.pretrain_mm_mlp_adapter)
+            if not path.is_file():
+                raise UserError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+            load_extra(model, path)
+    if tokenizer is None or image_processor is None:
+        raise UserError(f"{folder}: has no tokenizer or no image processor, and training needs both")
+    if data_args.image_aspect_ratio not in (None, model.config.image_aspect_ratio):
+        if is_hf(model.config) or model.config.image_aspect_ratio == "anyres":
+            raise UserError(
+                f'{folder}: its images are prepared as "{model.config.image_aspect_ratio}", so --image_aspect_ratio '
+                f'"{data_args.image_aspect_ratio}" must not be given'
+            )
+        model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    if model_args.version is None:
+        model_args.version = default_conv_mode(model.config, tokenizer)
+    tokenizer.padding_side = "right"
+    model.turn_markers = turn_markers(model_args.version, tokenizer)
+    model.config.tokenizer_model_max_length = training.model_max_length
+    model.config.tokenizer_padding_side = "right"
+    model.config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    model.config.freeze_mm_mlp_adapter = training.freeze_mm_mlp_adapter
+    model.config.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
+    model.config.use_cache = False
+    _choose_what_learns(model, run)
+    if run.kind == "lora":
+        model = _with_lora(model, training, dtype)
+    return tokenizer, model, image_processor
 
 
-class DemoModel(nn.Module):
-    """tower, projector, llm and image_newline, with the names that the checkpoint writer expects."""
+def _from_llm(run: RunArguments, dtype):
+    """An LLM with the tower of --vision_tower and a projector that knows nothing yet."""
+    model_args, data_args = run.model, run.data
+    if not model_args.vision_tower:
+        raise UserError(f"{model_args.model_name_or_path}: is a plain LLM, so --vision_tower must name a CLIP")
+    settings = {
+        "mm_vision_tower": model_args.vision_tower,
+        "mm_projector_type": model_args.mm_projector_type,
+        "mm_vision_select_layer": model_args.mm_vision_select_layer,
+        "mm_vision_select_feature": model_args.mm_vision_select_feature,
+        "mm_patch_merge_type": model_args.mm_patch_merge_type,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": data_args.image_aspect_ratio or "square",
+    }
+    if data_args.image_grid_pinpoints is not None:
+        settings["image_grid_pinpoints"] = data_args.image_grid_pinpoints
+    source = Checkpoint.of_llm(model_args.model_name_or_path, **settings)
+    config = source.model_config()
+    if config.image_grid_pinpoints is not None:
+        _check_pinpoints(config)
+    config.mm_anyres = run.selection.option("anyres")
+    model = source.load(MODEL_CLASSES[config.model_type], config, None, dtype)
+    model.adav_config = run.selection
+    return load_tokenizer([source.folder]), model, load_image_processor([source.tower_folder])
 
-    def __init__(self, sizes, llm_layers=None):
-        super().__init__()
-        self.sizes = sizes
-        self.tower = CLIPVisionModel._from_config(tower_config(sizes), attn_implementation="sdpa")
-        self.projector = nn.Sequential(
-            nn.Linear(sizes.width, sizes.width), nn.GELU(), nn.Linear(sizes.width, sizes.width)
+
+def _check_pinpoints(config) -> None:
+    try:
+        sizes = grid_pinpoints(config)
+    except (ValueError, SyntaxError, TypeError):
+        sizes = []
+    side = config.mm_tile_size
+    if not sizes or any(value < side or value % side for size in sizes for value in size):
+        raise UserError(
+            f"--image_grid_pinpoints is {config.image_grid_pinpoints}, allowed is a list of [width, height], each a "
+            f"multiple of the tower's {side} pixels"
         )
-        self.llm = LlamaForCausalLM._from_config(llm_config(sizes, llm_layers), attn_implementation="sdpa")
-        self.image_newline = nn.Parameter(torch.randn(sizes.width) * 0.05)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
-        for layer in self.tower.encoder.layers:
-            # CLIP's own start is tuned for width 768 and many layers; at width 128 the plain one learns faster.
-            for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
+    config.image_grid_pinpoints = [list(size) for size in sizes]
 
-    def replace_llm_layers(self, layers):
-        """Throw the decoder layers away and start `layers` new ones; embeddings stay."""
-        fresh = LlamaForCausalLM._from_config(llm_config(self.sizes, layers), attn_implementation="sdpa")
-        fresh.model.embed_tokens.weight.data.copy_(self.llm.model.embed_tokens.weight.data)
-        self.llm = fresh
 
-    def grow_llm(self, layers):
-        """Append decoder layers up to `layers`. Their outputs start at zero, so the model computes what it did before."""
-        grown = LlamaForCausalLM._from_config(llm_config(self.sizes, layers), attn_implementation="sdpa")
-        grown.load_state_dict(self.llm.state_dict(), strict=False)
-        for layer in grown.model.layers[len(self.llm.model.layers) :]:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-        self.llm = grown
+def _refuse_settings_of_a_llava(run: RunArguments) -> None:
+    """A LLaVA brings its tower and its grid with it: another one would be another model."""
+    if run.data.image_grid_pinpoints is not None:
+        raise UserError(
+            f"{run.model.model_name_or_path}: is a LLaVA already, so --image_grid_pinpoints must not be given"
+        )
+    if run.data.image_aspect_ratio not in (None, "pad", "square"):
+        raise UserError(
+            f'{run.model.model_name_or_path}: is a LLaVA already, so --image_aspect_ratio "{run.data.image_aspect_ratio}" '
+            "must not be given, allowed are pad and square"
+        )
 
-    def see(self, tiles):
-        """uint8 tiles [T, 96, 96, 3] -> hidden states [T, 1 + patches, width] of the layer before the last, [CLS] first."""
-        return self.see_and_gather(tiles)[0]
 
-    def see_and_gather(self, tiles):
-        """`see`, and what [CLS] takes in by attention in that layer, [T, width] (the residual left out)."""
-        hidden = self._before_last_trained(tiles)
-        layer = self.tower.encoder.layers[-2]
-        taken, _ = layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)
-        hidden = hidden + taken
-        return hidden + layer.mlp(layer.layer_norm2(hidden)), taken[:, 0]
+def _choose_what_learns(model, run: RunArguments) -> None:
+    """requires_grad of every weight: LLaVA's rules, and for the newline token that of the projector."""
+    base, kind = model.model, run.kind
+    model.requires_grad_(kind == "full" and not run.model.freeze_backbone)
+    base.vision_tower.requires_grad_(run.model.unfreeze_mm_vision_tower)
+    base.mm_projector.requires_grad_(not run.training.freeze_mm_mlp_adapter)
+    if hasattr(base, "image_newline"):
+        # Selection keeps no newline token: it would be a weight that most batches have no gradient for.
+        reads_newlines = run.selection.method == "none" and model.config.image_aspect_ratio == "anyres"
+        base.image_newline.requires_grad_(reads_newlines and not run.training.freeze_mm_mlp_adapter)
+    if kind != "lora" and not any(p.requires_grad for p in model.parameters()):
+        raise UserError("every part of the model is frozen, so there is nothing to train")
 
-    def _before_last_trained(self, tiles):
-        pixels = tiles.permute(0, 3, 1, 2).float().div_(255.0).sub_(self.mean).div_(self.std)
-        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
-        for layer in self.tower.encoder.layers[:-2]:
-            hidden = layer(hidden, attention_mask=None)
-        return hidden
 
-    def cls_attention(self, tiles):
-        """Mean over heads of softmax [CLS] -> patch in the layer whose output `see` returns; [T, patches]."""
-        hidden = self._before_last_trained(tiles)
-        layer = self.tower.encoder.layers[-2]
-        normed, attention = layer.layer_norm1(hidden), layer.self_attn
-        heads = self.sizes.heads
-        query = attention.q_proj(normed[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
-        keys = attention.k_proj(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
-        row = torch.softmax((query @ keys.transpose(-1, -2))[:, :, 0] * attention.scale, dim=-1)
-        return row[..., 1:].mean(1)
+def _with_lora(model, training, dtype):
+    from peft import LoraConfig, get_peft_model
 
-    @property
-    def embeddings(self):
-        """Word embeddings [V, width], also the output matrix (tied)."""
-        return self.llm.model.embed_tokens.weight
+    if training.lora_r < 1 or training.lora_alpha < 1 or not 0 <= training.lora_dropout < 1:
+        raise UserError(
+            f"--lora_r {training.lora_r} --lora_alpha {training.lora_alpha} --lora_dropout {training.lora_dropout}: allowed "
+            "are whole numbers of at least 1, and a dropout from 0 to below 1"
+        )
+    learning = [p for p in model.parameters() if p.requires_grad]
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=training.lora_r,
+            lora_alpha=training.lora_alpha,
+            target_modules=LORA_TARGETS,
+            lora_dropout=training.lora_dropout,
+            bias=training.lora_bias,
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=dtype == torch.float32,
+    )
+    for parameter in learning:  # peft freezes whatever is no adapter
+        parameter.requires_grad_(True)
+    if training.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+@contextmanager
+def _whole_weights(training):
+    """Under ZeRO-3 transformers would cut every weight into the ranks' parts while it is read, and what is filled in
+    afterwards (tower, projector) would find nothing to fill. Here each rank reads the whole model into host memory, and
+    DeepSpeed cuts it up when training starts."""
+    config = getattr(training, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)

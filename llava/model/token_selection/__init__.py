@@ -96,6 +96,8 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
 def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget: int, **options) -> list[Selection]:
     """`select` for every image of a batch, each with its own text and the same budget: the same choices, made together
     where the method takes one patch after another."""
+    import torch
+
     from llava.model.token_selection.base import locate, take_all
 
     method = _method(name)
@@ -117,7 +119,13 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
             raise UserError(
                 f"method {name!r} reads {' and '.join(missing)} of the vision tower, but ImageTokens.tower does not have it"
             )
-    kept = selector.keep_all(*([values[i] for i in chosen] for values in (images, texts, budgets)))
+    # In training a choice has no gradient, what is chosen has; tokens that a method makes carry it through the making.
+    learns = torch.is_grad_enabled()
+    with torch.set_grad_enabled(learns and method.makes_tokens):
+        kept = selector.keep_all(*([values[i] for i in chosen] for values in (images, texts, budgets)))
+    if learns and not method.makes_tokens:
+        for i, selection in zip(chosen, kept, strict=True):
+            selection.features = images[i].features[selection.indices]
     selections = iter(kept)
     return [
         locate(take_all(image) if all_ else next(selections), image) for image, all_ in zip(images, whole, strict=True)

@@ -16,10 +16,10 @@ import torch
 from torch import distributed, multiprocessing
 
 from llava.errors import UserError, exits_cleanly
-from llava.train.checkpoint import load_demo_model, write_checkpoint
-from llava.train.model import DemoModel
-from llava.train.recipe import RECIPES
-from llava.train.stages import run_stage, validate
+from llava.train.demo.checkpoint import load_demo_model, write_checkpoint
+from llava.train.demo.model import DemoModel
+from llava.train.demo.recipe import RECIPES
+from llava.train.demo.stages import run_stage, validate
 
 PLAYGROUND = Path("playground")
 
@@ -111,7 +111,3 @@ def main(argv=None):
     else:
         multiprocessing.spawn(_train_part, (args.threads, _free_port(), job), nprocs=recipe.processes)
     print(f"checkpoint written to {out}")
-
-
-if __name__ == "__main__":
-    main()

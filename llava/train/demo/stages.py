@@ -11,11 +11,11 @@ from torch import distributed
 from tqdm import tqdm
 
 from llava.demo.vocabulary import QUESTION_TYPES
-from llava.train.batches import batches, image_embeddings, jittered_positions, sparse_order
-from llava.train.data import picture_set, prefix_ids, word_id
-from llava.train.losses import Captioner, alignment_loss, answer_loss, lookup_loss
-from llava.train.muon import Muon
-from llava.train.packed import packed_forward
+from llava.train.demo.batches import batches, image_embeddings, jittered_positions, sparse_order
+from llava.train.demo.data import picture_set, prefix_ids, word_id
+from llava.train.demo.losses import Captioner, alignment_loss, answer_loss, lookup_loss
+from llava.train.demo.muon import Muon
+from llava.train.demo.packed import packed_forward
 
 _WARMUP = 40
 _SUFFIX_EVERY = 8

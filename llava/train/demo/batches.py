@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llava.mm_utils import NEWLINE, merge_order, tile_plan
-from llava.train.data import anyres_config, with_suffix
+from llava.train.demo.data import anyres_config, with_suffix
 
 _WINDOW = 16  # batches whose pictures are sorted by length together, so that little is padded
 

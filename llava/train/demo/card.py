@@ -1,6 +1,6 @@
 """Measures a demo checkpoint and writes its model card (README.md in the checkpoint's folder).
 
-    python -m llava.train.card --family v1.5 --ablation playground/train/llava-shapes-v1.5-no-alignment
+    python -m llava.train.demo.card --family v1.5 --ablation playground/train/llava-shapes-v1.5-no-alignment
 
 Figures are kept in playground/train/card-<family>.json; `--text-only` writes the card anew from them.
 """
@@ -15,7 +15,7 @@ import transformers
 
 from llava.demo.scenes import FAMILIES
 from llava.errors import UserError, exits_cleanly
-from llava.train.recipe import RECIPES
+from llava.train.demo.recipe import RECIPES
 
 BUDGETS = {"v1.5": (36, 14, 7), "v1.6": (144, 58, 29)}
 METHODS = {
@@ -38,7 +38,7 @@ LIMITS = """## Limits: read this before quoting a figure
 
 def measure(family, checkpoint, ablation, work):
     """Dictionary of every figure on the card."""
-    from llava.train.figures import all_token_figures, method_figures
+    from llava.train.demo.figures import all_token_figures, method_figures
 
     budgets = BUDGETS[family]
     figures = {"sets": all_token_figures(checkpoint, family, work)}

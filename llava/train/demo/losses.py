@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava.demo.vocabulary import COLOR_NAMES, KINDS, QUESTION_TYPES
-from llava.train.data import naming_table, word_id
+from llava.train.demo.data import naming_table, word_id
 
 ALIGNMENT_SCALE, ALIGNMENT_BIAS = 20.0, -5.0  # four words per object share its feature: cosines near 0.5 are the most
 

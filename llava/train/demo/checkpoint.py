@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.demo.tokenizer import MAX_LENGTH, save_tokenizer, vocabulary
 from llava.errors import UserError
-from llava.train.model import CLIP_MEAN, CLIP_STD, DemoModel, llm_config, tower_config
+from llava.train.demo.model import CLIP_MEAN, CLIP_STD, DemoModel, llm_config, tower_config
 
 _TOWER = "model.vision_tower.vision_tower.vision_model."
 

@@ -1,0 +1,158 @@
+"""The command line of training: LLaVA's flags (its own names), transformers' TrainingArguments, and checks of both.
+
+Flags that LLaVA's published command lines carry and that decide nothing here any more are taken too; each says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from llava.config import AdaVConfig
+from llava.conversation import conv_templates
+from llava.errors import UserError
+from llava.model.token_dropping import dropper_names
+
+# LLaVA's --version values that have another name than the conversation template.
+VERSIONS = {"v1": "vicuna_v1"}
+
+
+def _flag(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and from what."""
+
+    model_name_or_path: str | None = _flag(None, "an LLM (Vicuna, Llama, Mistral) or a LLaVA, folder or hub name")
+    version: str | None = _flag(None, "conversation template: v1, plain, chatml_direct, mistral_instruct")
+    vision_tower: str | None = _flag(None, "CLIP folder or hub name; a LLaVA brings its own")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin of the pretraining")
+    mm_projector_type: str = _flag("linear", "linear or mlpNx_gelu")
+    mm_vision_select_layer: int = _flag(-1, "hidden state of the tower that is used; published models use -2")
+    mm_vision_select_feature: str = _flag("patch", "only patch")
+    mm_patch_merge_type: str = _flag("flat", "flat, spatial or spatial_unpad")
+    tune_mm_mlp_adapter: bool = _flag(False, "train the projector alone (pretraining)")
+    freeze_backbone: bool = _flag(False, "leave the LLM as it is")
+    unfreeze_mm_vision_tower: bool = _flag(False, "train the vision tower too, as LLaVA 1.6 does")
+    mm_use_im_start_end: bool = _flag(False, "only False: no LLaVA from 1.5 on has these tokens")
+    mm_use_im_patch_token: bool = _flag(False, "only False: no LLaVA from 1.5 on has this token")
+
+
+@dataclass
+class DataArguments:
+    """What is learnt."""
+
+    data_path: str | None = _flag(None, "JSON list of conversations")
+    image_folder: str | None = _flag(None, "where the images of data_path lie")
+    image_aspect_ratio: str | None = _flag(
+        None, "square, pad or anyres; a LLaVA brings its own, an LLM starts at square"
+    )
+    image_grid_pinpoints: str | None = _flag(None, "canvas sizes under anyres: [[336, 672], ...] as (width, height)")
+    lazy_preprocess: bool = _flag(True, "decides nothing: samples are always read when their batch comes")
+    is_multimodal: bool = _flag(True, "decides nothing: samples say themselves whether they have images")
+    adav_config: str | None = _flag(None, "configuration file for selection during training (or flags like --method)")
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """transformers' arguments, and what LLaVA adds to them."""
+
+    model_max_length: int = _flag(2048, "tokens of a sample, vision tokens included; what is longer is cut at the end")
+    group_by_modality_length: bool = _flag(False, "batches of one modality, and of samples of like length")
+    freeze_mm_mlp_adapter: bool = _flag(False, "leave the projector as it is")
+    mm_projector_lr: float | None = _flag(None, "learning rate of the projector; learning_rate where none is given")
+    mm_vision_tower_lr: float | None = _flag(None, "learning rate of the tower; learning_rate where none is given")
+    lora_enable: bool = _flag(False, "train LoRA adapters in the LLM (arXiv 2106.09685) in place of its weights")
+    lora_r: int = _flag(64, "rank")
+    lora_alpha: int = _flag(16, "scale")
+    lora_dropout: float = _flag(0.05, "dropout in front of the adapters")
+    lora_bias: str = _flag("none", "which biases are trained: none, all or lora_only")
+    warmup_ratio: float | None = _flag(None, "share of the steps in which the learning rate rises")
+    evaluation_strategy: str = _flag("no", "only no: accuracy is measured by the benchmarks")
+
+    def __post_init__(self):
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise UserError(f"--warmup_ratio is {self.warmup_ratio}, allowed is a share from 0 to below 1")
+            self.warmup_steps = self.warmup_ratio  # transformers 5 reads a share below 1 there
+        self.remove_unused_columns = False
+        super().__post_init__()
+
+
+@dataclass
+class RunArguments:
+    """Everything that one training run was asked for; `selection` is how vision tokens are chosen during it."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: LlavaTrainingArguments
+    selection: AdaVConfig
+
+    @property
+    def kind(self) -> str:
+        """What is trained and saved: "projector", "lora" or "full"."""
+        if self.model.tune_mm_mlp_adapter:
+            return "projector"
+        return "lora" if self.training.lora_enable else "full"
+
+    def check(self) -> None:
+        """UserError for what is missing and for what does not go together."""
+        for owner, name in (
+            (self.model, "model_name_or_path"),
+            (self.data, "data_path"),
+            (self.training, "output_dir"),
+        ):
+            if not getattr(owner, name):
+                raise UserError(f"--{name} is missing, and training needs it")
+        if self.model.version is not None:
+            self.model.version = VERSIONS.get(self.model.version, self.model.version)
+            if self.model.version not in conv_templates:
+                names = ", ".join([*VERSIONS, *conv_templates])
+                raise UserError(f'--version is "{self.model.version}", allowed are {names}')
+        for owner, name, allowed in (
+            (self.model, "mm_use_im_start_end", False),
+            (self.model, "mm_use_im_patch_token", False),
+            (self.model, "mm_vision_select_feature", "patch"),
+            (self.training, "evaluation_strategy", "no"),
+        ):
+            if getattr(owner, name) != allowed:
+                raise UserError(f"--{name} is {getattr(owner, name)}, allowed is {allowed}")
+        if self.kind == "projector" and self.training.lora_enable:
+            raise UserError("--tune_mm_mlp_adapter trains the projector alone, so --lora_enable does not go with it")
+        if self.kind == "projector" and self.training.freeze_mm_mlp_adapter:
+            raise UserError(
+                "--tune_mm_mlp_adapter trains the projector alone, and --freeze_mm_mlp_adapter leaves nothing to train"
+            )
+        if self.kind == "projector" and self.model.unfreeze_mm_vision_tower:
+            raise UserError(
+                "--tune_mm_mlp_adapter saves the projector alone, so --unfreeze_mm_vision_tower does not go with it"
+            )
+        if self.training.model_max_length < 1:
+            raise UserError(f"--model_max_length is {self.training.model_max_length}, allowed is 1 or more")
+        refuse_selection(self.selection)
+
+
+def refuse_selection(config: AdaVConfig) -> None:
+    """UserError for settings that have no meaning while a model is trained."""
+    if config.method == "no_image":
+        raise UserError('method is "no_image", so no image would be seen: leave the images out of the data instead')
+    if config.method in dropper_names():
+        raise UserError(
+            f'method is "{config.method}", which ranks vision tokens by attention of the prompt\'s last words: in training '
+            "those are the answer, so allowed are none and the methods that choose before the LLM"
+        )
+    for name in ("vision_adaptive_attention", "prefill_filter_flag", "text_pruning_flag", "all_use_h2o"):
+        if getattr(config, name):
+            raise UserError(f'"{name}" is true, but it acts while an answer is generated; training generates none')
+    if "text_tower" in config.options:
+        raise UserError('"options.text_tower" reads the question with a second model, which training does not load')
+
+
+def selection_config(path: str | None, overrides: dict) -> AdaVConfig:
+    """Selection during training happens only where it is asked for, by --adav_config or by a key's flag."""
+    if path is None and not overrides:
+        return AdaVConfig(method="none")
+    return AdaVConfig.load(path, **overrides)

@@ -1,0 +1,114 @@
+"""A conversation as token ids and labels: what the assistant says is learnt, everything else is only read.
+
+The prompt is what the conversation template makes of the turns, so training and evaluation see the same string. A token
+is learnt if it covers a character behind the assistant's cue (an answer's leading space is generated too), up to the end of
+the separator (`</s>`), which is where generation stops.
+"""
+
+from __future__ import annotations
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import get_conversation
+from llava.errors import UserError
+
+ROLES = ("human", "gpt")
+
+
+def prompt_and_spans(turns: list[str], template: str) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt of `turns` (user and assistant alternate, the user first), and where it has to be learnt: (start, end)
+    in characters, from the end of the assistant's cue, where generation begins, to the end of the answer's separator.
+
+    `plain` is LLaVA's pretraining format: the placeholder, the caption and a line feed, nothing between the first two.
+    """
+    conversation = get_conversation(template)
+    if conversation.style == "plain":
+        start = len(DEFAULT_IMAGE_TOKEN)
+        prompt = DEFAULT_IMAGE_TOKEN + turns[1] + conversation.sep
+        return prompt, [(start, len(prompt))]
+    spans, prompt = [], conversation.system
+    for number, text in enumerate(turns):
+        role = conversation.roles[number % 2]
+        if number % 2:
+            cued = conversation.copy()
+            cued.append_message(role, None)
+            start = len(cued.get_prompt())
+        conversation.append_message(role, text)
+        prompt = conversation.get_prompt()
+        if number % 2:
+            spans.append((start, len(prompt)))
+    return prompt, spans
+
+
+def labelled_tokens(turns: list[str], template: str, tokenizer) -> tuple[list[int], list[int]]:
+    """(ids [S], labels [S]) of a conversation: IMAGE_TOKEN_INDEX where an image goes, IGNORE_INDEX where nothing is learnt.
+
+    The ids are those of `tokenizer_image_token` on the same prompt. UserError for a tokenizer without offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} does not say where its tokens lie in the text, which training needs"
+        )
+    prompt, spans = prompt_and_spans(turns, template)
+    ids, places = _tokens_and_places(prompt, tokenizer)
+    labels = [
+        token
+        if token != IMAGE_TOKEN_INDEX and any(end > first and start < last for first, last in spans)
+        else IGNORE_INDEX
+        for token, (start, end) in zip(ids, places, strict=True)
+    ]
+    return ids, labels
+
+
+def _tokens_and_places(prompt: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids as `tokenizer_image_token` gives them, and the characters (start, end) of each; (0, 0) for `<s>`."""
+    if DEFAULT_IMAGE_TOKEN in tokenizer.get_added_vocab():
+        placeholder = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+        found = tokenizer(prompt, return_offsets_mapping=True)
+        ids = [IMAGE_TOKEN_INDEX if token == placeholder else token for token in found.input_ids]
+        return ids, [tuple(place) for place in found.offset_mapping]
+    ids, places, at = [], [], 0
+    for number, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        found = tokenizer(piece, return_offsets_mapping=True)
+        own, where = list(found.input_ids), [(at + a, at + b) if b else (0, 0) for a, b in found.offset_mapping]
+        if number:
+            ids.append(IMAGE_TOKEN_INDEX)
+            places.append((at - len(DEFAULT_IMAGE_TOKEN), at))
+            bos = int(bool(own) and own[0] == tokenizer.bos_token_id)
+            own, where = own[bos:], where[bos:]
+        ids += own
+        places += where
+        at += len(piece) + len(DEFAULT_IMAGE_TOKEN)
+    return ids, places
+
+
+def turns_of(sample: dict, where: str) -> list[str]:
+    """The texts of a sample in LLaVA's format, the user's first; turns before that are left out, as LLaVA does.
+
+    A turn with one <image> has it moved to its front, on a line of its own. UserError, beginning with `where`, for
+    turns that are none, do not alternate, or hold no answer.
+    """
+    found = sample.get("conversations")
+    if not isinstance(found, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+        for turn in found
+    ):
+        raise UserError(f'{where}: "conversations" is no list of turns, each with "from" and "value"')
+    begin = next((i for i, turn in enumerate(found) if turn["from"] == ROLES[0]), len(found))
+    turns = found[begin:]
+    for number, turn in enumerate(turns):
+        if turn["from"] != ROLES[number % 2]:
+            raise UserError(
+                f'{where}: turn {begin + number + 1} is from "{turn["from"]}", allowed there is "{ROLES[number % 2]}"'
+            )
+        if number % 2 and not turn["value"].strip():
+            raise UserError(f"{where}: turn {begin + number + 1}, an answer, is empty")
+    if len(turns) < 2:
+        raise UserError(f"{where}: no turn of the assistant follows one of the user, so there is nothing to learn")
+    return [_image_first(turn["value"]) for turn in turns]
+
+
+def _image_first(text: str) -> str:
+    if text.count(DEFAULT_IMAGE_TOKEN) != 1:
+        return text
+    rest = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    return f"{DEFAULT_IMAGE_TOKEN}\n{rest}".strip()

@@ -1,0 +1,112 @@
+"""Train a LLaVA: projector pretraining, full fine-tuning, LoRA; with LLaVA's flags and data format.
+
+    bash scripts/v1_5/finetune.sh                        # torchrun over all GPUs, DeepSpeed ZeRO-3
+    python -m llava.train.train --model_name_or_path playground/llava-shapes-v1.5 --data_path FILE --image_folder DIR \\
+        --output_dir DIR --learning_rate 2e-4 --max_steps 50 [--method adav --overall_tokens 36]
+
+A run that was stopped goes on from its last checkpoint with the same command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llava.config import add_config_flags, config_overrides
+from llava.errors import UserError, exits_cleanly
+from llava.train.arguments import (
+    DataArguments,
+    LlavaTrainingArguments,
+    ModelArguments,
+    RunArguments,
+    selection_config,
+)
+from llava.train.dataset import Collator, ConversationDataset, check_captions, read_samples
+from llava.train.model import build
+from llava.train.trainer import LlavaTrainer
+
+
+def parse(argv: list[str] | None = None) -> RunArguments:
+    """The command line as checked arguments."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, LlavaTrainingArguments), prog="python -m llava.train.train", allow_abbrev=False
+    )
+    add_config_flags(parser)
+    _need_deepspeed(sys.argv[1:] if argv is None else argv)
+    try:
+        model, data, training, flags = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, TypeError, ImportError) as error:  # transformers' own checks of its arguments
+        raise UserError(f"the training arguments cannot be used ({' '.join(str(error).split())})") from error
+    run = RunArguments(model, data, training, selection_config(data.adav_config, config_overrides(flags)))
+    run.check()
+    return run
+
+
+def _need_deepspeed(argv: list[str]) -> None:
+    if any(flag.split("=")[0] == "--deepspeed" for flag in argv):
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise UserError('--deepspeed needs the extra "train": pip install -e ".[train]"') from error
+
+
+def train(run: RunArguments) -> LlavaTrainer:
+    """Train and save; returns the trainer, whose state.log_history has the loss of every logged step."""
+    samples = read_samples(run.data.data_path, run.data.image_folder)
+    if run.model.version == "plain":
+        check_captions(samples)
+    tokenizer, model, image_processor = build(run)
+    dataset = ConversationDataset(
+        samples,
+        run.model.version,
+        tokenizer,
+        image_processor,
+        model.config,
+        run.selection,
+        run.training.model_max_length,
+    )
+    trainer = LlavaTrainer(
+        model=model,
+        args=run.training,
+        train_dataset=dataset,
+        data_collator=Collator(dataset.blank),
+        processing_class=tokenizer,
+        kind=run.kind,
+        image_processor=image_processor,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint or _last_checkpoint(run.training))
+    except UserError as error:
+        # From a data loader's worker the sentence comes at the end of its traceback.
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from error
+    trainer.save_state()
+    trainer.save_model()
+    return trainer
+
+
+def _last_checkpoint(training) -> str | None:
+    """The newest checkpoint of the output folder that was finished: the trainer's state is written last."""
+    folders = Path(training.output_dir).glob("checkpoint-*")
+    done = {
+        int(f.name.split("-")[1]): f for f in folders if f.name[11:].isdigit() and (f / TRAINER_STATE_NAME).is_file()
+    }
+    return str(done[max(done)]) if done else None
+
+
+@exits_cleanly
+def main() -> None:
+    trainer = train(parse())
+    if trainer.args.should_save:
+        print(f"checkpoint written to {trainer.args.output_dir}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
+    main()
