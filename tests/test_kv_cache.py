@@ -21,9 +21,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import left_pad, process_images
 from llava.model.builder import load_pretrained_model
-from llava.model.kv_cache import CACHES, AdaptiveCache, Caching, cache_names, make_policy
-from llava.model.kv_cache.base import RowSpans
-from llava.model.kv_cache.full import Full
+from llava.model.kv_cache import CACHES, AdaptiveCache, cache_names, make_policy
 from llava.model.language_model.decoder import ATTENTION
 
 pytestmark = pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
@@ -86,13 +84,6 @@ def forced(rows, steps=STEPS):
 
 
 def new_cache(model, prepared, steps=STEPS):
-    """The request's cache; where everything is kept, the one that would keep it in preallocated storage."""
-    if prepared.caching is None:
-        spans, pad = [], prepared.inputs_embeds.shape[1]
-        for length, images in zip(prepared.lengths, prepared.image_spans, strict=True):
-            spans.append(RowSpans(length, [(start - pad + length, count) for start, count in images]))
-        following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
-        prepared.caching = Caching(Full(), LAYERS, spans, following)
     return prepared.caching.cache(steps)
 
 
@@ -259,7 +250,7 @@ def test_text_between_images_is_text_and_images_are_ranked_together(yi):
 def test_the_filter_alone_is_a_method_inside_the_llm(yi):
     model, processor = yi
     prepared = model.prepare(**batch(model, processor), config=AdaVConfig(method="none", **FILTER))
-    assert prepared.caching is None
+    assert not prepared.caching.adaptive
     for row, images in enumerate(prepared.image_spans):
         for image, (_, count) in enumerate(images):
             seen = [tokens.attention for tokens in prepared.dropping.schedule(row, image)]
