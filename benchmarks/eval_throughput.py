@@ -132,7 +132,7 @@ class Upstream:
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=self.spec["max_new_tokens"],
-                    pad_token_id=shard.pad,
+                    pad_token_id=shard.engine.pad,
                 )
                 self.llm_seconds += time.perf_counter() - start
                 answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())

@@ -3,6 +3,7 @@
     transformers   LlavaForConditionalGeneration or LlavaNextForConditionalGeneration as they are, SDPA, generate()
     upstream       the way of the published pruning code, and its cost: see Upstream
     ours           this repository's model.generate() under any configuration
+    engine         this repository's generation engine under any configuration: what the evaluation runs on
 
 A new provider is a class with `answer`, and a line in PROVIDERS.
 """
@@ -26,7 +27,9 @@ from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.transformers_reference import share_weights
 from llava.mm_utils import tile_plan
+from llava.model.engine import MULTIPLE, Engine
 from llava.model.prepared import StageClock
+from llava.model.sampling import Sampling
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import select
 
@@ -68,11 +71,13 @@ class Models:
 class Provider(ABC):
     """One way to answer prompts. What it builds, it builds once, when it is made.
 
-    name; config: what of the image's tokens it reads; side_by_side: whether it answers a batch at once or row by row
+    name; config: what of the image's tokens it reads; side_by_side: whether it answers a batch at once or row by row;
+    multiple: what capacities of its KV cache are rounded up to
     """
 
     name: str
     side_by_side = True
+    multiple = 1
 
     def __init__(self, models: Models, config: AdaVConfig):
         self.models, self.config = models, config
@@ -95,6 +100,38 @@ class Ours(Provider):
         answer.stages = times | {"selection": times.pop("selection", 0.0) + times.pop("splice", 0.0)}
         answer.kept = [selection.indices.cpu() for row in prepared.selections for selection in row]
         return answer
+
+
+class OursByEngine(Provider):
+    """This repository's model and its engine: storage that is allocated once, on a GPU steps that are captured."""
+
+    name = "engine"
+
+    def __init__(self, models: Models, config: AdaVConfig):
+        super().__init__(models, config)
+        self.engine = Engine(models.ours)
+        self.engine.ends = set()  # answers are as long as asked for
+        self.multiple = MULTIPLE if self.engine.graphs else 1
+
+    def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
+        watch = Watch(prompts.ids.device)
+        prepared = self.models.ours.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=self.config)
+        generation = self.engine.stream(prepared, Sampling(max_new_tokens=new_tokens))
+        next(generation)
+        first, of_first = watch.now(), generation.logits.float().cpu() if logits else None
+        start = watch.now()
+        generated = generation.result()
+        last = watch.now()
+        times = dict(prepared.seconds)
+        return Answer(
+            tokens=torch.tensor([answer.tokens for answer in generated.answers]),
+            first=first - watch.start,
+            decode=last - start,
+            kv=sum(layer.keys.nbytes + layer.values.nbytes for layer in generated.cache.layers),
+            stages=times | {"selection": times.pop("selection", 0.0) + times.pop("splice", 0.0)},
+            logits=of_first,
+            kept=[selection.indices.cpu() for row in prepared.selections for selection in row],
+        )
 
 
 class Transformers(Provider):
@@ -190,7 +227,7 @@ class Upstream(Provider):
         return answer
 
 
-PROVIDERS = {provider.name: provider for provider in (Transformers, Upstream, Ours)}
+PROVIDERS = {provider.name: provider for provider in (Transformers, Upstream, Ours, OursByEngine)}
 
 
 class Watch:

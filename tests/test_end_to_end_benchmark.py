@@ -43,13 +43,16 @@ def test_every_provider_has_its_row(tmp_path, capsys):
     cell = [
         ("transformers", "all tokens"),
         ("ours", "none"),
+        ("engine", "none"),
         ("upstream", "adav 8"),
         ("ours", "adav 8"),
+        ("engine", "adav 8"),
         ("ours", "FastV"),
+        ("engine", "FastV"),
     ]
-    assert rows[4]["config"] == "method=fastv overall_tokens=20"
+    assert rows[6]["config"] == "method=fastv overall_tokens=20"
     assert [(row["provider"], row["name"]) for row in rows] == cell * 2
-    assert [(row["batch"], row["new_tokens"]) for row in rows[::5]] == [("2", "1"), ("2", "4")]
+    assert [(row["batch"], row["new_tokens"]) for row in rows[::8]] == [("2", "1"), ("2", "4")]
     for row in rows:
         # 5 tiles of 16 patches, and a newline token for each of the 8 rows of the merged crops.
         assert row["vision_tokens"] == "88" and row["text_tokens"] == "12"
@@ -58,16 +61,16 @@ def test_every_provider_has_its_row(tmp_path, capsys):
         assert (row["tokens_per_s"] == "") == (row["new_tokens"] == "1")
         assert row["at_once"] == ("1" if row["provider"] == "upstream" else row["batch"])
         assert row["torch"] and row["device"] and row["command"].startswith("python benchmarks/end_to_end.py")
-        assert row["compared_with"] == {
-            ("ours", "none"): "transformers",
-            ("ours", "adav 8"): "upstream",
-        }.get((row["provider"], row["name"]), "")
+        compared = {("ours", "none"): "transformers", ("ours", "adav 8"): "upstream"}
+        assert row["compared_with"] == compared.get(
+            (row["provider"], row["name"]), "ours" if row["provider"] == "engine" else ""
+        )
         if row["compared_with"]:
             assert row["same_tokens"] == "1.0"
     # 4 layers, 48 numbers of keys and of values, 4 bytes each; three of four new tokens are fed back, two rows.
-    entry, last = 2 * 4 * 2 * 48 * 4, rows[5:]
+    entry, last = 2 * 4 * 2 * 48 * 4, rows[8:]
     assert float(last[0]["kv_mb"]) == round(entry * (100 + 3) / 1e6, 2)
-    assert float(last[3]["kv_mb"]) == round(entry * (20 + 3) / 1e6, 2)
+    assert float(last[4]["kv_mb"]) == round(entry * (20 + 3) / 1e6, 2)
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "a copy moves" in printed and "adav 8" in printed
@@ -85,7 +88,7 @@ def test_half_precision_is_checked_by_a_float32_twin(tmp_path):
     flags = ["--preset", "tiny", "--repeats", "1", "--batches", "1", "--dtype", "bfloat16"]
     end_to_end.main([*flags, "--output", str(output), "--plot", str(tmp_path / "e.png")])
     rows = read_csv(output)
-    assert [row["provider"] for row in rows] == ["transformers", "ours", "upstream", "ours"]
+    assert [row["provider"] for row in rows] == ["transformers", "ours", "engine", "upstream", "ours", "engine"]
     assert rows[0]["kv_mb"] == round(4 * 2 * 48 * 2 * 103 / 1e6, 2)
 
 

@@ -66,10 +66,14 @@ def test_kv_bytes_are_those_of_the_cache(model, case, front):
         measured = kv_bytes(cache, costs, prepared, [steps + 1] * len(ROWS))
         assert [row["kv_bytes_live"] for row in measured] == [cost.kv_bytes(4, steps) for cost in costs]
         assert [row["kv_bytes_predicted"] for row in measured] == [cost.kv_bytes(4, steps) for cost in costs]
-        occupied = sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values))
-        assert occupied == allocated_kv_bytes(costs, 4, steps) == sum(
-            row["kv_bytes_allocated"] for row in measured
-        ) + occupied % len(ROWS)
+        occupied = sum(
+            tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values)
+        )
+        assert (
+            occupied
+            == allocated_kv_bytes(costs, 4, steps)
+            == sum(row["kv_bytes_allocated"] for row in measured) + occupied % len(ROWS)
+        )
         if CASES[case][0] == "full":
             continue
         for row, cost in enumerate(costs):
@@ -123,7 +127,21 @@ def test_a_shard_measures_a_policy(tmp_path, case):
 def test_the_command_counts_a_policy(tmp_path, capsys):
     folder = save_llava_hf(build_reference("llava", num_hidden_layers=4), tmp_path / "checkpoint")
     keys = ["--vision-adaptive-attention", "true", "--text-pruning-flag", "true", "--text-init-cache", "0"]
-    flops.main([str(folder), "--method", "none", "--image-size", "56", "56", "--text-tokens", "80", "--element-size", "2000", *keys])
+    flops.main(
+        [
+            str(folder),
+            "--method",
+            "none",
+            "--image-size",
+            "56",
+            "56",
+            "--text-tokens",
+            "80",
+            "--element-size",
+            "2000",
+            *keys,
+        ]
+    )
     out = capsys.readouterr().out
     # 40 tokens before the image, 8 of its 16, 24 of the 40 behind it: 72 entries of 2 x 48 numbers of 2,000 bytes, in each of
     # 4 layers; then 62 of 104, and with none 96 and 160. The first step reads 40 + 4 + 24 + 1.

@@ -41,7 +41,7 @@ def rows_of_answer(shard, prepared, steps: int) -> list[np.ndarray]:
             top_p=None,
             min_new_tokens=steps,
             max_new_tokens=steps,
-            pad_token_id=shard.pad,
+            pad_token_id=shard.engine.pad,
         )
     return [call[:, 0].double().numpy() for call in reader.calls]
 

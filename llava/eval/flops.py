@@ -74,13 +74,18 @@ class Cost:
         return sum(plan.stored(steps) for plan in self.plans) * self.shape.kv_entry(element_size)
 
 
-def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0) -> int:
+def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0, multiple: int = 1) -> int:
     """Bytes that the cache of a batch occupies: in each layer every row has as many slots as the longest one.
 
-    steps: that there may be; storage is allocated once, after prefill. (On a GPU the engine rounds slots up to a multiple
-    of 128.)
+    steps: that there may be; storage is allocated once, after prefill. multiple: what steps and slots are rounded up to,
+    as by the engine where it captures steps (llava.model.engine.MULTIPLE).
     """
-    longest = [max(cost.plans[layer].slots(steps) for cost in costs) for layer in range(costs[0].shape.layers)]
+
+    def rounded(count: int) -> int:
+        return -(-count // multiple) * multiple
+
+    room = rounded(steps)
+    longest = [rounded(max(cost.plans[layer].slots(room) for cost in costs)) for layer in range(costs[0].shape.layers)]
     return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)
 
 

@@ -131,7 +131,8 @@ class BatchGeneration:
             TextStream(engine.tokenizer, one.stop) if engine.tokenizer is not None and (streamed or one.stop) else None
             for one in self.sampling
         ]
-        self._steps = self._logits = None
+        self.logits: Tensor | None = None  # [B, V] of the tokens that the last step has chosen
+        self._steps: PlainSteps | CapturedSteps | None = None
 
     def __iter__(self) -> Iterator[list[New | None]]:
         return self
@@ -141,9 +142,9 @@ class BatchGeneration:
         if all(answer.finish for answer in self.answers):
             raise StopIteration
         start = time.perf_counter()
-        stage = "prefill" if self._logits is None else "decode"
-        self._logits = self._prefill() if self._logits is None else self._steps(self._tokens)
-        self._tokens = self._choose(self._logits)
+        stage = "prefill" if self.logits is None else "decode"
+        self.logits = self._prefill() if self.logits is None else self._steps(self._tokens)
+        self._tokens = self._choose(self.logits)
         if any(answer.finish for answer in self.answers):
             ended = [answer.finish is not None for answer in self.answers]
             self._tokens[torch.tensor(ended, device=self._tokens.device)] = self._engine.pad
