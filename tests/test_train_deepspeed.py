@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on(start, tmp_path, zero, kind):
 def test_several_tiles_with_selection(tmp_path, zero):
     """A model with a newline token, its tokens selected, on two ranks as on one."""
     folders = train_data.start(tmp_path, "llava_next")
-    start = folders, train_data.write_samples(tmp_path / "data", count=8, texts=2)
+    start = folders, train_data.write_samples(tmp_path / "data", count=6, texts=2)  # two whole batches
     changes = {"model_name_or_path": folders["llava"], "vision_tower": None, "image_aspect_ratio": None, "max_steps": 4}
     for number, selection in enumerate(({"method": "adav", "overall_tokens": 11}, {})):
         one = launch(start, tmp_path / f"one{number}", 1, zero, **changes, **selection)
