@@ -135,7 +135,11 @@ def measure(shard: LoadedShard, run: Run, method: dict, questions: int) -> list[
         prepared = shard.prepare(asked, images, AdaVConfig(**method))
         cut, behind, sizes = up_to_the_image(prepared)
         said = model.generate(
-            prepared=prepared, max_new_tokens=STEPS + 1, do_sample=False, eos_token_id=None, pad_token_id=shard.engine.pad
+            prepared=prepared,
+            max_new_tokens=STEPS + 1,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=shard.engine.pad,
         )
         first = None
         for name, keys in POLICIES.items():
