@@ -35,8 +35,9 @@ from llava.eval.arguments import positive
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
 from llava.eval.environment import commit
+from llava.eval.image_reader import read_image
 from llava.eval.launch import DATA_ROOT
-from llava.eval.loaded_shard import LoadedShard, read_image
+from llava.eval.loaded_shard import LoadedShard
 from llava.eval.run import Generation, Run
 from llava.eval.tables import markdown_table
 from llava.model.kv_cache import Caching, make_policy

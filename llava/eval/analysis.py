@@ -52,7 +52,8 @@ def prompts(args: Namespace) -> Iterator[tuple]:
         get_conversation(args.conv_mode)
     import torch
 
-    from llava.eval.loaded_shard import LoadedShard, UnreadableImage, read_image
+    from llava.eval.image_reader import UnreadableImage, read_image
+    from llava.eval.loaded_shard import LoadedShard
 
     config = AdaVConfig(method="none")
     shard = LoadedShard(

@@ -94,7 +94,8 @@ def draw(runs: dict[str, Run]) -> Path:
 
     The question is the first one that the whole model answers rightly.
     """
-    from llava.eval.loaded_shard import LoadedShard, read_image
+    from llava.eval.image_reader import read_image
+    from llava.eval.loaded_shard import LoadedShard
     from llava.mm_utils import tile_plan
     from llava.serve.overlay import draw_overlay
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from llava.config import AdaVConfig
 from llava.errors import UserError, exits_cleanly
 from llava.eval.checkpoints import find_checkpoint
-from llava.eval.loaded_shard import LoadedShard, UnreadableImage, read_image
+from llava.eval.image_reader import UnreadableImage, read_image
+from llava.eval.loaded_shard import LoadedShard
 from llava.eval.samples import check_images, read_questions
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_dropping.base import Choice, Dropper, ImageSlots

@@ -17,6 +17,7 @@ from llava.conversation import default_conv_mode, single_turn
 from llava.errors import UserError
 from llava.eval.answers import AnswerFile
 from llava.eval.files import digest_of
+from llava.eval.image_reader import ImageFiles, ImageReader, Pixels, UnreadableImage
 from llava.eval.measure import kv_bytes, peak_memory, predicted
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
@@ -39,7 +40,9 @@ class LoadedShard:
     to the next; tokens are selected anew for each question.
     """
 
-    def __init__(self, spec: dict):
+    def __init__(self, spec: dict, image_workers: int | None = None):
+        """image_workers: processes that decode and resize images ahead; None: two beside a GPU, none on the CPU, whose
+        cores are busy."""
         if spec["device"] == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "the shard was given a GPU, but this torch sees no CUDA device; CUDA_VISIBLE_DEVICES= runs on the CPU"
@@ -59,6 +62,7 @@ class LoadedShard:
         self.engine = Engine(self.model, self.tokenizer)
         self.shape = ModelShape.of(self.model.config)
         self.recent = RecentImages(RECENT_BYTES)
+        self.image_workers = (2 if self.device.type == "cuda" else 0) if image_workers is None else image_workers
 
     def run(self, spec: dict, stopping: threading.Event) -> None:
         """Answer the samples of `spec` and append them to its answers file, until done or `stopping` is set."""
@@ -66,9 +70,12 @@ class LoadedShard:
         conversation = spec["conversation"] or default_conv_mode(self.model.config, self.tokenizer)
         self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
         answers, samples, size = AnswerFile(Path(spec["answers"])), spec["samples"], spec["batch_size"]
+        names = list(dict.fromkeys(sample["image"] for sample in samples if sample["image"] is not None))
+        files = self.images_of(spec, names, config)
+        reader = ImageReader(files, self.image_workers)
         while samples and not stopping.is_set():
             try:
-                rows = self.answer(samples[:size], config, conversation, spec)
+                rows = self.answer(samples[:size], config, conversation, spec, reader)
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise UserError(
@@ -84,11 +91,13 @@ class LoadedShard:
         answers.close()
 
     @torch.inference_mode()
-    def answer(self, samples: list[dict], config: AdaVConfig, conversation: str, spec: dict) -> list[dict]:
+    def answer(
+        self, samples: list[dict], config: AdaVConfig, conversation: str, spec: dict, reader: ImageReader
+    ) -> list[dict]:
         """One batch -> one row per sample, in order: its answer and measurements, or why its image is unreadable."""
         clock = StageClock(self.device)
-        folder = Path(spec["image_folder"])
-        encoded, errors = self._encoded({s["image"] for s in samples} - {None}, folder, config, clock)
+        names = list(dict.fromkeys(s["image"] for s in samples if s["image"] is not None))
+        encoded, errors = self._encoded(names, Path(spec["image_folder"]), reader, config, clock)
         rows = [{"key": s["key"], "error": errors[s["image"]]} for s in samples if s["image"] in errors]
         readable = [sample for sample in samples if sample["image"] not in errors]
         if not readable:
@@ -122,39 +131,40 @@ class LoadedShard:
         return rows
 
     def _encoded(
-        self, names: set[str], folder: Path, config: AdaVConfig, clock: StageClock
+        self, names: list[str], folder: Path, reader: ImageReader, config: AdaVConfig, clock: StageClock
     ) -> tuple[dict[str, EncodedImage], dict[str, str]]:
         """Images of a batch by name, each decoded and encoded at most once; and why those that are missing are."""
         encoded, errors, new = {}, {}, {}
         encoding = self.model.encoding(config)
         with clock.stage("image_decode"):
-            for name in sorted(names):
+            for name in names:
                 try:
                     key = (_stamp(folder / name), encoding)
                     known = self.recent.get(key)
                     if known is None:
-                        new[name] = key, read_image(folder / name)
+                        new[name] = key, reader.get(name)
                     else:
                         encoded[name] = known
                 except UnreadableImage as error:
                     errors[name] = str(error)
-        made = self.encode([image for _, image in new.values()], config, clock)
+        made = self._encode([image for _, image in new.values()], config, clock)
         for (name, (key, _)), image in zip(new.items(), made, strict=True):
             self.recent.put(key, image)
             encoded[name] = image
         return encoded, errors
 
+    def images_of(self, spec: dict, names: list[str], config: AdaVConfig) -> ImageFiles:
+        """The images of a spec's folder, as this checkpoint wants them."""
+        folder = Path(spec["image_folder"])
+        return ImageFiles(folder, names, self.image_processor, self.model.config, config.option("anyres"))
+
     @torch.inference_mode()
-    def encode(
-        self, images: list[Image.Image], config: AdaVConfig, clock: StageClock | None = None
-    ) -> list[EncodedImage]:
-        """PIL images through tiles, vision tower and projector."""
+    def _encode(self, images: list[Pixels], config: AdaVConfig, clock: StageClock) -> list[EncodedImage]:
+        """Pixels through the vision tower and, where need be, the projector."""
         if not images:
             return []
-        clock = clock or StageClock(self.device)
-        with clock.stage("image_decode"):
-            pixels = process_images(images, self.image_processor, self.model.config, config.option("anyres"))
-        return self.model.encode(self._to_device(pixels), [image.size for image in images], config, clock)
+        pixels = [image.pixels.to(self.device, self.model.dtype) for image in images]
+        return self.model.encode(pixels, [image.size for image in images], config, clock)
 
     @torch.inference_mode()
     def splice(
@@ -173,15 +183,20 @@ class LoadedShard:
         """The PreparedPrompt of a batch whose images (PIL, flat, in order) are decoded already."""
         return self.splice(samples, self.encode(images, config), config, conversation)
 
+    def encode(self, images: list[Image.Image], config: AdaVConfig) -> list[EncodedImage]:
+        """PIL images through tiles, vision tower and, where need be, the projector."""
+        read = [
+            Pixels(
+                process_images([image], self.image_processor, self.model.config, config.option("anyres"))[0], image.size
+            )
+            for image in images
+        ]
+        return self._encode(read, config, StageClock(self.device))
+
     def _token_ids(self, sample: dict, conversation: str) -> torch.Tensor:
         placeholder = DEFAULT_IMAGE_TOKEN + "\n" if sample["image"] is not None else ""
         prompt = single_turn(conversation, placeholder + sample["prompt"])
         return tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
-
-    def _to_device(self, pixels):
-        if isinstance(pixels, list):
-            return [self._to_device(p) for p in pixels]
-        return pixels.to(self.device, self.model.dtype)
 
 
 def _sampling(spec: dict, sample: dict) -> Sampling:
@@ -204,10 +219,6 @@ def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
     }
 
 
-class UnreadableImage(Exception):
-    """An image file that is there but cannot be decoded."""
-
-
 def _stamp(path: Path) -> tuple:
     """What tells one state of an image file from another, without reading it."""
     try:
@@ -215,14 +226,3 @@ def _stamp(path: Path) -> tuple:
     except OSError as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
     return str(path), state.st_mtime_ns, state.st_size
-
-
-def read_image(path: Path) -> Image.Image:
-    """An RGB image; UnreadableImage says why not. A decoder may raise almost anything on a damaged file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error

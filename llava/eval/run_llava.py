@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
     from llava.conversation import default_conv_mode
-    from llava.eval.loaded_shard import UnreadableImage, read_image
+    from llava.eval.image_reader import UnreadableImage, read_image
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
     from llava.model.engine import Engine
