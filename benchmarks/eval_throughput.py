@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from llava.eval.environment import commit, environment
 from llava.eval.files import REPOSITORY, write_atomically
 from llava.eval.launch import BATCH_SIZE
 from llava.eval.loaded_shard import LoadedShard
+from llava.eval.run import Generation
 from llava.eval.tables import columns
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -201,10 +203,7 @@ def main(argv: list[str] | None = None) -> None:
             "checkpoint": str(CHECKPOINT),
             "model_base": None,
             "config": config.to_dict(),
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "conversation": None,
-            "dtype": "auto",
-            "device": "cpu",
+            **asdict(Generation(MAX_NEW_TOKENS)),
             "batch_size": args.batch_size,
             "image_folder": str(folder),
             "samples": samples,

@@ -1,4 +1,4 @@
-"""Question files, answer files, run folders and the normaliser: everything of the evaluation that needs no model."""
+"""Question files, answer files and run folders: everything of the evaluation that needs no model."""
 
 import json
 import subprocess
@@ -12,7 +12,6 @@ from llava.errors import UserError
 from llava.eval.answers import AnswerFile, collect, merge, repair
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
-from llava.eval.evalai_normaliser import ARTICLES, CONTRACTIONS, NUMBERS, PUNCTUATION, normalise
 from llava.eval.progress import Progress
 from llava.eval.run import Generation, Run
 from llava.eval.samples import check_images, read_questions
@@ -22,8 +21,6 @@ def test_the_launcher_imports_no_torch():
     code = "import sys, llava.eval.launch; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
 
 
 # ----------------------------------------------------------------------------------------------- question files
@@ -247,41 +244,3 @@ def test_vqav2_upload_covers_the_whole_split(tmp_path):
         {"question_id": 9999, "answer": ""},
     ]
     assert score["answered"] == 4 and score["empty"] == 1
-
-
-# --------------------------------------------------------------------------------------------------- normaliser
-def test_normaliser_tables_have_the_published_size():
-    assert len(CONTRACTIONS) == 120 and len(NUMBERS) == 12 and len(ARTICLES) == 3 and len(PUNCTUATION) == 21
-
-
-@pytest.mark.parametrize(
-    "raw, expected",
-    [
-        ("Yes", "yes"),
-        ("The dog.", "dog"),
-        ("a cat and an apple", "cat and apple"),
-        ("two", "2"),
-        ("None", "0"),
-        ("ten Zero", "10 0"),
-        ("dont", "don't"),
-        ("it's", "it 's"),
-        ("black/white", "black white"),
-        ("black / white", "black white"),
-        ("t-shirt", "t shirt"),
-        ("t- shirt", "t shirt"),
-        ("1,000", "1000"),
-        ("1.5", "1.5"),
-        ("5 p.m.", "5 pm"),
-        ("red, green", "red green"),
-        ("is it?", "is it"),
-        ("line\none\ttab", "line 1 tab"),
-        ("  spaces   inside ", "spaces inside"),
-        ('"quoted"', "quoted"),
-        ("somebody'd", "somebodyd"),
-        ("the", ""),
-        ("", ""),
-        ("a." * 40, "a" * 33 + ".a" * 7 + "."),  # upstream's count: only the first 32 periods go
-    ],
-)
-def test_normaliser(raw, expected):
-    assert normalise(raw) == expected

@@ -98,7 +98,7 @@ def merge(samples: list[Sample], answered: dict[tuple, dict], path: Path, model_
     unknown = answered.keys() - {sample.key for sample in samples}
     if missing:
         raise UserError(
-            f"{path.parent}: {len(missing)} of {len(samples)} questions have no answer, the first in line {missing[0].line}"
+            f"{path.parent}: {len(missing)} of {len(samples)} questions have no answer, the first in {missing[0].place}"
         )
     if unknown:
         raise UserError(f"{path.parent}: {len(unknown)} answers belong to no question; run again with --fresh")

@@ -48,7 +48,7 @@ def describe_run(run: Run, report: dict) -> str:
     """A finished run in a few lines."""
     session, tokens = report["sessions"][-1], report["vision_tokens_per_image"]
     lines = [f"{run.benchmark.name} ({run.benchmark.split}), {run.checkpoint.short_name}, method {run.config.method}:"]
-    number = "{:.2f}".format if run.benchmark.points else "{:.1%}".format
+    number = "{:.2f}".format if run.benchmark.points else (lambda share: f"{100 * share:.1f} %")
     for name, value in report["score"].items():
         parts = value.items() if isinstance(value, dict) else [(None, value)]
         shown = ", ".join((f"{k} " if k else "") + (number(v) if isinstance(v, float) else str(v)) for k, v in parts)

@@ -48,8 +48,18 @@ def write_atomically(path: Path, text: str) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value, indent: int | None = 2) -> None:
+    """A JSON file, whole or not at all; its folder is made."""
+    with told_when_unwritable(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A .jsonl file, whole or not at all; its folder is made."""
+    with told_when_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: Path):

@@ -39,7 +39,7 @@ def join(
         parts = []
         if unlabelled:
             parts.append(
-                f"{len(unlabelled)} of {len(grouped)} answered questions are not in it (the first: {_shown(unlabelled[0])})"
+                f"{len(unlabelled)} of {len(grouped)} answered questions are not in it, or less often (the first: {_shown(unlabelled[0])})"
             )
         if unanswered and not partial:
             parts.append(
@@ -47,6 +47,13 @@ def join(
             )
         raise UserError(f"{source}: does not match the answers, " + " and ".join(parts))
     return {key: (group, labelled[key]) for key, group in grouped.items()}
+
+
+def agreed(labels: list, key: Hashable, source: Path):
+    """The one label of a question that is annotated once, or several times alike; UserError where they differ."""
+    if any(label != labels[0] for label in labels):
+        raise UserError(f"{source}: has different labels for one question ({_shown(key)})")
+    return labels[0]
 
 
 def _grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Hashable, list]:

@@ -10,13 +10,13 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava.errors import UserError
+from llava.eval.answers import repair
 from llava.eval.files import digest_of, told_when_unwritable
 from llava.eval.samples import read_lines
 
@@ -76,12 +76,14 @@ class Judge:
         raise UserError(f"{self.url}: {len(TEMPERATURES)} replies of {self.model} are no score between 0 and 1")
 
 
-def grade_all(judge: Judge, prompts: dict[str, str], kept: Path, progress: Callable = tqdm) -> dict[str, float]:
+def grade_all(judge: Judge, prompts: dict[str, str], kept: Path) -> dict[str, float]:
     """name -> grade. Every grade is written to `kept` (.jsonl) at once, and what it holds already is not asked again."""
+    if kept.is_file():
+        repair(kept)  # a line that a kill tore is asked for again
     known = {row["prompt"]: row["grade"] for _, row in read_lines(kept)} if kept.is_file() else {}
     grades = {}
     with told_when_unwritable(kept), open(kept, "a", encoding="utf-8") as file:
-        for name, prompt in progress(prompts.items(), total=len(prompts), desc="judge", disable=None):
+        for name, prompt in tqdm(prompts.items(), desc="judge", disable=None):
             digest = digest_of([judge.model, prompt])
             if digest not in known:
                 known[digest] = judge.grade(prompt)

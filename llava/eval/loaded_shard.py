@@ -17,6 +17,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import default_conv_mode, single_turn
 from llava.errors import UserError
 from llava.eval.answers import AnswerFile
+from llava.eval.files import digest_of
 from llava.eval.measure import FirstToken, kv_bytes, peak_memory, predicted
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
@@ -67,7 +68,11 @@ class LoadedShard:
         config = AdaVConfig(**spec["config"])
         conversation = spec["conversation"] or default_conv_mode(self.model.config, self.tokenizer)
         self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
-        answers, samples, size = AnswerFile(Path(spec["answers"])), spec["samples"], spec["batch_size"]
+        answers, samples, size = (
+            AnswerFile(Path(spec["answers"])),
+            spec["samples"],
+            1 if spec["temperature"] else spec["batch_size"],
+        )
         while samples and not stopping.is_set():
             try:
                 rows = self.answer(samples[:size], config, conversation, spec)
@@ -100,10 +105,7 @@ class LoadedShard:
         first = FirstToken(self.device)
         output = self.model.generate(
             prepared=prepared,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
+            **_decoding(spec, readable),
             max_new_tokens=spec["max_new_tokens"],
             pad_token_id=self.pad,
             stopping_criteria=StoppingCriteriaList([first]),
@@ -203,6 +205,15 @@ class LoadedShard:
             if token in self.ends:
                 return ids[: i + 1]
         return ids
+
+
+def _decoding(spec: dict, samples: list[dict]) -> dict:
+    """Arguments of generate(): greedy, or sampled from a seed that belongs to the one sample of the batch."""
+    if not spec["temperature"]:
+        return {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
+    (sample,) = samples
+    torch.manual_seed(int(digest_of([spec["seed"], sample["key"]]), 16))
+    return {"do_sample": True, "num_beams": 1, "temperature": spec["temperature"], "top_p": spec["top_p"]}
 
 
 def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:

@@ -33,12 +33,19 @@ from llava.eval.samples import Sample
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of generation, beside the configuration. conversation: None leaves it to the checkpoint."""
+    """Settings of generation, beside the configuration.
+
+    conversation: None leaves it to the checkpoint. temperature: 0 is greedy; otherwise samples are drawn one by one, each
+    from its own `seed`, so that neither batches nor interruptions change an answer.
+    """
 
     max_new_tokens: int
     conversation: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
 
 
 class Run:
@@ -182,7 +189,7 @@ class Run:
             others = list(dict.fromkeys(s.image for s in bad if s.image != sample.image))
             more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
             raise UserError(
-                f'{self.benchmark.question_file}, line {sample.line}: image "{sample.image}" cannot be read '
+                f'{self.benchmark.question_file}, {sample.place}: image "{sample.image}" cannot be read '
                 f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, "
                 "nothing is scored (--partial scores those)"
             )

@@ -18,7 +18,10 @@ from llava.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `row` is the whole line of the question file; `prompt` goes into the conversation template."""
+    """One question. `row` is the whole line of the question file; `prompt` goes into the conversation template.
+
+    line: counts the file's lines, or where a question is no line of its own what `unit` says (entries, rows).
+    """
 
     line: int
     question_id: int | str
@@ -27,6 +30,12 @@ class Sample:
     prompt: str
     key: tuple
     row: dict
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """Where in its file the question stands, for messages."""
+        return f"{self.unit} {self.line}"
 
 
 def read_lines(path: Path) -> list[tuple[int, dict]]:
@@ -77,20 +86,20 @@ def make_samples(
     samples = []
     for (number, row), key in zip(rows, keys, strict=True):
         full = (*key, number) if key in repeated else key
-        samples.append(Sample(number, row["question_id"], row.get("image"), row["text"], prompt(row), full, row))
+        samples.append(Sample(number, row["question_id"], row.get("image"), row["text"], prompt(row), full, row, unit))
     return samples
 
 
 def refuse_repeated_ids(samples: list[Sample], path: Path) -> None:
     """UserError where two samples share a question_id, for benchmarks that know their questions by it alone."""
-    first: dict[int | str, int] = {}
+    first: dict[int | str, str] = {}
     for sample in samples:
         if sample.question_id in first:
             raise UserError(
-                f"{path}, line {sample.line}: question_id {sample.question_id} is already in line "
+                f"{path}, {sample.place}: question_id {sample.question_id} is already in "
                 f"{first[sample.question_id]}, allowed is each once"
             )
-        first[sample.question_id] = sample.line
+        first[sample.question_id] = sample.place
 
 
 def _check_row(row: dict, where: str) -> None:
@@ -128,10 +137,10 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
     where = {}
     for sample in samples:
         if sample.image is not None:
-            where.setdefault(sample.image, sample.line)
+            where.setdefault(sample.image, sample.place)
     parents: dict[str, str] = {}
     missing = []
-    for image, line in where.items():
+    for image, place in where.items():
         path = os.path.join(root, image)
         parent, name = os.path.split(path)
         if parent not in parents:
@@ -141,11 +150,11 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
             real = os.path.realpath(real)
         if os.path.isabs(image) or not real.startswith(root + os.sep):
             raise UserError(
-                f'{source}, line {line}: image "{image}" leaves the image folder {folder}, allowed are paths inside it'
+                f'{source}, {place}: image "{image}" leaves the image folder {folder}, allowed are paths inside it'
             )
         if not os.path.isfile(real):
-            missing.append((image, line))
+            missing.append((image, place))
     if missing:
-        image, line = missing[0]
+        image, place = missing[0]
         more = f" ({len(missing)} of {len(where)} images are missing)" if len(missing) > 1 else ""
-        raise UserError(f'{source}, line {line}: image "{image}" is not in {folder}{more}')
+        raise UserError(f'{source}, {place}: image "{image}" is not in {folder}{more}')

@@ -31,12 +31,14 @@ HEAD = ("method", "tokens", *(column.replace("_", "-") for column in COLUMNS.val
 
 @dataclass
 class Row:
-    """Runs that belong together. base: whatever a run must share with the unpruned one that it is compared with."""
+    """Runs that belong together. part: which questions, in words, "" for all of them; base: a digest of whatever a run
+    must share with the unpruned one that it is compared with."""
 
     checkpoint: str
     method: str
     tokens: str
     label: str
+    part: str
     base: str
     folders: dict[str, Path] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
@@ -77,7 +79,7 @@ def collect(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
             )
         for path in reports:
             _add(read_json(path), path.parent, rows, notes)
-    ordered = sorted(rows.values(), key=lambda row: (row.checkpoint, row.base, -row.size, row.label))
+    ordered = sorted(rows.values(), key=lambda row: (row.checkpoint, row.part, row.base, -row.size, row.label))
     return ordered, list(dict.fromkeys(notes))
 
 
@@ -103,7 +105,7 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
     label += f" ({options})" if options else ""
     label += f" [{part}]" if part else ""
     row = rows.setdefault(
-        key, Row(report["checkpoint"]["name"], configuration["method"], report["tokens"], label, base)
+        key, Row(report["checkpoint"]["name"], configuration["method"], report["tokens"], label, part, base)
     )
     if row.folders.setdefault(name, folder).resolve() != folder.resolve():
         raise UserError(f"{folder} and {row.folders[name]} are runs of {name} under the same configuration; name one")

@@ -10,7 +10,6 @@ from typing import ClassVar
 from llava.errors import UserError
 from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.division import Subset
-from llava.eval.files import told_when_unwritable
 from llava.eval.samples import Sample, check_images, read_questions
 
 
@@ -123,7 +122,4 @@ class Benchmark(ABC):
         """
         if self.checkpoint is None:
             return folder / f"{self.name}-{self.split}-upload.{suffix}"
-        path = place / self.checkpoint.short_name / f"{folder.name}.{suffix}"
-        with told_when_unwritable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return place / self.checkpoint.short_name / f"{folder.name}.{suffix}"

@@ -7,13 +7,12 @@ compared as eval.py does it. Joined by question_id.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
 from llava.eval.annotations import told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.files import read_json, write_atomically
+from llava.eval.files import read_json, write_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, refuse_repeated_ids
 
@@ -75,5 +74,4 @@ def score(answers: list[tuple], questions: dict, source: Path, partial: bool = F
 
 def write_predictions(answers: list[tuple], path: Path) -> None:
     """The file that the official eval.py reads: [{questionId, prediction}]."""
-    content = [{"questionId": key, "prediction": prediction(text)} for key, text in answers]
-    write_atomically(path, json.dumps(content))
+    write_json(path, [{"questionId": key, "prediction": prediction(text)} for key, text in answers], indent=None)

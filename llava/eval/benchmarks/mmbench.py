@@ -107,7 +107,7 @@ def read_table(path: Path) -> list[dict]:
         csv.field_size_limit(limit)
     for number, row in enumerate(rows, 1):
         missing = [name for name in ("index", "question", "A", "image") if not row.get(name)]
-        if missing or None in row or not row["index"].isdigit():
+        if missing or None in row or None in row.values() or not row["index"].isdigit():
             what = f"lacks {', '.join(missing)}" if missing else "is not a row of the table"
             raise UserError(f"{path}, row {number} of {len(rows)}: {what}; is the file cut off?")
         row["index"] = int(row["index"])
@@ -182,5 +182,6 @@ def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
         sheet.append([*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)])
     temporary = upload.with_name(f".{upload.name}.{os.getpid()}.tmp")
     with told_when_unwritable(upload):
+        upload.parent.mkdir(parents=True, exist_ok=True)
         book.save(temporary)
         os.replace(temporary, upload)

@@ -12,10 +12,10 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.eval.annotations import SHORT_ANSWER
+from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.files import told_when_unwritable, write_atomically
-from llava.eval.joining import join, mean
+from llava.eval.joining import agreed, join, mean
 from llava.eval.samples import Sample
 
 PERCEPTION = (
@@ -71,11 +71,15 @@ def _bare(question: str) -> str:
 
 def read_release(release: Path) -> list[tuple[tuple, tuple[str, str]]]:
     """(key, (question as the release spells it, Yes or No)) of every .txt; UserError names the line that is wrong."""
+    if not release.is_dir():
+        raise UserError(f"{release}: no such folder")
     labels = []
     for folder in sorted(path for path in release.iterdir() if path.is_dir()):
         texts = folder / "questions_answers_YN"
         for path in sorted((texts if texts.is_dir() else folder).glob("*.txt")):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            with told_when_malformed(path):
+                lines = path.read_text(encoding="utf-8").split("\n")
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 question, tab, label = line.strip().rpartition("\t")
@@ -104,8 +108,10 @@ def score(answers: list[tuple], release: list[tuple], source: Path, partial: boo
     for (task, image, _), _ in release:
         asked[task, image] += 1
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for (task, image, _), ([text], [(_, label)]) in join(answers, release, source, partial).items():
-        right[task][image].append(said(text) == label.lower())
+    for key_, (texts, several) in join(answers, release, source, partial, repeats=True).items():
+        task, image, _ = key_
+        label = agreed([label.lower() for _, label in several], key_, source)
+        right[task][image].extend(said(text) == label for text in texts)
     points = {}
     for task, images in right.items():
         whole = [all(values) for image, values in images.items() if len(values) == asked[task, image]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from llava.errors import UserError
 from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.joining import join, mean
+from llava.eval.joining import agreed, join, mean
 from llava.eval.samples import Sample, read_lines
 
 CATEGORIES = ("adversarial", "popular", "random")
@@ -40,18 +40,22 @@ class POPE(Benchmark):
         return [label_file(self.folder / "coco", category) for category in CATEGORIES]
 
     def read(self) -> list[Sample]:
-        samples = super().read()
-        for sample in samples:
-            if sample.row.get("category") not in CATEGORIES:
-                raise UserError(
-                    f'{self.question_file}, line {sample.line}: "category" is {sample.row.get("category")!r}, '
-                    f"allowed are {', '.join(CATEGORIES)}"
-                )
-        return samples
+        return with_category(super().read(), self.question_file)
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         answers = [(key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
         return score(answers, self.folder / "coco", bool(self.partial))
+
+
+def with_category(samples: list[Sample], path: Path) -> list[Sample]:
+    """The samples of `path` as they are; UserError where one belongs to none of the three categories."""
+    for sample in samples:
+        if sample.row.get("category") not in CATEGORIES:
+            raise UserError(
+                f'{path}, line {sample.line}: "category" is {sample.row.get("category")!r}, '
+                f"allowed are {', '.join(CATEGORIES)}"
+            )
+    return samples
 
 
 def label_file(folder: Path, category: str) -> Path:
@@ -83,8 +87,9 @@ def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
                     raise UserError(f'{source}, line {number}: "label" is {row["label"]!r}, allowed are yes and no')
                 known.append(((category, row["image"], _spelled(row["text"])), row["label"] == "yes"))
     counts: dict[str, dict] = defaultdict(lambda: dict.fromkeys([(a, b) for a in (0, 1) for b in (0, 1)], 0))
-    for (category, _, _), ([text], [label]) in join(answers, known, labels, partial).items():
-        counts[category][says_yes(text), label] += 1
+    for key_, (texts, several) in join(answers, known, labels, partial, repeats=True).items():
+        for text in texts:
+            counts[key_[0]][says_yes(text), agreed(several, key_, labels)] += 1
     per_category = {category: _measures(counts[category]) for category in CATEGORIES if category in counts}
     total = len(answers)
     right = sum(table[True, True] + table[False, False] for table in counts.values())

@@ -6,7 +6,6 @@ images (val), asked with the words of LLaVA's test questions. Joined by the imag
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from llava.errors import UserError
 from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.evalai_normaliser import normalise
-from llava.eval.files import read_json, write_atomically
+from llava.eval.files import read_json, write_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples
 from llava.eval.vqa_accuracy import official_accuracy
@@ -78,5 +77,5 @@ def score(answers: list[tuple], entries: list[dict], source: Path, partial: bool
 
 def write_upload(answers: list[tuple], upload: Path) -> dict:
     """[{image, answer}], in EvalAI's normal form."""
-    write_atomically(upload, json.dumps([{"image": image, "answer": normalise(text)} for image, text in answers]))
+    write_json(upload, [{"image": image, "answer": normalise(text)} for image, text in answers], indent=None)
     return {"upload": str(upload), "answered": len(answers)}

@@ -7,7 +7,6 @@ v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from llava.errors import UserError
 from llava.eval.annotations import SHORT_ANSWER, read_part, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.evalai_normaliser import normalise
-from llava.eval.files import write_atomically
+from llava.eval.files import write_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples, read_lines, refuse_repeated_ids
 from llava.eval.vqa_accuracy import official_accuracy
@@ -122,6 +121,11 @@ def split_ids(path: Path) -> list:
 
 def write_upload(answers: dict, ids: list, upload: Path) -> dict:
     """[{question_id, answer}] over `ids`, in EvalAI's normal form and empty where nothing was answered."""
+    strangers = len(answers.keys() - set(ids))
+    if strangers:
+        raise UserError(
+            f"{upload}: not written, {strangers} of {len(answers)} answers are to none of the split's questions"
+        )
     content = [{"question_id": i, "answer": normalise(answers[i]) if i in answers else ""} for i in ids]
-    write_atomically(upload, json.dumps(content))
+    write_json(upload, content, indent=None)
     return {"upload": str(upload), "answered": len(answers), "empty": len(ids) - len(answers)}

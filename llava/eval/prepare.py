@@ -1,0 +1,112 @@
+"""Build a benchmark's files in LLaVA's layout from its public data set on the Hugging Face hub.
+
+    python -m llava.eval.prepare BENCHMARK [--split S] [--source DIR] [--data-root DIR]
+
+Needs the datasets library: pip install "adav[prepare]". A download or a conversion that was interrupted goes on with the
+same command. --source reads a copy of the data set's repository on disk instead of the hub.
+Exit codes: 0 done, 2 bad input (one sentence).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava.errors import UserError, exits_cleanly, first_line
+from llava.eval.annotations import told_when_malformed
+from llava.eval.arguments import Parser
+from llava.eval.benchmarks import BENCHMARKS, Benchmark
+from llava.eval.files import REPOSITORY, read_json, write_json
+from llava.eval.prepare_recipes import RECIPES, Recipe
+
+
+def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = False) -> str:
+    """Write the files of one split of a benchmark; returns a line that says what there is now.
+
+    source: a copy of the data set's repository; None: the hub. partial: another number of questions is no error.
+    """
+    recipe = RECIPES.get(benchmark.name)
+    if recipe is None or benchmark.split not in recipe.parts:
+        known = ", ".join(f"{name} {'/'.join(entry.parts)}" for name, entry in RECIPES.items())
+        page = f"; {benchmark.download_page} says where its files are" if benchmark.download_page else ""
+        raise UserError(f"{benchmark.name} {benchmark.split} cannot be prepared, allowed are {known}{page}")
+    stamp = benchmark.question_file.with_suffix(".prepared.json")
+    if benchmark.question_file.exists():
+        if not stamp.is_file():
+            raise UserError(f"{benchmark.question_file} is there already, and not from here; move it away first")
+        return f"{benchmark.name} {benchmark.split}: {read_json(stamp)['questions']:,} questions, prepared before"
+    parts, expected = recipe.parts[benchmark.split]
+    tables = [rows(recipe, config, split, source) for config, split in parts]
+    with told_when_malformed(Path(source or recipe.repo)):
+        count = recipe.convert(benchmark, *tables)
+    if count != expected and not partial:
+        benchmark.question_file.unlink()
+        raise UserError(
+            f"{source or recipe.repo}: makes {count:,} questions of {benchmark.name} {benchmark.split}, allowed are "
+            f"{expected:,} (--partial takes what is there)"
+        )
+    write_json(stamp, {"from": str(source or recipe.repo), "split": benchmark.split, "questions": count})
+    note = f" ({recipe.note})" if recipe.note else ""
+    return f"{benchmark.name} {benchmark.split}: {count:,} questions below {benchmark.folder}{note}"
+
+
+def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterable[dict]:
+    """The rows of one part of a data set, images as the files that were uploaded, with a progress bar."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError('prepare needs the datasets library: pip install "adav[prepare]"') from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say too
+    if source is None:
+        try:
+            table = datasets.load_dataset(recipe.repo, config, split=split)
+        except Exception as error:  # the hub, the network and the disk fail in many ways; all of them end here
+            raise UserError(f"{recipe.repo}, {config} {split}: cannot be loaded ({first_line(error)})") from None
+    else:
+        folder = source / ("data" if config == "default" else config)
+        files = sorted(map(str, folder.glob(f"{split}-*.parquet")))
+        if not files:
+            raise UserError(f"{folder}: has no {split}-*.parquet, allowed is a copy of {recipe.repo}")
+        try:
+            table = datasets.Dataset.from_parquet(files)
+        except Exception as error:  # pyarrow and datasets have no common exception for a damaged file
+            raise UserError(f"{folder}: cannot be read as parquet ({first_line(error)})") from None
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return tqdm(table, desc=f"{recipe.repo} {split}", unit=" rows", disable=None)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.eval.prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("benchmark", help=", ".join(RECIPES))
+    parser.add_argument("--split", help="default: the benchmark's first that a data set has")
+    parser.add_argument("--source", type=Path, help="a copy of the data set's repository (default: the hub)")
+    parser.add_argument("--partial", action="store_true", help="take a data set with another number of questions")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=os.environ.get("DATA_ROOT") or REPOSITORY / "playground" / "data" / "eval",
+        help="default: $DATA_ROOT, else playground/data/eval",
+    )
+    return parser.parse_args(argv)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.benchmark not in RECIPES:
+        raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join(RECIPES)}')
+    split = args.split or next(iter(RECIPES[args.benchmark].parts))
+    benchmark = BENCHMARKS[args.benchmark](Path(args.data_root), None, split)
+    print(prepare(benchmark, args.source, args.partial))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One question about one or several image files, answered on the command line.
+
+    python -m llava.eval.run_llava --model-path M --image-file a.jpg[,b.jpg] --query "What is in the image?"
+        [--conv-mode C] [--sep ,] [--visual-token-num K] [--temperature 0] [--max_new_tokens 512] [flags]
+
+Each image gets its placeholder before the query, in the order of the files, unless the query places them itself with
+<image>. Files alone: an address is refused, since what a model is asked about should not depend on the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_conversation, single_turn
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, positive
+from llava.eval.front import add_model_flags, configuration, sampling
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.eval.run_llava", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--image-file", required=True, help="paths, with --sep between them")
+    parser.add_argument("--query", required=True)
+    parser.add_argument("--sep", default=",", help="between image files (,)")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=512)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    return parser.parse_args(argv)
+
+
+def image_files(text: str, sep: str) -> list[Path]:
+    """The paths in --image-file; UserError for an address or a file that is not there."""
+    names = [name.strip() for name in (text.split(sep) if sep else [text])]
+    for name in names:
+        if "://" in name:
+            raise UserError(f"--image-file names the address {name}, allowed are files: download it first")
+        if not Path(name).is_file():
+            raise UserError(f"--image-file: {name or 'an empty name'} is no file")
+    return [Path(name) for name in names]
+
+
+def question(query: str, images: int) -> str:
+    """The query with one placeholder per image."""
+    placed = query.count(DEFAULT_IMAGE_TOKEN)
+    if placed not in (0, images):
+        raise UserError(f"--query places {placed} images with {DEFAULT_IMAGE_TOKEN}, but --image-file names {images}")
+    return query if placed else (DEFAULT_IMAGE_TOKEN + "\n") * images + query
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    files = image_files(args.image_file, args.sep)
+    asked = question(args.query, len(files))
+    config, decoding = configuration(args), sampling(args)
+    if args.conv_mode is not None:
+        get_conversation(args.conv_mode)
+    import torch
+
+    from llava.conversation import default_conv_mode
+    from llava.eval.loaded_shard import UnreadableImage, read_image
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    try:
+        images = [read_image(path) for path in files]
+    except UnreadableImage as error:
+        raise UserError(f"--image-file: cannot be read as an image ({error})") from None
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path, args.model_base, config=config, torch_dtype=args.dtype
+    )
+    for part, found in (("tokenizer", tokenizer), ("image processor", image_processor)):
+        if found is None:
+            raise UserError(f"{args.model_path}: has no {part}, which a question needs")
+    prompt = single_turn(args.conv_mode or default_conv_mode(model.config, tokenizer), asked)
+    input_ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None].to(model.device)
+    pixels = process_images(images, image_processor, model.config, config.option("anyres"))
+    drawn = {"do_sample": False, "temperature": None, "top_p": None}
+    if decoding:
+        torch.manual_seed(decoding["seed"])
+        drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        input_ids,
+        images=[tiles.to(model.device, model.dtype) for tiles in pixels],
+        image_sizes=[image.size for image in images],
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=pad,
+        **drawn,
+    )
+    print(tokenizer.decode(output[0], skip_special_tokens=True).strip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""MMBench's upload file: convert_mmbench_for_submission.py --annotation-file TSV --result-dir D --upload-dir U --experiment E"""
+
+from pathlib import Path
+
+from llava.errors import exits_cleanly
+from llava.eval.arguments import Parser
+from llava.eval.benchmarks import mmbench
+from llava.eval.joining import join
+from llava.eval.score import answers_by_id
+
+
+@exits_cleanly
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--annotation-file", type=Path, required=True)
+    parser.add_argument("--result-dir", type=Path, required=True)
+    parser.add_argument("--upload-dir", type=Path, required=True)
+    parser.add_argument("--experiment", required=True)
+    args = parser.parse_args(argv)
+    answers = answers_by_id(args.result_dir / f"{args.experiment}.jsonl")
+    table = mmbench.read_table(args.annotation_file)
+    join(answers, [(row["index"], row) for row in table], args.annotation_file)
+    mmbench.write_upload(dict(answers), table, args.upload_dir / f"{args.experiment}.xlsx")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""SEED-Bench's accuracy and upload file: convert_seed_for_submission.py --annotation-file S --result-file A --result-upload-file U"""
+
+import json
+from pathlib import Path
+
+from llava.errors import exits_cleanly
+from llava.eval.annotations import read_part, told_when_malformed
+from llava.eval.arguments import Parser
+from llava.eval.benchmarks import seed
+from llava.eval.files import write_rows
+from llava.eval.score import answers_by_id
+
+
+@exits_cleanly
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--annotation-file", type=Path, required=True, help="SEED-Bench.json")
+    parser.add_argument("--result-file", type=Path, required=True)
+    parser.add_argument("--result-upload-file", type=Path, required=True)
+    parser.add_argument("--partial", action="store_true", help="score what is answered")
+    args = parser.parse_args(argv)
+    answers = [(str(key), text) for key, text in answers_by_id(args.result_file)]
+    with told_when_malformed(args.annotation_file):
+        kinds = {
+            str(entry["question_id"]): entry["data_type"] for entry in read_part(args.annotation_file, "questions")
+        }
+    asked = tuple(sorted({kinds.get(key, "image") for key, _ in answers}))  # an answer file may leave the videos out
+    print(json.dumps(seed.score(answers, args.annotation_file, asked, args.partial), indent=2))
+    write_rows(args.result_upload_file, [{"question_id": key, "prediction": text} for key, text in answers])
+
+
+if __name__ == "__main__":
+    main()
