@@ -39,7 +39,7 @@ from llava.eval.tables import columns
 from llava.mm_utils import tile_plan
 from llava.model.language_model.llava_config import LlavaLlamaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.llava_arch import StageClock
+from llava.model.prepared import StageClock
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 

@@ -178,6 +178,16 @@ class AdaVConfig:
                 f'{where}: "h2o_heavy_share" + "h2o_recent_share" is '
                 f"{self.h2o_heavy_share + self.h2o_recent_share:g}, allowed is at most 1"
             )
+        if self.all_use_h2o and self.h2o_heavy_share is not None:
+            raise ConfigError(
+                f'{where}: "all_use_h2o" is true and "h2o_heavy_share" is {self.h2o_heavy_share}, allowed is one of them: '
+                "the first stands for shares of its own"
+            )
+        if self.prefill_filter_flag and self.method in dropper_names():
+            raise ConfigError(
+                f'{where}: "prefill_filter_flag" is true, but method "{self.method}" drops tokens inside the LLM itself; '
+                "allowed beside the filter are methods before the LLM"
+            )
         if self.options.get("compat") == "public" and self.options.get("anyres", "fastervlm") != "fastervlm":
             raise ConfigError(
                 f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
@@ -252,13 +262,12 @@ class AdaVConfig:
                 'image; allowed is "reindexed"'
             )
 
-    def refuse_unbuilt(self) -> None:
-        """Say so, rather than measure something else, where a switch asks for what this version does not do."""
-        for switch in ("vision_adaptive_attention", "prefill_filter_flag", "text_pruning_flag", "all_use_h2o"):
-            if getattr(self, switch):
-                raise ConfigError(f'"{switch}" is true, but this version has no adaptive KV cache yet; set it to false')
-        if self.h2o_heavy_share is not None:
-            raise ConfigError('"h2o_heavy_share" is set, but this version has no H2O cache yet; leave it null')
+    @property
+    def cache_policy(self) -> str:
+        """The name of the KV cache's policy (llava.model.kv_cache): H2O's switches take the place of A-VL's."""
+        if self.all_use_h2o or self.h2o_heavy_share is not None:
+            return "h2o"
+        return "avl" if self.vision_adaptive_attention or self.text_pruning_flag else "full"
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

@@ -12,7 +12,7 @@ from llava.conversation import single_turn
 from llava.errors import UserError
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import StageClock
+from llava.model.prepared import StageClock
 from llava.model.token_selection import SELECTORS, select
 
 IMAGE = IMAGE_TOKEN_INDEX
@@ -303,13 +303,6 @@ def test_fastervlm_tile_path_has_neither_newline_nor_unpadding(loaded):
     public = config("adav", 12, compat="public")
     kept = model.prepare(torch.tensor([[1, IMAGE, 6, 7]]), images, sizes, config=public).selections[0][0]
     assert (kept.tile >= 0).all() and len(kept.indices) == 12
-
-
-def test_switches_of_later_steps_are_refused_not_ignored(tmp_path):
-    save_llava_hf(build_reference("llava"), tmp_path)
-    for switch in ("vision_adaptive_attention", "prefill_filter_flag", "text_pruning_flag", "all_use_h2o"):
-        with pytest.raises(UserError, match=switch):
-            load_pretrained_model(tmp_path, config=AdaVConfig(**{switch: True}), device_map="cpu")
 
 
 def test_unused_options_are_warned_about(tmp_path):

@@ -11,7 +11,7 @@ from image_tokens import flat_image, make_image, make_text
 
 from llava.errors import UserError
 from llava.model.text_tower import mean_cosine
-from llava.model.token_selection import ImageTokens, TowerStates, select
+from llava.model.token_selection import SELECTORS, ImageTokens, TowerStates, greedy, select, select_all
 from llava.model.token_selection.adav_cover import covering_union
 from llava.model.token_selection.cdpruner import most_diverse
 from llava.model.token_selection.coverage import Coverage
@@ -120,11 +120,13 @@ def test_divprune_by_hand():
     # there 0 is 160, 10 is 170 and 90 is 110 degrees away: 10. Then 0 is 10 from 10, and 90 is 80 from 10: 90.
     angles = torch.tensor([0.0, 10, 90, 200]).deg2rad()
     vectors = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([[3.0], [0.1], [7], [1]])
-    assert farthest_points(vectors, 4).tolist() == [3, 1, 2, 0]
+    real = torch.ones(1, 5, dtype=torch.bool)
+    assert farthest_points(cosine_matrix(vectors)[None], real[:, 1:], real[:, 1:], 4).tolist() == [[3, 1, 2, 0]]
     assert select("divprune", flat_image(vectors, torch.zeros(4)), make_text(0), 2).indices.tolist() == [1, 3]
     # A broken patch comes last, and is nobody's neighbour.
     broken = torch.cat([torch.tensor([[math.nan, 1.0]]), vectors])
-    assert farthest_points(broken, 5).tolist() == [4, 2, 3, 1, 0]
+    finite = broken.isfinite().all(dim=1)[None]
+    assert farthest_points(cosine_matrix(broken)[None], real, finite, 5).tolist() == [[4, 2, 3, 1, 0]]
 
 
 def naive_farthest_points(vectors, count):
@@ -425,12 +427,18 @@ def test_covering_union_by_hand():
     # Similarity as in HAND, strength 1. By text (1, 0.9, 0.5, 0.1), two picks: 0; then gains are 0, 0.2, 0.4, 1 of 2.4,
     # 2.0, 1.8, 1: values 0, 0.09, 0.111, 0.1: patch 2, where AdaV would take 1. By saliency (0.5, 0.6, 0.2, 0.1), one
     # pick: 1 is left 0.2 of 2.0, 0.06; 3 is left all, 0.1: patch 3.
-    text, saliency = torch.tensor([1, 0.9, 0.5, 0.1]), torch.tensor([0.5, 0.6, 0.2, 0.1])
-    assert covering_union([text, saliency], [2, 0], Coverage(HAND), 1).tolist() == [0, 2]
-    assert covering_union([text, saliency], [2, 1], Coverage(HAND), 1).tolist() == [0, 2, 3]
+    scores = torch.tensor([[[1, 0.9, 0.5, 0.1], [0.5, 0.6, 0.2, 0.1]]])
+
+    def cover(by_text, by_saliency, strength):
+        counts = torch.tensor([by_text, by_text + by_saliency])[:, None]
+        real = torch.ones(1, 4, dtype=torch.bool)
+        return torch.nonzero(covering_union(HAND, real, scores, *counts, strength)[0]).flatten().tolist()
+
+    assert cover(2, 0, 1) == [0, 2]
+    assert cover(2, 1, 1) == [0, 2, 3]
     # Without a diminishing return: 0, 1 by text, 1 again by saliency; short of one, so the next by text (0.5 / 1.9)
     # against the next by saliency that is unused (0.2 / 0.6): patch 2 either way.
-    assert covering_union([text, saliency], [2, 1], Coverage(HAND), 0).tolist() == [0, 1, 2]
+    assert cover(2, 1, 0) == [0, 1, 2]
 
 
 def test_strength_zero_is_adav():
@@ -544,3 +552,33 @@ def test_bad_options_are_sentences(name, options, words):
         select(name, make_image(), make_text(), 7, **options)
     for word in words:
         assert word in str(error.value)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [5, 58, 400])
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_batch_chooses_as_each_image_alone(name, budget):
+    images = [make_image(grid, seed=seed, **layout) for seed, (grid, layout) in enumerate(SETTINGS)]
+    texts = [make_text(words, seed=9 + words) for words in (3, 0, 1, 7, 5)]
+    for image, text, kept in zip(images, texts, select_all(name, images, texts, budget), strict=True):
+        alone = select(name, image, text, budget)
+        assert torch.equal(kept.indices, alone.indices) and torch.equal(kept.features, alone.features)
+        assert kept.report.keys() == alone.report.keys() and kept.sources == alone.sources
+
+
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover"])
+def test_images_of_a_batch_choose_together(name, monkeypatch):
+    """The rule runs once for the whole batch, or once for each part of it that fits into memory."""
+    rule, runs = SELECTORS[name].rule, []
+    monkeypatch.setattr(
+        SELECTORS[name], "rule", lambda self, s, *a, **k: runs.append(s.shape[0]) or rule(self, s, *a, **k)
+    )
+    images = [make_image(grid, seed=seed, **layout) for seed, (grid, layout) in enumerate(SETTINGS)]
+    whole = select_all(name, images, [make_text()] * 5, 29)
+    assert len(runs) == 1
+    monkeypatch.setattr(greedy, "ENTRIES", 1)
+    parts = select_all(name, images, [make_text()] * 5, 29)
+    assert len(runs) == 6 and runs[0] == sum(runs[1:])
+    assert all(torch.equal(a.indices, b.indices) for a, b in zip(whole, parts, strict=True))

@@ -210,9 +210,7 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
                 f"<tokens> is {tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
             )
         overrides["overall_tokens"] = tokens
-    config = AdaVConfig.load(args.config, **overrides)
-    config.refuse_unbuilt()
-    return config
+    return AdaVConfig.load(args.config, **overrides)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:

@@ -23,7 +23,7 @@ from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.encoded_images import EncodedImage, RecentImages
-from llava.model.llava_arch import PreparedPrompt, StageClock
+from llava.model.prepared import PreparedPrompt, StageClock
 from llava.model.token_dropping.plan import layer_mean
 
 # Of encoded images that are kept for the next batch. Work is ordered by image, so it need not hold many: LLaVA-1.6's

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria
 from llava.config import AdaVConfig
 from llava.eval.flops import Cost, predict
 from llava.eval.model_shape import ImageCounts, ModelShape
-from llava.model.llava_arch import PreparedPrompt
+from llava.model.prepared import PreparedPrompt
 
 
 class FirstToken(StoppingCriteria):

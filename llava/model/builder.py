@@ -20,6 +20,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
 from llava.model.token_dropping import dropper_names
+from llava.model.token_dropping.prefill_filter import PrefillFilter
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -43,7 +44,6 @@ def load_pretrained_model(
     Raises UserError for whatever is wrong with the checkpoint.
     """
     config = config or AdaVConfig(method="none")
-    config.refuse_unbuilt()
     method = method_class(config.method)
     config.refuse_misfits(method)
     chosen = method(**config.options_of(method))
@@ -55,6 +55,9 @@ def load_pretrained_model(
     model_config.mm_anyres = config.option("anyres")
     if config.method in dropper_names():
         chosen.check(model_config)
+    prefill_filter = PrefillFilter.of(config)
+    if prefill_filter is not None:
+        prefill_filter.check(model_config)
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
     model.adav_config = config

@@ -1,17 +1,15 @@
 """Images + prompt -> one embedded sequence. Token selection happens here, before the LLM reads anything.
 
 `LlavaMetaModel` adds tower, projector and newline embedding to an LLM; `LlavaMetaForCausalLM` adds `prepare`, which
-turns token ids with image placeholders into a `PreparedPrompt`, and a `generate` and `forward` that start from one.
-`encode` is the part of it that no question changes.
-Whatever belongs to one request lives in its PreparedPrompt.
+turns token ids with image placeholders into a `PreparedPrompt` (prepared.py), and a `forward` that starts from one;
+`generate` is in generation.py.
+`encode` is the part of it that no question changes. Whatever belongs to one request lives in its PreparedPrompt.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,58 +20,18 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.encoded_images import EncodedImage
+from llava.model.generation import LlavaGeneration, check_cache
+from llava.model.kv_cache import make_policy
+from llava.model.kv_cache.base import RowSpans
+from llava.model.kv_cache.cache import Caching
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.prepared import PreparedPrompt, StageClock
 from llava.model.text_tower import ClipTextTower
 from llava.model.token_dropping import Dropping, dropper_names
+from llava.model.token_dropping.prefill_filter import PrefillFilter
 from llava.model.token_dropping.state import PromptRow
-from llava.model.token_selection import ImageTokens, Selection, TowerStates, select
-
-
-@dataclass
-class PreparedPrompt:
-    """A batch that is ready for the LLM. B rows, padded left to S.
-
-    inputs_embeds [B, S, D]; attention_mask [B, S]; position_ids [B, S] (0 in the padding); labels [B, S] or None
-    selections        per row, per image: what was kept
-    image_spans       per row, per image: (start, length) in the padded row
-    lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
-    position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
-    dropping          which of the image tokens go between LLM layers; None where the method acts before the LLM
-    seconds           time per stage: vision_tower, projector, selection, splice
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor | None
-    selections: list[list[Selection]]
-    image_spans: list[list[tuple[int, int]]]
-    lengths: list[int]
-    unpruned_lengths: list[int]
-    position_offset: Tensor
-    dropping: Dropping | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class StageClock:
-    """Seconds per stage; on a GPU each stage waits for the device, so that its work is counted where it belongs."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
-        self._cuda = device.type == "cuda"
-
-    @contextmanager
-    def stage(self, name: str):
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _wait(self):
-        if self._cuda:
-            torch.cuda.synchronize()
+from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
 
 
 class LlavaMetaModel:
@@ -109,7 +67,7 @@ class _Row:
         self.unpruned += unpruned
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(LlavaGeneration):
     """Mixin for an LLM with a language-modelling head: images in, tokens out.
 
     adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
@@ -263,6 +221,33 @@ class LlavaMetaForCausalLM:
             inside[start:end] = True
         return inside & (ids != IMAGE_TOKEN_INDEX)
 
+    def _seen(
+        self,
+        rows: list[tuple],
+        words: list[Tensor],
+        encoded: list[EncodedImage],
+        asked: list,
+        text_tower: str | None,
+    ) -> tuple[list[ImageTokens], list[Tensor]]:
+        """What a selector sees of every image of a batch, in reading order: its tokens, and the words asked about it.
+
+        rows: (ids, ...) and their word embeddings `words`; per image: what `encode` gave, and which ids of its row are
+        asked. text_tower: what judges how close a patch is to the words, where a method reads that.
+        """
+        images, texts, image = [], [], 0
+        for (ids, _), embedded in zip(rows, words, strict=True):
+            for nth in range(len(_placeholders(ids))):
+                plan, tokens = encoded[image].plan, encoded[image].tokens
+                tower = tokens.tower
+                if text_tower is not None:
+                    question = self.question_words(ids[asked[image]].tolist())
+                    cosine = self.text_tower(text_tower).cosine(tower.hidden[:, 1:], question)
+                    tower = replace(tower, text_cosine=cosine)
+                images.append(replace(tokens, key=_sample_key(ids, plan.image_size, nth), tower=tower))
+                texts.append(embedded[asked[image]])
+                image += 1
+        return images, texts
+
     def prepare(
         self,
         input_ids,
@@ -304,103 +289,51 @@ class LlavaMetaForCausalLM:
         if encoded is None:
             encoded = self.encode(images, image_sizes, config, clock)
 
+        with clock.stage("splice"):
+            words = [embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0)) for ids, _ in rows]
+        with clock.stage("selection"):
+            scope = config.option("text_scope")
+            asked = [self._question(ids, place, scope) for ids, _ in rows for place in _placeholders(ids)]
+            if encoded and not method.needs_image:
+                kept = [_no_tokens(words[0]) for _ in encoded]
+            else:
+                judge = options["text_tower"] if "text_cosine" in chosen.tower_states else None
+                seen = self._seen(rows, words, encoded, asked, judge)
+                name, own = ("none", {}) if inside else (config.method, options)
+                kept = select_all(name, *seen, config.overall_tokens, **own)
         done, image = [], 0
-        for b, (ids, keep) in enumerate(rows):
-            with clock.stage("splice"):
-                words = embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0))
-                row_labels = labels.to(device)[b][keep] if labels is not None else None
-            row, begin = _Row(), 0
-            places = torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
-            for place in [*places, len(ids)]:
-                with clock.stage("splice"):
+        with clock.stage("splice"):
+            for b, (ids, keep) in enumerate(rows):
+                row, begin = _Row(), 0
+                own_labels = labels.to(device)[b][keep] if labels is not None else None
+                for place in [*_placeholders(ids), len(ids)]:
+                    piece = slice(begin, place)
                     span = torch.arange(place - begin, device=device)
-                    row.add(
-                        words[begin:place], span, place - begin, row_labels[begin:place] if labels is not None else None
-                    )
-                if place == len(ids):
-                    break
-                with clock.stage("selection"):
-                    plan, tokens = encoded[image].plan, encoded[image].tokens
-                    if tokens is None:
-                        kept = _no_tokens(words)
-                    else:
-                        key = _sample_key(ids, plan.image_size, len(row.selections))
-                        asked = self._question(ids, place, config.option("text_scope"))
-                        row.questions.append(asked)
-                        tower = tokens.tower
-                        if "text_cosine" in chosen.tower_states:
-                            question = self.text_tower(options["text_tower"])
-                            cosine = question.cosine(tower.hidden[:, 1:], self.question_words(ids[asked].tolist()))
-                            tower = replace(tower, text_cosine=cosine)
-                        tokens = replace(tokens, key=key, tower=tower)
-                        if inside:
-                            kept = select("none", tokens, words[:0], config.overall_tokens)
-                        else:
-                            kept = select(config.method, tokens, words[asked], config.overall_tokens, **options)
-                row.spans.append((row.length, len(kept.indices)))
-                row.selections.append(kept)
-                row.add(kept.features, kept.indices.to(device), kept.total)
-                begin, image = place + 1, image + 1
-            done.append(row)
+                    row.add(words[b][piece], span, place - begin, None if labels is None else own_labels[piece])
+                    if place == len(ids):
+                        break
+                    row.questions.append(asked[image])
+                    row.spans.append((row.length, len(kept[image].indices)))
+                    row.selections.append(kept[image])
+                    row.add(kept[image].features, kept[image].indices.to(device), kept[image].total)
+                    begin, image = place + 1, image + 1
+                done.append(row)
         with clock.stage("splice"):
             prepared = _stack(done, config.option("positions"), labels is not None)
-        if inside:
-            chosen.check(self.config)
+        layers = self.config.num_hidden_layers
+        dropper = chosen if inside else PrefillFilter.of(config)
+        if dropper is not None:
+            dropper.check(self.config)
             prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
-            prepared.dropping = Dropping(chosen, config.overall_tokens, self.config.num_hidden_layers, prompts)
+            prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
+        if config.cache_policy != "full":
+            spans = [RowSpans(row.length, row.spans) for row in done]
+            following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
+            prepared.caching = Caching(make_policy(config), layers, spans, following)
         prepared.seconds = clock.seconds
         return prepared
 
     # --- the LLM ----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids=None,
-        images=None,
-        image_sizes=None,
-        attention_mask=None,
-        *,
-        prepared: PreparedPrompt | None = None,
-        config: AdaVConfig | None = None,
-        **generation_kwargs,
-    ):
-        """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
-
-        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
-        """
-        if prepared is None:
-            prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
-        self.last_selection = [selection for row in prepared.selections for selection in row]
-        output = super().generate(
-            inputs_embeds=prepared.inputs_embeds,
-            attention_mask=prepared.attention_mask,
-            position_ids=prepared.position_ids,
-            position_offset=prepared.position_offset,
-            dropping=prepared.dropping,
-            **generation_kwargs,
-        )
-        if prepared.dropping is not None:
-            for row, selections in enumerate(prepared.selections):
-                for image, selection in enumerate(selections):
-                    selection.report["survivors"] = prepared.dropping.survivors(row, image)
-        return output
-
-    def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, position_offset=None, dropping=None, is_first_iteration=False, **kwargs
-    ):
-        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
-
-        It forwards only what is named here; `dropping` goes with every step.
-        """
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + position_offset
-        if dropping is not None:
-            inputs["dropping"] = dropping
-        return inputs
 
     def forward(
         self,
@@ -413,14 +346,17 @@ class LlavaMetaForCausalLM:
         images=None,
         image_sizes=None,
         logits_to_keep=0,
+        caching: Caching | None = None,
         **kwargs,
     ):
         """The LLM's forward; with images (or placeholders in input_ids) the prompt is prepared first.
 
         Logits are then those of the spliced, left-padded sequence; under a method that acts inside the LLM those of
-        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`: start from
-        `prepare`, whose result has it. logits_to_keep is named here
-        because generate() looks for it in the signature: without it, prefill computes the logits of every position.
+        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`, and under an
+        adaptive KV cache its `caching` and past_key_values=caching.cache(steps): start from `prepare`, whose result has
+        them. Without that, a prompt whose configuration asks for an adaptive cache leaves no cache behind.
+        logits_to_keep is named here because generate() looks for it in the signature: without it, prefill computes the
+        logits of every position.
         """
         fresh = inputs_embeds is None and past_key_values is None
         if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
@@ -428,6 +364,15 @@ class LlavaMetaForCausalLM:
             input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
             attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
             kwargs["dropping"] = prepared.dropping
+            if prepared.caching is not None:
+                if kwargs.get("use_cache"):
+                    raise UserError(
+                        "the configuration asks for an adaptive KV cache, which forward() cannot make by itself: start "
+                        "from prepare(), whose result has caching.cache(steps)"
+                    )
+                kwargs["use_cache"] = False
+        if caching is not None:
+            check_cache(past_key_values, caching)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -463,6 +408,11 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config)
             )
         mask = attention_mask.to(input_ids.device).bool()
     return [(ids[keep], keep) for ids, keep in zip(input_ids, mask, strict=True)]
+
+
+def _placeholders(ids: Tensor) -> list[int]:
+    """Where images go among the ids of a row."""
+    return torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
 
 
 def _turn(ids: list[int], place: int, markers) -> tuple[int, int]:

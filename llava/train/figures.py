@@ -17,7 +17,7 @@ from llava.demo.dataset import write_dataset
 from llava.demo.vocabulary import QUESTION_TYPES
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import StageClock
+from llava.model.prepared import StageClock
 from llava.model.token_selection import select
 
 _BATCH = 32

@@ -1,9 +1,11 @@
-"""The decoder loop in which vision tokens go between layers (llava/model/token_dropping).
+"""The decoder loop in which vision tokens go between layers (llava/model/token_dropping) and the KV cache adapts
+(llava/model/kv_cache).
 
 It runs in place of transformers' own loop where a request brings a `Dropping`, in prefill and in every cached step after
-it; without one, transformers' loop runs. Decoder layers are called whole wherever a method allows it. Queries and keys
-are picked up inside the attention function, so any layer type and any grouping of heads will do, and SDPA computes the
-attention itself. Each layer's KV cache gets what the layer's attention saw, and nothing else.
+it, and in the decode steps of an `AdaptiveCache`; without them, transformers' loop runs. Decoder layers are called whole
+wherever a method allows it. Queries and keys are picked up inside the attention function, so any layer type and any
+grouping of heads will do, and SDPA computes the attention itself; in the decode steps of an AdaptiveCache the attention
+reads the entries that its policy lists. Each layer's KV cache gets what the layer's attention saw, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.errors import UserError
+from llava.model.kv_cache.cache import AdaptiveCache
 from llava.model.token_dropping import Dropping
 from llava.model.token_dropping.plan import AFTER, BEFORE, INSIDE
 
@@ -31,11 +34,30 @@ class Seen:
     scaling: float
 
 
-def _sdpa_seen(module, query, key, value, attention_mask, scaling=None, seen: Seen | None = None, **kwargs):
-    """SDPA; where the caller passes `seen`, it also notes the queries and keys there."""
+def _sdpa_seen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    seen: Seen | None = None,
+    adaptive: AdaptiveCache | None = None,
+    **kwargs,
+):
+    """SDPA; where the caller passes `seen`, it also notes the queries and keys there.
+
+    adaptive: the cache that, after SDPA in prefill, keeps what its policy wants of the layer's entries, and in a decode
+    step computes the attention over those.
+    """
+    if adaptive is not None and adaptive.steps:
+        return adaptive.layers[module.layer_idx].attend(query, scaling), None
     if seen is not None:
         seen.query, seen.key, seen.scaling = query, key, scaling
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if adaptive is not None:
+        adaptive.fill(module.layer_idx, query, key, value, scaling)
+    return output
 
 
 AttentionInterface.register(ATTENTION, _sdpa_seen)
@@ -82,7 +104,8 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 
 
 class DroppingDecoder:
-    """Mixin for an LLM's base model: `forward(..., dropping=)` drops vision tokens between layers."""
+    """Mixin for an LLM's base model: `forward(..., dropping=)` drops vision tokens between layers, and an AdaptiveCache
+    as `past_key_values` decides what is stored of them and read."""
 
     def __init__(self, config):
         if config._attn_implementation in (None, "sdpa"):
@@ -103,8 +126,10 @@ class DroppingDecoder:
         """As transformers' forward; with `dropping`, its prompts are prefilled with their image tokens cut per layer.
 
         The same object goes with every later call on that cache. Padding is known from it: attention_mask is not read.
+        An AdaptiveCache takes one prefill of its prompts, then one token per row and call, and counts positions itself.
         """
-        if dropping is None:
+        adaptive = past_key_values if isinstance(past_key_values, AdaptiveCache) else None
+        if dropping is None and adaptive is None:
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -119,23 +144,35 @@ class DroppingDecoder:
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        window = getattr(self.config, "sliding_window", None)
-        if window is not None and past + hidden.shape[1] > window:
-            raise UserError(
-                f"the sequence has reached {past + hidden.shape[1]} tokens, but methods inside the LLM run within this "
-                f"checkpoint's attention window only, so at most {window} are allowed"
-            )
-        if past and not dropping.stage_of:
+        self._refuse_beyond_window(past + hidden.shape[1])
+        if past and dropping is not None and not dropping.stage_of:
             raise UserError(f"the cache holds {past} tokens already, but the prompt has not been prefilled with them")
-        run = self._decode if past else self._prefill
-        hidden = run(hidden, position_ids, past_key_values, dropping)
+        if adaptive is not None and past:
+            adaptive.begin_step(hidden.shape[1])
+            hidden = self._step(hidden, adaptive, dropping)
+        elif past:
+            hidden = self._decode(hidden, position_ids, past_key_values, dropping)
+        else:
+            if adaptive is not None:
+                adaptive.begin_prefill(*hidden.shape[:2])
+            if dropping is None:
+                return super().forward(
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=adaptive,
+                    inputs_embeds=hidden,
+                    use_cache=True,
+                    adaptive=adaptive,
+                    **kwargs,
+                )
+            hidden = self._prefill(hidden, position_ids, past_key_values, dropping)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     def _refuse(self, cache, kwargs: dict) -> None:
         """Say so where transformers was asked for what this loop does not do."""
         if self.config._attn_implementation != ATTENTION:
             raise UserError(
-                f'methods inside the LLM need attention "sdpa", but the model was set to '
+                f'methods inside the LLM and adaptive KV caches need attention "sdpa", but the model was set to '
                 f'"{self.config._attn_implementation}"'
             )
         if cache is not None and cache.is_compileable:
@@ -144,7 +181,17 @@ class DroppingDecoder:
             )
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
-                raise UserError(f"{name} does not go with methods inside the LLM: layers differ in their tokens")
+                raise UserError(
+                    f"{name} does not go with methods inside the LLM and adaptive KV caches: layers differ in their tokens"
+                )
+
+    def _refuse_beyond_window(self, tokens: int) -> None:
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and tokens > window:
+            raise UserError(
+                f"the sequence has reached {tokens} tokens, but methods inside the LLM and adaptive KV caches run within "
+                f"this checkpoint's attention window only, so at most {window} are allowed"
+            )
 
     def _prefill(self, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
         dropping.begin(hidden)
@@ -158,12 +205,15 @@ class DroppingDecoder:
                 flow.hidden = flow.hidden.to(_device(layer))
                 flow.keep(*dropping.cut(number, *_last_query(layer, flow), flow.hidden))
             dropping.note_layer()
+            if isinstance(cache, AdaptiveCache):
+                cache.rows = dropping.spans()
             call = {
                 "attention_mask": flow.mask,
                 "position_embeddings": flow.rope,
                 "position_ids": flow.positions,
                 "past_key_values": cache,
                 "use_cache": cache is not None,
+                "adaptive": cache if isinstance(cache, AdaptiveCache) else None,
             }
             if cut and place != BEFORE:
                 call["seen"] = seen = Seen()
@@ -194,6 +244,21 @@ class DroppingDecoder:
                 mask = dropping.decode_mask(stage, new, hidden.shape[1])
                 calls[stage] = {"attention_mask": mask, "position_embeddings": rope, "position_ids": own}
             hidden = layer(hidden, past_key_values=cache, use_cache=True, **calls[stage])
+        return hidden
+
+    def _step(self, hidden: Tensor, cache: AdaptiveCache, dropping: Dropping | None) -> Tensor:
+        """One new token per row, hidden [B, 1, D], on what the cache's policy lists. All of it is work on the device."""
+        positions = cache.next_positions()
+        calls: dict[int, dict] = {}  # by numbering: layers that count positions alike
+        for number, layer in enumerate(self.layers):
+            numbering = dropping.stage_of[number] if dropping is not None and dropping.dropper.reindexed else 0
+            if numbering not in calls:
+                own = positions
+                if numbering:
+                    own = positions - dropping.stages[numbering].shift.to(positions.device)[:, None]
+                rope = self.rotary_emb(hidden, position_ids=own.to(hidden.device))
+                calls[numbering] = {"position_embeddings": rope, "position_ids": own}
+            hidden = layer(hidden, past_key_values=cache, use_cache=True, adaptive=cache, **calls[numbering])
         return hidden
 
 

@@ -12,10 +12,10 @@ llava/model/language_model/decoder.py.
 from __future__ import annotations
 
 from dataclasses import fields
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from llava.errors import UserError
+from llava.model.lazy_names import LazyNames
 
 if TYPE_CHECKING:
     from llava.model.token_dropping.base import Dropper
@@ -31,27 +31,14 @@ _CLASSES = {
 }
 
 
-def __getattr__(name: str):
-    if name == "DROPPERS":
-        value = {method: _load(place) for method, place in _CLASSES.items()}
-    elif name == "Dropper":
-        value = _load("base:Dropper")
-    elif name == "Dropping":
-        value = _load("state:Dropping")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def _load(place: str):
-    file, _, attribute = place.partition(":")
-    return getattr(import_module(f"{__name__}.{file}"), attribute)
+__getattr__ = _names = LazyNames(
+    __name__, "DROPPERS", _CLASSES, {"Dropper": "base:Dropper", "Dropping": "state:Dropping"}
+)
 
 
 def dropper_names() -> tuple[str, ...]:
     """Names of all droppers, without importing torch; what a user added to DROPPERS is included."""
-    return tuple(globals().get("DROPPERS", _CLASSES))
+    return _names.names()
 
 
 def make_dropper(name: str, **options) -> Dropper:
@@ -59,7 +46,7 @@ def make_dropper(name: str, **options) -> Dropper:
 
     Raises UserError for an unknown name or option, and for option values that do not go together.
     """
-    droppers = globals()["DROPPERS"] if "DROPPERS" in globals() else __getattr__("DROPPERS")
+    droppers = _names.table()
     if name not in droppers:
         raise UserError(f"unknown token dropping method {name!r}, allowed are {', '.join(droppers)}")
     allowed = [f.name for f in fields(droppers[name])]

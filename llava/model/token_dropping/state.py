@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import UserError
+from llava.model.kv_cache.base import RowSpans
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_dropping.base import Choice, Dropper, ImageSlots
 from llava.model.token_dropping.plan import Cut, LayerTokens, layer_tokens
@@ -189,6 +190,10 @@ class Dropping:
     def cuts_at(self, layer: int) -> bool:
         """Whether any image of any row is cut at `layer`."""
         return any(layer in cuts for row in self._rows for cuts in row.cuts)
+
+    def spans(self) -> list[RowSpans]:
+        """Per row, its length and its images as they are now."""
+        return [RowSpans(row.length, [(image.start, image.count) for image in row.images]) for row in self._rows]
 
     def positions(self, device: torch.device) -> Tensor:
         """[B, S]: each row's slots counted from 0 as they are now; 0 in the padding."""

@@ -10,11 +10,11 @@ and never touch a tensor. SELECTORS and the classes are imported when they are f
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from importlib import import_module
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 from llava.errors import UserError
+from llava.model.lazy_names import LazyNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "TowerStates",
     "option_names",
     "select",
+    "select_all",
     "selector_names",
 ]
 
@@ -50,29 +51,13 @@ _CLASSES = {
 }
 
 
-def __getattr__(name: str):
-    if name == "SELECTORS":
-        value = {method: _load(place) for method, place in _CLASSES.items()}
-    elif name in ("ImageTokens", "Selection", "Selector", "TowerStates"):
-        value = _load(f"base:{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def _load(place: str):
-    file, _, attribute = place.partition(":")
-    return getattr(import_module(f"{__name__}.{file}"), attribute)
-
-
-def _selectors() -> dict[str, type[Selector]]:
-    return globals()["SELECTORS"] if "SELECTORS" in globals() else __getattr__("SELECTORS")
+_base = {name: f"base:{name}" for name in ("ImageTokens", "Selection", "Selector", "TowerStates")}
+__getattr__ = _names = LazyNames(__name__, "SELECTORS", _CLASSES, _base)
 
 
 def selector_names() -> tuple[str, ...]:
     """Names of all selectors, without importing torch; what a user added to SELECTORS is included."""
-    return tuple(globals().get("SELECTORS", _CLASSES))
+    return _names.names()
 
 
 def option_names(name: str) -> tuple[str, ...]:
@@ -82,7 +67,7 @@ def option_names(name: str) -> tuple[str, ...]:
 
 
 def _method(name: str) -> type[Selector]:
-    selectors = _selectors()
+    selectors = _names.table()
     if name not in selectors:
         raise UserError(f"unknown token selection method {name!r}, allowed are {', '.join(selectors)}")
     return selectors[name]
@@ -105,6 +90,12 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
     Raises UserError for an unknown name or option, an option out of its range, a budget that is no count, and an image
     without the tower states that the method reads.
     """
+    return select_all(name, [image], [text], budget, **options)[0]
+
+
+def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget: int, **options) -> list[Selection]:
+    """`select` for every image of a batch, each with its own text and the same budget: the same choices, made together
+    where the method takes one patch after another."""
     from llava.model.token_selection.base import locate, take_all
 
     method = _method(name)
@@ -116,15 +107,18 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
     if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1:
         raise UserError(f"the budget of method {name!r} is {budget!r}, allowed is a whole number of at least 1")
     selector = method(**options)
-    image = replace(image)  # all of its tensors on the device of the features, without a change to the caller's
-    budget = selector.tokens(image, budget)
-    if method.uses_budget and budget >= len(image.patches):
-        selection = take_all(image)
-    else:
-        missing = [state for state in selector.tower_states if getattr(image.tower, state, None) is None]
+    images = [replace(image) for image in images]  # all tensors on one device, without a change to the caller's
+    budgets = [selector.tokens(image, budget) for image in images]
+    whole = [method.uses_budget and k >= len(image.patches) for image, k in zip(images, budgets, strict=True)]
+    chosen = [i for i in range(len(images)) if not whole[i]]
+    for i in chosen:
+        missing = [state for state in selector.tower_states if getattr(images[i].tower, state, None) is None]
         if missing:
             raise UserError(
                 f"method {name!r} reads {' and '.join(missing)} of the vision tower, but ImageTokens.tower does not have it"
             )
-        selection = selector.keep(image, text, budget)
-    return locate(selection, image)
+    kept = selector.keep_all(*([values[i] for i in chosen] for values in (images, texts, budgets)))
+    selections = iter(kept)
+    return [
+        locate(take_all(image) if all_ else next(selections), image) for image, all_ in zip(images, whole, strict=True)
+    ]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from llava.model.token_selection.adav import best_split, sure_of
-from llava.model.token_selection.base import ImageTokens, Selection, Selector, check_option, is_number, take
+from llava.model.token_selection.base import ImageTokens, check_option, is_number, take
 from llava.model.token_selection.coverage import Coverage
+from llava.model.token_selection.greedy import GreedySelector, Problem
 from llava.model.token_selection.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.model.token_selection.similarity import cosine_matrix
 
@@ -19,42 +20,48 @@ from llava.model.token_selection.similarity import cosine_matrix
 STRENGTH = 0.25
 
 
-def covering_union(scores: list[Tensor], counts: list[int], coverage: Coverage, strength: float) -> Tensor:
-    """[sum(counts)] distinct patches: counts[0] by scores[0] [P], then counts[1] by scores[1] [P].
+def covering_union(
+    similarity: Tensor, real: Tensor, scores: Tensor, k_first: Tensor, counts: Tensor, strength: float
+) -> Tensor:
+    """[B, M] which patches of each image are chosen: k_first [B] by scores[:, 0], then counts - k_first by scores[:, 1].
 
+    similarity [B, M, M]; real [B, M]; scores [B, 2, M], at least 0; counts [B], at most the real patches.
     Each pick takes the largest score * (gain / gain before the first pick) ** strength of its list. As in AdaV, a patch
     that both lists name leaves the union short; while it is, the next patch comes from the list with the larger (value
-    / values taken from it so far), ties to the first. Needs sum(counts) <= P.
+    / values taken from it so far), ties to the first.
     """
-    unused = coverage.gain[0].clone()
-    chosen = torch.zeros_like(unused, dtype=torch.bool)
-    mass = [0.0, 0.0]
+    coverage, images = Coverage(similarity), torch.arange(len(similarity), device=similarity.device)
+    unused, scores = coverage.gain.clone(), scores.double()
+    chosen, last = torch.zeros_like(real), torch.zeros_like(counts)
+    mass = scores.new_zeros(len(scores), 2)
 
-    def best(side: int, free: Tensor) -> tuple[Tensor, Tensor]:
-        discount = torch.where(unused > 0, coverage.gain[0] / unused, 0.0).clamp(0, 1) ** strength
-        return (scores[side].double() * discount).masked_fill(~free, -torch.inf).max(dim=0)
+    def choose(side: Tensor | None, free: Tensor, still: Tensor) -> None:
+        """The best of the patches that are free [B, 2, M] in list `side` [B], or in the one that offers more, for the
+        images that `still` [B] lack one. The others choose their last once more, which changes nothing."""
+        nonlocal last
+        discount = torch.where(unused > 0, coverage.gain / unused, 0.0).clamp(0, 1) ** strength
+        value = (scores * discount[:, None]).masked_fill(~free, -torch.inf)
+        best = value.argmax(dim=2)
+        value = value.gather(2, best[..., None])[..., 0]
+        if side is None:
+            share = torch.where(mass > 0, value / mass, 0.0)
+            side = (share[:, 0] < share[:, 1]).long()
+        mass[images, side] += torch.where(still, value[images, side], 0.0)
+        last = torch.where(still, best[images, side], last)
+        chosen[images, last], free[images, side, last] = True, False
+        coverage.add(last)
 
-    def choose(side: int, value: Tensor, patch: Tensor) -> None:
-        mass[side] = mass[side] + value
-        chosen[patch] = True
-        coverage.add(patch[None])
-
-    for side, count in enumerate(counts):
-        free = torch.ones_like(chosen)
-        for _ in range(count):
-            value, patch = best(side, free)
-            free[patch] = False
-            choose(side, value, patch)
-    while int(chosen.sum()) < sum(counts):
-        offers = [best(side, ~chosen) for side in (0, 1)]
-        share = [float(value / mass[side]) if mass[side] > 0 else 0.0 for side, (value, _) in enumerate(offers)]
-        side = 0 if share[0] >= share[1] else 1
-        choose(side, *offers[side])
-    return torch.nonzero(chosen).flatten()
+    free = real[:, None].repeat(1, 2, 1)  # what the first list took is free in the second
+    for n in range(int(counts.max())):
+        choose((k_first <= n).long(), free, counts > n)
+    short = counts - chosen.sum(dim=1)
+    for n in range(int(short.max())):
+        choose(None, (real & ~chosen)[:, None].repeat(1, 2, 1), short > n)
+    return chosen
 
 
 @dataclass
-class AdaVCover(Selector):
+class AdaVCover(GreedySelector):
     """AdaV's text score, saliency and split (adav.py) with the diminishing return of facility location (coverage.py).
 
     The k_text patches by text score are taken first, then the k_saliency by [CLS] attention. Every pick weighs its score
@@ -82,20 +89,29 @@ class AdaVCover(Selector):
         good = is_number(self.strength) and 0 <= self.strength < float("inf")
         check_option("strength", self.strength, good, "a number of at least 0")
 
-    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         patches, saliency = image.patches, patch_saliency(image)
         text_score, k_text = None, 0
         if len(text):
             text_score = text_to_image(image, text, self.temperature)
             k_text = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
-        coverage = Coverage(cosine_matrix(image.features[patches])[None])
-        lists = [saliency if text_score is None else text_score, saliency]
-        kept = covering_union(lists, [k_text, budget - k_text], coverage, self.strength)
-        return take(
-            image,
-            patches[kept],
-            k_text=k_text,
-            k_saliency=budget - k_text,
-            text_score=on_all_tokens(image, text_score),
-            saliency_score=on_all_tokens(image, saliency),
+        report = {
+            "k_text": k_text,
+            "k_saliency": budget - k_text,
+            "text_score": on_all_tokens(image, text_score),
+            "saliency_score": on_all_tokens(image, saliency),
+        }
+        first = saliency if text_score is None else text_score
+        real = torch.ones_like(saliency, dtype=torch.bool)[None]
+        return Problem(
+            cosine_matrix(image.features[patches])[None],
+            real,
+            (first[None], saliency[None], torch.tensor([k_text], device=patches.device)),
+            [budget],
+            lambda chosen: take(image, patches[chosen[0, : len(patches)]], **report),
         )
+
+    def rule(
+        self, similarity: Tensor, real: Tensor, first: Tensor, second: Tensor, k_first: Tensor, *, counts: Tensor
+    ) -> Tensor:
+        return covering_union(similarity, real, torch.stack([first, second], dim=1), k_first, counts, self.strength)

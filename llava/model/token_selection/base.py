@@ -130,6 +130,10 @@ class Selector(ABC):
         budget: 1 <= budget < number of patches; `select` has dealt with everything else.
         """
 
+    def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        """`keep` for every image of a batch."""
+        return [self.keep(*one) for one in zip(images, texts, budgets, strict=True)]
+
 
 def lowest_index_topk(scores: Tensor, k: int) -> Tensor:
     """Indices [k] of the k largest scores [n] (or [..., n] row by row), best first; ties go to the lowest index.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava.model.token_selection.base import ImageTokens, Selection, Selector, check_option, is_number, take
+from llava.model.token_selection.base import ImageTokens, check_option, is_number, take
+from llava.model.token_selection.greedy import GreedySelector, Problem
 from llava.model.token_selection.scores import max_cosine
 from llava.model.token_selection.similarity import cosine_matrix
 from llava.model.token_selection.tiles import first_picks, members_of_tiles, split_evenly
@@ -54,7 +55,7 @@ def scaled(relevance: Tensor) -> Tensor:
 
 
 @dataclass
-class CDPruner(Selector):
+class CDPruner(GreedySelector):
     """Determinantal point process over the projected patches, conditioned on the question; each tile by itself.
 
     The kernel is cosine similarity, weighted on both sides by relevance to the question. The budget is split evenly over
@@ -86,13 +87,20 @@ class CDPruner(Selector):
         by_clip = (self.relevance or ("clip" if self.text_tower else "embeddings")) == "clip"
         return ("text_cosine",) if by_clip else ()
 
-    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         relevance = self._relevance(image, text)
         members, real = members_of_tiles(image)
         quota = split_evenly(budget, real.sum(dim=1).tolist())
-        similarity = cosine_matrix(image.features[image.patches][members])
-        picks = most_diverse(similarity, relevance[members] * real, real, max(quota))
-        return take(image, image.patches[first_picks(members, picks, quota)], relevance=relevance)
+        return Problem(
+            cosine_matrix(image.features[image.patches][members]),
+            real,
+            (relevance[members] * real,),
+            quota,
+            lambda picks: take(image, image.patches[first_picks(members, picks, quota)], relevance=relevance),
+        )
+
+    def rule(self, similarity: Tensor, real: Tensor, relevance: Tensor, *, counts: Tensor) -> Tensor:
+        return most_diverse(similarity, relevance, real, int(counts.max()))
 
     def _relevance(self, image: ImageTokens, text: Tensor) -> Tensor:
         """[P] float32, at least 0."""

@@ -7,39 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava.model.token_selection.base import ImageTokens, Selection, Selector, take
+from llava.model.token_selection.base import ImageTokens, take
+from llava.model.token_selection.greedy import GreedySelector, Problem
 from llava.model.token_selection.similarity import cosine_matrix
 
 
-def farthest_points(vectors: Tensor, count: int) -> Tensor:
-    """[count] distinct rows of `vectors` [P, D], in the order of choice, 1 <= count <= P.
+def farthest_points(similarity: Tensor, real: Tensor, finite: Tensor, count: int) -> Tensor:
+    """[T, count] patches of each of T sets of M, in the order of choice.
 
-    First the row whose nearest neighbour is farthest by cosine distance, then again and again the row whose nearest
-    chosen one is farthest. Rows that are not finite come last.
+    First the one whose nearest neighbour is farthest by cosine distance, then again and again the one whose nearest
+    chosen one is farthest. similarity [T, M, M] float32. Patches that are not `finite` [T, M] come last, those that are
+    not `real` [T, M] only where nothing else is left; neither are anybody's neighbours.
     """
-    similarity = cosine_matrix(vectors)
-    broken = ~vectors.isfinite().all(dim=-1)
-    # In similarities the farthest is the smallest: `nearest` is that of a row's nearest chosen one.
-    nearest = similarity.fill_diagonal_(-1.0).amax(dim=0).masked_fill(broken, 2.0)
-    picks = similarity.new_empty(count, dtype=torch.long)
-    picks[0] = nearest.argmin()
-    nearest = similarity[picks[0]].masked_fill(broken, 2.0)
-    nearest[picks[0]] = torch.inf
-    for n in range(1, count):
-        picks[n] = nearest.argmin()
-        nearest = torch.maximum(nearest, similarity[picks[n]])
-        nearest[picks[n]] = torch.inf
-    return picks
+    sets = torch.arange(len(similarity), device=similarity.device)
+    neighbours = similarity.masked_fill(~(real & finite)[:, None], -2.0)
+    neighbours.diagonal(dim1=1, dim2=2).fill_(-1.0)
+    # In similarities the farthest is the smallest. Above every cosine: 2, the last to be taken, and infinity.
+    last, gone = ~finite, ~real
+    nearest, picks = neighbours.amax(dim=2), []
+    for _ in range(count):
+        best = nearest.masked_fill(last, 2.0).masked_fill(gone, torch.inf).argmin(dim=1)
+        nearest = torch.maximum(nearest, similarity[sets, best]) if picks else similarity[sets, best]
+        gone = gone.scatter(1, best[:, None], True)
+        picks.append(best)
+    return torch.stack(picks, dim=1)
 
 
 @dataclass
-class DivPrune(Selector):
+class DivPrune(GreedySelector):
     """Farthest-point sampling of the projected patches, over all tiles together. Neither saliency nor question is read.
 
     The distance is one minus the cosine. Newline tokens are no candidates, unlike in the public code. Costs one [P, P]
     cosine matrix and K passes over a row of it.
     """
 
-    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         patches = image.patches
-        return take(image, patches[farthest_points(image.features[patches], budget)])
+        vectors = image.features[patches]
+        finite = vectors.isfinite().all(dim=-1)[None]
+        return Problem(
+            cosine_matrix(vectors)[None],
+            torch.ones_like(finite),
+            (finite,),
+            [budget],
+            lambda picks: take(image, patches[picks[0, :budget]]),
+        )
+
+    def rule(self, similarity: Tensor, real: Tensor, finite: Tensor, *, counts: Tensor) -> Tensor:
+        return farthest_points(similarity, real, finite, int(counts.max()))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava.model.token_selection.base import ImageTokens, Selection, Selector, check_option, is_number, take
+from llava.model.token_selection.base import ImageTokens, check_option, is_number, take
 from llava.model.token_selection.coverage import Coverage
+from llava.model.token_selection.greedy import GreedySelector, Problem
 from llava.model.token_selection.scores import patch_saliency
 from llava.model.token_selection.similarity import cosine_matrix
 from llava.model.token_selection.tiles import first_picks, members_of_tiles, split_evenly
@@ -31,7 +32,7 @@ def cover_greedily(similarity: Tensor, weight: Tensor, real: Tensor, count: int)
 
 
 @dataclass
-class Scope(Selector):
+class Scope(GreedySelector):
     """Greedy facility location over the tower's states, weighted by [CLS] attention; each tile by itself.
 
     gain(v) * saliency(v) ** alpha decides, gain(v) being what v adds to the coverage of its tile by cosine similarity
@@ -49,10 +50,18 @@ class Scope(Selector):
         good = is_number(self.alpha) and 0 <= self.alpha < float("inf")
         check_option("alpha", self.alpha, good, "a number of at least 0")
 
-    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         members, real = members_of_tiles(image)
         quota = split_evenly(budget, real.sum(dim=1).tolist())
         states = image.of_patches(image.tower.hidden[:, 1:])[members] * real[..., None]
         weight = patch_saliency(image)[members].double() ** self.alpha
-        picks = cover_greedily(cosine_matrix(states), weight, real, max(quota))
-        return take(image, image.patches[first_picks(members, picks, quota)])
+        return Problem(
+            cosine_matrix(states),
+            real,
+            (weight,),
+            quota,
+            lambda picks: take(image, image.patches[first_picks(members, picks, quota)]),
+        )
+
+    def rule(self, similarity: Tensor, real: Tensor, weight: Tensor, *, counts: Tensor) -> Tensor:
+        return cover_greedily(similarity, weight, real, int(counts.max()))

@@ -1,0 +1,150 @@
+"""Attention of one query per row over a few listed slots of a KV cache; picks the implementation, in this one place.
+
+The slots that a query reads are the union of three disjoint parts, each with its length on the device:
+
+    prefix   slots 0 .. prefix_len - 1, the same for all heads
+    core     a list of slots per row, shared by all heads of the layer (A-VL's core, arXiv 2409.14846, section 7.2
+             of whose rule lets all heads read the same image tokens)
+    text     a list of slots per row and KV head (text entries that survived eviction)
+
+Slots that no part names cost nothing: they are neither copied nor masked, they are not read. On CUDA this is two
+launches of a Triton kernel (decode_attention_triton.py) whose grids depend on shapes alone, so that a decoding step can be
+captured as a CUDA graph; everywhere else it is the plain PyTorch of decode_attention_reference.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCORES = (False, True, "core", "text")
+
+
+class DecodeOutput(NamedTuple):
+    """What decode_attention returns, and what it fills where it is passed as `out`.
+
+    out [B, H, D] in the queries' dtype.
+    core_scores float32 [B, Nc]: probability of each entry of the core list, mean over all heads; 0 behind core_len.
+    text_scores float32 [B, G, Nt]: probability of each entry of the text list, summed over the query heads of the KV
+    head; 0 behind text_len. Either is None where it was not asked for.
+    """
+
+    out: Tensor
+    core_scores: Tensor | None = None
+    text_scores: Tensor | None = None
+
+    @classmethod
+    def empty(cls, q: Tensor, core: Tensor, text: Tensor, scores: bool | str = False) -> DecodeOutput:
+        """Room for a result; passing it to every step keeps allocations out of the step."""
+        floats = {"device": q.device, "dtype": torch.float32}
+        return cls(
+            torch.empty(q.shape, device=q.device, dtype=q.dtype),
+            torch.empty(core.shape, **floats) if scores in (True, "core") else None,
+            torch.empty(text.shape, **floats) if scores in (True, "text") else None,
+        )
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_len: Tensor,
+    core: Tensor,
+    core_len: Tensor,
+    text: Tensor,
+    text_len: Tensor,
+    *,
+    scale: float | None = None,
+    scores: bool | str = False,
+    out: DecodeOutput | None = None,
+    workspace=None,
+    backend: str | None = None,
+) -> DecodeOutput:
+    """softmax(scale * q k^T) v over the slots of the three parts, in float32; a row that reads nothing gives zeros.
+
+    q [B, H, D]; k, v [B, G, C, D] with H a multiple of G, any strides but a contiguous last dimension; prefix_len int32
+    [B]; core int32 [B, Nc], the first core_len[b] of which count; text int32 [B, G, Nt], the first text_len[b, g] of which
+    count. Nc and Nt may be 0. Lengths and slots are not checked against the storage: that would need the host.
+
+    scale: default 1 / sqrt(D). scores: True, or "core" or "text" for one of them (see DecodeOutput).
+    out, workspace: preallocated, from DecodeOutput.empty and decode_workspace; without them the call allocates.
+    backend: "triton" or "reference"; default Triton on CUDA and the reference elsewhere.
+
+    The result is deterministic: sums over splits and heads have a fixed order. ValueError for shapes or dtypes that
+    do not fit.
+    """
+    _check(q, k, v, prefix_len, core, core_len, text, text_len, scores)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    operands = (q, k, v, prefix_len, core, core_len, text, text_len)
+    if _backend(q, backend) == "triton":
+        from llava.kernels import decode_attention_triton
+
+        out = DecodeOutput.empty(q, core, text, scores) if out is None else out
+        workspace = decode_attention_triton.Workspace.empty(q, k, core, text) if workspace is None else workspace
+        decode_attention_triton.launch(*operands, scale, scores, out, workspace)
+        return out
+    from llava.kernels.decode_attention_reference import reference
+
+    result = DecodeOutput(*reference(*operands, scale, scores))
+    if out is None:
+        return result
+    for mine, theirs in zip(result, out, strict=True):
+        if mine is not None:
+            theirs.copy_(mine)
+    return out
+
+
+def decode_workspace(
+    q: Tensor, k: Tensor, core: Tensor, text: Tensor, splits: int | None = None, backend: str | None = None
+):
+    """Scratch memory for decode_attention on tensors of these shapes, or with shorter lists; None for the reference.
+
+    One will do for all layers, since they run one after another. splits: into how many programs a row's slots are cut;
+    default from the shapes and the number of multiprocessors.
+    """
+    if _backend(q, backend) != "triton":
+        return None
+    from llava.kernels.decode_attention_triton import Workspace
+
+    return Workspace.empty(q, k, core, text, splits)
+
+
+def _backend(q: Tensor, backend: str | None) -> str:
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f'backend is "{backend}", allowed are "triton", "reference" and None')
+    if backend is None:
+        backend = "triton" if q.is_cuda and importlib.util.find_spec("triton") else "reference"
+    return backend
+
+
+def _check(q, k, v, prefix_len, core, core_len, text, text_len, scores) -> None:
+    if scores not in SCORES:
+        raise ValueError(f"scores is {scores!r}, allowed are {', '.join(map(repr, SCORES))}")
+    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q is {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}, where [B, H, D], [B, G, C, D] and the same are due"
+        )
+    (batch, heads, width), groups = q.shape, k.shape[1]
+    if k.shape[0] != batch or k.shape[3] != width or heads % groups:
+        raise ValueError(f"q {[*q.shape]} does not fit k {[*k.shape]}: rows and head size agree, and G divides H")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, where one dtype is due")
+    expected = {
+        "prefix_len": (prefix_len, (batch,)),
+        "core": (core, (batch, core.shape[-1])),
+        "core_len": (core_len, (batch,)),
+        "text": (text, (batch, groups, text.shape[-1])),
+        "text_len": (text_len, (batch, groups)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, where torch.int32 {[*shape]} is due")
+    for name, tensor in {"q": q, "k": k, "v": v, "core": core, "text": text}.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"the last dimension of {name} is not contiguous: its stride is {tensor.stride(-1)}")
+    for name, tensor in {"prefix_len": prefix_len, "core_len": core_len, "text_len": text_len}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: its strides are {tensor.stride()}")

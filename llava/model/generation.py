@@ -1,0 +1,111 @@
+"""generate() from a PreparedPrompt: what transformers is given in prefill and in every step, and which cache it runs on."""
+
+from __future__ import annotations
+
+import torch
+from transformers.generation import GenerationMode
+
+from llava.config import AdaVConfig
+from llava.errors import UserError
+from llava.model.kv_cache.cache import AdaptiveCache, Caching
+from llava.model.prepared import PreparedPrompt
+
+
+class LlavaGeneration:
+    """Mixin for a causal LM with `prepare` (llava_arch): generate() on prompts with images."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids=None,
+        images=None,
+        image_sizes=None,
+        attention_mask=None,
+        *,
+        prepared: PreparedPrompt | None = None,
+        config: AdaVConfig | None = None,
+        **generation_kwargs,
+    ):
+        """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
+
+        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
+        """
+        if prepared is None:
+            prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
+        self.last_selection = [selection for row in prepared.selections for selection in row]
+        output = super().generate(
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            position_offset=prepared.position_offset,
+            dropping=prepared.dropping,
+            caching=prepared.caching,
+            **generation_kwargs,
+        )
+        if prepared.dropping is not None:
+            for row, selections in enumerate(prepared.selections):
+                for image, selection in enumerate(selections):
+                    selection.report["survivors"] = prepared.dropping.survivors(row, image)
+        return output
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        inputs_embeds=None,
+        position_offset=None,
+        dropping=None,
+        caching=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
+
+        It forwards only what is named here; `dropping` and `caching` go with every step.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + position_offset
+        if dropping is not None:
+            inputs["dropping"] = dropping
+        if caching is not None:
+            inputs["caching"] = caching
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """transformers' hook, called once it knows how many tokens there may be: a request with `caching` gets its cache."""
+        caching: Caching | None = model_kwargs.get("caching")
+        if caching is None:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UserError(
+                f"an adaptive KV cache does not go with {generation_mode.value.replace('_', ' ')}, allowed are greedy "
+                "search and sampling: entries that one continuation evicts are gone for the others"
+            )
+        if not generation_config.use_cache:
+            raise UserError("use_cache is false, but the configuration asks for an adaptive KV cache")
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            if getattr(generation_config, name) is not None:
+                raise UserError(
+                    f"{name} is {getattr(generation_config, name)!r}, which does not go with an adaptive KV cache: "
+                    "leave it out"
+                )
+        if model_kwargs.get("past_key_values") is None:
+            # One step fewer than new tokens: the last one is never fed back.
+            steps = max_cache_length - model_kwargs["inputs_embeds"].shape[1]
+            model_kwargs["past_key_values"] = caching.cache(steps)
+
+
+def check_cache(cache, caching: Caching) -> None:
+    """UserError where a request with `caching` comes with a cache that it did not make."""
+    if not isinstance(cache, AdaptiveCache) or cache.caching is not caching:
+        found = "none" if cache is None else f"a {type(cache).__name__} of another making"
+        raise UserError(
+            f"the prompt was prepared for an adaptive KV cache, but past_key_values is {found}; allowed is "
+            "prepared.caching.cache(steps)"
+        )

@@ -1,0 +1,86 @@
+"""Caching, the part of a prepared request that says how its keys and values are kept; and the cache that it makes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from llava.errors import UserError
+from llava.model.kv_cache.base import CachePolicy, RowSpans
+from llava.model.kv_cache.storage import LayerCache
+
+
+class Caching:
+    """How the keys and values of one request are kept. Made by llava_arch.prepare; holds nothing that decoding changes.
+
+    policy, layers: of the LLM; prompts: per row, its tokens and images as they enter the LLM; next_positions [B, 1]:
+    the position of each row's first new token.
+    """
+
+    def __init__(self, policy: CachePolicy, layers: int, prompts: list[RowSpans], next_positions: Tensor):
+        self.policy, self.layers, self.prompts, self.next_positions = policy, layers, prompts, next_positions
+
+    def cache(self, steps: int) -> AdaptiveCache:
+        """An empty cache for one prefill of the prompts and up to `steps` decode steps of one token per row.
+
+        It is what `past_key_values` has to be, in prefill and in every step; generate() makes it by itself.
+        """
+        if steps < 0:
+            raise UserError(f"a cache was asked for {steps} decode steps, allowed are 0 and more")
+        return AdaptiveCache(self, steps)
+
+
+class AdaptiveCache(Cache):
+    """Keys and values of one generation under a policy: one LayerCache per layer of the LLM.
+
+    A decode step is begin_step() on the host, which counts it and says whether it re-ranks the core, and then work on
+    device tensors that are updated in place, of the same shapes at every step: a step that re-ranks and one that does
+    not can each be captured as a graph.
+    """
+
+    def __init__(self, caching: Caching, steps: int):
+        super().__init__(layers=[LayerCache(caching.policy, steps) for _ in range(caching.layers)])
+        self.caching, self.limit = caching, steps
+        self.steps = 0  # decode steps so far
+        self.length = 0  # tokens of the padded prompt
+        self.rows: list[RowSpans] = []  # what the layer at hand sees of each row, while prefill goes on
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that there have been in the padded batch, whatever has been evicted of them."""
+        return self.length + self.steps if self.layers[-1].is_initialized else 0
+
+    def begin_prefill(self, batch: int, length: int) -> None:
+        """Prefill of a padded batch begins; sampling several answers at once repeats each row."""
+        prompts = self.caching.prompts
+        times, rest = divmod(batch, len(prompts))
+        if rest or not times or length != max(prompt.length for prompt in prompts):
+            raise UserError(
+                f"prefill got a batch of {batch} x {length} tokens, but the prompt that the adaptive KV cache was made "
+                f"for has {len(prompts)} x {max(prompt.length for prompt in prompts)}; it is prefilled in one piece"
+            )
+        self.rows = [prompt for prompt in prompts for _ in range(times)]
+        self._entered = [sum(count for _, count in row.images) for row in self.rows]
+        self._positions = (self.caching.next_positions - 1).repeat_interleave(times, dim=0)
+        self.length = length
+
+    def fill(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Store what stays of the prompt in one layer, whose attention has just seen it (LayerCache.fill)."""
+        self.layers[layer].fill(query, key, value, scaling, self.rows, self._entered)
+
+    def begin_step(self, tokens: int) -> None:
+        """A decode step with `tokens` new tokens per row begins: the host's part of it."""
+        if tokens != 1:
+            raise UserError(f"a decode step got {tokens} tokens per row, but an adaptive KV cache takes one at a time")
+        if self.steps == self.limit:
+            raise UserError(
+                f"the adaptive KV cache was made for {self.limit} decode steps, which have all been taken; "
+                "ask for more with caching.cache(steps)"
+            )
+        self.steps += 1
+        for layer in self.layers:
+            layer.update_step = self.caching.policy.updates(self.steps)
+
+    def next_positions(self) -> Tensor:
+        """[B, 1] positions of the step's new tokens."""
+        self._positions += 1
+        return self._positions

@@ -1,0 +1,91 @@
+"""How entries of the evictable region are ranked: running scores per KV head, from attention that was paid anyway.
+
+Scores lie in the order of the region's slot list (storage.py), newest entry last. The attention of a KV head is the sum
+over the query heads that share it. Everything is float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.model.token_dropping.attention import RowAttention
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """One way of ranking."""
+
+    @abstractmethod
+    def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
+        """[G, n]: scores of the prompt's entries at `slots` [n], ascending; heads: G KV heads."""
+
+    @abstractmethod
+    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
+        """[B, G, N] scores after a decode step.
+
+        scores: before it; new: attention that the step's query paid to each entry. older, own: bool [B, G, N], the
+        entries that were there before, and the step's own. What is neither holds no entry.
+        """
+
+
+@dataclass(frozen=True)
+class Summed(Scorer):
+    """H2O (arXiv 2306.14048): all attention that an entry has received from the queries of the region so far."""
+
+    def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
+        total = sum(rows.sum(dim=1)[:, slots] for _, rows in attention.chunks(slots))
+        return _of_kv_heads(total, heads)
+
+    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
+        return torch.where(older, scores, 0) + torch.where(older | own, new, 0)
+
+
+@dataclass(frozen=True)
+class Latest(Scorer):
+    """The attention that the latest query pays, without history."""
+
+    def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
+        ((_, rows),) = attention.chunks(slots.new_tensor([attention.length - 1]))
+        return _of_kv_heads(rows[:, 0, slots], heads)
+
+    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
+        return torch.where(older | own, new, 0)
+
+
+@dataclass(frozen=True)
+class Centred(Scorer):
+    """A-VL's history (arXiv 2409.14846): what an entry receives above the `quantile` of what all older entries receive.
+
+    An entry starts at the attention that it pays itself; each later query adds what it pays to the entry less the
+    quantile (linear between ranks) of what it pays to the entries of the region that were there before it.
+    """
+
+    quantile: float
+
+    def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
+        total = torch.zeros(heads, len(slots), device=slots.device)
+        for part, rows in attention.chunks(slots):
+            paid = _of_kv_heads(rows[:, :, slots], heads)
+            older, own = slots < part[:, None], slots == part[:, None]
+            total += (self._above(paid, older.expand_as(paid)) + torch.where(own, paid, 0)).sum(dim=1)
+        return total
+
+    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
+        return torch.where(older, scores, 0) + self._above(new, older) + torch.where(own, new, 0)
+
+    def _above(self, paid: Tensor, older: Tensor) -> Tensor:
+        """`paid` [..., N] to the older entries less its quantile over them; 0 elsewhere."""
+        ranked = paid.masked_fill(~older, float("inf")).sort(dim=-1).values
+        rank = self.quantile * (older.sum(dim=-1, keepdim=True) - 1).clamp(min=0).float()
+        below = ranked.gather(-1, rank.floor().long())
+        above = ranked.gather(-1, rank.ceil().long())
+        return torch.where(older, paid - torch.lerp(below, above, rank.frac()), 0)
+
+
+def _of_kv_heads(values: Tensor, heads: int) -> Tensor:
+    """[H, ...] of query heads, summed over those that share one of `heads` KV heads: [G, ...]."""
+    return values.view(heads, -1, *values.shape[1:]).sum(dim=1)
