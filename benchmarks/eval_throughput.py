@@ -1,6 +1,6 @@
 """Questions per second: the worker at its defaults against the loop that evaluations of LLaVA forks are made of.
 
-    python benchmarks/eval_throughput.py [--pictures 8] [--repeats 5] [--output FILE.csv]
+    python benchmarks/eval_throughput.py [--pictures 8] [--tokens K] [--repeats 5] [--output FILE.csv]
 
 The upstream loop, written down here from what it does: one question at a time; for each, its image is decoded and cut
 into tiles, the vision tower runs eagerly through all of its layers and hands out the attention map of every one of them
@@ -10,6 +10,10 @@ the same code under the same configuration, both write an answer line per questi
 
 The pictures are the demo's, eight questions each (POPE asks 18 of a picture, GQA 30, MME 2). Answers must be the same, else no figure is
 given. Loops take turns in every repetition, so that a machine that slows down slows both; figures are medians.
+
+What bounds the ratio: tokens are selected for each question, so the LLM's prefill is nobody's to share, and on a CPU, whose
+matrix products run at full speed at batch 1 already, a batch does not make it cheaper. Questions share what comes before it.
+llm_share says how much of a loop's time is the LLM's.
 """
 
 from __future__ import annotations
@@ -100,6 +104,7 @@ class Upstream:
     def __init__(self, shard: LoadedShard, tower: EagerTower, spec: dict):
         self.shard, self.tower, self.spec = shard, tower, spec
         self.config = AdaVConfig(**spec["config"])
+        self.llm_seconds = 0.0
 
     @contextlib.contextmanager
     def _eager(self):
@@ -120,16 +125,16 @@ class Upstream:
                 pixels = process_images([image], shard.image_processor, shard.model.config)
                 prompt = single_turn(conversation, "<image>\n" + sample["prompt"])
                 ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None]
+                prepared = shard.model.prepare(ids, pixels, [image.size], config=self.config)
+                start = time.perf_counter()
                 output = shard.model.generate(
-                    ids,
-                    images=pixels,
-                    image_sizes=[image.size],
-                    config=self.config,
+                    prepared=prepared,
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=self.spec["max_new_tokens"],
                     pad_token_id=shard.pad,
                 )
+                self.llm_seconds += time.perf_counter() - start
                 answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())
                 out.write(json.dumps({"key": sample["key"], "text": answers[-1]}) + "\n")
                 out.flush()
@@ -141,15 +146,17 @@ class Worker:
 
     def __init__(self, shard: LoadedShard, spec: dict):
         self.shard, self.spec = shard, spec
+        self.llm_seconds = 0.0
 
     def run(self, file: Path) -> list[str]:
         self.shard.run({**self.spec, "answers": str(file)}, threading.Event())
-        rows = {tuple(row["key"]): row["answer"] for row in map(json.loads, file.read_text().splitlines())}
-        return [rows[tuple(sample["key"])] for sample in self.spec["samples"]]
+        rows = {tuple(row["key"]): row for row in map(json.loads, file.read_text().splitlines())}
+        self.llm_seconds += sum(row["seconds"][stage] for row in rows.values() for stage in ("prefill", "decode"))
+        return [rows[tuple(sample["key"])]["answer"] for sample in self.spec["samples"]]
 
 
 def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of every repetition per loop. Exits where the answers differ: it would be the time of something else."""
+    """Seconds of every repetition per loop, after one that warms up. Exits where the answers differ: it would be the time of something else."""
     answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in loops.items()}
     first, *others = answers.values()
     for other in others:
@@ -157,6 +164,8 @@ def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
         if differ:
             sys.exit(f"{differ} of {len(first)} answers differ between {' and '.join(answers)}, so no figure is given")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop.llm_seconds = 0.0
     for repeat in range(repeats):
         for name, loop in loops.items():
             start = time.perf_counter()
@@ -168,8 +177,8 @@ def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
     return seconds
 
 
-def rows_of(seconds: dict[str, list[float]], questions: int) -> list[dict]:
-    """One row per loop, `upstream` first; of_upstream is the ratio of the medians."""
+def rows_of(seconds: dict[str, list[float]], loops: dict, questions: int) -> list[dict]:
+    """One row per loop, `upstream` first; of_upstream is the ratio of the medians, llm_share of the time in generate()."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return [
         {
@@ -178,6 +187,7 @@ def rows_of(seconds: dict[str, list[float]], questions: int) -> list[dict]:
             "questions_per_second_min": round(questions / max(times), 3),
             "questions_per_second_max": round(questions / min(times), 3),
             "of_upstream": round(medians["upstream"] / medians[name], 3),
+            "llm_share": round(loops[name].llm_seconds / sum(times), 3),
         }
         for name, times in seconds.items()
     ]
@@ -187,6 +197,7 @@ def rows_of(seconds: dict[str, list[float]], questions: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python benchmarks/eval_throughput.py", description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", type=positive, default=8, help=f"{PER_PICTURE} questions each (8)")
+    parser.add_argument("--tokens", type=positive, help="vision tokens per image; default: that of adav_configs.json")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"of the worker ({BATCH_SIZE})")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
@@ -198,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         samples = make_questions(folder, args.pictures)
-        config = AdaVConfig.load(REPOSITORY / "adav_configs.json")
+        budget = {"overall_tokens": args.tokens} if args.tokens else {}
+        config = AdaVConfig.load(REPOSITORY / "adav_configs.json", **budget)
         spec = {
             "checkpoint": str(CHECKPOINT),
             "model_base": None,
@@ -211,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         shard = LoadedShard(spec)
         tower = EagerTower(shard.model.get_vision_tower(), shard.model.config.vision)
         loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}
-        rows = rows_of(measure(loops, args.repeats, folder), len(samples))
+        rows = rows_of(measure(loops, args.repeats, folder), loops, len(samples))
     machine = environment()
     made = {
         "checkpoint": CHECKPOINT.name,
@@ -237,10 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     writer.writerows({**row, **made} for row in rows)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, text.getvalue())
-    lines = [("loop", "questions/s", "slowest", "fastest", "of upstream")]
+    lines = [("loop", "questions/s", "slowest", "fastest", "of upstream", "in the LLM")]
     for row in rows:
         speeds = (f"{row[f'questions_per_second{end}']:.1f}" for end in ("", "_min", "_max"))
-        lines.append((row["loop"], *speeds, f"{row['of_upstream']:.2f}"))
+        lines.append((row["loop"], *speeds, f"{row['of_upstream']:.2f}", f"{row['llm_share']:.0%}"))
     print(f"{columns(lines)}\n\n{made['device']}, {made['threads']} threads, medians of {args.repeats}; {args.output}")
 
 

@@ -15,24 +15,17 @@ Times are medians, the first repetition (which warms up) among them; FLOPs are p
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import platform
-import shlex
 import statistics
 import sys
-import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from record import RESULTS, how, write_csv
 
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, exits_cleanly
-from llava.eval.environment import commit, environment
-from llava.eval.files import write_atomically
 from llava.eval.flops import Cost, predict
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.eval.tables import columns
@@ -42,8 +35,6 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.prepared import StageClock
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -194,24 +185,6 @@ def run(bench: Bench, methods: list[str], shares: list[float], repeats: int) -> 
     return [entry.row(entries[0]) for entry in entries]
 
 
-def how(args: argparse.Namespace, device: str) -> dict:
-    """How the figures were made: a column each."""
-    machine = environment()
-    return {
-        "preset": args.preset,
-        "repeats": args.repeats,
-        "device": torch.cuda.get_device_name() if device == "cuda" else machine["cpu"],
-        "dtype": args.dtype,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "commit": commit(),
-        "command": shlex.join(["python", "benchmarks/prefill.py", *args.given]),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
 def show(rows: list[dict]) -> str:
     """The table that is printed."""
     head = (
@@ -273,14 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     args.dtype = args.dtype or ("float16" if device == "cuda" else "float32")
     bench = Bench(PRESETS[args.preset], device, getattr(torch, args.dtype), args.seed)
     rows = run(bench, args.methods, args.shares, args.repeats)
-    made = how(args, device)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0], *made], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **made} for row in rows)
+    made = how(args, "prefill.py", device)
     output = args.output or RESULTS / f"prefill-{args.preset}-{device}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, text.getvalue())
+    write_csv(output, rows, made)
     print(f"{bench.image.tokens:,} vision tokens of 5 tiles, {sum(bench.text)} text tokens; medians of {args.repeats}")
     print(
         f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}\n\n{show(rows)}\n\n{output}"

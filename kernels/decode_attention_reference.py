@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def reference(
@@ -20,9 +21,11 @@ def reference(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, core_scores, text_scores) as in decode_attention.DecodeOutput; shapes as in decode_attention.
 
-    It gathers the listed slots and reads the longest lengths on the host, which on CUDA waits for the device. Float32
-    throughout (float64 for float64 inputs).
+    It copies the listed slots (and storage whose rows, KV heads and slots are not contiguous) and reads the longest
+    lengths on the host, which on CUDA waits for the device. Float32 throughout (float64 for float64 inputs).
     """
+    if not core.shape[-1] and not text.shape[-1] and q.dtype == torch.float32:
+        return _prefix_alone(q, k, v, prefix_len, scale), *_no_scores(core, text, scores)
     batch, heads, width = q.shape
     groups = k.shape[1]
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -41,15 +44,18 @@ def reference(
     )
     # What lies behind a length is anything: slot 0 stands in for it, and neither its key nor its value counts.
     slots = torch.cat(parts, dim=-1).long() * valid
-    row = torch.arange(batch, device=q.device)[:, None, None]
-    group = torch.arange(groups, device=q.device)[:, None]
-    keys, values = (storage[row, group, slots].to(precise) for storage in (k, v))
+    sequence = torch.arange(batch * groups, device=q.device).view(batch, groups, 1)
+    # By index_select on rows, which on a CPU takes a tenth of the time of indexing in three dimensions.
+    rows = (sequence * k.shape[2] + slots).flatten()
+    keys, values = (
+        storage.reshape(-1, width).index_select(0, rows).view(*slots.shape, width).to(precise) for storage in (k, v)
+    )
 
-    logits = q.view(batch, groups, heads // groups, width).to(precise) @ keys.transpose(-1, -2) * scale
+    logits = q.reshape(batch, groups, heads // groups, width).to(precise) @ keys.transpose(-1, -2) * scale
     logits = logits.masked_fill(~valid[:, :, None], -torch.inf)
     # A row that reads nothing has only -inf, whose softmax is NaN.
     probs = logits.softmax(-1).masked_fill(~valid[:, :, None], 0)
-    out = probs @ values.masked_fill(~valid[..., None], 0)
+    out = probs @ values.masked_fill_(~valid[..., None], 0)
 
     core_scores = text_scores = None
     if scores in (True, "core"):
@@ -59,3 +65,24 @@ def reference(
         text_scores = text.new_zeros(text.shape, dtype=torch.float32)
         text_scores[..., :n_text] = probs[..., n_prefix + n_core :].sum(2)
     return out.reshape(batch, heads, width).to(q.dtype), core_scores, text_scores
+
+
+def _prefix_alone(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor, scale: float) -> Tensor:
+    """What no list names need not be gathered: the same attention over views of the first slots, row by row where rows
+    differ in length."""
+    lengths = prefix_len.tolist()
+    if len(set(lengths)) > 1:
+        return torch.cat([_prefix_alone(*(t[b : b + 1] for t in (q, k, v, prefix_len)), scale) for b in range(len(q))])
+    if not lengths[0]:
+        return torch.zeros_like(q)
+    keys, values = (storage[:, :, : lengths[0]] for storage in (k, v))
+    grouped = k.shape[1] < q.shape[1]
+    return scaled_dot_product_attention(q[:, :, None], keys, values, scale=scale, enable_gqa=grouped)[:, :, 0]
+
+
+def _no_scores(core: Tensor, text: Tensor, scores: bool | str) -> tuple[Tensor | None, Tensor | None]:
+    """Scores of empty lists."""
+    return tuple(
+        entries.new_zeros(entries.shape, dtype=torch.float32) if scores in (True, name) else None
+        for name, entries in (("core", core), ("text", text))
+    )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of launch 1 per multiprocessor: enough for two waves of the four that fit at once.
+# Programs of launch 1 per multiprocessor: about two waves of those that fit at once (see tuning_for).
 _PROGRAMS_PER_SM = 8
 # A split of fewer slots than this costs more in the reduction than it brings.
 _ROWS_PER_SPLIT = 64
@@ -54,13 +54,14 @@ class Workspace:
     """Scratch memory between the two launches; its contents mean nothing between calls.
 
     partial float32 [B, H, S, D], maxima and sums float32 [B, H, S] for S splits; logits float32 [B, H, W] with W at least
-    the width of both lists.
+    the width of both lists. tuning: None for the default.
     """
 
     partial: Tensor
     maxima: Tensor
     sums: Tensor
     logits: Tensor
+    tuning: Tuning | None = None
 
     @classmethod
     def empty(cls, q: Tensor, k: Tensor, core: Tensor, text: Tensor, splits: int | None = None) -> Workspace:
@@ -295,9 +296,8 @@ def launch(
     scores: bool | str,
     out,
     workspace: Workspace,
-    tuning: Tuning | None = None,
 ) -> None:
-    """Fill `out` (a DecodeOutput). Shapes as in decode_attention; `tuning` is there for measurements."""
+    """Fill `out` (a DecodeOutput). Shapes as in decode_attention."""
     (batch, heads, width), groups = q.shape, k.shape[1]
     splits = workspace.maxima.shape[-1]
     core_width, text_width = core.shape[-1], text.shape[-1]
@@ -306,7 +306,7 @@ def launch(
             f"the workspace is for partial outputs {[*workspace.partial.shape]} and {workspace.logits.shape[-1]} listed "
             f"entries, where {[batch, heads, splits, width]} and {core_width + text_width} are due"
         )
-    tuning = tuning or tuning_for(heads // groups, q.dtype)
+    tuning = workspace.tuning or tuning_for(heads // groups, q.dtype)
     core_scores, text_scores = scores in (True, "core"), scores in (True, "text")
     shared = {
         "GROUP": heads // groups,
@@ -316,20 +316,22 @@ def launch(
         "CORE_SCORES": core_scores,
         "TEXT_SCORES": text_scores,
     }
-    _split[(batch * groups, splits)](
-        q, k, v, prefix_len, core, core_len, text, text_len,
-        workspace.partial, workspace.maxima, workspace.sums, workspace.logits,
-        scale * 1.4426950408889634,  # log2(e)
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], core.stride(0), *text.stride()[:2], workspace.logits.stride(1),
-        GROUPS=groups, PADDED_GROUP=16, BLOCK=tuning.block, STAGES=tuning.stages,
-        UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, num_warps=tuning.warps, **shared,
-    )  # fmt: skip
     core_blocks = triton.cdiv(core_width, _SCORE_BLOCK) if core_scores else 0
     text_blocks = triton.cdiv(text_width, _SCORE_BLOCK) if text_scores else 0
-    _reduce[(heads + core_blocks + groups * text_blocks, batch)](
-        workspace.partial, workspace.maxima, workspace.sums, workspace.logits, core_len, text_len,
-        out.out, out.core_scores, out.text_scores,
-        workspace.logits.stride(1), core_width, text_width, core_blocks, text_blocks,
-        HEADS=heads, PADDED_GROUP=triton.next_power_of_2(heads // groups),
-        PADDED_SPLITS=triton.next_power_of_2(splits), HEAD_TILE=_HEAD_TILE, SCORE_BLOCK=_SCORE_BLOCK, num_warps=4, **shared,
-    )  # fmt: skip
+    scratch = (workspace.partial, workspace.maxima, workspace.sums, workspace.logits)
+    logits_head = workspace.logits.stride(1)
+    # Triton launches on the current device, which with a model over several GPUs need not be that of the tensors.
+    with torch.cuda.device_of(q):
+        _split[(batch * groups, splits)](
+            q, k, v, prefix_len, core, core_len, text, text_len, *scratch,
+            scale * 1.4426950408889634,  # log2(e)
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], core.stride(0), *text.stride()[:2], logits_head,
+            GROUPS=groups, PADDED_GROUP=16, BLOCK=tuning.block, STAGES=tuning.stages,
+            UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, num_warps=tuning.warps, **shared,
+        )  # fmt: skip
+        _reduce[(heads + core_blocks + groups * text_blocks, batch)](
+            *scratch, core_len, text_len, out.out, out.core_scores, out.text_scores,
+            logits_head, core_width, text_width, core_blocks, text_blocks,
+            HEADS=heads, PADDED_GROUP=triton.next_power_of_2(heads // groups), HEAD_TILE=_HEAD_TILE,
+            PADDED_SPLITS=triton.next_power_of_2(splits), SCORE_BLOCK=_SCORE_BLOCK, num_warps=4, **shared,
+        )  # fmt: skip

@@ -2,7 +2,8 @@
 
     python tests/decode_kernel_aot.py '{"target": 90, "dtype": "fp16", "group": 1, "width": 128, "scores": true}' ...
 
-Without TRITON_INTERPRET in the environment: the interpreter compiles nothing. Optional keys: block, warps, stages.
+Without TRITON_INTERPRET in the environment: the interpreter compiles nothing. Optional keys: block, warps, stages; and ones:
+true for lists of one entry, whose widths and strides a launch turns into constants, with 64-bit strides of the storage.
 """
 
 import json
@@ -55,7 +56,7 @@ def usage(kernel, target: int, types: dict[str, str], constants: dict, warps: in
     }
 
 
-def variant(target, dtype, group, width, scores, block=None, warps=None, stages=None) -> dict:
+def variant(target, dtype, group, width, scores, block=None, warps=None, stages=None, ones=False) -> dict:
     """What both kernels use at one setting."""
     tuning = kernels.tuning_for(group, _DTYPES[dtype])
     block, warps, stages = block or tuning.block, warps or tuning.warps, stages or tuning.stages
@@ -71,6 +72,10 @@ def variant(target, dtype, group, width, scores, block=None, warps=None, stages=
     reduce |= {"HEAD_TILE": kernels._HEAD_TILE, "SCORE_BLOCK": kernels._SCORE_BLOCK}
     reduce_types = {n: "*fp32" for n in kernels._reduce.arg_names if n.endswith("_ptr")}
     reduce_types |= {"out_ptr": f"*{dtype}", "core_len_ptr": "*i32", "text_len_ptr": "*i32"}
+    if ones:
+        split |= dict.fromkeys(("core_row", "text_row", "text_group", "logits_head"), 1)
+        split_types |= dict.fromkeys(("k_row", "k_group", "k_slot", "v_row", "v_group", "v_slot"), "i64")
+        reduce |= dict.fromkeys(("logits_head", "core_width", "text_width", "core_blocks", "text_blocks"), 1)
     return {
         "split": usage(kernels._split, target, split_types, shared | split, warps),
         "reduce": usage(kernels._reduce, target, reduce_types, shared | reduce, 4),

@@ -50,7 +50,7 @@ def command(*arguments) -> list[str]:
 
 def environment() -> dict:
     """Without what a developer's shell may have set for the evaluation."""
-    drop = ("CKPT", "CONV_MODE", "DATA_ROOT", "ADAV_CONFIG", "GPUS_PER_MODEL")
+    drop = ("CKPT", "CONV_MODE", "DATA_ROOT", "ADAV_CONFIG", "GPUS_PER_MODEL", "SUBSET", "JUDGE_URL", "JUDGE_MODEL")
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 

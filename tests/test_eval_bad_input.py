@@ -83,6 +83,39 @@ def test_tokens_and_flag_that_differ(place, capsys):
     assert "give one of them" in refused(place, capsys, 14, "--overall-tokens", 15)
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--split", "train"], 'has no split "train", allowed are test-dev, val'),
+        (["--split", "val"], "missing, benchmark vqav2 needs it"),
+        (["--subset", "0"], "--subset"),
+        (["--subset", "3", "--limit", "3"], "give one of them"),
+        (["--subset", "3", "--subset-seed", "x"], "--subset-seed"),
+    ],
+)
+def test_which_questions(place, capsys, flags, says):
+    assert says in refused(place, capsys, *flags)
+
+
+def test_subset_of_the_environment(place, capsys, monkeypatch):
+    monkeypatch.setenv("SUBSET", "many")
+    assert "--subset" in refused(place, capsys)
+
+
+def test_all_benchmarks_take_no_split(place, capsys):
+    with pytest.raises(SystemExit):
+        launch.main(["all", "--checkpoint", "llava", "--split", "val", "--config", "config.json"])
+    assert "--split goes with one benchmark" in capsys.readouterr().err
+
+
+def test_a_wrong_image_root(place, capsys):
+    folder = place / "data" / "vqav2"
+    (folder / "test2015").rename(folder / "elsewhere")
+    assert "test2015: missing, benchmark vqav2 needs it" in refused(place, capsys)
+    (folder / "test2015").mkdir()
+    assert "(4 of 4 images are missing)" in refused(place, capsys)
+
+
 def test_conversation_template(place, capsys):
     assert 'unknown conversation template "v9"' in refused(place, capsys, "--conv-mode", "v9")
 

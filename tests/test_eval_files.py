@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from benchmark_data import make_benchmark
 from eval_data import SPLIT, environment, make_folder_only_checkpoint, make_vqav2, write_rows
 
 from llava.config import AdaVConfig
@@ -12,6 +13,7 @@ from llava.errors import UserError
 from llava.eval.answers import AnswerFile, collect, merge, repair
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
+from llava.eval.division import Subset
 from llava.eval.progress import Progress
 from llava.eval.run import Generation, Run
 from llava.eval.samples import check_images, read_questions
@@ -182,12 +184,11 @@ def test_no_two_settings_share_a_folder(tmp_path):
     two = make_folder_only_checkpoint(tmp_path / "b" / "llava", hidden_size=64)
     config = AdaVConfig(method="adav", overall_tokens=14)
 
-    def folder(checkpoint=one, config=config, limit=None, **generation):
+    def folder(checkpoint=one, config=config, limit=None, subset=None, **generation):
         found = find_checkpoint(str(checkpoint))
         benchmark = BENCHMARKS["vqav2"](data, found)
-        return Run(
-            benchmark, config, found, Generation(**{"max_new_tokens": 128, **generation}), tmp_path, limit=limit
-        ).folder
+        generation = Generation(**{"max_new_tokens": 128, **generation})
+        return Run(benchmark, config, found, generation, tmp_path, limit=limit, subset=subset).folder
 
     folders = [
         folder(),
@@ -196,6 +197,9 @@ def test_no_two_settings_share_a_folder(tmp_path):
         folder(config=AdaVConfig(method="adav", overall_tokens=14, options={"seed": 1})),
         folder(config=AdaVConfig(method="none", overall_tokens=14)),
         folder(limit=3),
+        folder(subset=Subset(3)),
+        folder(subset=Subset(3, seed=1)),
+        folder(temperature=0.5),
         folder(max_new_tokens=16),
         folder(conversation="plain"),
         folder(dtype="float16"),
@@ -206,6 +210,48 @@ def test_no_two_settings_share_a_folder(tmp_path):
     questions = data / "vqav2" / f"{SPLIT}.jsonl"
     questions.write_text(questions.read_text().replace("colour", "shade", 1))
     assert folder() != folders[0], "another question, the same folder"
+
+
+def test_a_run_is_scored_without_the_groups_of_unreadable_images_only_when_told_to(tmp_path):
+    make_benchmark("mme", tmp_path / "data", 8)
+    found = find_checkpoint(str(make_folder_only_checkpoint(tmp_path / "llava")))
+    benchmark = BENCHMARKS["mme"](tmp_path / "data", found)
+    run = Run(benchmark, AdaVConfig(), found, Generation(8), tmp_path / "runs", subset=Subset(6))
+    assert len(run.samples) == 6 and run.folder.name.startswith("adav-144-subset6-")
+    assert run.asked == {"limit": None, "subset": 6, "seed": 0}
+    run.open()
+    bad = run.samples[0]
+    rows = [{**answer(sample, "Yes"), "key": list(sample.key)} for sample in run.samples[1:]]
+    write_rows(run.answers_of(0), [*rows, {"key": list(bad.key), "error": "truncated"}])
+    with pytest.raises(UserError, match="cannot be read .*5 of 6 questions are answered, nothing is scored"):
+        run.finish()
+    assert not (run.folder / "score.json").exists()
+    score = run.finish(partial=True)
+    partial = "4 questions without an unreadable image, out of 6 of 8 questions, drawn with seed 0"
+    assert score["partial"] == partial and score["questions"] == 4, "both questions of the image are left out"
+    assert len((run.folder / "merge.jsonl").read_text().splitlines()) == 4
+    run.close()
+
+
+def test_a_subset_that_is_the_whole_is_the_whole(tmp_path):
+    data = make_vqav2(tmp_path / "data")
+    found = find_checkpoint(str(make_folder_only_checkpoint(tmp_path / "llava")))
+    runs = [
+        Run(BENCHMARKS["vqav2"](data, found), AdaVConfig(), found, Generation(8), tmp_path, subset=subset)
+        for subset in (None, Subset(500))
+    ]
+    assert runs[0].folder == runs[1].folder and runs[0].asked == runs[1].asked
+    assert runs[1].benchmark.partial is None
+
+
+def test_another_split_has_a_folder_of_its_own(tmp_path):
+    make_benchmark("vqav2", tmp_path / "data", 4)
+    found = find_checkpoint(str(make_folder_only_checkpoint(tmp_path / "llava")))
+    folders = [
+        Run(BENCHMARKS["vqav2"](tmp_path / "data", found, split), AdaVConfig(), found, Generation(8), tmp_path).folder
+        for split in ("test-dev", "val")
+    ]
+    assert "-val-" in folders[1].name and "-test-dev-" not in folders[0].name
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):

@@ -184,6 +184,20 @@ def test_a_picture_that_changed_is_encoded_anew(checkpoints, data, tmp_path):
     assert len(shard.recent) == 3, "another preprocessing"
 
 
+def test_sampled_answers_depend_on_their_seed_and_on_nothing_else(checkpoints, data, tmp_path):
+    spec = order(checkpoints["original"], data, tmp_path, 4, method="adav", overall_tokens=9)
+    drawn = {**spec, "temperature": 5.0, "seed": 1}
+    shard = LoadedShard(drawn)
+
+    def answers(name, **changes):
+        rows = rows_of(shard, {**drawn, "answers": str(tmp_path / f"{name}.jsonl"), **changes})
+        return {tuple(row["key"]): row["answer"] for row in rows}
+
+    first = answers("first")
+    assert first == answers("backwards", samples=drawn["samples"][::-1])
+    assert first != answers("seed", seed=2) and first != answers("greedy", temperature=0.0)
+
+
 def test_out_of_memory_halves_the_batch(checkpoints, data, tmp_path, monkeypatch):
     spec = order(checkpoints["original"], data, tmp_path, 7)
     shard = LoadedShard(spec)

@@ -21,6 +21,8 @@ from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS
 from llava.eval.model_shape import ImageCounts, ModelShape, read_config
 from llava.mm_utils import TilePlan, left_pad, tile_plan
 from llava.model.builder import load_pretrained_model
+from llava.model.kv_cache.base import Counts
+from llava.model.kv_cache.full import Full
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 
@@ -42,6 +44,11 @@ HAND = ModelShape(
     head=2,
     vocab=10,
 )
+
+
+def everything(*entries):
+    """Plans of layers that keep so many entries."""
+    return tuple(Full().plan(Counts(before=n, image=0, after=0, entered=0)) for n in entries)
 
 
 def test_the_tower_by_hand():
@@ -72,16 +79,16 @@ def test_a_decode_step_by_hand():
     # The new token reads 5 and 4 cached entries, and itself. Projections 2 * (32 + 32 + 32) = 192; attention
     # 2 * (2 * 1 * 4 * 6 = 48) = 96 and 2 * (2 * 1 * 4 * 5 = 40) = 80; MLP 2 * (3 * 48 = 144) = 288; head 80.
     assert decode(HAND, [5, 4]) == {"projections": 192, "attention": 176, "mlp": 288, "lm_head": 80}
-    cost = Cost(HAND, parts={"mlp": 1, "lm_head": 2}, cached=(5, 4), layer_mean=1.5)
+    cost = Cost(HAND, parts={"mlp": 1, "lm_head": 2}, plans=everything(5, 4), layer_mean=1.5)
     assert cost.total == 3 and cost.decode() == decode(HAND, [5, 4]) and cost.decode(3) == decode(HAND, [7, 6])
 
 
 def test_kv_bytes_by_hand():
     # An entry: keys and values of 1 KV head of 2 in 2 bytes = 8. (5 + 4) entries = 72; 3 steps add 2 * 3 entries = 48.
-    cost = Cost(HAND, parts={}, cached=(5, 4), layer_mean=1.5)
+    cost = Cost(HAND, parts={}, plans=everything(5, 4), layer_mean=1.5)
     assert cost.kv_bytes(2) == 72 and cost.kv_bytes(2, steps=3) == 120 and cost.kv_bytes(4) == 144
     # Beside a row of (3, 6): layer 0 is 5 long for both, layer 1 is 6: 2 * 11 entries = 176.
-    other = dataclasses.replace(cost, cached=(3, 6))
+    other = dataclasses.replace(cost, plans=everything(3, 6))
     assert allocated_kv_bytes([cost, other], 2) == 176 and allocated_kv_bytes([cost, other], 2, steps=1) == 208
 
 

@@ -2,29 +2,17 @@
 
 import csv
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
+import prefill
 import pytest
 
 from llava.config import AdaVConfig
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
 
-FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "prefill.py"
-
-
-@pytest.fixture(scope="module")
-def prefill():
-    spec = importlib.util.spec_from_file_location("prefill", FILE)
-    module = sys.modules["prefill"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
-def test_every_method_has_its_row(prefill, tmp_path, capsys):
+def test_every_method_has_its_row(tmp_path, capsys):
     output = tmp_path / "results" / "prefill.csv"
     prefill.main(["--preset", "tiny", "--shares", "0.05", "0.5", "--repeats", "1", "--output", str(output)])
     rows = list(csv.DictReader(output.open()))
@@ -44,7 +32,7 @@ def test_every_method_has_its_row(prefill, tmp_path, capsys):
     assert "80 vision tokens of 5 tiles" in printed and all(name in printed for name in names)
 
 
-def test_wrong_output_gets_no_time(prefill):
+def test_wrong_output_gets_no_time():
     bench = prefill.Bench(prefill.PRESETS["tiny"], "cpu", prefill.torch.float32, seed=0)
     config = AdaVConfig(method="cls", overall_tokens=4)
     cost = bench.cost(config)
@@ -60,14 +48,14 @@ def test_wrong_output_gets_no_time(prefill):
     assert len(entry.times) == 1
 
 
-def test_the_cpu_preset_is_llava_1_6s_image(prefill):
+def test_the_cpu_preset_is_llava_1_6s_image():
     config = prefill.PRESETS["cpu"].model_config()
     shape = prefill.ModelShape.of(config)
     image = prefill.ImageCounts.of(prefill.tile_plan((672, 672), config), shape.side)
     assert image.patches == (576,) * 5 and image.newlines == 0
 
 
-def test_bad_arguments(prefill, capsys):
+def test_bad_arguments(capsys):
     for arguments, said in (
         (["--methods", "no_image"], '--methods names "no_image", allowed are none, random'),
         (["--shares", "1.5"], "--shares are numbers between 0 and 1"),

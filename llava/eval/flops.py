@@ -12,7 +12,7 @@ a matrix product is not counted (norms, activations, softmax, RoPE); what a meth
 in elements (method_costs.py). A sliding window is taken to be longer than the prompt.
 
     cost = predict(ModelShape.of(model.config), config, [ImageCounts.of(plan, side)], text_tokens=80, words=[45])
-    cost.parts, cost.total, cost.layer_mean, cost.decode(step=1), cost.kv_bytes(element_size=2)
+    cost.parts, cost.total, cost.layer_mean, cost.decode(step=1), cost.kv_bytes(element_size=2), cost.read_bytes(2, step=1)
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from dataclasses import dataclass, field
 
 from llava.config import AdaVConfig, add_config_flags, config_overrides, method_class
 from llava.errors import UserError, exits_cleanly
-from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, MethodCost, SelectorCase, together
+from llava.eval.arguments import positive
+from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, SelectorCase, cache_cost, together
 from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.eval.tables import columns
 from llava.mm_utils import tile_plan
-from llava.model.token_dropping import DROPPERS, make_dropper
+from llava.model.kv_cache import make_policy
+from llava.model.kv_cache.base import Counts, LayerPlan
+from llava.model.token_dropping import DROPPERS, Dropper, make_dropper
+from llava.model.token_dropping.prefill_filter import PrefillFilter
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,15 @@ class Cost:
     """One sample's prefill.
 
     parts       FLOPs: vision_tower, cls_row, projector, method (what selects or drops tokens), projections (q, k, v and
-                output), attention (scores and weighted sum), mlp, lm_head
+                output), attention (scores and weighted sum), mlp, cache (what the cache policy reads to choose), lm_head
     elements    what the method does beside matrix products: kind -> elements
-    cached      [L] entries of each layer's KV cache after prefill
+    plans       [L] what the cache policy makes of each layer's entries (llava.model.kv_cache)
     layer_mean  image tokens in a layer's attention, mean over layers
     """
 
     shape: ModelShape
     parts: dict[str, int]
-    cached: tuple[int, ...]
+    plans: tuple[LayerPlan, ...]
     layer_mean: float
     elements: dict[str, int] = field(default_factory=dict)
 
@@ -52,18 +56,31 @@ class Cost:
         """FLOPs from pixels to the first token."""
         return sum(self.parts.values())
 
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """[L] entries of each layer's KV cache after prefill."""
+        return tuple(plan.stored() for plan in self.plans)
+
     def decode(self, step: int = 1) -> dict[str, int]:
-        """FLOPs of the step-th decode step by part, counted from 1: one token reads all that is cached, and itself."""
-        return decode(self.shape, [entries + step - 1 for entries in self.cached])
+        """FLOPs of the step-th decode step by part, counted from 1: one token reads what its step reads, and itself."""
+        return decode(self.shape, [plan.read(step) - 1 for plan in self.plans])
+
+    def read_bytes(self, element_size: int, step: int = 1) -> int:
+        """Bytes of keys and values that the step-th decode step reads, its own among them."""
+        return sum(plan.read(step) for plan in self.plans) * self.shape.kv_entry(element_size)
 
     def kv_bytes(self, element_size: int, steps: int = 0) -> int:
         """Bytes of the sample's own KV entries after prefill and `steps` decode steps, without padding."""
-        return sum(entries + steps for entries in self.cached) * self.shape.kv_entry(element_size)
+        return sum(plan.stored(steps) for plan in self.plans) * self.shape.kv_entry(element_size)
 
 
 def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0) -> int:
-    """Bytes that the cache of a batch occupies: in each layer every row is as long as the longest one."""
-    longest = [max(cost.cached[layer] for cost in costs) + steps for layer in range(costs[0].shape.layers)]
+    """Bytes that the cache of a batch occupies: in each layer every row has as many slots as the longest one.
+
+    steps: that have been, where everything is kept (transformers' cache grows); that there may be, under a policy that
+    evicts or skips entries (its storage is allocated once).
+    """
+    longest = [max(cost.plans[layer].slots(steps) for cost in costs) for layer in range(costs[0].shape.layers)]
     return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)
 
 
@@ -138,20 +155,33 @@ def predict(
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     if drops:
-        seen, extra = _dropping(shape, config, options, text_tokens, words, kept)
+        dropper, price, costs = make_dropper(config.method, **options), DROPPER_COSTS[config.method], []
     else:
-        seen = [(sum(kept), sum(kept))] * shape.layers
+        dropper, price = PrefillFilter.of(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # Where everything is kept, no method is asked.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
-        extra = together(SELECTOR_COSTS[config.method](case) for case in asked)
+        costs = [SELECTOR_COSTS[config.method](case) for case in asked]
+    seen = [(sum(kept), sum(kept))] * shape.layers
+    if dropper is not None:
+        cuts = [dropper.cuts(n, config.overall_tokens, shape.layers) for n in kept]
+        seen = _seen(dropper, config.overall_tokens, kept, shape.layers)
+        costs.append(price(DropperCase(shape, text_tokens, words, kept, cuts, seen)))
+    extra = together(costs)
     tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
+    policy = make_policy(config)
+    behind = words[0] if images else 0  # text behind the first image's start
+    held = [Counts(text_tokens - behind, attended, behind, sum(kept)) for attended, _ in seen]
+    choosing = together(cache_cost(shape, policy, counts) for counts in held)
+    both = together([extra, choosing])
     return Cost(
         shape,
-        vision(shape, tiles) | {"method": extra.flops} | language_model(shape, text_tokens, seen, logits),
-        cached=tuple(text_tokens + attended for attended, _ in seen),
+        vision(shape, tiles)
+        | {"method": extra.flops, "cache": choosing.flops}
+        | language_model(shape, text_tokens, seen, logits),
+        plans=tuple(policy.plan(counts) for counts in held),
         layer_mean=sum(attended for attended, _ in seen) / shape.layers,
-        elements=extra.elements,
+        elements=both.elements,
     )
 
 
@@ -162,21 +192,22 @@ def _kept(method: type, budget: int, image: ImageCounts) -> int:
     return image.tokens if method.needs_image else 0
 
 
-def _dropping(
-    shape: ModelShape, config: AdaVConfig, options: dict, text_tokens: int, words: Sequence[int], tokens: Sequence[int]
-) -> tuple[list[tuple[int, int]], MethodCost]:
-    """What each layer sees of all images together under a method inside the LLM, and the cost of that method.
+def _seen(dropper: Dropper, overall_tokens: int, tokens: Sequence[int], layers: int) -> list[tuple[int, int]]:
+    """What each layer sees of all images together under a method inside the LLM: (in attention, in the MLP).
 
     The method's own plan says it, which the decoder loop obeys: no request has to run for it.
     """
-    dropper = make_dropper(config.method, **options)
-    cuts = [dropper.cuts(n, config.overall_tokens, shape.layers) for n in tokens]
-    of_images = [dropper.schedule(n, config.overall_tokens, shape.layers) for n in tokens]
-    seen = [
+    of_images = [dropper.schedule(n, overall_tokens, layers) for n in tokens]
+    return [
         (sum(image[layer].attention for image in of_images), sum(image[layer].mlp for image in of_images))
-        for layer in range(shape.layers)
+        for layer in range(layers)
     ]
-    return seen, DROPPER_COSTS[config.method](DropperCase(shape, text_tokens, words, tokens, cuts, seen))
+
+
+def steps_shown(cost: Cost) -> list[int]:
+    """Decode steps that differ in kind: the first, and under a policy that re-ranks a core, the first that does so."""
+    interval = cost.plans[0].policy.interval
+    return [1, interval] if interval > 1 else [1]
 
 
 def table(cost: Cost, plain: Cost) -> str:
@@ -184,7 +215,9 @@ def table(cost: Cost, plain: Cost) -> str:
     lines = [("part", "GFLOPs", "share", "none", "of none")]
     rows = [*((name, flops, plain.parts[name]) for name, flops in cost.parts.items())]
     rows.append(("prefill, all", cost.total, plain.total))
-    rows.append(("a decode step", sum(cost.decode().values()), sum(plain.decode().values())))
+    for step in steps_shown(cost):
+        name = "a decode step" if len(steps_shown(cost)) == 1 else f"decode step {step}"
+        rows.append((name, sum(cost.decode(step).values()), sum(plain.decode(step).values())))
     for name, flops, before in rows:
         share = f"{flops / cost.total:.1%}" if name in cost.parts else ""
         of_none = f"{flops / before:.1%}" if before else ""
@@ -200,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text-tokens", type=int, default=80, help="tokens of the prompt beside the image (80)")
     parser.add_argument("--question-tokens", type=int, help="how many of them follow the image (half)")
     parser.add_argument("--element-size", type=int, default=2, help="bytes per number of the KV cache (2)")
+    parser.add_argument("--steps", type=positive, default=64, help="decode steps that KV bytes are given after (64)")
     parser.add_argument("--config", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
     add_config_flags(parser)
     args = parser.parse_args(argv)
@@ -219,8 +253,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{cost.layer_mean:,.1f} in the mean layer, {args.text_tokens} text tokens\n\n{table(cost, plain)}\n"
     )
     print("2 FLOPs per multiply-add; attention in full, S x S: a causal kernel does about half of that part")
-    kept, before = (of.kv_bytes(args.element_size) for of in (cost, plain))
-    print(f"KV cache after prefill: {kept / 1e6:,.1f} MB, {before / 1e6:,.1f} MB with none")
+    size, policy = args.element_size, config.cache_policy
+    for steps, when in ((0, "after prefill"), (args.steps, f"after {args.steps} decode steps")):
+        kept, before = (of.kv_bytes(size, steps) for of in (cost, plain))
+        print(f"KV cache ({policy}) {when}: {kept / 1e6:,.1f} MB, {before / 1e6:,.1f} MB with none")
+    print(f"its storage for {args.steps} decode steps: {allocated_kv_bytes([cost], size, args.steps) / 1e6:,.1f} MB")
+    for step in steps_shown(cost):
+        read, before = (of.read_bytes(size, step) for of in (cost, plain))
+        print(f"decode step {step} reads {read / 1e6:,.1f} MB of it, {before / 1e6:,.1f} MB with none")
     if cost.elements:
         others = ", ".join(f"{kind} over {n:,} elements" for kind, n in cost.elements.items())
         print(f"beside matrix products: {others}")

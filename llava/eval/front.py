@@ -187,9 +187,7 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
             f"note: --visual-token-num {tokens} means overall_tokens: {tokens} per image, all tiles together",
             file=sys.stderr,
         )
-    config = AdaVConfig.load(args.config, **overrides)
-    config.refuse_unbuilt()
-    return config
+    return AdaVConfig.load(args.config, **overrides)
 
 
 def sampling(args: argparse.Namespace) -> dict:

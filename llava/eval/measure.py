@@ -14,6 +14,7 @@ from transformers import StoppingCriteria
 from llava.config import AdaVConfig
 from llava.eval.flops import Cost, predict
 from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.model.kv_cache.cache import AdaptiveCache
 from llava.model.prepared import PreparedPrompt
 
 
@@ -66,11 +67,11 @@ def kv_bytes(cache, costs: list[Cost], prepared: PreparedPrompt, new_tokens: lis
     # The last new token is never fed back, and what a batch feeds a row after its end is padding.
     steps = [max(new - 1, 0) for new in new_tokens]
     live, allocated = [0] * rows, 0
-    for layer, prompts in zip(cache.layers, _survivors(prepared, len(cache.layers)), strict=True):
+    for layer, entries in zip(cache.layers, _entries(cache, prepared, steps), strict=True):
         for tensor in (layer.keys, layer.values):
             allocated += tensor.untyped_storage().nbytes()
             entry = tensor.nbytes // (rows * tensor.shape[-2])
-            live = [bytes_ + entry * (n + fed) for bytes_, n, fed in zip(live, prompts, steps, strict=True)]
+            live = [bytes_ + entry * n for bytes_, n in zip(live, entries, strict=True)]
     return [
         {
             "kv_bytes_live": live[i],
@@ -81,11 +82,15 @@ def kv_bytes(cache, costs: list[Cost], prepared: PreparedPrompt, new_tokens: lis
     ]
 
 
-def _survivors(prepared: PreparedPrompt, layers: int) -> list[list[int]]:
-    """Per layer, per row: tokens of the prompt that its attention saw and its cache holds."""
+def _entries(cache, prepared: PreparedPrompt, steps: list[int]) -> list[list[int]]:
+    """Per layer, per row: entries of its own that the cache holds after so many decode steps of that row."""
+    if isinstance(cache, AdaptiveCache):
+        return [[layer.stored(row, fed) for row, fed in enumerate(steps)] for layer in cache.layers]
     if prepared.dropping is None:
-        return [prepared.attention_mask.sum(dim=1).tolist()] * layers
-    return [prepared.dropping.stages[stage].lengths for stage in prepared.dropping.stage_of]
+        prompts = [prepared.attention_mask.sum(dim=1).tolist()] * len(cache.layers)
+    else:
+        prompts = [prepared.dropping.stages[stage].lengths for stage in prepared.dropping.stage_of]
+    return [[n + fed for n, fed in zip(layer, steps, strict=True)] for layer in prompts]
 
 
 def peak_memory() -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 One table for all methods rather than a method of each class: the rules stay free of bookkeeping, the entries can be
 compared side by side, and a test runs every method under torch's flop counter, so that an entry cannot drift from its
-rule unnoticed. A new method is one function and one line of SELECTOR_COSTS or DROPPER_COSTS.
+rule unnoticed. A new method is one function and one line of SELECTOR_COSTS or DROPPER_COSTS. Cache policies share one
+function: what they read is in their plans.
 
 What is not a matrix product has no agreed price in FLOPs. It is listed apart, as elements that pass through
   softmax     exponentials
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llava.eval.model_shape import ImageCounts, ModelShape, product
+from llava.model.kv_cache.base import CachePolicy, Counts
 from llava.model.token_selection.similarity import BLOCK
 from llava.model.token_selection.tiles import split_evenly
 from llava.model.token_selection.visionzip import PUBLISHED
@@ -260,3 +262,21 @@ DROPPER_COSTS: dict[str, Callable[[DropperCase], MethodCost]] = {
     "sparsevlm": _sparsevlm,
     "pyramiddrop": _pyramiddrop,
 }
+
+
+# -------------------------------------------------------------------------------------------------- cache policies
+def cache_cost(shape: ModelShape, policy: CachePolicy, counts: Counts) -> MethodCost:
+    """What a cache policy does in one layer when it has been prefilled: rows of attention over all keys, and sorts."""
+    keys, plan = counts.before + counts.image + counts.after, policy.plan(counts)
+    rows, sorts = 0, 0
+    stay, _ = policy.image(counts.entered, counts.image)
+    if not policy.whole and (stay < counts.image or plan.core < plan.image):
+        rows, sorts = 1, counts.image
+    if policy.scorer is not None:
+        rows += policy.scorer.rows(plan.prompt)
+        if plan.text(0) < plan.prompt:
+            sorts += shape.kv_heads * plan.prompt
+    if not rows:
+        return MethodCost()
+    elements = {"softmax": shape.heads * rows * keys} | ({"sort": sorts} if sorts else {})
+    return MethodCost(product(rows, shape.heads * shape.head, keys), elements)

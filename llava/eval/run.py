@@ -189,7 +189,7 @@ class Run:
         groups = {group(sample) for sample in bad}
         good = [sample for sample in self.samples if group(sample) not in groups]
         asked = self.benchmark.partial or f"{len(self.samples):,} questions"
-        self.benchmark.partial = f"{len(good):,} of {asked}, {len(bad):,} have an unreadable image"
+        self.benchmark.partial = f"{len(good):,} questions without an unreadable image, out of {asked}"
         return good
 
     def earlier_code(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers.generation import GenerationMode
 
 from llava.config import AdaVConfig
@@ -39,14 +40,34 @@ class LlavaGeneration:
             position_ids=prepared.position_ids,
             position_offset=prepared.position_offset,
             dropping=prepared.dropping,
-            caching=prepared.caching,
+            caching=prepared.caching if prepared.caching.adaptive else None,
             **generation_kwargs,
         )
-        if prepared.dropping is not None:
-            for row, selections in enumerate(prepared.selections):
-                for image, selection in enumerate(selections):
-                    selection.report["survivors"] = prepared.dropping.survivors(row, image)
+        _report_survivors(prepared)
         return output
+
+    def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
+        """Run the prompts of a batch through the LLM into an empty cache of `prepared.caching`.
+
+        Returns [B, V] float32 logits of each row's first new token; those of the other positions are not computed.
+        """
+        output = self.model(
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            past_key_values=cache,
+            dropping=prepared.dropping,
+        )
+        _report_survivors(prepared)
+        return self.lm_head(output.last_hidden_state[:, -1]).float()
+
+    def decode_step(self, tokens: Tensor, cache: AdaptiveCache) -> Tensor:
+        """tokens [B], fed to a prefilled cache whose begin_step() has been called -> [B, V] float32 logits.
+
+        Nothing in it needs the host, so that it can be captured as a CUDA graph.
+        """
+        hidden = self.model.step(self.get_input_embeddings()(tokens[:, None]), cache)
+        return self.lm_head(self.model.norm(hidden[:, -1])).float()
 
     def prepare_inputs_for_generation(
         self,
@@ -99,6 +120,15 @@ class LlavaGeneration:
             # One step fewer than new tokens: the last one is never fed back.
             steps = max_cache_length - model_kwargs["inputs_embeds"].shape[1]
             model_kwargs["past_key_values"] = caching.cache(steps)
+
+
+def _report_survivors(prepared: PreparedPrompt) -> None:
+    """After prefill: what each cut inside the LLM has left of each image, in its selection's report."""
+    if prepared.dropping is None:
+        return
+    for row, selections in enumerate(prepared.selections):
+        for image, selection in enumerate(selections):
+            selection.report["survivors"] = prepared.dropping.survivors(row, image)
 
 
 def check_cache(cache, caching: Caching) -> None:

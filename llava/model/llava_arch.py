@@ -326,10 +326,9 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             dropper.check(self.config)
             prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
-        if config.cache_policy != "full":
-            spans = [RowSpans(row.length, row.spans) for row in done]
-            following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
-            prepared.caching = Caching(make_policy(config), layers, spans, following)
+        spans = [RowSpans(row.length, row.spans) for row in done]
+        following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
+        prepared.caching = Caching(make_policy(config), layers, spans, following)
         prepared.seconds = clock.seconds
         return prepared
 
@@ -364,7 +363,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
             attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
             kwargs["dropping"] = prepared.dropping
-            if prepared.caching is not None:
+            if prepared.caching.adaptive:
                 if kwargs.get("use_cache"):
                     raise UserError(
                         "the configuration asks for an adaptive KV cache, which forward() cannot make by itself: start "

@@ -24,7 +24,7 @@ class PreparedPrompt:
     lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
     position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
     dropping          which of the image tokens go between LLM layers; None where all of them stay
-    caching           how keys and values are kept; None where all of them are, which transformers' own cache does
+    caching           how keys and values are kept
     seconds           time per stage: vision_tower, projector, selection, splice
     """
 

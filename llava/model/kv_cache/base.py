@@ -76,6 +76,11 @@ class CachePolicy(ABC):
         """How entries of the evictable region are ranked; None where nothing is ever evicted from it."""
         return None
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether every step reads all that is stored, and nothing is evicted after prefill."""
+        return self.scorer is None and self.interval < 0
+
     def image(self, entered: int, held: int) -> tuple[int, int]:
         """(stay, core): of `held` image entries, how many stay after prefill, and how many of those are the core."""
         return held, held
@@ -139,13 +144,20 @@ class LayerPlan:
 
 
 @lru_cache(maxsize=4096)
+def budgets(policy: CachePolicy, prompt: int, steps: int) -> tuple[Budget, ...]:
+    """[1 + steps] of a policy that evicts: its budget after prefill and after each decode step."""
+    return tuple(policy.budget(prompt, prompt + step) for step in range(steps + 1))
+
+
+@lru_cache(maxsize=4096)
 def text_counts(policy: CachePolicy, prompt: int, steps: int) -> tuple[int, ...]:
     """[1 + steps] entries of the evictable region after prefill and after each decode step."""
     if policy.scorer is None:
         return tuple(range(prompt, prompt + steps + 1))
-    counts = [min(prompt, policy.budget(prompt, prompt).total)]
-    for step in range(1, steps + 1):
-        counts.append(min(counts[-1] + 1, policy.budget(prompt, prompt + step).total))
+    first, *others = (budget.total for budget in budgets(policy, prompt, steps))
+    counts = [min(prompt, first)]
+    for total in others:
+        counts.append(min(counts[-1] + 1, total))
     return tuple(counts)
 
 

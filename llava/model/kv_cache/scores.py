@@ -19,6 +19,10 @@ from llava.model.token_dropping.attention import RowAttention
 class Scorer(ABC):
     """One way of ranking."""
 
+    def rows(self, entries: int) -> int:
+        """How many rows of attention `start` reads for so many entries."""
+        return entries
+
     @abstractmethod
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
         """[G, n]: scores of the prompt's entries at `slots` [n], ascending; heads: G KV heads."""
@@ -47,6 +51,9 @@ class Summed(Scorer):
 @dataclass(frozen=True)
 class Latest(Scorer):
     """The attention that the latest query pays, without history."""
+
+    def rows(self, entries: int) -> int:
+        return 1
 
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
         ((_, rows),) = attention.chunks(slots.new_tensor([attention.length - 1]))
@@ -88,4 +95,4 @@ class Centred(Scorer):
 
 def _of_kv_heads(values: Tensor, heads: int) -> Tensor:
     """[H, ...] of query heads, summed over those that share one of `heads` KV heads: [G, ...]."""
-    return values.view(heads, -1, *values.shape[1:]).sum(dim=1)
+    return values.unflatten(0, (heads, len(values) // heads)).sum(dim=1)

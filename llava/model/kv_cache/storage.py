@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from llava.errors import UserError
-from llava.model.kv_cache.base import CachePolicy, Counts, LayerPlan, RowSpans
-from llava.model.kv_cache.decode_reference import decode_attention
+from llava.kernels.decode_attention import decode_attention
+from llava.model.kv_cache.base import CachePolicy, Counts, LayerPlan, RowSpans, budgets
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_selection.base import lowest_index_topk
 
@@ -32,6 +32,7 @@ class _Entries(NamedTuple):
 class LayerCache(CacheLayerMixin):
     """Keys and values of one layer for a batch, under one policy.
 
+    multiple: slots and lists are rounded up to a multiple of it.
     After prefill: keys, values [B, G, C, d]; plans: per row, its counts; front_len, image_len, core_len int32 [B];
     image, core int32 [B, N] slots of all stored and of the core's image entries; text int32 [B, G, T]: the slots of the
     evictable region, live ones first and oldest first, then the slot that the next entry will take; text_len int32
@@ -40,9 +41,12 @@ class LayerCache(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, policy: CachePolicy, steps: int):
+    def __init__(self, policy: CachePolicy, steps: int, multiple: int = 1):
         super().__init__()
-        self.policy, self.steps, self._scorer = policy, steps, policy.scorer
+        self.policy, self.steps, self._multiple, self._scorer = policy, steps, multiple, policy.scorer
+        self.side = (
+            None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
+        )
         self.update_step = False  # whether the step at hand re-ranks the core; set by AdaptiveCache.begin_step
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------------
@@ -109,7 +113,7 @@ class LayerCache(CacheLayerMixin):
     def _allocate(self, key: Tensor) -> None:
         (batch, heads, _, size), device = key.shape, key.device
         plans, steps = self.plans, self.steps
-        slots = max(plan.slots(steps) for plan in plans)
+        slots = self._rounded(max(plan.slots(steps) for plan in plans))
         self.keys, self.values = (key.new_zeros(batch, heads, slots, size) for _ in range(2))
 
         def numbers(values) -> Tensor:
@@ -119,20 +123,24 @@ class LayerCache(CacheLayerMixin):
         self.front_len = numbers(front)
         self.image_len = numbers([plan.image for plan in plans])
         self.core_len = numbers([plan.core for plan in plans])
-        places = torch.arange(max(plan.image for plan in plans), device=device)
+        places = torch.arange(self._rounded(max(plan.image for plan in plans)), device=device)
         self.image = (self.front_len[:, None] + places).clamp(max=slots - 1).int()
-        self.core = self.image[:, : max(plan.core for plan in plans)].clone()
+        self.core = self.image[:, : self._rounded(max(plan.core for plan in plans))].clone()
         # The evictable region. Lists are as long as the longest row's; what is past a row's own slots is never live.
         behind = numbers([plan.front + plan.image for plan in plans])[:, None, None]
-        self._place = torch.arange(max(plan.text_slots(steps) for plan in plans), device=device)
+        self._place = torch.arange(self._rounded(max(plan.text_slots(steps) for plan in plans)), device=device)
         self.text = (behind + self._place).clamp(max=slots - 1).int().repeat(1, heads, 1)
         self.text_len = numbers([plan.text(0) for plan in plans])[:, None].repeat(1, heads)
         if self._scorer is not None:
             self.scores = torch.zeros(self.text.shape, device=device)
-            budgets = [[self.policy.budget(p.prompt, p.prompt + step) for step in range(steps + 1)] for p in plans]
-            self._total = numbers([[budget.total for budget in row] for row in budgets])
-            self._recent = numbers([[budget.recent for budget in row] for row in budgets])
+            tables = [budgets(self.policy, plan.prompt, steps) for plan in plans]
+            self._total = numbers([[budget.total for budget in row] for row in tables])
+            self._recent = numbers([[budget.recent for budget in row] for row in tables])
             self._step = torch.zeros(1, dtype=torch.long, device=device)
+
+    def _rounded(self, count: int) -> int:
+        """A number of slots or list entries, rounded up for layers of different requests to have the same shapes."""
+        return -(-count // self._multiple) * self._multiple
 
     # --- decoding ------------------------------------------------------------------------------------------------
 
@@ -141,6 +149,7 @@ class LayerCache(CacheLayerMixin):
 
         `update` has stored their entries. What is evicted or re-ranked is so by the attention of this very step.
         """
+        asked = (self.update_step, self._scorer is not None)
         core, core_len = (self.image, self.image_len) if self.update_step else (self.core, self.core_len)
         found = decode_attention(
             query[:, :, 0],
@@ -152,9 +161,14 @@ class LayerCache(CacheLayerMixin):
             self.text,
             self.text_len,
             scale=scaling,
-            scores=self.update_step or self._scorer is not None,
+            scores={(False, False): False, (True, False): "core", (False, True): "text", (True, True): True}[asked],
         )
-        if self.update_step:
+        if self.update_step and self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(query.device))
+            with torch.cuda.stream(self.side):
+                self._rank(found.core_scores)
+            found.core_scores.record_stream(self.side)
+        elif self.update_step:
             self._rank(found.core_scores)
         if self._scorer is not None:
             self._evict(found.text_scores)
@@ -187,6 +201,10 @@ class LayerCache(CacheLayerMixin):
         self.text.copy_(self.text.gather(-1, order))
         self.scores.copy_(scores.gather(-1, order))
         self.text_len -= over[..., 0].int()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a decode step reads or changes, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def stored(self, row: int, step: int) -> int:
         """Entries of one row after `step` decode steps."""

@@ -149,7 +149,7 @@ class DroppingDecoder:
             raise UserError(f"the cache holds {past} tokens already, but the prompt has not been prefilled with them")
         if adaptive is not None and past:
             adaptive.begin_step(hidden.shape[1])
-            hidden = self._step(hidden, adaptive, dropping)
+            hidden = self.step(hidden, adaptive)
         elif past:
             hidden = self._decode(hidden, position_ids, past_key_values, dropping)
         else:
@@ -166,6 +166,8 @@ class DroppingDecoder:
                     **kwargs,
                 )
             hidden = self._prefill(hidden, position_ids, past_key_values, dropping)
+            if adaptive is not None and dropping.dropper.reindexed:
+                adaptive.end_prefill(dropping.stage_of, [stage.shift for stage in dropping.stages])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     def _refuse(self, cache, kwargs: dict) -> None:
@@ -246,19 +248,24 @@ class DroppingDecoder:
             hidden = layer(hidden, past_key_values=cache, use_cache=True, **calls[stage])
         return hidden
 
-    def _step(self, hidden: Tensor, cache: AdaptiveCache, dropping: Dropping | None) -> Tensor:
-        """One new token per row, hidden [B, 1, D], on what the cache's policy lists. All of it is work on the device."""
-        positions = cache.next_positions()
-        calls: dict[int, dict] = {}  # by numbering: layers that count positions alike
+    def step(self, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
+        """One new token per row, hidden [B, 1, D], on what the cache's policy lists -> [B, 1, D], not normalised.
+
+        All of it is work on the device; the host's part of a step is cache.begin_step(1), before it.
+        """
+        positions = cache.next_positions().to(hidden.device)
+        ropes = [self.rotary_emb(hidden, position_ids=own) for own in positions]
         for number, layer in enumerate(self.layers):
-            numbering = dropping.stage_of[number] if dropping is not None and dropping.dropper.reindexed else 0
-            if numbering not in calls:
-                own = positions
-                if numbering:
-                    own = positions - dropping.stages[numbering].shift.to(positions.device)[:, None]
-                rope = self.rotary_emb(hidden, position_ids=own.to(hidden.device))
-                calls[numbering] = {"position_embeddings": rope, "position_ids": own}
-            hidden = layer(hidden, past_key_values=cache, use_cache=True, adaptive=cache, **calls[numbering])
+            own = cache.numbering[number]
+            hidden = layer(
+                hidden,
+                past_key_values=cache,
+                use_cache=True,
+                adaptive=cache,
+                position_embeddings=ropes[own],
+                position_ids=positions[own],
+            )
+        cache.end_step()
         return hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,10 +19,14 @@ class RowAttention:
     """
 
     def __init__(self, query: Tensor, key: Tensor, scaling: float, chunk: int = CHUNK):
-        self._query, self._key = query, key.float()
+        self._query, self._stored_key = query, key
         self._scaling, self._chunk = scaling, chunk
         self.length = key.shape[1]
         self._first = self.length - query.shape[1]
+
+    @cached_property
+    def _key(self) -> Tensor:
+        return self._stored_key.float()
 
     def chunks(self, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Attention rows of the queries of `slots` [R], a chunk at a time: (r of the slots, [H, r, S])."""

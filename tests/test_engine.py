@@ -1,0 +1,203 @@
+"""The generation engine: the tokens of generate() under every cache policy, sampling, stopping, streaming, no leak."""
+
+import gc
+
+import pytest
+import torch
+from test_token_dropping import SHAPES, batch
+from tiny_checkpoints import build_reference, save_llava_hf
+
+from llava.config import AdaVConfig
+from llava.errors import UserError
+from llava.model.builder import load_pretrained_model
+from llava.model.engine import Engine
+from llava.model.sampling import Chooser, Sampling
+from llava.model.text_stream import TextStream
+
+NEW = 128
+AVL = {"vision_adaptive_attention": True, "vision_adaptive_attention_rate": 0.3}
+TEXT = {"text_pruning_flag": True, "text_pruning_rate": 0.4, "text_init_cache": 6}
+SETTINGS = {
+    "full": {"method": "none"},
+    "full behind adav": {"method": "adav"},
+    "full behind fastv": {"method": "fastv"},
+    "full behind pyramiddrop": {"method": "pyramiddrop"},
+    "h2o of A-VL": {"method": "none", "all_use_h2o": True},
+    "h2o of the paper": {"method": "none", "h2o_heavy_share": 0.2, "h2o_recent_share": 0.3},
+    "avl, evict": {"method": "none", **AVL, "vision_adaptive_attention_update_interval": -1},
+    "avl, core": {"method": "none", **AVL, "vision_adaptive_attention_update_interval": 3},
+    "avl and text": {"method": "adav", **AVL, **TEXT, "text_rule": "history"},
+    "avl, filter": {"method": "none", **AVL, **TEXT, "prefill_filter_flag": True, "prefill_filter_rate": 0.2},
+    "text alone": {"method": "cls", **TEXT, "text_rule": "direct"},
+}
+
+
+@pytest.fixture(scope="module", params=["vicuna", "yi"])
+def loaded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    save_llava_hf(build_reference("llava_next", seed=3, **SHAPES[request.param]), folder)
+    _, model, processor, _ = load_pretrained_model(folder, device_map="cpu")
+    model.generation_config.eos_token_id = None
+    return model, processor
+
+
+def prepared_for(loaded, rows, **setting):
+    model, processor = loaded
+    settings = {"overall_tokens": 12} | setting
+    return model.prepare(**batch(model, processor, rows), config=AdaVConfig(**settings))
+
+
+def tokens_of(generated):
+    return [answer.tokens for answer in generated.answers]
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_engine_is_generate(loaded, name, rows):
+    model, _ = loaded
+    prepared = prepared_for(loaded, rows, **SETTINGS[name])
+    expected = model.generate(prepared=prepared, max_new_tokens=NEW, do_sample=False, pad_token_id=3).tolist()
+    generated = Engine(model).generate(prepared, Sampling(max_new_tokens=NEW))
+    assert tokens_of(generated) == expected
+    assert all(answer.finish == "length" and len(answer.tokens) == NEW for answer in generated.answers)
+    assert generated.seconds["prefill"] > 0 and generated.seconds["decode"] > 0
+
+
+def test_rows_end_by_themselves(loaded):
+    """An end token or the row's own limit; what the others go on to generate is what they would without it."""
+    model, _ = loaded
+    prepared = prepared_for(loaded, [0, 1, 2, 3], **SETTINGS["avl and text"])
+    engine = Engine(model)
+    whole = tokens_of(engine.generate(prepared, Sampling(max_new_tokens=40)))
+    end = whole[1][4]
+    first = [row.index(end) if end in row else None for row in whole]
+    engine.ends = {end}
+    limits = [40, 40, 3, 40]
+    answers = engine.generate(prepared, [Sampling(max_new_tokens=limit) for limit in limits]).answers
+    for row, answer, at, limit in zip(whole, answers, first, limits, strict=True):
+        stops = at is not None and at < limit
+        assert answer.tokens == row[: at + 1 if stops else limit]
+        assert answer.finish == ("stop" if stops else "length")
+    assert answers[1].finish == "stop" and answers[2].finish == "length"
+
+
+def test_steps_come_one_by_one(loaded):
+    model, _ = loaded
+    prepared = prepared_for(loaded, [0, 2], **SETTINGS["avl, core"])
+    engine = Engine(model)
+    whole = tokens_of(engine.generate(prepared, Sampling(max_new_tokens=9)))
+    stream = engine.stream(prepared, [Sampling(max_new_tokens=9), Sampling(max_new_tokens=4)])
+    steps = list(stream)
+    assert [step[0].token for step in steps] == whole[0] and [step[0].finish for step in steps[:-1]] == [None] * 8
+    assert [step[1].token for step in steps[:4]] == whole[1][:4] and steps[3][1].finish == "length"
+    assert steps[4:] and all(step[1] is None for step in steps[4:])
+    assert tokens_of(stream.result()) == [whole[0], whole[1][:4]]
+
+
+def test_one_token_needs_no_step(loaded):
+    prepared = prepared_for(loaded, [0, 1], method="none")
+    generated = Engine(loaded[0]).generate(prepared, Sampling(max_new_tokens=1))
+    assert all(len(answer.tokens) == 1 for answer in generated.answers) and generated.cache.steps == 0
+
+
+def test_nothing_is_left_over(loaded):
+    """After 100 requests as many tensors live, and as many bytes, as after 10."""
+    engine = Engine(loaded[0])
+
+    def live():
+        gc.collect()
+        tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+        return len(tensors), sum(tensor.nbytes for tensor in tensors)
+
+    counts = []
+    names = list(SETTINGS)
+    for n in range(100):
+        prepared = prepared_for(loaded, [n % 4], **SETTINGS[names[n % len(names)]])
+        engine.generate(prepared, Sampling(max_new_tokens=3))
+        del prepared
+        if n in (9, 99):
+            counts.append(live())
+    assert counts[0] == counts[1]
+
+
+def test_draws_do_not_depend_on_the_batch(loaded):
+    model, _ = loaded
+    engine, rows = Engine(model), [0, 1, 2, 3]
+    samplings = [Sampling(20, temperature=1.5, top_p=0.9, seed=row) for row in rows]
+    samplings[2] = Sampling(20)
+    together = tokens_of(engine.generate(prepared_for(loaded, rows, method="adav"), samplings))
+    for row in rows:
+        alone = engine.generate(prepared_for(loaded, [row], method="adav"), samplings[row])
+        assert tokens_of(alone) == [together[row]]
+    other = engine.generate(prepared_for(loaded, [0], method="adav"), Sampling(20, temperature=1.5, seed=77))
+    assert tokens_of(other) != [together[0]]
+
+
+def test_top_p_by_hand():
+    # Probabilities 0.5, 0.3, 0.15, 0.05: at 0.8 the first two are drawn from, at 0.81 the first three.
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(2000, -1)
+    for top_p, drawn in ((0.5, {1}), (0.8, {1, 3}), (0.81, {0, 1, 3}), (1.0, {0, 1, 2, 3})):
+        rows = [Sampling(temperature=1.0, top_p=top_p, seed=seed) for seed in range(2000)]
+        tokens = Chooser(rows, torch.device("cpu"))(logits)
+        assert set(tokens.tolist()) == drawn
+    # All four, and the share of the most probable is its probability: 0.5, here within five standard deviations.
+    assert abs(float((tokens == 1).float().mean()) - 0.5) < 5 * (0.25 / 2000) ** 0.5
+    # Temperature 0.5 squares the ratios: 25, 9, 2.25, 0.25 of 36.5.
+    tokens = Chooser([Sampling(temperature=0.5, seed=seed) for seed in range(2000)], torch.device("cpu"))(logits)
+    assert abs(float((tokens == 1).float().mean()) - 25 / 36.5) < 5 * (0.25 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, allowed is a whole number of at least 1"),
+        ({"temperature": float("nan")}, "temperature is nan, allowed is a number of at least 0"),
+        ({"top_p": 0}, "top_p is 0, allowed is a number above 0, at most 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"stop": ("",)}, "stop is \\('',\\), allowed is strings that are not empty"),
+    ],
+)
+def test_bad_sampling_is_a_sentence(options, words):
+    with pytest.raises(UserError, match=words):
+        Sampling(**options)
+
+
+def test_bad_requests_are_sentences(loaded):
+    model, _ = loaded
+    prepared = prepared_for(loaded, [0, 1], method="none")
+    with pytest.raises(UserError, match="3 samplings came with 2 prompts"):
+        Engine(model).generate(prepared, [Sampling()] * 3)
+    with pytest.raises(UserError, match="stop strings need a tokenizer"):
+        Engine(model).generate(prepared, Sampling(stop="x"))
+    with pytest.raises(UserError, match="one CUDA device"):
+        Engine(model, graphs=True)
+
+
+# --- text, on the demo checkpoint's tokenizer ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_pretrained_model("playground/llava-shapes-v1.5", device_map="cpu")
+
+
+def test_streamed_text_is_the_whole_text(demo):
+    tokenizer = demo[0]
+    ids = tokenizer("What colour is the large circle? red blue 7", add_special_tokens=False).input_ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.add, ids), stream.end()]) == stream.text == whole
+    words = whole.split()
+    stop = whole[whole.index(words[3]) : whole.index(words[5]) - 1]
+    stream = TextStream(tokenizer, ["never there", stop])
+    pieces = [stream.add(token) for token in ids]
+    assert stream.stopped and "".join(pieces) == stream.text == whole[: whole.index(stop)]
+    assert stream.add(ids[0]) == stream.end() == ""
+
+
+def test_what_may_become_a_stop_string_is_held_back(demo):
+    tokenizer = demo[0]
+    ids = tokenizer("red red blue", add_special_tokens=False).input_ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    stream = TextStream(tokenizer, [whole + " never"])
+    assert "".join(map(stream.add, ids)) == "" and stream.end() == whole
