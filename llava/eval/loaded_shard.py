@@ -68,11 +68,8 @@ class LoadedShard:
         config = AdaVConfig(**spec["config"])
         conversation = spec["conversation"] or default_conv_mode(self.model.config, self.tokenizer)
         self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
-        answers, samples, size = (
-            AnswerFile(Path(spec["answers"])),
-            spec["samples"],
-            1 if spec["temperature"] else spec["batch_size"],
-        )
+        answers, samples = AnswerFile(Path(spec["answers"])), spec["samples"]
+        size = 1 if spec["temperature"] else spec["batch_size"]
         while samples and not stopping.is_set():
             try:
                 rows = self.answer(samples[:size], config, conversation, spec)
