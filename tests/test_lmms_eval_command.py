@@ -1,10 +1,16 @@
 """A-VL's command line for lmms-eval, translated; nothing of lmms-eval is needed for that."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from llava.errors import UserError
 from llava.eval.lmms_eval import SAME, main, split_model_args, translate
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL_ARGS = "pretrained=llava-hf/llava-1.5-7b-hf,device_map=auto,attn_implementation=eager"
 
 
@@ -119,3 +125,39 @@ def test_braces_hold_a_model_argument_together():
     assert model_args(command)["options"] == '{"min_share": 0.1, "positions": "original"}'
     with pytest.raises(UserError, match="options.min_share"):
         translate(["--model", "adav_llava", "--model_args", 'pretrained=x,options={"min_share": 2}'])
+
+
+TASKS = {
+    "docvqa": "docvqa_val",
+    "flickr30k": "flickr30k_test",
+    "nocaps": "nocaps_val",
+    "ocrbench": "ocrbench",
+    "textvqa": "textvqa_val",
+    "vqav2_val": "vqav2_val",
+}
+
+
+def test_the_scripts_are_this_command(tmp_path):
+    """With a python that shows what it is asked to run."""
+    scripts = REPOSITORY / "scripts" / "lmms_eval"
+    assert {path.stem for path in scripts.glob("*.sh")} == {*TASKS, "run"}
+    checkout = tmp_path / "checkout"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    shutil.copytree(scripts, checkout / "scripts" / "lmms_eval")
+    environment = {"PATH": os.environ["PATH"], "CKPT": "some/where", "BATCH_SIZE": "4", "MODEL_ARGS": "method=cls"}
+    for script, task in TASKS.items():
+        command = ["bash", str(checkout / "scripts" / "lmms_eval" / f"{script}.sh"), "144", "--limit", "2"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        config = checkout / "adav_configs.json"
+        assert done.stdout.splitlines() == [
+            *["-m", "llava.eval.lmms_eval", "--model", "adav_llava", "--model_args"],
+            f"pretrained=some/where,config={config},overall_tokens=144,method=cls",
+            *["--tasks", task, "--batch_size", "4", "--log_samples"],
+            *["--output_path", str(checkout / "runs" / "lmms_eval"), "--limit", "2"],
+        ]
+    done = subprocess.run(command[:2], env={**environment, "RANKS": "2"}, capture_output=True, text=True, check=True)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llava.eval.lmms_eval"]
+    assert done.stdout.splitlines()[:7] == ranks and "overall_tokens" not in done.stdout
