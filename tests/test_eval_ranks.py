@@ -15,9 +15,9 @@ from tiny_checkpoints import build_reference, save_clip_tower, save_original
 from llava.errors import UserError
 from llava.eval.locks import hold_for_rank
 from llava.eval.ranks import Ranks
+from llava.eval.shards import RANK_VARIABLES
 
 QUESTIONS = 72
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_rank_that_is_left_behind_keeps_others_out(arguments, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ surroundings
 def surroundings(monkeypatch, **values):
-    for name in NAMES:
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))

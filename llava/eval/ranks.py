@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llava.errors import UserError
 from llava.eval.locks import hold_for_rank
-from llava.eval.shards import ShardFailure, run_shards
+from llava.eval.shards import RANK_VARIABLES, ShardFailure, run_shards
 
 PATIENCE = timedelta(days=30)  # ranks wait for each other as long as a run takes; one that dies ends the others at once
 
@@ -44,15 +44,14 @@ class Ranks:
         """What torchrun, `accelerate launch` or scripts/cluster/slurm.sh say; None where this is the only process."""
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return None
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        missing = [name for name in RANK_VARIABLES if name not in os.environ]
         if missing:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set; torchrun sets both, and without "
                 "WORLD_SIZE there is one process"
             )
         values = []
-        for name in names:
+        for name in RANK_VARIABLES[:4]:
             text = os.environ[name]
             if not text.isascii() or not text.isdigit():
                 raise UserError(f'{name} is "{text}", allowed is a whole number')
@@ -96,6 +95,13 @@ class Ranks:
         finally:
             if self.rank == 0 and not self._told:
                 self._tell({"exit": code})
+                self._part()
+
+    def _part(self) -> None:
+        """Leave the others, once all are here: a process that ends as a member of the group may abort."""
+        import torch.distributed as dist
+
+        dist.barrier()
         dist.destroy_process_group()
 
     def _tell(self, work: dict | None) -> dict:
@@ -118,6 +124,7 @@ class Ranks:
         """Any other rank: carry out its share of what rank 0 gives out."""
         work = self._tell(None)
         if "exit" in work:
+            self._part()
             sys.exit(work["exit"])  # rank 0 has said why
         locks = [hold_for_rank(Path(folder), self.rank) for folder in work["folders"]]
         try:
@@ -143,6 +150,7 @@ class Ranks:
             place=f" of rank {self.rank} on {self.hosts[self.rank]}",
             others=self._arrived,
         )
+        self._part()
 
     def _arrived(self) -> bool:
         """Whether all ranks have carried out their shards; asked only once this one has."""

@@ -21,6 +21,7 @@ from llava.eval.environment import cores, gpus, torch_is_for_cpu
 from llava.eval.files import REPOSITORY
 from llava.eval.progress import Progress
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE = 20  # seconds that a shard has to finish its batch when it is asked to stop
 
 
@@ -78,7 +79,9 @@ class Shard:
         self.name = f"{name} ({'CPU' if device is None else 'GPU ' + device})"
         self.last_lines: deque[str] = deque(maxlen=12)
         self.warnings: list[str] = []
-        environment = {**os.environ, **worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
+        # A worker is a process by itself, also where its launcher is one of several ranks.
+        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        environment |= {**worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             worker_command(orders),
