@@ -1,6 +1,7 @@
 # make setup     .venv with the pinned versions
 # make demo      accuracy against tokens on the two shipped checkpoints: a table and two pictures
 # make compare   every method at 25, 10 and 5 % of the tokens: a CSV, a table and a plot (under an hour; goes on where it stopped)
+# make lmms-eval lmms-eval beside it, without the torch and transformers that it would bring
 # make test      lint and tests (under ten minutes on two cores)
 # make test-all  also the long ones, and those of the extras, which it installs
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 # The test models are tiny: more threads than one only wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo compare test test-all lint
+.PHONY: setup demo compare lmms-eval test test-all lint
 
 setup: .venv/installed
 
@@ -23,6 +24,14 @@ demo: .venv/installed
 compare: .venv/installed
 	$(BIN)/python -m llava.eval.compare
 
+lmms-eval: .venv/lmms-eval
+
+# Its own requirements would replace torch and transformers, so that it goes in without them.
+.venv/lmms-eval: .venv/installed scripts/lmms_eval/requirements.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement scripts/lmms_eval/requirements.txt
+	$(BIN)/pip install --quiet --no-deps lmms_eval==0.7.3
+	@touch $@
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 
@@ -34,5 +43,5 @@ test: lint
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,train]"
 	@touch $@
 
-test-all: lint .venv/extras
+test-all: lint .venv/extras lmms-eval
 	$(TEST)

@@ -39,8 +39,8 @@ def refused(place, capsys, *extra, **replaced) -> str:
 
 def test_the_good_command_line_is_good(place):
     argv = ["vqav2", "14", "--checkpoint", "llava", "--data-root", "data", "--config", "config.json", "--method", "cls"]
-    (run,), devices = launch.plan(launch.parse(argv))
-    assert devices == [] and len(run.samples) == 12
+    (run,) = launch.plan(launch.parse(argv), devices=[])
+    assert run.generation.device == "cpu" and len(run.samples) == 12
     assert (run.config.method, run.config.overall_tokens) == ("cls", 14)
 
 

@@ -14,6 +14,7 @@ from llava.errors import UserError
 from llava.eval import loaded_shard, shards
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
+from llava.eval.image_reader import ImageReader
 from llava.eval.loaded_shard import LoadedShard
 from llava.eval.run import Generation, Run
 from llava.model.encoded_images import RECORD_BYTES, EncodedImage, RecentImages
@@ -176,15 +177,19 @@ def test_a_picture_that_changed_is_encoded_anew(checkpoints, data, tmp_path):
     spec = order(checkpoints["original"], data, tmp_path, 1, method="cls", overall_tokens=9)
     shard, config, folder = LoadedShard(spec), AdaVConfig(**spec["config"]), tmp_path / "images"
     folder.mkdir()
-    clock = StageClock(shard.device)
+
+    def encode(config):
+        reader = ImageReader(shard.images_of({"image_folder": folder}, ["a.png"], config), 0)
+        return shard._encoded(["a.png"], folder, reader, config, StageClock(shard.device))
+
     for n, size in enumerate(((40, 40), (90, 30))):
         Image.effect_noise(size, 80).convert("RGB").save(folder / "a.png")
-        encoded, errors = shard._encoded({"a.png"}, folder, config, clock)
+        encoded, errors = encode(config)
         assert not errors and encoded["a.png"].plan.image_size == size and len(shard.recent) == n + 1
-    shard._encoded({"a.png"}, folder, config, clock)
+    encode(config)
     assert len(shard.recent) == 2
     other = AdaVConfig(**{**spec["config"], "options": {"anyres": "fastervlm"}})
-    shard._encoded({"a.png"}, folder, other, clock)
+    encode(other)
     assert len(shard.recent) == 3, "another preprocessing"
 
 

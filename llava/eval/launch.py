@@ -3,8 +3,9 @@
     python -m llava.eval.launch BENCHMARK|all [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
 
 The scripts below scripts/ are this command with a family; "all" are the seven benchmarks of the published table, answered by
-the same processes and printed as that table. The same command goes on after any interruption, also with another number of
-shards. Imports no torch: whatever is wrong with the input shows before a model is loaded.
+the same processes and printed as that table. Under torchrun each rank takes its share (llava.eval.ranks).
+The same command goes on after any interruption, also with another number of shards or ranks.
+A single process imports no torch: whatever is wrong with the input shows before a model is loaded.
 Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
 """
 
@@ -31,6 +32,7 @@ from llava.eval.division import Subset, divide, useful_shards
 from llava.eval.environment import code_digest, commit
 from llava.eval.files import REPOSITORY
 from llava.eval.published import TABLE
+from llava.eval.ranks import Ranks
 from llava.eval.run import Generation, Run
 from llava.eval.shards import Interrupted, ShardFailure, device_groups, run_shards
 
@@ -62,10 +64,12 @@ def carry_out(
     fresh: bool = False,
     title: str = "",
     partial: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[dict]:
     """Answer, merge and score runs of one checkpoint, which share the worker processes. Returns each run's report.
 
     partial: score also a run with unreadable images, on the other questions, and say so.
+    ranks: this is rank 0 of several that have joined; `shards` are then those of all of them.
     Raises ShardFailure or Interrupted with everything that was answered on disk, UserError for bad input.
     """
     try:
@@ -82,6 +86,11 @@ def carry_out(
             "devices": devices or ["cpu"],
             "batch_size": batch_size,
         }
+        if ranks:
+            session["ranks"] = [
+                {"host": host, "devices": each or ["cpu"], "shards": count}
+                for host, each, count in zip(ranks.hosts, ranks.devices, ranks.shards, strict=True)
+            ]
         begun, reused = time.monotonic(), [len(run.answered) for run in runs]
 
         def record(run: Run, before: int, outcome: str, score: dict | None) -> dict:
@@ -102,7 +111,7 @@ def carry_out(
                 print(text, file=sys.stderr)
         try:
             if any(missing):
-                _answer(runs, missing, shards, devices, batch_size, title)
+                _answer(runs, missing, shards, devices, batch_size, title, ranks)
         except BaseException as error:
             with suppress(UserError):  # a full disk must not hide what went wrong first
                 for run, before in zip(runs, reused, strict=True):
@@ -125,21 +134,32 @@ def carry_out(
             run.close()
 
 
-def _answer(runs: list[Run], missing: list[list], shards: int, devices: list[str], batch_size: int, title: str) -> None:
+def _answer(
+    runs: list[Run],
+    missing: list[list],
+    shards: int,
+    devices: list[str],
+    batch_size: int,
+    title: str,
+    ranks: Ranks | None,
+) -> None:
     orders: list[list[Path]] = [[] for _ in range(shards)]
     for run, samples in zip(runs, missing, strict=True):
         for shard, part in enumerate(divide(samples, shards)):
             if part:
                 orders[shard].append(run.write_order(shard, part, batch_size))
-    run_shards(
-        orders,
-        answers=[run.answers_of(shard) for run in runs for shard in range(shards)],
-        devices=devices,
-        locks=[run.lock for run in runs],
-        logs=[runs[0].shards / f"shard-{shard}.log" for shard in range(shards)],
-        title=title,
-        todo=sum(map(len, missing)),
-    )
+    work = {
+        "orders": orders,
+        "answers": [run.answers_of(shard) for run in runs for shard in range(shards)],
+        "locks": [run.lock for run in runs],
+        "logs": [runs[0].shards / f"shard-{shard}.log" for shard in range(shards)],
+        "title": title,
+        "todo": sum(map(len, missing)),
+    }
+    if ranks:
+        ranks.lead(**work, folders=[run.folder for run in runs])
+    else:
+        run_shards(**work, devices=devices)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -213,8 +233,8 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
     return AdaVConfig.load(args.config, **overrides)
 
 
-def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
-    """The runs that the command line asks for and the devices they may use, every input checked."""
+def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
+    """The runs that the command line asks for, every input checked."""
     if args.benchmark not in (*BENCHMARKS, "all"):
         raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join([*BENCHMARKS, "all"])}')
     names = TABLE if args.benchmark == "all" else [args.benchmark]
@@ -230,7 +250,6 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
     conversation = args.conv_mode or (family.conversation if family and not args.checkpoint else None)
     if conversation is not None:
         get_conversation(conversation)
-    devices = device_groups(args.gpus_per_model)
     checkpoint = find_checkpoint(name, fetch=not args.plan)
     model_base = find_checkpoint(args.model_base, fetch=not args.plan) if args.model_base else None
     subset = Subset(args.subset, args.subset_seed) if args.subset else None
@@ -244,28 +263,53 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
             device="cuda" if devices else "cpu",
         )
         runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, args.limit, subset))
-    return runs, devices
+    return runs
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    ranks = Ranks.of_environment()
+    devices = device_groups(args.gpus_per_model, every=ranks is not None)
+    if ranks is None:
+        lead(args, args.shards or max(1, len(devices)), devices)
+        return
+    devices = ranks.share(devices)
+    with ranks.joined(args.shards or max(1, len(devices)), devices):
+        if ranks.rank == 0:
+            lead(args, sum(ranks.shards), devices, ranks)
+        else:
+            carry_out_share(ranks)
+
+
+def lead(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks | None = None) -> None:
+    """What the command line asks for, by the only process or by rank 0."""
     try:
-        runs, devices = plan(args)
+        runs = plan(args, devices)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    shards = args.shards or max(1, len(devices))
     if args.plan:
         print(describe_plan(runs, shards, devices))
         return
     title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
-    reports = answered_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial)
+    reports = answered_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks)
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))
     if len(runs) > 1:
         from llava.eval.table import show_runs
 
         print(show_runs([run.folder for run in runs], args.output))
+
+
+def carry_out_share(ranks: Ranks) -> None:
+    """What rank 0 gives to this rank; a shard that died or a signal ends it as it ends rank 0."""
+    try:
+        ranks.follow()
+    except ShardFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as error:
+        sys.exit(128 + error.number)
 
 
 def answered_or_exit(runs: list[Run], *arguments) -> list[dict]:

@@ -12,10 +12,10 @@ QUIET = 30  # seconds between lines where there is no terminal
 class Progress:
     """Counts the lines that shards append to their answer files.
 
-    The rate counts from the first answer on: loading a checkpoint says nothing about what is left.
+    title None shows nothing but notes. The rate counts from the first answer on: loading a checkpoint says nothing about what is left.
     """
 
-    def __init__(self, title: str, total: int, files: list[Path], shards: int, stream=None):
+    def __init__(self, title: str | None, total: int, files: list[Path], shards: int, stream=None):
         self.title, self.total, self.shards = title, total, shards
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
@@ -66,6 +66,8 @@ class Progress:
 
     def _show(self, final: bool = False) -> None:
         self._shown = time.monotonic()
+        if self.title is None:
+            return
         if self.live:
             self.stream.write("\r\033[K" + self.line() + ("\n" if final else ""))
         elif not final:

@@ -11,7 +11,6 @@ runs/<benchmark>/<checkpoint>/<method>-<tokens>[-<split>][-subset<n>]-<digest>/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.division import Subset, by_image
 from llava.eval.environment import commit, environment
 from llava.eval.files import digest_of, read_json, told_when_unwritable, write_atomically, write_json
+from llava.eval.locks import hold_folder
 from llava.eval.measurements import summarise
 from llava.eval.samples import Sample
 
@@ -102,15 +102,7 @@ class Run:
         """Make or take up the folder: lock it, and read what is answered already (nothing if `fresh`)."""
         with told_when_unwritable(self.folder):
             self.shards.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.folder}: another process is at work on this very run; wait for it, or end it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks (some NFS): that no second launcher comes is the user's to see to
+        self._lock = hold_folder(self.folder)
         if fresh:
             remove_answers(self.folder)
         for path in self.shards.glob("shard-*.jsonl"):

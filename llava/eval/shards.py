@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llava.eval.environment import cores, gpus, torch_is_for_cpu
 from llava.eval.files import REPOSITORY
 from llava.eval.progress import Progress
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE = 20  # seconds that a shard has to finish its batch when it is asked to stop
 
 
@@ -35,14 +37,15 @@ class Interrupted(Exception):
         self.number = number
 
 
-def device_groups(per_model: int = 1) -> list[str]:
+def device_groups(per_model: int = 1, every: bool = False) -> list[str]:
     """Devices to run on, as values of CUDA_VISIBLE_DEVICES, `per_model` in each; [] is the CPU.
 
-    Without CUDA_VISIBLE_DEVICES the first GPU is used, where there is one (LLaVA's rule) and torch can use it.
+    Without CUDA_VISIBLE_DEVICES the first GPU is used, where there is one (LLaVA's rule) and torch can use it; `every`
+    takes all of them (torchrun's rule).
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        devices = ["0"] if gpus() and not torch_is_for_cpu() else []
+        devices = [] if torch_is_for_cpu() else [str(i) for i in range(len(gpus()))][: None if every else 1]
     else:
         devices = [device.strip() for device in named.split(",") if device.strip()]
     if "-1" in devices:  # CUDA's rule: whatever comes after an invalid number is hidden
@@ -72,11 +75,13 @@ def worker_settings(device: str | None, shards: int) -> dict[str, str]:
 class Shard:
     """A running worker."""
 
-    def __init__(self, index: int, device: str | None, orders: list[Path], shards: int, locks: list[int], log: Path):
-        self.name = f"shard {index} ({'CPU' if device is None else 'GPU ' + device})"
+    def __init__(self, name: str, device: str | None, orders: list[Path], shards: int, locks: list[int], log: Path):
+        self.name = f"{name} ({'CPU' if device is None else 'GPU ' + device})"
         self.last_lines: deque[str] = deque(maxlen=12)
         self.warnings: list[str] = []
-        environment = {**os.environ, **worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
+        # A worker is a process by itself, also where its launcher is one of several ranks.
+        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        environment |= {**worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             worker_command(orders),
@@ -144,21 +149,30 @@ def run_shards(
     devices: list[str],
     locks: list[int],
     logs: list[Path],
-    title: str,
+    title: str | None,
     todo: int,
+    first: int = 0,
+    place: str = "",
+    everywhere: int = 0,
+    others: Callable[[], bool] | None = None,
 ) -> None:
     """Run one shard per entry of `orders` until all are done.
 
     orders: work orders of each shard. answers: all files that they append to. todo: samples that will be appended.
+    title: of the line of progress; None shows none. Where the run has shards on other machines too: first, place: number
+    of the first of these and where they are, for their names; everywhere: how many there are; others: asked again and
+    again once these are done, until it says that the others are as well.
     If a shard fails, the others finish their batch and stop, and its failure is raised; what is answered stays.
     """
     shards: list[Shard] = []
-    with _signals_raise(), Progress(title, todo, answers, len(orders)) as progress:
+    with _signals_raise(), Progress(title, todo, answers, everywhere or len(orders)) as progress:
         try:
             for i, (order, log) in enumerate(zip(orders, logs, strict=True)):
-                shards.append(Shard(i, device_of(i, devices), order, len(orders), locks, log))
-            while any(shard.process.poll() is None for shard in shards):
-                if any(shard.process.poll() for shard in shards):
+                name = f"shard {first + i}{place}"
+                shards.append(Shard(name, device_of(i, devices), order, len(orders), locks, log))
+            while not any(shard.process.poll() for shard in shards):
+                running = any(shard.process.poll() is None for shard in shards)
+                if not running and (others is None or others()):
                     break
                 progress.update()
                 progress.notes([text for shard in shards for text in shard.warnings])

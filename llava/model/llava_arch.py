@@ -154,7 +154,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         method = method_class(config.method)
         chosen = method(**config.options_of(method))
         # Whether all patches go through the projector depends on how many are kept.
-        kept = None if getattr(method, "reads_features", True) else (chosen, config.overall_tokens)
+        kept = None if getattr(method, "reads_features", True) else (repr(chosen), config.overall_tokens)
         return config.option("anyres"), method.needs_image, tuple(chosen.tower_states), kept
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
@@ -165,7 +165,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         config = config or self.adav_config
         words = self.get_input_embeddings().weight
         clock = clock or StageClock(words.device)
-        anyres, needs_image, wanted, kept = self.encoding(config)
+        anyres, needs_image, wanted, _ = self.encoding(config)
         pixels, plans = self._plans(images, image_sizes, anyres)
         if not pixels or not needs_image:
             return [EncodedImage(plan, None) for plan in plans]
@@ -176,7 +176,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 for plan, (features, saliency, tower) in zip(plans, towers, strict=True)
             ]
             # Where the choice does not look at them, only the features that are kept go through the projector, then.
-            late = [kept is not None and kept[0].tokens(one, kept[1]) < len(one.patches) for one in tokens]
+            late = [self._projected_late(one, config) for one in tokens]
         with clock.stage("projector"):
             now = [one.features[one.patches] for one, later in zip(tokens, late, strict=True) if not later]
             features = iter(self._to_words(torch.cat(now)).split([len(part) for part in now]) if now else ())
@@ -185,6 +185,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                     one.features = self._with_newlines(next(features), one.patches, len(one.tile))
                     one.unprojected = None
         return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
+
+    def _projected_late(self, image: ImageTokens, config: AdaVConfig) -> bool:
+        method = method_class(config.method)
+        if getattr(method, "reads_features", True):
+            return False
+        return method(**config.options_of(method)).tokens(image, config.overall_tokens) < len(image.patches)
 
     def _to_words(self, hidden: Tensor) -> Tensor:
         """[n, W] states of the tower -> [n, D] as the LLM reads them, beside its word embeddings."""

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One benchmark over several machines. The same line on each of them, NODE_RANK counting from 0:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/cluster/torchrun.sh vqav2 144 --family v1_6
+# This checkout, the checkpoint, the images and runs/ (--output) lie in folders that all machines see under the same path.
+# On each machine one rank takes all its devices (CUDA_VISIBLE_DEVICES), GPUS_PER_MODEL= of them per copy of the model;
+# RANKS_PER_NODE= makes it several ranks that share them. A machine that died: the same line again on all of them.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+python="$root/.venv/bin/python"
+[ -x "$python" ] || python=python3
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+    --nproc-per-node "${RANKS_PER_NODE:-1}" --master-addr "${MASTER_ADDR:-127.0.0.1}" \
+    --master-port "${MASTER_PORT:-29400}" --max-restarts 0 -m llava.eval.launch "$@"
