@@ -125,7 +125,7 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
         kept = selector.keep_all(*([values[i] for i in chosen] for values in (images, texts, budgets)))
     if learns and not method.makes_tokens:
         for i, selection in zip(chosen, kept, strict=True):
-            selection.features = images[i].features[selection.indices]
+            selection.features = images[i].read(selection.indices)
     selections = iter(kept)
     return [
         locate(take_all(image) if all_ else next(selections), image) for image, all_ in zip(images, whole, strict=True)
