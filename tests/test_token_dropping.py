@@ -190,7 +190,8 @@ def test_a_plain_forward_drops_as_well(vicuna, name, options):
     model, processor = vicuna
     inputs = batch(model, processor, [0])
     labels = torch.where(inputs["input_ids"] == IMAGE, IGNORE_INDEX, inputs["input_ids"])
-    prepared = model.prepare(**inputs, config=config(name, **options))
+    # What is to be learnt is no question: methods that read the question see as little of it here as there.
+    prepared = model.prepare(**inputs, labels=labels, config=config(name, **options))
     want = prefill(model, prepared).logits
     model.adav_config = config(name, **options)
     try:
