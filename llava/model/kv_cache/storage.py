@@ -94,6 +94,9 @@ class LayerCache(CacheLayerMixin):
         self.plans = [
             self.policy.plan(Counts(*map(len, parts), entered=n)) for parts, n in zip(regions, entered, strict=True)
         ]
+        if isinstance(self.policy, Full):
+            self._fill_whole(key, value, [row.length for row in rows])
+            return
         chosen = []
         for b, (row, plan, parts) in enumerate(zip(rows, self.plans, regions, strict=True)):
             pad = key.shape[2] - row.length
@@ -108,6 +111,18 @@ class LayerCache(CacheLayerMixin):
             self.core[b, : len(entries.core)] = self.plans[b].front + entries.core
             if self._scorer is not None:
                 self.scores[b, :, : entries.scores.shape[1]] = entries.scores
+        self.is_initialized = True
+
+    def _fill_whole(self, key: Tensor, value: Tensor, lengths: list[int]) -> None:
+        """Nothing is evicted, now or later: rows are stored as they are, without their padding."""
+        self._allocate(key)
+        total = key.shape[2]
+        for storage, states in ((self.keys, key), (self.values, value)):
+            if min(lengths) == total:
+                storage[:, :, :total] = states
+                continue
+            for b, length in enumerate(lengths):
+                storage[b, :, :length] = states[b, :, total - length :]
         self.is_initialized = True
 
     def _allocate(self, key: Tensor) -> None:
