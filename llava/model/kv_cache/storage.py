@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from llava.errors import UserError
 from llava.kernels.decode_attention import decode_attention
 from llava.model.kv_cache.base import CachePolicy, Counts, LayerPlan, RowSpans, budgets
+from llava.model.kv_cache.full import Full
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_selection.base import lowest_index_topk
 
