@@ -178,7 +178,7 @@ def predict(
         costs.append(price(DropperCase(shape, text_tokens, words, kept, cuts, seen)))
     extra = together(costs)
     tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
-    late = not getattr(method, "reads_features", True)
+    late = not method.reads_features
     rows = [n if late and n < image.candidates else image.candidates for image, n in zip(images, kept, strict=True)]
     projected = sum(rows) if method.needs_image else 0
     policy = make_policy(config)

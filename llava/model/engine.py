@@ -125,7 +125,7 @@ class BatchGeneration:
         self.answers = [Answer() for _ in range(rows)]
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self.cache: AdaptiveCache | None = None
-        self._engine, self._prepared, self._streamed = engine, prepared, streamed
+        self._engine, self._prepared = engine, prepared
         self._choose = Chooser(self.sampling, engine.device)
         self._streams = [
             TextStream(engine.tokenizer, one.stop) if engine.tokenizer is not None and (streamed or one.stop) else None

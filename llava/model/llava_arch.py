@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ from llava.model.kv_cache.cache import Caching
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prepared import PreparedPrompt, StageClock
+from llava.model.prompt_rows import Row, image_places, labels_of, prompt_row, real_tokens, stack, turn_around
 from llava.model.text_tower import ClipTextTower
 from llava.model.token_dropping import Dropping, dropper_names
 from llava.model.token_dropping.prefill_filter import PrefillFilter
-from llava.model.token_dropping.state import PromptRow
 from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
 
 
@@ -43,28 +43,6 @@ class LlavaMetaModel:
         self.mm_projector = build_vision_projector(config)
         if "unpad" in config.mm_patch_merge_type:
             self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
-
-
-@dataclass
-class _Row:
-    """One row of a batch while it is being put together: pieces in reading order."""
-
-    embeds: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    selections: list[Selection] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    questions: list[Tensor] = field(default_factory=list)  # per image: which ids are its text
-    length: int = 0
-    unpruned: int = 0
-
-    def add(self, embeds: Tensor, positions: Tensor, unpruned: int, labels: Tensor | None = None) -> None:
-        """embeds [n, D] at `positions` [n], counted from the end of what is there; the piece was `unpruned` long."""
-        self.embeds.append(embeds)
-        self.positions.append(positions + self.unpruned)
-        self.labels.append(positions.new_full((embeds.shape[0],), IGNORE_INDEX) if labels is None else labels)
-        self.length += embeds.shape[0]
-        self.unpruned += unpruned
 
 
 class LlavaMetaForCausalLM(LlavaGeneration):
@@ -154,7 +132,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         method = method_class(config.method)
         chosen = method(**config.options_of(method))
         # Whether all patches go through the projector depends on how many are kept.
-        kept = None if getattr(method, "reads_features", True) else (repr(chosen), config.overall_tokens)
+        kept = None if method.reads_features else (repr(chosen), config.overall_tokens)
         return config.option("anyres"), method.needs_image, tuple(chosen.tower_states), kept
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
@@ -188,7 +166,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     def _projected_late(self, image: ImageTokens, config: AdaVConfig) -> bool:
         method = method_class(config.method)
-        if getattr(method, "reads_features", True):
+        if method.reads_features:
             return False
         return method(**config.options_of(method)).tokens(image, config.overall_tokens) < len(image.patches)
 
@@ -262,7 +240,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         if scope == "after":
             inside[place + 1 :] = True
         else:
-            start, end = _turn(ids.tolist(), place, self.turn_markers)
+            start, end = turn_around(ids.tolist(), place, self.turn_markers)
             inside[start:end] = True
         if labels is not None:
             inside &= labels == IGNORE_INDEX
@@ -283,7 +261,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         """
         images, texts, image = [], [], 0
         for (ids, _), embedded in zip(rows, words, strict=True):
-            for nth in range(len(_placeholders(ids))):
+            for nth in range(len(image_places(ids))):
                 plan, tokens = encoded[image].plan, encoded[image].tokens
                 tower = tokens.tower
                 if text_tower is not None:
@@ -321,7 +299,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         embedding = self.get_input_embeddings()
         device = embedding.weight.device
         clock = StageClock(device)
-        rows = _real_tokens(input_ids.to(device), attention_mask, self.config)
+        rows = real_tokens(input_ids.to(device), attention_mask, self.config)
         placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids, _ in rows)
         given = encoded if encoded is not None else images if images is not None else []
         if placeholders != len(given):
@@ -340,11 +318,11 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             words = [embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0)) for ids, _ in rows]
         with clock.stage("selection"):
             scope = config.option("text_scope")
-            targets = _rows_of(labels, rows)
+            targets = labels_of(labels, rows)
             asked = [
                 self._question(ids, place, scope, target)
                 for (ids, _), target in zip(rows, targets, strict=True)
-                for place in _placeholders(ids)
+                for place in image_places(ids)
             ]
             if encoded and not method.needs_image:
                 kept = [_no_tokens(words[0]) for _ in encoded]
@@ -356,8 +334,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         done, image = [], 0
         with clock.stage("splice"):
             for b, (ids, _) in enumerate(rows):
-                row, begin = _Row(), 0
-                for place in [*_placeholders(ids), len(ids)]:
+                row, begin = Row(), 0
+                for place in [*image_places(ids), len(ids)]:
                     piece = slice(begin, place)
                     span = torch.arange(place - begin, device=device)
                     row.add(words[b][piece], span, place - begin, None if labels is None else targets[b][piece])
@@ -370,12 +348,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                     begin, image = place + 1, image + 1
                 done.append(row)
         with clock.stage("splice"):
-            prepared = _stack(done, config.option("positions"), labels is not None)
+            prepared = stack(done, config.option("positions"), labels is not None)
         layers = self.config.num_hidden_layers
         dropper = chosen if inside else PrefillFilter.of(config)
         if dropper is not None:
             dropper.check(self.config)
-            prompts = [_prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
+            prompts = [prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
         spans = [RowSpans(row.length, row.spans) for row in done]
         following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
@@ -441,51 +419,6 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return super().loss_function(logits=logits, labels=labels, **kwargs)
 
 
-def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) -> list[tuple[Tensor, Tensor]]:
-    """Per row: its token ids without padding, and the mask [S] that says which they are."""
-    if attention_mask is None:
-        pad, bos = model_config.pad_token_id, model_config.bos_token_id
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-        if pad is not None and pad != bos and input_ids.shape[0] > 1:
-            mask = (input_ids != pad).cumsum(dim=1) > 0  # only a leading run is padding
-    else:
-        if attention_mask.dim() == 1:
-            attention_mask = attention_mask[None]
-        if attention_mask.shape != input_ids.shape:
-            raise UserError(
-                f"attention_mask has shape {list(attention_mask.shape)}, allowed is that of input_ids, "
-                f"{list(input_ids.shape)}: it is for the prompt before images are spliced in"
-            )
-        mask = attention_mask.to(input_ids.device).bool()
-    return [(ids[keep], keep) for ids, keep in zip(input_ids, mask, strict=True)]
-
-
-def _rows_of(labels: Tensor | None, rows: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
-    """Per row: its labels [S, or a padded batch of them] without padding; None where there are none."""
-    if labels is None:
-        return [None] * len(rows)
-    labels = labels[None] if labels.dim() == 1 else labels
-    return [own.to(keep.device)[keep] for own, (_, keep) in zip(labels, rows, strict=True)]
-
-
-def _placeholders(ids: Tensor) -> list[int]:
-    """Where images go among the ids of a row."""
-    return torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
-
-
-def _turn(ids: list[int], place: int, markers) -> tuple[int, int]:
-    """[start, end) of the turn that holds ids[place]: what lies between the nearest markers around it."""
-    start, end = 0, len(ids)
-    for at in range(len(ids)):
-        for marker in markers:
-            if tuple(ids[at : at + len(marker)]) == marker:
-                if at + len(marker) <= place:
-                    start = max(start, at + len(marker))
-                elif at > place:
-                    return start, at
-    return start, end
-
-
 def _sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
     """What identifies an image of a sample whatever batch it is in: prompt, image size, place among its images."""
     material = ids.cpu().numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
@@ -496,47 +429,3 @@ def _no_tokens(words: Tensor) -> Selection:
     """`no_image`: the tower did not even run."""
     none = torch.empty(0, dtype=torch.long, device=words.device)
     return Selection(none, words[:0], none, none, none, words[:0, 0].float(), total=0)
-
-
-def _prompt_row(row: _Row, ids: Tensor) -> PromptRow:
-    """A row for `Dropping`: where its images and their text lie once the images are spliced into `ids`.
-
-    Text before an image is none of its text here: it cannot attend to the image.
-    """
-    sizes = torch.ones_like(ids)
-    sizes[ids == IMAGE_TOKEN_INDEX] = sizes.new_tensor([count for _, count in row.spans])
-    starts = sizes.cumsum(dim=0) - sizes
-    text = [starts[question] for question in row.questions]
-    behind = [slots[slots > start] for slots, (start, _) in zip(text, row.spans, strict=True)]
-    return PromptRow(row.length, row.spans, behind)
-
-
-def _stack(rows: list[_Row], positions: str, with_labels: bool) -> PreparedPrompt:
-    """Pad the rows left to one length."""
-    length = max(row.length for row in rows)
-    first = rows[0].embeds[0]
-    embeds = first.new_zeros((len(rows), length, first.shape[-1]))
-    mask = torch.zeros((len(rows), length), dtype=torch.long, device=first.device)
-    position_ids, label_ids = mask.clone(), torch.full_like(mask, IGNORE_INDEX)
-    offset = mask.new_zeros((len(rows), 1))
-    for b, row in enumerate(rows):
-        pad = length - row.length
-        embeds[b, pad:] = torch.cat(row.embeds)
-        mask[b, pad:] = 1
-        label_ids[b, pad:] = torch.cat(row.labels)
-        if positions == "original":
-            position_ids[b, pad:] = torch.cat(row.positions)
-            offset[b] = row.unpruned - 1 - position_ids[b, -1]
-        else:
-            position_ids[b, pad:] = torch.arange(row.length, device=mask.device)
-    return PreparedPrompt(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=position_ids,
-        labels=label_ids if with_labels else None,
-        selections=[row.selections for row in rows],
-        image_spans=[[(length - row.length + s, n) for s, n in row.spans] for row in rows],
-        lengths=[row.length for row in rows],
-        unpruned_lengths=[row.unpruned for row in rows],
-        position_offset=offset,
-    )

@@ -70,6 +70,7 @@ class Dropper(ABC):
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
     tower_states: ClassVar[tuple[str, ...]] = ()
+    reads_features: ClassVar[bool] = True  # every token goes through the projector, and into the LLM
     # Options of the path around the method that change nothing here: each method's positions are its published rule.
     ignored_options: ClassVar[tuple[str, ...]] = ("positions",)
 
