@@ -38,9 +38,9 @@ lint: .venv/installed
 test: lint
 	$(TEST) -m "not long"
 
-# Training (DeepSpeed) is tested by the long tests; nothing else needs it.
+# Training (DeepSpeed) and serving (page, API) are tested with the long tests; nothing else needs them.
 .venv/extras: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,train]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,train,serve,test-all]"
 	@touch $@
 
 test-all: lint .venv/extras lmms-eval
