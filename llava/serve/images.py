@@ -84,9 +84,9 @@ def picture_from_data_url(url: str, limits: ImageLimits) -> Image.Image:
 def picture_from_file(path: str | os.PathLike, limits: ImageLimits) -> Image.Image:
     """An RGB picture of a file that the user of this very process names."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageRefused(f"{_short(path)} is no file")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+            raise ImageRefused(f"{_short(path)} is no file")
+        with open(path, "rb") as file:
             data = file.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
