@@ -49,3 +49,8 @@ def save_tokenizer(folder):
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+
+
+def is_demo_vocabulary(tokenizer) -> bool:
+    """Whether a checkpoint's tokenizer knows the words of the demo's world and no others."""
+    return set(tokenizer.get_vocab()) == set(vocabulary())

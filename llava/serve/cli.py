@@ -1,0 +1,176 @@
+"""Chat with a checkpoint in the terminal, about pictures by path.
+
+    python -m llava.serve.cli [--model-path M] [--image cat.png] [flags of adav_configs.json]
+    printf '/image cat.png\\nWhat is on the mat?\\n' | python -m llava.serve.cli > answers.txt
+
+Without --model-path it talks to the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer, twice it
+leaves, as does Ctrl-D. Answers go to stdout, everything else to stderr. Where stdin is no terminal there is no prompt, every
+line is a question or a command, and the exit code is 2 if one of them could not be carried out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from llava.config import method_names
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser
+from llava.serve.chat import COMMANDS, Chat, Leave
+from llava.serve.costs import cost_line
+from llava.serve.images import ImageLimits, picture_from_file
+from llava.serve.reply import Failed
+from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+
+PROMPT = "> "
+
+
+class Terminal:
+    """A chat on stdin, stdout and stderr, with one service."""
+
+    def __init__(self, service, chat: Chat, sampling):
+        self.service, self.chat, self.sampling = service, chat, sampling
+        self.interactive = sys.stdin.isatty()
+        self.failures = 0  # lines that could not be carried out
+        self._interrupted = False  # Ctrl-C was the last thing that was heard
+
+    def run(self) -> int:
+        """Until the end of the input, /quit or a second Ctrl-C; the exit code."""
+        while True:
+            try:
+                line = self._read()
+                self._interrupted = False
+                if line is not None and line.strip():
+                    self.take(line.strip())
+            except KeyboardInterrupt:
+                if self._interrupted or not self.interactive:
+                    say("")
+                    return 130
+                self._interrupted = True
+                say("\n(Ctrl-C once more leaves, as do Ctrl-D and /quit)")
+            except (EOFError, Leave):
+                break
+        return 2 if self.failures and not self.interactive else 0
+
+    def take(self, line: str) -> None:
+        """One line: a command, or a question."""
+        try:
+            if line.startswith("/"):
+                say(self.chat.command(line))
+            else:
+                self._answer(line)
+        except (UserError, Failed) as error:
+            self.failures += 1
+            say(f"error: {error}")
+
+    def _answer(self, text: str) -> None:
+        reply = self.service.submit(self.chat.request(text, self.sampling))
+        try:
+            try:
+                _stream(reply)
+            except KeyboardInterrupt:
+                reply.cancel()
+            answered = reply.result()
+        finally:
+            print(flush=True)
+        if answered.finish == "cancelled":
+            say("(stopped; the question is as if it had not been asked)")
+            self._interrupted = True
+            return
+        say(cost_line(answered))
+        if answered.finish == "length":
+            say(f"(ended by --max-new-tokens {answered.new_tokens})")
+        self.chat.answered(answered.text)
+
+    def _read(self) -> str:
+        """The next line; EOFError at the end."""
+        if self.interactive and sys.stdout.isatty():
+            return input(PROMPT)
+        if self.interactive:
+            say(PROMPT, end="")
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+
+def _stream(reply) -> None:
+    """Pieces as they come, the space in front of the first word left out."""
+    begun = False
+    for piece in reply:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        print(piece, end="", flush=True)
+
+
+def say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _complete(text: str, nth: int) -> str | None:
+    """readline's completion: commands, methods after /method, files after /image."""
+    import readline
+
+    line = readline.get_line_buffer()
+    if " " not in line:
+        found = [name for name in COMMANDS if name.startswith(text)]
+    elif line.startswith("/method "):
+        found = [name for name in method_names() if name.startswith(text)]
+    elif line.startswith("/image "):
+        found = sorted(_paths(text))
+    else:
+        found = []
+    return found[nth] if nth < len(found) else None
+
+
+def _paths(text: str) -> Iterator[str]:
+    folder, name = os.path.split(text)
+    with suppress(OSError):
+        for path in Path(folder or ".").expanduser().iterdir():
+            if path.name.startswith(name):
+                yield os.path.join(folder, path.name) + ("/" if path.is_dir() else "")
+
+
+def _edit_lines() -> None:
+    """Line editing, history and completion, where Python has readline."""
+    with suppress(ImportError):
+        import readline
+
+        readline.set_completer_delims(" ")
+        readline.set_completer(_complete)
+        readline.parse_and_bind("tab: complete")
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m llava.serve.cli", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--image", action="append", default=[], help="a picture for the first question; again for several")
+    args = parser.parse_args(argv)
+    config, decoding, checkpoint = configuration(args), sampling(args), checkpoint_of(args)
+    chat = Chat(config, lambda path: picture_from_file(path, ImageLimits()))
+    for path in args.image:
+        chat.command(f"/image {path}")
+    sys.stdin.reconfigure(errors="replace")
+    try:
+        if sys.stdin.isatty():
+            _edit_lines()
+            say(f"loading {checkpoint.short_name} ...")
+        with load(checkpoint, args, config) as service:
+            if sys.stdin.isatty():
+                say(limits_of(service))
+                say(f"{checkpoint.short_name}, {chat.command('/method')}\n/image PATH shows a picture, /help lists the commands")
+            code = Terminal(service, chat, decoding).run()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
