@@ -125,7 +125,11 @@ def test_bad_lines_are_one_sentence_each_and_the_chat_goes_on(pictures, tmp_path
 )
 def test_a_bad_start_is_one_sentence_and_exit_code_2(flags):
     done = subprocess.run(
-        [*COMMAND, "--model-path", MODEL, *flags], input=b"hello\n", capture_output=True, cwd=REPOSITORY, timeout=PATIENCE
+        [*COMMAND, "--model-path", MODEL, *flags],
+        input=b"hello\n",
+        capture_output=True,
+        cwd=REPOSITORY,
+        timeout=PATIENCE,
     )
     assert done.returncode == 2
     assert done.stderr.decode().startswith("error: ") and done.stderr.count(b"\n") == 1
@@ -245,7 +249,14 @@ def test_every_command_is_there_and_explained():
 
 def test_a_refused_change_changes_nothing():
     chat = make_chat()
-    for line in ("/tokens 0", "/tokens x", "/method none 0", "/config text_rule nothing", "/config options 3", "/image x"):
+    for line in (
+        "/tokens 0",
+        "/tokens x",
+        "/method none 0",
+        "/config text_rule nothing",
+        "/config options 3",
+        "/image x",
+    ):
         before = chat.config, list(chat.turns), list(chat.pictures)
         with pytest.raises((UserError, OSError)):
             chat.command(line)

@@ -115,7 +115,9 @@ class Chat:
         return self._chosen()
 
     def _chosen(self) -> str:
-        budget = "" if self.config.method in ("none", "no_image") else f", {self.config.overall_tokens} tokens per image"
+        budget = (
+            "" if self.config.method in ("none", "no_image") else f", {self.config.overall_tokens} tokens per image"
+        )
         return f"method {self.config.method}{budget}"
 
     def _history(self, rest: str) -> str:

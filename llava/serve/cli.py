@@ -148,7 +148,9 @@ def _edit_lines() -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m llava.serve.cli", description=__doc__.split("\n")[0])
     add_model_flags(parser)
-    parser.add_argument("--image", action="append", default=[], help="a picture for the first question; again for several")
+    parser.add_argument(
+        "--image", action="append", default=[], help="a picture for the first question; again for several"
+    )
     args = parser.parse_args(argv)
     config, decoding, checkpoint = configuration(args), sampling(args), checkpoint_of(args)
     chat = Chat(config, lambda path: picture_from_file(path, ImageLimits()))
@@ -162,7 +164,9 @@ def main(argv: list[str] | None = None) -> None:
         with load(checkpoint, args, config) as service:
             if sys.stdin.isatty():
                 say(limits_of(service))
-                say(f"{checkpoint.short_name}, {chat.command('/method')}\n/image PATH shows a picture, /help lists the commands")
+                say(
+                    f"{checkpoint.short_name}, {chat.command('/method')}\n/image PATH shows a picture, /help lists the commands"
+                )
             code = Terminal(service, chat, decoding).run()
     except KeyboardInterrupt:
         code = 130

@@ -1,0 +1,180 @@
+"""A web page on which pruning can be looked at: answers, kept patches and costs of up to three configurations.
+
+    python -m llava.serve.web [--model-path M] [--port 7860] [limits] [flags of adav_configs.json]
+
+Without --model-path it shows the demo checkpoint. Bound to 127.0.0.1 unless --host says otherwise; whoever reaches the
+port can use it. Needs pip install -e ".[serve]". Ctrl-C or SIGTERM ends it, and what was uploaded is gone with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, positive
+from llava.serve.images import ImageLimits, picture_from_file
+from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+
+EXAMPLES = 6
+GRACE = 2  # seconds that open connections have when the server ends
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.serve.web", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=_port, default=7860, help="0 takes a free one (7860)")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-image-bytes", type=positive, default=ImageLimits.max_bytes, help="(%(default)s)")
+    limits.add_argument("--max-image-pixels", type=positive, default=ImageLimits.max_pixels, help="(%(default)s)")
+    limits.add_argument("--users", type=positive, default=8, help="questions that are answered at a time (8)")
+    limits.add_argument("--queue", type=positive, default=32, help="questions that may wait for that (32)")
+    return parser.parse_args(argv)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number from 0 to 65535")
+    return int(text)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, so that a taken port is known before a checkpoint is loaded."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(found[0], socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(found[4])
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({error.strerror or error}); --port names another, 0 takes a free one"
+        ) from None
+    return bound
+
+
+def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
+    """(path, question) of the first pictures of the demo's test split, one kind of question after another."""
+    from PIL import Image
+
+    from llava.demo.dataset import scene_questions
+
+    folder.mkdir()
+    examples = []
+    for nth in range(EXAMPLES):
+        scene, questions = scene_questions("v1.6" if several_tiles else "v1.5", "test", nth)
+        path = folder / f"example-{nth + 1}.png"
+        Image.fromarray(scene.pixels).save(path)
+        examples.append((str(path), questions[nth % len(questions)].text))
+    return examples
+
+
+def most_tokens(service) -> int:
+    """Vision tokens of the largest image: patches of a tile, times the tiles of the largest grid and the whole image."""
+    from llava.mm_utils import grid_pinpoints
+
+    config, patches = service.model.model.config, service.model.shape.tile_patches
+    if config.image_aspect_ratio != "anyres":
+        return patches
+    tile = config.mm_tile_size
+    return patches * (1 + max((w // tile) * (h // tile) for w, h in grid_pinpoints(config)))
+
+
+def warm_up(service, example: tuple[str, str], limits: ImageLimits) -> None:
+    """Answer a question before anyone asks, so that the first visitor's times are not those of setting up."""
+    from llava.model.sampling import Sampling
+    from llava.serve.request import Request, Turn
+
+    path, question = example
+    turn = Turn("user", question, (picture_from_file(path, limits),))
+    service.submit(Request((turn,), sampling=Sampling(2))).result()
+
+
+def application(service, args: argparse.Namespace, name: str, several_tiles: bool, uploads: Path):
+    """The ASGI application: gradio's, behind the guard."""
+    import gradio
+    from fastapi import FastAPI
+
+    from llava.serve.guard import Guard
+    from llava.serve.page import build_page, page_theme
+
+    limits = ImageLimits(args.max_image_bytes, args.max_image_pixels)
+    examples = draw_examples(several_tiles, uploads / "examples")
+    warm_up(service, examples[0], limits)
+    blocks = build_page(
+        service,
+        limits,
+        sampling(args),
+        name=name,
+        caveat=limits_of(service),
+        most_tokens=most_tokens(service),
+        examples=examples,
+        users=args.users,
+        queue=args.queue,
+    )
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gradio.mount_gradio_app(
+        app,
+        blocks,
+        "/",
+        footer_links=[],
+        run_history=False,
+        max_file_size=limits.max_bytes,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        theme=page_theme(),
+        css_paths=[Path(__file__).with_name("page.css")],
+    )
+    return Guard(app, uploads, limits.max_bytes)
+
+
+def serve(app, bound: socket.socket) -> None:
+    """Until SIGINT or SIGTERM, which end as KeyboardInterrupt, so that whoever called can clean up."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    missing = [name for name in ("gradio", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'the page needs {", ".join(missing)}: pip install -e ".[serve]"')
+    config, checkpoint = configuration(args), checkpoint_of(args)
+    sampling(args)
+    signal.signal(signal.SIGTERM, _interrupt)
+    bound = listen(args.host, args.port)
+    try:
+        with tempfile.TemporaryDirectory(prefix="adav-page-") as folder:
+            # Read by gradio when it is imported: no telemetry, and no file of it outside this folder.
+            os.environ.update(
+                GRADIO_ANALYTICS_ENABLED="False",
+                HF_HUB_DISABLE_TELEMETRY="1",
+                GRADIO_TEMP_DIR=folder,
+                GRADIO_EXAMPLES_CACHE=folder,
+            )
+            with load(checkpoint, args, config) as service:
+                app = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
+                host, port = bound.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                print(f"{checkpoint.short_name} on http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+                serve(app, bound)
+    except KeyboardInterrupt:
+        print("ended", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
