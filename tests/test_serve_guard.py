@@ -96,7 +96,14 @@ def test_a_request_names_uploads_alone(uploads):
 
     good = [{"path": f"{uploads}/abc/cat.png", "meta": {"_type": "gradio.FileData"}}, "a path", 58, None]
     assert join(good) == (200, json.dumps({"data": good}).encode())  # whole, though it came in pieces
-    for path in ("/etc/passwd", "http://example.org/cat.png", f"{uploads}/../secret.txt", f"{uploads}/link.png", 7, ["x"]):
+    for path in (
+        "/etc/passwd",
+        "http://example.org/cat.png",
+        f"{uploads}/../secret.txt",
+        f"{uploads}/link.png",
+        7,
+        ["x"],
+    ):
         assert join([{"path": path, "meta": {"_type": "gradio.FileData"}}]) == (403, None), path
         assert join([[{"deep": [{"path": path}]}]]) == (403, None), path
     assert ask(uploads, "POST", "/gradio_api/queue/join", b"no json") == (403, None)

@@ -9,6 +9,7 @@ port can use it. Needs pip install -e ".[serve]". Ctrl-C or SIGTERM ends it, and
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
 import os
 import signal
@@ -97,7 +98,7 @@ def warm_up(service, example: tuple[str, str], limits: ImageLimits) -> None:
 
 
 def application(service, args: argparse.Namespace, name: str, several_tiles: bool, uploads: Path):
-    """The ASGI application: gradio's, behind the guard."""
+    """(the ASGI application: gradio's, behind the guard; the event that ends its streams)"""
     import gradio
     from fastapi import FastAPI
 
@@ -132,15 +133,24 @@ def application(service, args: argparse.Namespace, name: str, several_tiles: boo
         theme=page_theme(),
         css_paths=[Path(__file__).with_name("page.css")],
     )
-    return Guard(app, uploads, limits.max_bytes)
+    return Guard(app, uploads, limits.max_bytes), app.routes[-1].app.stop_event
 
 
-def serve(app, bound: socket.socket) -> None:
-    """Until SIGINT or SIGTERM, which end as KeyboardInterrupt, so that whoever called can clean up."""
+def serve(app, streams, service, bound: socket.socket) -> None:
+    """Until SIGINT or SIGTERM, which end as KeyboardInterrupt, so that whoever called can clean up.
+
+    streams: the event that ends gradio's open streams; without it and with answers on their way nobody's connection would
+    end by itself.
+    """
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(config).run(sockets=[bound])
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):
+            await asyncio.to_thread(service.close, finish=False)
+            streams.set()
+            await super().shutdown(sockets)
+
+    Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)).run(sockets=[bound])
 
 
 def _interrupt(*_):
@@ -167,11 +177,11 @@ def main(argv: list[str] | None = None) -> None:
                 GRADIO_EXAMPLES_CACHE=folder,
             )
             with load(checkpoint, args, config) as service:
-                app = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
+                app, streams = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
                 host, port = bound.getsockname()[:2]
                 host = f"[{host}]" if ":" in host else host
                 print(f"{checkpoint.short_name} on http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
-                serve(app, bound)
+                serve(app, streams, service, bound)
     except KeyboardInterrupt:
         print("ended", file=sys.stderr)
 
