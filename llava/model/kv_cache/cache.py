@@ -49,7 +49,8 @@ class AdaptiveCache(Cache):
 
     def __init__(self, caching: Caching, steps: int, multiple: int = 1):
         layer = ContiguousLayer if caching.policy.contiguous else LayerCache
-        super().__init__(layers=[layer(caching.policy, steps, multiple) for _ in range(caching.layers)])
+        constants: dict = {}
+        super().__init__(layers=[layer(caching.policy, steps, multiple, constants) for _ in range(caching.layers)])
         self.caching, self.limit = caching, steps
         self.steps = 0  # decode steps so far
         self._side: torch.cuda.Stream | None = None

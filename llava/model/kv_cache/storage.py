@@ -33,7 +33,8 @@ class _Entries(NamedTuple):
 class LayerCache(CacheLayerMixin):
     """Keys and values of one layer for a batch, under one policy.
 
-    multiple: slots and lists are rounded up to a multiple of it.
+    multiple: slots and lists are rounded up to a multiple of it. constants: numbers that are on the device already, shared by
+    the layers of a cache, which mostly have the same: sending them anew would wait for the device every time.
     After prefill: keys, values [B, G, C, d]; plans: per row, its counts; front_len, image_len, core_len int32 [B];
     image, core int32 [B, N] slots of all stored and of the core's image entries; text int32 [B, G, T]: the slots of the
     evictable region, live ones first and oldest first, then the slot that the next entry will take; text_len int32
@@ -42,8 +43,9 @@ class LayerCache(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, policy: CachePolicy, steps: int, multiple: int = 1):
+    def __init__(self, policy: CachePolicy, steps: int, multiple: int = 1, constants: dict | None = None):
         super().__init__()
+        self._constants = {} if constants is None else constants
         self.policy, self.steps, self._multiple, self._scorer = policy, steps, multiple, policy.scorer
         self.side = (
             None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
@@ -139,8 +141,11 @@ class LayerCache(CacheLayerMixin):
         slots = self._rounded(max(plan.slots(steps) for plan in plans))
         self.keys, self.values = (key.new_zeros(batch, heads, slots, size) for _ in range(2))
 
-        def numbers(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def numbers(values: list) -> Tensor:
+            key = str(values), device
+            if key not in self._constants:
+                self._constants[key] = torch.tensor(values, dtype=torch.int32, device=device)
+            return self._constants[key].clone()
 
         front = [plan.front for plan in plans]
         self.front_len = numbers(front)
