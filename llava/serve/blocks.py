@@ -65,15 +65,27 @@ def framed(blocks: Sequence[Image.Image]) -> Image.Image:
 
 def view_block(views: Sequence[tuple[str, Image.Image]], room: int) -> Image.Image:
     """The views of one image with their labels: beside each other where `room` pixels allow it, else stacked."""
-    blocks = [stacked([text_block(label, view.width, SMALL, FAINT, 1), view], 2) if label else view for label, view in views]
+    blocks = [
+        stacked([text_block(label, view.width, SMALL, FAINT, 1), view], 2) if label else view for label, view in views
+    ]
     across = sum(block.width for block in blocks) + GAP * (len(blocks) - 1)
     return beside(blocks) if across <= room else stacked(blocks)
 
 
-def heading(text: str, width: int) -> Image.Image:
-    """The title of a part of the page, under a thin line."""
-    line = Image.new("RGB", (width, 1), (215, 215, 215))
-    return stacked([line, text_block(text, width, LARGE, INK, 2, bold=True)], 8)
+def section(title: str, body: Image.Image) -> Image.Image:
+    """A part of the page: its title, under a thin line, and what is in it."""
+    line = Image.new("RGB", (body.width, 1), (215, 215, 215))
+    return stacked([line, text_block(title, body.width, LARGE, INK, 2, bold=True), body], 8)
+
+
+def shelves(blocks: Sequence[Image.Image], width: int, gap: int = 2 * GAP) -> list[Image.Image]:
+    """Blocks of any size in order, beside each other as long as a row of `width` pixels has room."""
+    rows, row = [], []
+    for block in blocks:
+        if row and sum(one.width + gap for one in row) + block.width > width:
+            rows, row = [*rows, beside(row, gap)], []
+        row.append(block)
+    return [*rows, beside(row, gap)] if row else []
 
 
 def split_bar(width: int, start: float, end: float, color) -> Image.Image:
@@ -104,12 +116,7 @@ def legend(entries: Sequence[tuple[str, str | tuple]], width: int) -> Image.Imag
         ink = (np.asarray(words) != PAGE).any(axis=(0, 2)).nonzero()[0]
         words = words.crop((0, 0, int(ink[-1]) + 1 if len(ink) else 1, words.height))
         blocks.append(beside([_swatch(swatch, side), words] if swatch else [words], 6))
-    rows, row = [], []
-    for block in blocks:
-        if row and sum(one.width for one in row) + len(row) * 2 * GAP + block.width > width:
-            rows, row = [*rows, beside(row, 2 * GAP)], []
-        row.append(block)
-    return padded(stacked([*rows, beside(row, 2 * GAP)]), width)
+    return padded(stacked(shelves(blocks, width)), width)
 
 
 def _swatch(kind: str | tuple, side: int) -> Image.Image:

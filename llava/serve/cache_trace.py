@@ -1,6 +1,6 @@
 """What an adaptive KV cache holds of an image at each decode step: which of its tokens are core, secondary, minor.
 
-    classes = trace(model, prepared, steps=8)      # [1 + steps] arrays [layers, K], llava.serve.views names the classes
+classes = trace(model, prepared, steps=8)      # [1 + steps] arrays [layers, K], llava.serve.views names the classes
 """
 
 from __future__ import annotations

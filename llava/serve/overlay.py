@@ -25,17 +25,16 @@ from llava.serve.blocks import (
     flowed,
     framed,
     grid,
-    heading,
     heat_scale,
     legend,
-    padded,
+    section,
+    shelves,
     split_bar,
     stacked,
     view_block,
 )
-from llava.serve.lettering import FAINT, INK, LARGE, SIZE, SMALL, text_block
+from llava.serve.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, text_block
 from llava.serve.views import (
-    VIEW,
     heat_views,
     kept_at,
     kept_views,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from llava.mm_utils import TilePlan
     from llava.model.token_selection import Selection
 
-PANEL = 384  # pixels: the width of a panel
+PANEL, ROOM = 300, 460  # pixels: the least width of a panel; views stand beside each other where so much is enough
 STAGE = 0.42  # size of a view of one stage or step, against full size
 MOST_STAGES = 12  # views in a row of stages; of more cuts these are drawn, evenly spread
 TEXT_COLOR, SALIENCY_COLOR = (0, 130, 140), (215, 105, 20)
@@ -66,7 +65,7 @@ def draw_overlay(
     subtitle: str = "",
     notes: dict[str, Sequence[str]] | None = None,
     why: bool = False,
-    below: Sequence[Image.Image] = (),
+    sections: dict[str, Image.Image] | None = None,
     footer: str = "",
 ) -> Image.Image:
     """One panel per method: its name, how many tokens it kept, the patches that they stand for, its answer.
@@ -78,7 +77,7 @@ def draw_overlay(
     notes:      label -> lines under its answer, for example measured costs
     why:        also heat maps of both scores of AdaV, and what is left after each cut of methods inside the LLM, where
                 the selections' reports have them
-    below:      further pictures under the panels (draw_cache); footer: small print at the end
+    sections:   title -> further picture under the panels (llava.serve.overlay_cache); footer: small print at the end
 
     An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a
     square, and the crops put back where they were cut. Padding is hatched. Of a method inside the LLM what its last cut
@@ -90,24 +89,26 @@ def draw_overlay(
         for name, selection in selections.items()
     ]
     columns = max(1, min(columns, len(panels)))
-    parts = [grid(panels, columns)] if panels else [Image.new("RGB", (PANEL, 1))]
-    scored = {name: kept for name, kept in selections.items() if why and has_scores(kept)}
-    # The heat maps of a single method stand beside it.
-    if len(panels) == len(scored) == 1:
-        ((name, kept),) = scored.items()
-        parts, scored = [beside([parts[0], draw_scores(image, plan, side, kept)])], {}
-    width = max(parts[0].width, 2 * PANEL + GAP if scored else PANEL)
-    for name, kept in scored.items():
-        parts += [heading(f"{name}: why these tokens", width), draw_scores(image, plan, side, kept)]
+    parts = [grid(panels, columns)] if panels else [Image.new("RGB", (PANEL, 1), PAGE)]
+    maps = {}
+    for name, kept in selections.items():
+        if why and has_scores(kept):
+            split = f"{kept.report['k_text']} by the question : {kept.report['k_saliency']} by saliency"
+            maps[f"{name}: why these tokens ({split})"] = draw_scores(image, plan, side, kept)
+    if len(panels) == len(maps) == 1:  # the heat maps of a single method stand beside it
+        parts, maps = [beside([parts[0], *maps.values()], 2 * GAP)], {}
+    sections = sections or {}
+    width = max([parts[0].width, 2 * PANEL, *(picture.width for picture in [*maps.values(), *sections.values()])])
+    room = width if width < 3 * ROOM else (width - 2 * GAP) // 2
     for name, kept in selections.items():
         if why and kept.report.get("survivors"):
-            parts += [heading(f"{name}: what is left inside the LLM", width), draw_stages(image, plan, side, kept, width)]
-    width = max([width, *(picture.width for picture in below)])
+            maps[f"{name}: what is left inside the LLM"] = draw_stages(image, plan, side, kept, room)
+    parts += shelves([section(text, picture) for text, picture in [*maps.items(), *sections.items()]], width)
     top = [text_block(title, width, LARGE, INK, 3, bold=True)] if title else []
     top += [text_block(subtitle, width, SMALL, FAINT, 3)] if subtitle else []
     ends = [legend(_meanings(plan, side, selections, why), width)]
     ends += [text_block(footer, width, SMALL, FAINT, 8)] if footer else []
-    return framed([*([stacked(top)] if top else []), *parts, *below, stacked(ends)])
+    return framed([*([stacked(top)] if top else []), *parts, stacked(ends)])
 
 
 def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> Image.Image:
@@ -136,15 +137,16 @@ def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Select
         largest = float(scores.max(initial=0))
         # The root: a softmax gives most patches a hundredth of the best one, which would all be black.
         levels = np.sqrt(scores.clip(0) / largest) if largest > 0 else np.zeros(len(scores))
-        views = heat_views(image, plan, side, places, levels, places_of(selection))
+        views = view_block(heat_views(image, plan, side, places, levels, places_of(selection)), ROOM)
+        width = max(PANEL, views.width)
         maps.append(
             stacked(
                 [
-                    text_block(by, PANEL, LARGE, INK, 1, bold=True),
-                    text_block(f"{count} of {k_text + k_saliency} tokens by this score", PANEL, SIZE, FAINT, 1),
-                    split_bar(PANEL, *bar, color),
-                    view_block(views, PANEL),
-                    heat_scale(PANEL, "0", f"{largest:.2g}"),
+                    text_block(by, width, LARGE, INK, 1, bold=True),
+                    text_block(f"{count} of {k_text + k_saliency} tokens by this score", width, SIZE, FAINT, 1),
+                    views,
+                    split_bar(width, *bar, color),
+                    heat_scale(width, "0", f"{largest:.2g}"),
                 ]
             )
         )
@@ -152,18 +154,16 @@ def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Select
 
 
 def draw_stages(
-    image: Image.Image, plan: TilePlan, side: int, selection: Selection, width: int = 4 * PANEL
+    image: Image.Image, plan: TilePlan, side: int, selection: Selection, width: int = 4 * ROOM
 ) -> Image.Image:
     """What is left of an image before and after each cut inside the LLM, one small view per stage, in rows of `width`.
 
-    Reads report["survivors"], and report["cut_layers"] where it is there: (layer, "before" | "in" | "after") per cut.
+    Reads report["survivors"] and report["cuts"], where each was.
     """
-    stages, layers = selection.report["survivors"], selection.report.get("cut_layers")
+    stages, where = selection.report["survivors"], selection.report["cuts"]
     shown = np.unique(np.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().astype(int)).tolist()
     blocks = [_stage(image, plan, side, places_of(selection), "enters the LLM")]
-    for nth in shown:
-        where = f"{layers[nth][1]} layer {layers[nth][0]}" if layers else f"after cut {nth + 1}"
-        blocks.append(_stage(image, plan, side, survivors_of(selection, stages[nth]), where))
+    blocks += [_stage(image, plan, side, survivors_of(selection, stages[nth]), where[nth]) for nth in shown]
     row = flowed(blocks, width)
     if len(shown) == len(stages):
         return row
@@ -177,38 +177,47 @@ def has_scores(selection: Selection) -> bool:
 
 def counted(selection: Selection) -> str:
     """What is left of an image in words: "58 of 420 tokens (12 newline, 3 merged)"."""
-    left, repeated = left_of(selection), 0
+    if not selection.total:
+        return "no vision token"  # the tower did not even run
+    left = left_of(selection)
     patches = [place for place in left if place[0] >= 0]
     repeated = len(patches) - len(set(patches))
     stages = selection.report.get("survivors")
-    numbers = stages[-1].tolist() if stages else selection.indices.tolist()
+    numbers = selection.indices.tolist()
+    if stages:
+        numbers = [numbers[slot] if slot >= 0 else -1 for slot in stages[-1].tolist()]
     made = sum(number < 0 for number in numbers)
     kinds = ((len(left) - len(patches) - made, "newline"), (made, "made"), (repeated, "twice"))
     extra = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
-    return f"{len(left)} of {selection.total} tokens" + (f" ({extra})" if extra else "")
+    where = " after the last cut" if stages else ""
+    return f"{len(left)} of {selection.total} tokens{where}" + (f" ({extra})" if extra else "")
 
 
 def _panel(name, image, plan, side, selection, answers, notes) -> Image.Image:
+    views = view_block(kept_views(image, plan, side, selection), ROOM)
+    width = max(PANEL, views.width)
     blocks = [
-        text_block(name, PANEL, LARGE, INK, 1, bold=True),
-        text_block(counted(selection), PANEL, SIZE, FAINT, 1),
-        view_block(kept_views(image, plan, side, selection), PANEL),
+        text_block(name, width, LARGE, INK, 1, bold=True),
+        text_block(counted(selection), width, SIZE, FAINT, 1),
+        views,
     ]
     if answers is not None:
-        blocks.append(text_block(f"answer: {answers.get(name, '-')}", PANEL, SIZE, INK, 6, bold=True))
-    blocks += [text_block(note, PANEL, SMALL, INK, 2) for note in notes]
-    return stacked(blocks)
+        blocks.append(text_block(f"answer: {answers.get(name, '-')}", width, SIZE, INK, 6, bold=True))
+    return stacked(
+        [*blocks, *([stacked([text_block(note, width, SMALL, INK, 2) for note in notes], 1)] if notes else [])]
+    )
 
 
 def _stage(image, plan, side, places, label: str) -> Image.Image:
     views = beside([view for _, view in kept_at(image, plan, side, places, STAGE)], 6)
-    return padded(
-        stacked(
-            [text_block(label, max(views.width, 130), SMALL, INK, 1), text_block(f"{len(places)} tokens", views.width, SMALL, FAINT, 1), views],
-            2,
-        ),
-        VIEW // 3,
-    )
+    width = max(views.width, 120)
+    told = [text_block(label, width, SMALL, INK, 1), text_block(f"{len(places)} tokens", width, SMALL, FAINT, 1)]
+    return stacked([*told, views], 2)
+
+
+def width_of(columns: int) -> int:
+    """Pixels that a page of so many columns may take: what draw_stages and draw_cache can be given as `width`."""
+    return max(2, columns) * (ROOM + GAP) - GAP
 
 
 def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: bool) -> list[tuple]:

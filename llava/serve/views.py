@@ -27,7 +27,7 @@ PADDING, PADDING_LINE = (150, 150, 150), (190, 190, 190)
 HEAT = ((8, 8, 40), (60, 20, 110), (140, 35, 105), (205, 70, 65), (245, 135, 25), (252, 200, 70), (255, 255, 210))
 # Classes of a patch in an adaptive KV cache.
 ABSENT, MINOR, SECONDARY, CORE = range(4)
-CLASS_COLORS = {CORE: (255, 170, 0), SECONDARY: (60, 130, 255)}
+CLASS_COLORS = {CORE: (255, 170, 0), SECONDARY: (60, 130, 255), MINOR: (150, 145, 150)}
 
 Place = tuple[int, int, int]  # tile, row, column; -1 where a token is no patch
 
@@ -66,9 +66,7 @@ def views_of(plan: TilePlan, side: int) -> list[View]:
     square = (plan.tile_size, plan.tile_size)
     return [
         View("the whole image as one tile", square, square, (0, 0), side, side, THUMBNAIL, 0),
-        View(
-            f"{across} x {down} crops", plan.canvas, plan.resized, plan.offset, down * side, across * side, VIEW, 1
-        ),
+        View(f"{across} x {down} crops", plan.canvas, plan.resized, plan.offset, down * side, across * side, VIEW, 1),
     ]
 
 
@@ -111,7 +109,10 @@ def kept_at(
 ) -> list[tuple[str, Image.Image]]:
     """kept_views of the patches at `places`."""
     return [
-        (view.label, _kept(*_canvas(image, view, scale), on_view(view, side, places, np.ones(len(places), bool), False)))
+        (
+            view.label,
+            _kept(*_canvas(image, view, scale), on_view(view, side, places, np.ones(len(places), bool), False)),
+        )
         for view in views_of(plan, side)
     ]
 
@@ -146,7 +147,8 @@ def heat_views(
 def class_views(
     image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], classes: np.ndarray, scale: float = 1
 ) -> list[tuple[str, Image.Image]]:
-    """(label, picture) per view: patches by their class in the KV cache (CORE, SECONDARY, MINOR, ABSENT), padding dark."""
+    """(label, picture) per view: patches by their class in the KV cache (CORE, SECONDARY, MINOR); those that are in no layer (ABSENT)
+    or no token are nearly black."""
     drawn = []
     for view in views_of(plan, side):
         pixels, cell = _canvas(image, view, scale)
@@ -155,9 +157,8 @@ def class_views(
         color = np.zeros((*seen.shape, 3))
         for name, value in CLASS_COLORS.items():
             color[seen == name] = value
-        strength = np.select([seen == ABSENT, seen == MINOR], [0.12, 0.4], 0.4)
-        pixels = _cells(strength[..., None], cell) * grey + 0.6 * _cells(color, cell)
-        drawn.append((view.label, Image.fromarray(pixels.clip(0, 255).astype(np.uint8))))
+        pixels = np.where(_cells(seen == ABSENT, cell), 0.12 * grey, 0.35 * grey + 0.65 * _cells(color, cell))
+        drawn.append((view.label, Image.fromarray(pixels.astype(np.uint8))))
     return drawn
 
 
