@@ -94,21 +94,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     configs = configurations(args)
     check(args, configs)
-    if not args.image.is_file():
-        raise UserError(f"--image: {args.image} is no file")
     checkpoint = find_checkpoint(args.model_path)
     from tqdm import tqdm
 
-    from llava.eval.image_reader import UnreadableImage, read_image
+    from llava.serve.images import ImageLimits, ImageRefused, picture_from_file
     from llava.serve.lettering import legible
     from llava.serve.overlay import draw_overlay, width_of
     from llava.serve.overlay_cache import cache_frames, draw_caches, save_frames
     from llava.serve.overlay_run import OverlayRun
 
     try:
-        image = read_image(args.image)
-    except UnreadableImage as error:
-        raise UserError(f"--image: {args.image} cannot be read as an image ({error})") from None
+        image = picture_from_file(args.image, ImageLimits())
+    except ImageRefused as error:
+        raise UserError(f"--image: {error}") from None
     run = OverlayRun(
         checkpoint.folder,
         image,
