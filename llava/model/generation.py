@@ -9,6 +9,7 @@ from transformers.generation import GenerationMode
 from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.model.kv_cache.cache import AdaptiveCache, Caching
+from llava.model.language_model.prefill import prefill
 from llava.model.prepared import PreparedPrompt
 
 
@@ -51,6 +52,8 @@ class LlavaGeneration:
 
         Returns [B, V] float32 logits of each row's first new token; those of the other positions are not computed.
         """
+        if prepared.dropping is None:
+            return prefill(self, prepared, cache)
         output = self.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,

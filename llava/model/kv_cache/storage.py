@@ -85,11 +85,18 @@ class LayerCache(CacheLayerMixin):
     # --- prefill -------------------------------------------------------------------------------------------------
 
     def fill(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, rows: list[RowSpans], entered: list[int]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rows: list[RowSpans],
+        starts: list[int],
+        entered: list[int],
     ) -> None:
-        """Store what stays of a prompt: query [B, H, S, d], key, value [B, G, S, d], rotated, padded left.
+        """Store what stays of a prompt: query [B, H, S, d], key, value [B, G, S, d], rotated, padded on either side.
 
-        rows: what is in them; entered: per row, image tokens that entered the LLM. Scores are computed here, from the
+        rows: what is in them, starts: from which slot on; entered: per row, image tokens that entered the LLM. Scores are computed here, from the
         rows of attention that the policy reads.
         """
         if self.is_initialized:
@@ -99,18 +106,18 @@ class LayerCache(CacheLayerMixin):
             self.policy.plan(Counts(*map(len, parts), entered=n)) for parts, n in zip(regions, entered, strict=True)
         ]
         if isinstance(self.policy, Full):
-            self._fill_whole(key, value, [row.length for row in rows])
+            self._fill_whole(key, value, rows, starts)
             return
         chosen = []
-        for b, (row, plan, parts) in enumerate(zip(rows, self.plans, regions, strict=True)):
-            pad = key.shape[2] - row.length
-            attention = RowAttention(query[b, :, pad:], key[b, :, pad:], scaling)
+        own = [slice(start, start + row.length) for row, start in zip(rows, starts, strict=True)]
+        for b, (plan, parts) in enumerate(zip(self.plans, regions, strict=True)):
+            attention = RowAttention(query[b, :, own[b]], key[b, :, own[b]], scaling)
             chosen.append(_choose(self.policy, plan, attention, key.shape[1], [part.to(key.device) for part in parts]))
         self.stayed = [entries.image.int() for entries in chosen]
         self._allocate(key)
-        for b, (row, entries) in enumerate(zip(rows, chosen, strict=True)):
+        for b, (start, entries) in enumerate(zip(starts, chosen, strict=True)):
             slots = entries.index.shape[1]
-            index = (entries.index + key.shape[2] - row.length)[..., None].expand(-1, -1, key.shape[-1])
+            index = (entries.index + start)[..., None].expand(-1, -1, key.shape[-1])
             self.keys[b, :, :slots] = key[b].gather(1, index)
             self.values[b, :, :slots] = value[b].gather(1, index)
             self.core[b, : len(entries.core)] = self.plans[b].front + entries.core
@@ -118,16 +125,16 @@ class LayerCache(CacheLayerMixin):
                 self.scores[b, :, : entries.scores.shape[1]] = entries.scores
         self.is_initialized = True
 
-    def _fill_whole(self, key: Tensor, value: Tensor, lengths: list[int]) -> None:
+    def _fill_whole(self, key: Tensor, value: Tensor, rows: list[RowSpans], starts: list[int]) -> None:
         """Nothing is evicted, now or later: rows are stored as they are, without their padding."""
         self._allocate(key)
         total = key.shape[2]
         for storage, states in ((self.keys, key), (self.values, value)):
-            if min(lengths) == total:
+            if all(row.length == total for row in rows):
                 storage[:, :, :total] = states
                 continue
-            for b, length in enumerate(lengths):
-                storage[b, :, :length] = states[b, :, total - length :]
+            for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+                storage[b, :, : row.length] = states[b, :, start : start + row.length]
         self.is_initialized = True
 
     def _allocate(self, key: Tensor) -> None:
