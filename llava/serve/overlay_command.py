@@ -20,7 +20,6 @@ from llava.conversation import get_conversation
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser, names, positive
 from llava.eval.checkpoints import find_checkpoint
-from llava.eval.files import told_when_unwritable
 
 DEMO = "playground/llava-shapes-v1.6"
 SUFFIXES = (".png", ".gif")
@@ -99,19 +98,18 @@ def main(argv: list[str] | None = None) -> None:
 
     from llava.serve.images import ImageLimits, ImageRefused, picture_from_file
     from llava.serve.lettering import legible
-    from llava.serve.overlay import draw_overlay, width_of
-    from llava.serve.overlay_cache import cache_frames, draw_caches, save_frames
     from llava.serve.overlay_run import OverlayRun
 
     try:
         image = picture_from_file(args.image, ImageLimits())
     except ImageRefused as error:
         raise UserError(f"--image: {error}") from None
+    first = next(iter(configs.values()))
     run = OverlayRun(
         checkpoint.folder,
         image,
         args.question,
-        next(iter(configs.values())),
+        first,
         model_base=args.model_base,
         conversation=args.conv_mode,
         device=args.device,
@@ -122,49 +120,58 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--layer is {args.layer}, allowed is 1 to {layers}")
     with tqdm(total=len(configs) * (args.repeats + 2), desc="overlay", unit="run", disable=None) as bar:
         looks = run.looks(configs, args.max_new_tokens, args.repeats, args.steps, bar.update)
+    for name, look in looks.items():
+        print(f"{name}: {look.answer}", f"{look.kept} of {look.total} vision tokens", *look.notes(), sep="\n  ")
+    print(f"{checkpoint.short_name}. {run.conditions(args.repeats)}")
     if not legible(args.question):
         print(
             "note: no installed font has all letters of the question; boxes stand for those it lacks", file=sys.stderr
         )
+    try:
+        save(args, run, looks, f"{checkpoint.short_name}. {describe(run, first)}")
+    except OSError as error:
+        raise UserError(f"-o is {args.output}, which cannot be written ({error.strerror or error})") from None
+    print(f"picture: {args.output}")
+
+
+def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
+    """Draw the page, or the frames of a GIF, and write it."""
+    from llava.serve.overlay import draw_overlay, width_of
+    from llava.serve.overlay_cache import cache_frames, draw_caches, save_frames
+
     caches = {name: look.cache for name, look in looks.items() if look.cache is not None}
-    animated = args.output.suffix.lower() == ".gif"
-    if animated and not caches:
-        raise UserError(f"-o is {args.output}, but the LLM reads no vision token under {', '.join(configs)}")
     ending = past_the_end(looks, args.steps) if caches else ""
-    seen = {"image": image, "plan": run.plan, "side": run.side}
-    with told_when_unwritable(args.output):
-        if animated:
-            frames = cache_frames(
-                **seen, caches=caches, layer=args.layer, title=args.question, columns=args.columns, footer=ending
-            )
-            save_frames(frames, args.output)
-        else:
-            room = width_of(min(args.columns, len(looks)))
-            strips = draw_caches(**seen, caches=caches, layer=args.layer, width=room) if caches else None
-            page = draw_overlay(
-                **seen,
-                selections={name: look.selection for name, look in looks.items()},
-                answers={name: look.answer for name, look in looks.items()},
-                title=args.question,
-                columns=args.columns,
-                subtitle=describe(checkpoint.short_name, run, configs),
-                notes={name: look.notes() for name, look in looks.items()},
-                why=True,
-                sections={"A-VL: the image in the KV cache while answering": strips} if caches else None,
-                footer=f"{run.conditions(args.repeats)} {ending}",
-            )
-            page.save(args.output)
-    for name, look in looks.items():
-        print(f"{name}: {look.answer}", f"{look.kept} of {look.total} vision tokens", *look.notes(), sep="\n  ")
-    print(f"{checkpoint.short_name}. {run.conditions(args.repeats)}\npicture: {args.output}")
+    seen = {"image": run.image, "plan": run.plan, "side": run.side}
+    if args.output.suffix.lower() == ".gif":
+        if not caches:
+            raise UserError(f"-o is {args.output}, but the LLM reads no vision token under {', '.join(looks)}")
+        told = {"title": args.question, "columns": args.columns, "footer": f"{subtitle} {ending}"}
+        save_frames(cache_frames(**seen, caches=caches, layer=args.layer, **told), args.output)
+        return
+    room = width_of(min(args.columns, len(looks)))
+    strips = draw_caches(**seen, caches=caches, layer=args.layer, width=room) if caches else None
+    page = draw_overlay(
+        **seen,
+        selections={name: look.selection for name, look in looks.items()},
+        answers={name: look.answer for name, look in looks.items()},
+        title=args.question,
+        columns=args.columns,
+        subtitle=subtitle,
+        notes={name: look.notes() for name, look in looks.items()},
+        why=True,
+        sections={"A-VL: the image in the KV cache while answering": strips} if caches else None,
+        footer=f"{run.conditions(args.repeats)} {ending}",
+    )
+    page.save(args.output)
 
 
-def describe(checkpoint: str, run, configs: dict[str, AdaVConfig]) -> str:
-    """The line under the question: what was asked of what."""
-    plan, tokens = run.plan, next(iter(configs.values())).overall_tokens
+def describe(run, config: AdaVConfig) -> str:
+    """What was asked of what, in a line."""
+    plan = run.plan
     tiles = "one tile" if plan.grid is None else f"1 + {plan.grid[0]} x {plan.grid[1]} tiles"
     width, height = plan.image_size
-    return f"{checkpoint}. Image of {width} x {height} pixels as {tiles}. overall_tokens {tokens}."
+    cache = {"full": "", "avl": " KV cache: A-VL.", "h2o": " KV cache: H2O."}[config.cache_policy]
+    return f"Image of {width} x {height} pixels as {tiles}. overall_tokens {config.overall_tokens}.{cache}"
 
 
 def past_the_end(looks: dict, steps: int) -> str:
