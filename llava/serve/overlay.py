@@ -216,8 +216,8 @@ def _stage(image, plan, side, places, label: str) -> Image.Image:
 
 
 def width_of(columns: int) -> int:
-    """Pixels that a page of so many columns may take: what draw_stages and draw_cache can be given as `width`."""
-    return max(2, columns) * (ROOM + GAP) - GAP
+    """Pixels that a page of so many columns may take: what draw_caches can be given as `width`."""
+    return max(3, columns) * (ROOM + GAP) - GAP
 
 
 def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: bool) -> list[tuple]:
