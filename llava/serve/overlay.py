@@ -202,7 +202,7 @@ def _panel(name, image, plan, side, selection, answers, notes) -> Image.Image:
         views,
     ]
     if answers is not None:
-        blocks.append(text_block(f"answer: {answers.get(name, '-')}", width, SIZE, INK, 6, bold=True))
+        blocks.append(text_block(f"answer: {answers.get(name, '-') or '(empty)'}", width, SIZE, INK, 6, bold=True))
     return stacked(
         [*blocks, *([stacked([text_block(note, width, SMALL, INK, 2) for note in notes], 1)] if notes else [])]
     )

@@ -128,7 +128,7 @@ def heat_views(
 ) -> list[tuple[str, Image.Image]]:
     """(label, picture) per view: every patch in the colour of its level, over the image in grey; `kept` outlined.
 
-    places, levels [N]: 0 to 1; patches that have none (padding that was cut away) are hatched.
+    places, levels [N]: 0 to 1; patches that have none (cut away as padding) are dark.
     """
     drawn = []
     for view in views_of(plan, side):
@@ -138,7 +138,7 @@ def heat_views(
         color = heat_color(np.where(none, 0, seen))
         grey = pixels.mean(axis=-1, keepdims=True)
         # The image at a quarter of its contrast: enough to find one's way, too little to be taken for a score.
-        pixels = np.where(_cells(none, cell), pixels, 0.25 * grey + 0.75 * _cells(color, cell))
+        pixels = np.where(_cells(none, cell), DARK * pixels, 0.25 * grey + 0.75 * _cells(color, cell))
         chosen = on_view(view, side, kept, np.ones(len(kept), bool), False)
         drawn.append((view.label, Image.fromarray(_outlined(pixels.astype(np.uint8), chosen, cell, (255, 255, 255)))))
     return drawn
