@@ -38,7 +38,7 @@ KEPT = 2
 @dataclass
 class Answer:
     """One row's: tokens, the end token included; text without special tokens and from the stop string on (None without
-    a tokenizer); finish: "stop" for an end token or a stop string, "length" where max_new_tokens ended it."""
+    a tokenizer); finish: "stop" for an end token or a stop string, "length" where max_new_tokens ended it, "cancelled"."""
 
     tokens: list[int] = field(default_factory=list)
     text: str | None = None
@@ -160,6 +160,11 @@ class BatchGeneration:
         news = [self._add(row, token) for row, token in enumerate(self._tokens.tolist())]  # waits for the device
         self.seconds[stage] += time.perf_counter() - start
         return news
+
+    def cancel(self, row: int) -> None:
+        """End a row before its time: its answer is what it has by now, and the others go on without it."""
+        if self.answers[row].finish is None:
+            self.answers[row].finish = "cancelled"
 
     def result(self) -> Generated:
         """All answers; what is left to generate is generated first."""

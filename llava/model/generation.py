@@ -124,12 +124,13 @@ class LlavaGeneration:
 
 
 def _report_survivors(prepared: PreparedPrompt) -> None:
-    """After prefill: what each cut inside the LLM has left of each image, in its selection's report."""
+    """After prefill: where each cut inside the LLM was and what it has left of each image, in its selection's report."""
     if prepared.dropping is None:
         return
     for row, selections in enumerate(prepared.selections):
         for image, selection in enumerate(selections):
             selection.report["survivors"] = prepared.dropping.survivors(row, image)
+            selection.report["cuts"] = prepared.dropping.places(row, image)
 
 
 def check_cache(cache, caching: Caching) -> None:

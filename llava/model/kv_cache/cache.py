@@ -137,7 +137,7 @@ class AdaptiveCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for name, tensor in theirs.tensors().items():
                 getattr(mine, name).copy_(tensor)
-            mine.plans = theirs.plans
+            mine.plans, mine.stayed = theirs.plans, theirs.stayed
         self._positions.copy_(other._positions)
         self.shifts.copy_(other.shifts)
         self.caching, self.steps, self.length, self.rows = other.caching, other.steps, other.length, other.rows

@@ -22,10 +22,11 @@ from llava.model.token_selection.base import lowest_index_topk
 
 
 class _Entries(NamedTuple):
-    """What stays of one row: slots [G, n] of the row, in storage order; the core [c] among the image entries, counted
-    from the first of them; scores [G, t] of the evictable ones, where they are ranked."""
+    """What stays of one row: slots [G, n] of the row, in storage order; which of its image tokens [n] stay, ascending; the
+    core [c] among those; scores [G, t] of the evictable ones, where they are ranked."""
 
     index: Tensor
+    image: Tensor
     core: Tensor
     scores: Tensor | None
 
@@ -35,7 +36,8 @@ class LayerCache(CacheLayerMixin):
 
     multiple: slots and lists are rounded up to a multiple of it. constants: numbers that are on the device already, shared by
     the layers of a cache, which mostly have the same: sending them anew would wait for the device every time.
-    After prefill: keys, values [B, G, C, d]; plans: per row, its counts; front_len, image_len, core_len int32 [B];
+    After prefill: keys, values [B, G, C, d]; plans: per row, its counts; stayed: per row, which of the image tokens that
+    the layer saw are stored, int32 [n] ascending (no list under Full, which stores all of them); front_len, image_len, core_len int32 [B];
     image, core int32 [B, N] slots of all stored and of the core's image entries; text int32 [B, G, T]: the slots of the
     evictable region, live ones first and oldest first, then the slot that the next entry will take; text_len int32
     [B, G].
@@ -47,6 +49,7 @@ class LayerCache(CacheLayerMixin):
         super().__init__()
         self._constants = {} if constants is None else constants
         self.policy, self.steps, self._multiple, self._scorer = policy, steps, multiple, policy.scorer
+        self.stayed: list[Tensor] = []
         self.side = (
             None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
         )
@@ -112,6 +115,7 @@ class LayerCache(CacheLayerMixin):
         for b, (plan, parts) in enumerate(zip(self.plans, regions, strict=True)):
             attention = RowAttention(query[b, :, own[b]], key[b, :, own[b]], scaling)
             chosen.append(_choose(self.policy, plan, attention, key.shape[1], [part.to(key.device) for part in parts]))
+        self.stayed = [entries.image.int() for entries in chosen]
         self._allocate(key)
         for b, (start, entries) in enumerate(zip(starts, chosen, strict=True)):
             slots = entries.index.shape[1]
@@ -247,13 +251,13 @@ def _choose(
     if policy.whole:
         before, image, text = before[:0], image[:0], torch.cat(regions).sort().values
     stay = plan.image if policy.interval > 0 else plan.front - len(before)
-    core = torch.arange(plan.core, device=image.device)
+    held, core = (torch.arange(count, device=image.device) for count in (len(image), plan.core))
     if stay < len(image) or plan.core < plan.image:
         paid = attention.mean(text.new_tensor([attention.length - 1]))[image]
         best = lowest_index_topk(paid, stay)
-        kept = best.sort().values
-        core = torch.searchsorted(kept, best[: plan.core].sort().values)
-        image = image[kept]
+        held = best.sort().values
+        core = torch.searchsorted(held, best[: plan.core].sort().values)
+        image = image[held]
     scores, text = None, text.expand(heads, -1)
     if policy.scorer is not None:
         scores, count, left = policy.scorer.start(attention, heads, text[0]), text.shape[1], plan.text(0)
@@ -263,4 +267,5 @@ def _choose(
             recent = torch.arange(old, count, device=text.device).expand(heads, -1)
             kept = torch.cat([kept, recent], dim=1)
             scores, text = scores.gather(1, kept), text.gather(1, kept)
-    return _Entries(torch.cat([before.expand(heads, -1), image.expand(heads, -1), text], dim=1), core, scores)
+    index = torch.cat([before.expand(heads, -1), image.expand(heads, -1), text], dim=1)
+    return _Entries(index, held, core, scores)
