@@ -14,7 +14,6 @@ import argparse
 import ipaddress
 import os
 import signal
-import socket
 import sys
 import threading
 from pathlib import Path
@@ -23,6 +22,7 @@ from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser, positive
 from llava.serve.images import ImageLimits
+from llava.serve.listening import listen, port_number, shown_host
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="folder or hub name of a checkpoint")
     parser.add_argument("--model-base", help="the LLM under a LoRA or projector-only checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=_port, default=8000)
+    parser.add_argument("--port", type=port_number, default=8000)
     parser.add_argument("--config", help="configuration file: $ADAV_CONFIG, else the repository's adav_configs.json")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument(
@@ -108,26 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     for name_of in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name_of, lambda *_: None)
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{name} ({config.method}, {config.overall_tokens} tokens per image) on http://{shown}:{port}/v1", flush=True)
+    print(
+        f"{name} ({config.method}, {config.overall_tokens} tokens per image) on http://{shown_host(host)}:{port}/v1",
+        flush=True,
+    )
     if key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         print("warning: anyone who reaches this address may ask; --api-key-env asks for a key", file=sys.stderr)
     Stopping(settings).run(sockets=[listening])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; UserError where that cannot be."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=512)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a port from 0 to 65535")
-    return int(text)
 
 
 def _count(text: str) -> int:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from PIL import Image
 
 from llava.serve.costs import duration, rate, size
-from llava.serve.overlay import kept_views
-from llava.serve.reply import Answered
+from llava.serve.overlay import draw_scores, draw_stages, has_scores
+from llava.serve.reply import Answered, KeptTokens
+from llava.serve.views import kept_views
 
+FOLD = 600  # pixels: width of a row of stages
 LONG = 60  # letters from which on an answer is set as text, not as a headline
 
 
@@ -82,16 +84,30 @@ def _answer(text: str, cursor: bool = False) -> str:
     return f'<div class="answer{size}" aria-live="polite">{escaped(text)}{"<span class=cursor></span>" * cursor}</div>'
 
 
-def _views(image: Image.Image, side: int, seen) -> str:
-    """The picture as one tile or as crops, with what is not kept dark; nothing of it becomes a file on the server."""
-    views = kept_views(image.convert("RGB"), seen.plan, side, seen.selection)
+def _views(image: Image.Image, side: int, seen: KeptTokens) -> str:
+    """The picture as one tile or as crops, with what is not kept dark, and below it, folded, why. Nothing of it becomes a
+    file on the server."""
     figures = []
-    for label, view in reversed(views):  # crops first: they are what most tokens come from
+    for label, view in reversed(
+        kept_views(image, seen.plan, side, seen.selection)
+    ):  # crops first: most tokens are theirs
         caption = escaped(label or "patches that were kept")
-        figures.append(
-            f'<figure><figcaption>{caption}</figcaption><img alt="{caption}" src="{data_url(view)}"></figure>'
-        )
-    return f'<div class="views">{"".join(figures)}</div>'
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{_picture(view, caption)}</figure>")
+    report, folds = seen.selection.report, ""
+    if has_scores(seen.selection):
+        split = f"Why these tokens: {report['k_text']} by the question, {report['k_saliency']} by saliency"
+        folds += _fold(split, draw_scores(image, seen.plan, side, seen.selection))
+    if report.get("survivors"):
+        folds += _fold("What is left inside the LLM", draw_stages(image, seen.plan, side, seen.selection, FOLD))
+    return f'<div class="views">{"".join(figures)}</div>{folds}'
+
+
+def _fold(title: str, picture: Image.Image) -> str:
+    return f"<details><summary>{title}</summary><div>{_picture(picture, title)}</div></details>"
+
+
+def _picture(picture: Image.Image, alt: str) -> str:
+    return f'<img alt="{alt}" src="{data_url(picture)}">'
 
 
 def data_url(picture: Image.Image) -> str:

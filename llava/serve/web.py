@@ -21,6 +21,7 @@ from pathlib import Path
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser, positive
 from llava.serve.images import ImageLimits, picture_from_file
+from llava.serve.listening import listen, port_number, shown_host
 from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
 
 EXAMPLES = 6
@@ -31,33 +32,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava.serve.web", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=_port, default=7860, help="0 takes a free one (7860)")
+    parser.add_argument("--port", type=port_number, default=7860, help="0 takes a free one (7860)")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-image-bytes", type=positive, default=ImageLimits.max_bytes, help="(%(default)s)")
     limits.add_argument("--max-image-pixels", type=positive, default=ImageLimits.max_pixels, help="(%(default)s)")
     limits.add_argument("--users", type=positive, default=8, help="questions that are answered at a time (8)")
     limits.add_argument("--queue", type=positive, default=32, help="questions that may wait for that (32)")
     return parser.parse_args(argv)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number from 0 to 65535")
-    return int(text)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that a taken port is known before a checkpoint is loaded."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(found[0], socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(found[4])
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}, port {port} ({error.strerror or error}); --port names another, 0 takes a free one"
-        ) from None
-    return bound
 
 
 def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
@@ -179,8 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             with load(checkpoint, args, config) as service:
                 app, streams = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
                 host, port = bound.getsockname()[:2]
-                host = f"[{host}]" if ":" in host else host
-                print(f"{checkpoint.short_name} on http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+                print(f"{checkpoint.short_name} on http://{shown_host(host)}:{port}/ (Ctrl-C ends it)", flush=True)
                 serve(app, streams, service, bound)
     except KeyboardInterrupt:
         print("ended", file=sys.stderr)
