@@ -1,6 +1,7 @@
 """The page in a real browser: what people do with it, what it refuses, and how it ends."""
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -403,7 +405,68 @@ def test_uploads_are_limited_without_the_page_too(server):
     (path,) = json.loads(body)
     assert status == 200 and Path(path).resolve().is_relative_to(server.temporary.resolve())
     assert post(MAX_BYTES + 1000)[0] == 413
-    assert post(10 * MAX_BYTES)[0] == 413
+    # Far too much is refused before it is read.
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=PATIENCE)
+    connection.request("POST", "/gradio_api/upload", headers={"Content-Length": str(10 << 30)})
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+@pytest.fixture
+def talkative(tmp_path):
+    """The demo checkpoint with an end token that it never says: its answers are as long as they may be."""
+    folder = tmp_path / "talkative"
+    shutil.copytree(REPOSITORY / "playground" / "llava-shapes-v1.5", folder)
+    for name, key, value in (
+        ("config.json", "eos_token_id", 3),
+        ("generation_config.json", "eos_token_id", 3),
+        ("tokenizer_config.json", "eos_token", "<pad>"),
+        ("special_tokens_map.json", "eos_token", "<pad>"),
+    ):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {key: value}))
+    return folder
+
+
+def test_stop_and_an_end_in_the_middle_of_answers(browser, pictures, tmp_path, talkative):
+    server = Server(tmp_path, "--model-path", str(talkative), "--max-new-tokens", "1800")
+    with new_page(browser, server) as page:
+        upload(page, pictures[0][0])
+        write(page, pictures[0][1])
+        page.click("#ask")
+        page.wait_for_selector("#card-A .cursor")
+        page.click("#stop")
+        for letter in "ABC":
+            page.wait_for_function(
+                "id => document.querySelector(id).innerText.includes('stopped')", arg=f"#card-{letter}"
+            )
+        page.click("#ask")
+        page.wait_for_selector("#card-A .cursor")
+        code, said = server.end()
+    assert (code, said.strip()) == (0, "ended")
+
+
+def test_a_visitor_who_leaves_is_answered_no_further(pictures, talkative):
+    """Gradio closes the generator of an event whose visitor has gone."""
+    from llava.config import AdaVConfig
+    from llava.model.sampling import Sampling
+    from llava.serve.images import ImageLimits
+    from llava.serve.page import KEYS, build_page
+    from llava.serve.service import Service
+
+    config = AdaVConfig(method="none")
+    with Service.load(talkative, config=config) as service:
+        sizes = {"most_tokens": 144, "users": 1, "queue": 1}
+        blocks = build_page(service, ImageLimits(), Sampling(1800), name="", caveat="", examples=[], **sizes)
+        answer = next(function.fn for function in blocks.fns.values() if function.name == "answer")
+        path, question, _ = pictures[0]
+        updates = answer({"path": str(path)}, question, 3, *[getattr(config, key) for key in KEYS] * 3)
+        next(updates)
+        next(updates)
+        updates.close()
+        while service.stats()["waiting"] or service.stats()["running"]:
+            time.sleep(0.1)
+        assert service.stats()["answered"] == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -14,6 +14,7 @@ from llava.serve.overlay import draw_scores, draw_stages, has_scores
 from llava.serve.reply import Answered, KeptTokens
 from llava.serve.views import kept_views
 
+MOST = 3  # configurations beside each other
 FOLD = 600  # pixels: width of a row of stages
 LONG = 60  # letters from which on an answer is set as text, not as a headline
 

@@ -18,11 +18,22 @@ from PIL import Image
 from llava.config import AdaVConfig, method_names
 from llava.errors import UserError, first_line
 from llava.model.sampling import Sampling
-from llava.serve.cards import answered_card, empty_card, escaped, example_strip, failed_card, running_card, sentence
+from llava.serve.cards import (
+    MOST,
+    answered_card,
+    empty_card,
+    escaped,
+    example_strip,
+    failed_card,
+    running_card,
+    sentence,
+)
 from llava.serve.images import ImageLimits, picture_from_file
+from llava.serve.reply import Reply
 from llava.serve.service import Request, Service, Turn
 
-NAMES = "ABC"  # of the configurations beside each other
+NAMES = "ABC"[:MOST]  # of the configurations beside each other
+REFRESH = 0.1  # seconds between two looks at an answer on its way
 WHOLE = ("none", "no_image")  # methods without a budget
 # What a column's controls set, in the order in which their values come to the handler.
 KEYS = (
@@ -132,7 +143,7 @@ def build_page(
                         shown_cards[name] = failed_card(str(error))
                 yield (tuple(replies.values()), "", *shown_cards.values())
                 for name, reply in replies.items():  # in the order in which the service takes them
-                    for shown_cards[name] in _follow(reply, image, service):
+                    for shown_cards[name] in _follow(reply, image):
                         yield (gr.skip(), gr.skip(), *shown_cards.values())
             finally:
                 stop(replies.values())
@@ -166,13 +177,15 @@ def stop(replies) -> None:
             reply.cancel()
 
 
-def _follow(reply, image: Image.Image, service: Service) -> Iterator[str]:
-    """The card of one answer, as it grows."""
-    text = ""
+def _follow(reply: Reply, image: Image.Image) -> Iterator[str]:
+    """The card of one answer, as it grows: every so often even where nothing is new, since gradio can only end a
+    generator (its visitor has left) between two things that it yields."""
     try:
-        for piece in reply:
-            text += piece
-            yield running_card(text)
+        while not reply.over:
+            try:
+                reply.result(REFRESH)
+            except TimeoutError:
+                yield running_card(reply.text)
         yield answered_card(reply.result(), image)
     except Exception as error:  # a request's own failure: the other columns go on
         yield failed_card(first_line(error))
@@ -235,7 +248,5 @@ def page_theme() -> gr.themes.Base:
         block_padding="0",
         block_title_text_weight="500",
         block_title_text_size="*text_sm",
-        block_label_background_fill="transparent",
-        block_label_background_fill_dark="transparent",
         panel_border_width="0",
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser, positive
+from llava.serve.cards import MOST
 from llava.serve.images import ImageLimits, picture_from_file
 from llava.serve.listening import listen, port_number, shown_host
 from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
                 GRADIO_TEMP_DIR=folder,
                 GRADIO_EXAMPLES_CACHE=folder,
             )
-            with load(checkpoint, args, config) as service:
+            with load(checkpoint, args, config, max_waiting=MOST * args.users) as service:
                 app, streams = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
                 host, port = bound.getsockname()[:2]
                 print(f"{checkpoint.short_name} on http://{shown_host(host)}:{port}/ (Ctrl-C ends it)", flush=True)
