@@ -76,15 +76,24 @@ class Judge:
         raise UserError(f"{self.url}: {len(TEMPERATURES)} replies of {self.model} are no score between 0 and 1")
 
 
+def graded_as(model: str, prompt: str) -> str:
+    """What a grade is kept under."""
+    return digest_of([model, prompt])
+
+
+def kept_grades(kept: Path) -> dict[str, float]:
+    """`graded_as` -> grade, of a file that `grade_all` wrote; nothing where there is none."""
+    return {row["prompt"]: row["grade"] for _, row in read_lines(kept)} if kept.is_file() else {}
+
+
 def grade_all(judge: Judge, prompts: dict[str, str], kept: Path) -> dict[str, float]:
     """name -> grade. Every grade is written to `kept` (.jsonl) at once, and what it holds already is not asked again."""
     if kept.is_file():
         repair(kept)  # a line that a kill tore is asked for again
-    known = {row["prompt"]: row["grade"] for _, row in read_lines(kept)} if kept.is_file() else {}
-    grades = {}
+    known, grades = kept_grades(kept), {}
     with told_when_unwritable(kept), open(kept, "a", encoding="utf-8") as file:
         for name, prompt in tqdm(prompts.items(), desc="judge", disable=None):
-            digest = digest_of([judge.model, prompt])
+            digest = graded_as(judge.model, prompt)
             if digest not in known:
                 known[digest] = judge.grade(prompt)
                 file.write(json.dumps({"name": name, "prompt": digest, "grade": known[digest]}) + "\n")

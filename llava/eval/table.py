@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava.config import AdaVConfig
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS
@@ -97,12 +99,10 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
     generation.pop("max_new_tokens")  # the benchmark's own
     base = digest_of([report["checkpoint"]["content"], generation, report["asked"]])
     key = digest_of([base, report["configuration_digest"]])
-    label = configuration["method"]
-    options = ", ".join(f"{option}={value}" for option, value in configuration["options"].items())
+    label = label_of(configuration)
     asked = report["asked"]
     part = f"subset of {asked['subset']}, seed {asked['seed']}" if asked["subset"] else ""
     part = f"first {asked['limit']}" if asked["limit"] else part
-    label += f" ({options})" if options else ""
     label += f" [{part}]" if part else ""
     row = rows.setdefault(
         key, Row(report["checkpoint"]["name"], configuration["method"], report["tokens"], label, part, base)
@@ -114,6 +114,16 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
         notes.append(f"{folder}: scored on {report['score']['partial']}")
     if report["score"].get("judge"):
         notes.append(f"MM-Vet graded by {report['score']['judge']}; the published numbers are graded by GPT-4")
+
+
+def label_of(configuration: dict) -> str:
+    """A configuration's method, with its options and whatever else is not as it is by default, but the budget."""
+    usual = AdaVConfig().to_dict()
+    said = {name: value for name, value in configuration.items() if name in usual and value != usual[name]}
+    said = {name: value for name, value in said.items() if name not in ("method", "overall_tokens", "options")}
+    said |= configuration["options"]
+    named = ", ".join(f"{name}={json.dumps(value) if value is True else value}" for name, value in said.items())
+    return configuration["method"] + (f" ({named})" if named else "")
 
 
 def lines_of(rows: list[Row], model: str | None) -> tuple[list[Line], list[str]]:

@@ -11,6 +11,7 @@ from llava.errors import UserError
 from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.division import Subset
 from llava.eval.samples import Sample, check_images, read_questions
+from llava.eval.verdicts import Verdict
 
 
 class Benchmark(ABC):
@@ -55,6 +56,13 @@ class Benchmark(ABC):
         samples[i] was answered by rows[i] (a row of merge.jsonl). folder: the run's, for further files. Annotations
         without an answer are an error unless `self.partial`; answers without an annotation always are.
         """
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
+        """What each answer is worth, in the order of `samples`; None where a server alone can tell.
+
+        samples, rows, folder: as for `score`, of a run that is scored already. Their `terms` add up to its headline.
+        """
+        return None
 
     def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """The score of a finished run, labelled where only a part of the split was asked."""
