@@ -15,4 +15,6 @@ def progress_bar(what: str, over: Iterable | None = None, total: float | None = 
     what: a few words before the bar; over: what to iterate over; total: steps, where `over` does not know its length;
     unit: of the rate; options: for tqdm (initial, unit_scale, disable=True).
     """
-    return tqdm(over, desc=what, total=total, unit=unit, **{"disable": None, "delay": DELAY, "dynamic_ncols": True, **options})
+    return tqdm(
+        over, desc=what, total=total, unit=unit, **{"disable": None, "delay": DELAY, "dynamic_ncols": True, **options}
+    )

@@ -214,21 +214,29 @@ FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
 
 
 def render(rows: list[Row], notes: list[str], style: str = "markdown", published: str | None = None) -> tuple[str, str]:
-    """(the tables, one per checkpoint; what is to be said below them).
+    """(the tables, one per checkpoint; what is to be said below them), as text."""
+    tables, notes = by_checkpoint(rows, notes, published)
+    return FORMATS[style](tables), "\n".join(notes)
+
+
+def by_checkpoint(
+    rows: list[Row], notes: list[str], published: str | None = None
+) -> tuple[dict[str, list[Line]], list[str]]:
+    """(checkpoint -> its lines, notes).
 
     published: whose published rows stand beside; None takes those of a checkpoint of the same name, "none" none.
     """
-    by_checkpoint = defaultdict(list)
+    groups = defaultdict(list)
     for row in rows:
-        by_checkpoint[row.checkpoint].append(row)
+        groups[row.checkpoint].append(row)
     tables, notes = {}, list(notes)
-    for name, group in by_checkpoint.items():
+    for name, group in groups.items():
         model = published or (name if name in published_models() else None)
         tables[name], more = lines_of(group, model)
         notes += more
         if model in published_models():
             notes.append(f"published: README of JiayiV/AdaV, {model}; differences are ours less published")
-    return FORMATS[style](tables), "\n".join(notes)
+    return tables, notes
 
 
 def show_runs(folders: list[Path], output: Path) -> str:

@@ -105,12 +105,16 @@ class Benchmark(ABC):
         self.make_data()
         self._refuse_missing(self.needed_files())
         every = self.read()
-        samples = subset.draw(every, self.group) if subset else every[:limit]
+        samples = self.chosen(every, limit, subset)
         if len(samples) < len(every):
             first = f"the first {len(samples):,} of {len(every):,} questions"
             self.partial = subset.label(len(samples), len(every)) if subset else first
         check_images(samples, self.image_folder, self.question_file)
         return samples
+
+    def chosen(self, every: list[Sample], limit: int | None, subset: Subset | None) -> list[Sample]:
+        """The part of all samples that a run asks."""
+        return subset.draw(every, self.group) if subset else every[:limit]
 
     def load_questions(self) -> list[Sample]:
         """The samples without their images: what scoring a file of answers needs."""

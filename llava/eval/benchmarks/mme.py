@@ -119,7 +119,9 @@ def said(text: str) -> str:
 def judge(answers: list[tuple], release: list[tuple], source: Path, partial: bool = False) -> list[tuple[bool, str]]:
     """(is right, yes or no as it should be) of (key, answer) pairs, in their order."""
     joined = join(answers, release, source, partial, repeats=True)
-    labels = {key_: agreed([label.lower() for _, label in several], key_, source) for key_, (_, several) in joined.items()}
+    labels = {
+        key_: agreed([label.lower() for _, label in several], key_, source) for key_, (_, several) in joined.items()
+    }
     return [(said(text) == labels[key_], labels[key_]) for key_, text in answers]
 
 

@@ -86,16 +86,19 @@ class MMVet(Benchmark):
         model = read_json(folder / "score.json").get("judge")
         if model is None:
             return None
-        labels = read_json(self.labels)
+        labels, known = read_json(self.labels), kept_grades(folder / "grades.jsonl")
         answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
-        known = kept_grades(folder / "grades.jsonl")
-        verdicts = []
-        for key, prompt in prompts(answers, labels, self.labels, bool(self.partial)).items():
-            digest = graded_as(model, prompt)
-            if digest not in known:
-                raise UserError(f"{folder / 'grades.jsonl'}: has no grade of {model} for {key}")
-            verdicts.append(Verdict.plain(known[digest], _spaced(labels[key]["answer"]), labels[key]["capability"]))
-        return verdicts
+        asked = prompts(answers, labels, self.labels, bool(self.partial))
+        ungraded = [key for key, prompt in asked.items() if graded_as(model, prompt) not in known]
+        if ungraded:
+            raise UserError(f"{folder / 'grades.jsonl'}: has no grade of {model} for {len(ungraded)} answers")
+        with told_when_malformed(self.labels):
+            return [
+                Verdict.plain(
+                    known[graded_as(model, prompt)], _spaced(labels[key]["answer"]), labels[key]["capability"]
+                )
+                for key, prompt in asked.items()
+            ]
 
 
 def name(question_id: int | str) -> str:

@@ -93,9 +93,7 @@ class VQAv2(Benchmark):
     def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
         if self.split != "val":
             return None
-        return judge(
-            _answers(samples, rows), read_part(self.labels, "annotations"), self.labels, bool(self.partial)
-        )
+        return judge(_answers(samples, rows), read_part(self.labels, "annotations"), self.labels, bool(self.partial))
 
 
 def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
