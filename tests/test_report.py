@@ -13,6 +13,7 @@ from test_benchmarks import SCORED, right_answer
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval.bootstrap import cluster_intervals, ratio_intervals
+from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.report import page, pictures
 from llava.eval.report.__main__ import main
 from llava.eval.report.comparison import compare
@@ -151,10 +152,12 @@ def test_only_runs_of_one_checkpoint_benchmark_and_part_are_compared(bench):
     bench.run(method="adav", limit=8)
     bench.run(method="adav", subset=8)
     bench.run("pope", method="adav")
+    bench.checkpoints["tiny"] = EvalCheckpoint("tiny", bench.checkpoint("retrained").folder, {})
+    bench.run(method="adav", tokens=5)
     comparisons = compare(judged(bench.output)[0])
-    assert sorted(len(comparison.runs) for comparison in comparisons) == [1, 1, 1, 1, 2]
+    assert sorted(len(comparison.runs) for comparison in comparisons) == [1, 1, 1, 1, 1, 2]
     html = report(bench)
-    assert html.count("Scores and costs</h3>") == 5
+    assert html.count("Scores and costs</h3>") == 6
     assert "the first 8 of 16 questions" in html and "8 of 16 questions, drawn with seed 0" in html
 
 

@@ -6,9 +6,9 @@ just as of an accuracy. Differences are paired: every run is scored on the same 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 
@@ -184,8 +184,10 @@ class Comparison:
 
 def compare(runs: list[RecordedRun]) -> list[Comparison]:
     """The comparisons that runs make, in their order; a group whose runs are all unfinished is one too."""
-    groups = [list(group) for _, group in groupby(runs, key=lambda run: run.group)]
-    return [Comparison(group) for group in progress_bar("comparing", groups, unit=" groups")]
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.group].append(run)
+    return [Comparison(group) for group in progress_bar("comparing", groups.values(), unit=" groups")]
 
 
 def _term(answer: Answer, name: str, unit: int) -> tuple[float, float]:
