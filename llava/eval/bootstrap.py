@@ -63,7 +63,7 @@ def ratio_intervals(
     above, below = per_cluster(numerators), per_cluster(denominators)
     draws, even = np.random.default_rng(seed), np.full(len(above), 1 / len(above))
     drawn = []
-    with progress_bar("bootstrap", total=resamples, unit=" resamples", leave=False) as shown:
+    with progress_bar("bootstrap", total=resamples, unit=" resamples") as shown:
         for start in range(0, resamples, _CHUNK):
             weights = draws.multinomial(len(above), even, size=min(_CHUNK, resamples - start))
             drawn.append(quantities(weights @ above, weights @ below))

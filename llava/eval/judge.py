@@ -13,12 +13,11 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from llava.errors import UserError
 from llava.eval.answers import repair
 from llava.eval.files import digest_of, told_when_unwritable
 from llava.eval.samples import read_lines
+from llava.progress import progress_bar
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # a reply that is no score is asked for again, a little warmer each time
 BUSY = (429, 500, 502, 503, 504)
@@ -92,7 +91,7 @@ def grade_all(judge: Judge, prompts: dict[str, str], kept: Path) -> dict[str, fl
         repair(kept)  # a line that a kill tore is asked for again
     known, grades = kept_grades(kept), {}
     with told_when_unwritable(kept), open(kept, "a", encoding="utf-8") as file:
-        for name, prompt in tqdm(prompts.items(), desc="judge", disable=None):
+        for name, prompt in progress_bar("judge", prompts.items(), unit=" answers"):
             digest = graded_as(judge.model, prompt)
             if digest not in known:
                 known[digest] = judge.grade(prompt)

@@ -24,6 +24,7 @@ from llava.eval.joining import join, mean
 from llava.eval.letters import option_letter
 from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
 from llava.eval.verdicts import MEAN, Verdict
+from llava.progress import progress_bar
 
 ROTATION = 1_000_000
 LETTERS = "ABCD"
@@ -60,7 +61,7 @@ class MMBench(Benchmark):
             return
         with told_when_unwritable(self.image_folder):
             self.image_folder.mkdir(exist_ok=True)
-            for row in read_table(self.question_file):
+            for row in progress_bar("images", read_table(self.question_file), unit=" rows"):
                 content = _content(row, self.question_file)
                 path = self.image_folder / _name(content)
                 if not path.exists():

@@ -16,6 +16,7 @@ from llava.eval.joining import join, mean
 from llava.eval.samples import Sample
 from llava.eval.verdicts import Verdict, most_said
 from llava.eval.vqa_accuracy import textvqa_accuracy
+from llava.progress import progress_bar
 
 
 class TextVQA(Benchmark):
@@ -73,7 +74,7 @@ def judge(answers: list[tuple], data: list[dict], source: Path, partial: bool = 
         labels = [((entry["image_id"], entry["question"].lower()), entry["answers"]) for entry in data]
         joined = join(answers, labels, source, partial, repeats=True)
         verdicts = []
-        for key, text in answers:
+        for key, text in progress_bar("scoring", answers, unit=" answers"):
             several = joined[key][1]
             value = mean(textvqa_accuracy(text, people) for people in several)
             verdicts.append(Verdict.plain(value, most_said([one for people in several for one in people])))

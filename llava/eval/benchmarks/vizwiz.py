@@ -18,6 +18,7 @@ from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples
 from llava.eval.verdicts import Verdict, most_said
 from llava.eval.vqa_accuracy import official_accuracy
+from llava.progress import progress_bar
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -85,7 +86,7 @@ def judge(answers: list[tuple], entries: list[dict], source: Path, partial: bool
         joined = join(answers, labels, source, partial)
         return [
             Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
-            for [answer], [(people, kind)] in joined.values()
+            for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
         ]
 
 

@@ -18,6 +18,7 @@ from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples, read_lines, refuse_repeated_ids
 from llava.eval.verdicts import Verdict, mean_by_kind, most_said
 from llava.eval.vqa_accuracy import official_accuracy
+from llava.progress import progress_bar
 
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015"
 
@@ -111,7 +112,7 @@ def judge(answers: list[tuple], annotations: list[dict], source: Path, partial: 
     with told_when_malformed(source):
         return [
             Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
-            for [answer], [(people, kind)] in joined.values()
+            for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
         ]
 
 
@@ -141,6 +142,9 @@ def write_upload(answers: dict, ids: list, upload: Path) -> dict:
         raise UserError(
             f"{upload}: not written, {strangers} of {len(answers)} answers are to none of the split's questions"
         )
-    content = [{"question_id": i, "answer": normalise(answers[i]) if i in answers else ""} for i in ids]
+    content = [
+        {"question_id": i, "answer": normalise(answers[i]) if i in answers else ""}
+        for i in progress_bar("upload file", ids, unit=" answers")
+    ]
     write_json(upload, content, indent=None)
     return {"upload": str(upload), "answered": len(answers), "empty": len(ids) - len(answers)}
