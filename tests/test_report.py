@@ -244,14 +244,15 @@ def test_pictures_that_are_gone_or_damaged_or_outside(bench):
     assert "data:image" not in html
 
 
+@pytest.mark.parametrize("file", ["run.json", "identity.json"])
 @pytest.mark.parametrize("damage", ["{", "[]", '{"benchmark": "gqa"}'])
-def test_a_damaged_record_is_one_sentence(bench, damage, capsys):
-    (bench.run() / "run.json").write_text(damage)
+def test_a_damaged_record_is_one_sentence(bench, damage, file, capsys):
+    (bench.run() / file).write_text(damage)
     with pytest.raises(SystemExit) as exit_:
         main([str(bench.output)])
     assert exit_.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and "run.json" in said
+    assert said.startswith("error: ") and said.count("\n") == 1 and file in said
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):

@@ -24,8 +24,8 @@ class Pictures:
         self._known: dict[Path, tuple[str, int, int]] = {}
 
     def get(self, run: RecordedRun, sample: Sample) -> tuple[str, int, int]:
-        """(data URL, width, height) of a sample's picture. UserError says why there is none."""
-        folder = Path(run.identity["images"]) if run.benchmark is None else run.benchmark.image_folder
+        """(data URL, width, height) of the picture of a sample that `run` was judged on. UserError says why there is none."""
+        folder = run.benchmark.image_folder
         path = folder / sample.image
         if path not in self._known:
             check_images([sample], folder, run.benchmark.question_file)

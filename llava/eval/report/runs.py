@@ -151,11 +151,16 @@ def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
 
 
 def _read(folder: Path, identity: Path) -> RecordedRun:
-    report = read_json(folder / "run.json")
-    missing = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
+    report = _object(folder / "run.json", _NEEDED)
+    return RecordedRun(folder, report, _object(identity, ("part", "questions", "configuration")))
+
+
+def _object(path: Path, needed: Iterable[str]) -> dict:
+    value = read_json(path)
+    missing = [name for name in needed if not isinstance(value, dict) or name not in value]
     if missing:
-        raise UserError(f'{folder / "run.json"}: has no "{missing[0]}", is this the record of a run?')
-    return RecordedRun(folder, report, read_json(identity))
+        raise UserError(f'{path}: has no "{missing[0]}", is this the record of a run?')
+    return value
 
 
 class Questions:
