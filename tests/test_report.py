@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -370,3 +371,36 @@ def test_charts_show_every_scored_run_with_its_interval(bench):
     assert html.count('class="bar"') == 9 and html.count('class="level"') == 3
     numbers = [float(n) for n in re.findall(r"translate\(([\d.]+),", "".join(re.findall(r'class="dot"[^>]*', html)))]
     assert len(numbers) == 9 and all(56 <= n <= 390 for n in numbers)
+
+
+@pytest.mark.long
+def test_in_a_browser_it_asks_for_nothing_and_fits(bench):
+    """Real Chromium, at 1280 and at 400 pixels: one request (the file), no complaint, tables scroll and not the page."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra test-all has playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    bench.run(method="none")
+    for tokens in range(1, 8):
+        bench.run(method="adav", wrong=(0, 3), tokens=tokens)
+    report(bench)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    asked, complaints = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        for width in (1280, 400):
+            for scheme in ("light", "dark"):
+                page_ = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page_.on("request", lambda request: asked.append(request.url))
+                page_.on("console", lambda message: complaints.append(message.text))
+                page_.goto(f"file://{bench.root / 'report.html'}")
+                assert page_.evaluate("document.documentElement.scrollWidth") <= width
+                background = page_.evaluate("getComputedStyle(document.body).backgroundColor")
+                ink = page_.evaluate("getComputedStyle(document.body).color")
+                light = [sum(map(int, re.findall(r"\d+", color)[:3])) > 382 for color in (background, ink)]
+                assert light == ([True, False] if scheme == "light" else [False, True])
+                assert page_.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+                page_.close()
+        browser.close()
+    assert not complaints
+    assert {url for url in asked if not url.startswith("data:image/jpeg")} == {f"file://{bench.root / 'report.html'}"}
