@@ -148,6 +148,12 @@ def test_every_method_is_served(service, method):
     assert kept == {"none": total, "no_image": 0}.get(method, 60)
 
 
+def test_a_cache_that_keeps_nothing(service):
+    nothing = AdaVConfig(method="none", h2o_heavy_share=0, h2o_recent_share=0)
+    answered = alone(service, ask("Why?", config=nothing, max_new_tokens=1))
+    assert answered.new_tokens == 1 and answered.kv_bytes == (0, 0)
+
+
 def test_text_alone_and_a_conversation(service):
     turns = (Turn("system", "Be brief."), Turn("user", ASKED[0], (PICTURES[0],)), Turn("assistant", "red"))
     answered = alone(service, Request((*turns, Turn("user", "Why?")), sampling=Sampling(3)))

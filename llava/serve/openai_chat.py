@@ -61,8 +61,6 @@ EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MAX_STOPS = 4
 MAX_DEPTH = 32  # of nested arrays and objects
-# Below these, dividing and comparing in float32 breaks; the answer is the same by then.
-GREEDY_BELOW, TOP_P_FROM = 1e-3, 1e-6
 
 
 class Refused(UserError):
@@ -246,8 +244,7 @@ def _sampling(fields: dict, server: Server) -> Sampling:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise Refused(f"stop is not a string or a list of up to {MAX_STOPS} strings, none of them empty", "stop")
-    temperature = 0.0 if temperature < GREEDY_BELOW else float(temperature)
-    return Sampling(most, temperature, max(float(top_p), TOP_P_FROM), seed % 2**63, tuple(stop))
+    return Sampling(most, temperature, top_p, seed % 2**63, tuple(stop))
 
 
 def _typed(fields: dict, name: str, kind: type, default):
