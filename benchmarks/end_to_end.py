@@ -9,7 +9,8 @@ Weights are random and shared by all providers (providers.py), prompts are the s
 asked for. Time to the first token goes from pixels on the device to a token of every row, and is split into vision tower,
 projector, selection and prefill, which is all the rest. Decoding is every token after the first. Decoding reads memory
 and does little else, so beside its speed stands a ceiling: the bytes that this very configuration reads per step
-(weights, and the KV entries of its policy) over the bandwidth of a copy, the fastest that was seen in the same run.
+(weights, and the KV entries of its policy) over the bandwidth of a copy, the fastest that was seen in the same run; and
+the overhead, which is what a step takes beyond its products with weights, measured alone in the same run.
 
 Before anything is timed, a provider's answers are compared: with every token kept ours against transformers' model, with
 tokens selected against the published way, which has to keep the same ones; and the bytes of every KV cache with those
@@ -89,7 +90,7 @@ def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
     batch, steps = entry.answers[0].tokens.shape[0], entry.answers[0].tokens.shape[1] - 1
     row = dict.fromkeys(
         [f"tokens_per_s{end}" for end in ("", "_min", "_max")]
-        + ["step_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s", "ceiling_tokens_per_s", "of_ceiling"],
+        + ["step_ms", "overhead_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s", "ceiling_tokens_per_s", "of_ceiling"],
         "",
     )
     if not steps:
@@ -101,6 +102,7 @@ def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
     row |= _spread("tokens_per_s", rates)
     row |= {
         "step_ms": round(1e3 * at_once / rate, 3),
+        "overhead_ms": round(1e3 * (at_once / rate - bench.bare[at_once]), 3),
         "mb_per_step": round(read / 1e6, 1),
         "gb_per_s": round(read * rate / at_once / 1e9, 2),
         "copy_gb_per_s": round(bench.bandwidth / 1e9, 2),

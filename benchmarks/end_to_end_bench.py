@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 import torch
-from memory import Peak, copy_bandwidth, decode_weight_bytes
+from memory import Peak, bare_step, copy_bandwidth, decode_weight_bytes
 from providers import Answer, Models, Ours, OursByEngine, Provider, Transformers, Upstream
 from shapes import Preset, Prompts, random_model
 
@@ -44,7 +44,8 @@ class Bench:
     """A model with random weights, and who answers with it under which configurations.
 
     providers: names; configs: by what they are called. `entries` are the lines of the table; `bandwidth` is the fastest
-    copy so far, in bytes per second, tried before every repetition.
+    copy so far, in bytes per second, tried before every repetition; `bare` has, by rows at once, the seconds of the fastest
+    pass over a decode step's products alone.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Bench:
         model = random_model(preset.model_config(newline=True, layers=layers), device, dtype, seed)
         self.models = Models(model)
         self.weights, self.bandwidth = decode_weight_bytes(model), 0.0
+        self.bare: dict[int, float] = {}
         self.entries = self._entries(providers, configs)
 
     def _entries(self, chosen, configs: dict[str, AdaVConfig]) -> list[Entry]:
@@ -144,6 +146,9 @@ class Bench:
         checked = {entry.key: entry.answers.pop() for entry in entries}
         for repeat in range(repeats):
             self.bandwidth = max(self.bandwidth, copy_bandwidth(self.device))
+            for rows in {len(prompts.ids) if entry.provider.side_by_side else 1 for entry in entries}:
+                passed = bare_step(self.models.ours, rows)
+                self.bare[rows] = min(passed, self.bare.get(rows, passed))
             for entry in list(entries):
                 gc.collect()
                 peak = Peak(self.device)

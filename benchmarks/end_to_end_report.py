@@ -42,7 +42,7 @@ def _value(cell: str):
 
 def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
     head = ("provider", "reads", "batch", "new", "first token ms", "tower", "projector", "selection", "prefill", "x")
-    head += ("tokens/s", "x", "GB/s", "ceiling", "reached", "KV MB", "peak MB")
+    head += ("tokens/s", "x", "overhead ms", "GB/s", "ceiling", "reached", "KV MB", "peak MB")
     lines = [head]
     for row in rows:
         batch = f"{row['batch']:.0f}" + ("" if row["at_once"] == row["batch"] else " x 1")
@@ -50,7 +50,7 @@ def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
             (row["provider"], row["name"], batch, f"{row['new_tokens']:.0f}", _spread(row, "ttft_ms"))
             + tuple(_number(row[f"{stage}_ms"]) for stage in STAGES)
             + (_number(row["ttft_speedup"], 2), _spread(row, "tokens_per_s"), _number(row["decode_speedup"], 2))
-            + (_number(row["gb_per_s"], 1), _number(row["ceiling_tokens_per_s"], 1))
+            + (_number(row["overhead_ms"], 1), _number(row["gb_per_s"], 1), _number(row["ceiling_tokens_per_s"], 1))
             + ("-" if row["of_ceiling"] is None else f"{row['of_ceiling']:.0%}",)
             + (_number(row["kv_mb"], 1), _number(row["peak_mb"]))
         )

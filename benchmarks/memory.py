@@ -71,6 +71,28 @@ def decode_weight_bytes(model) -> int:
     return sum(weight.nbytes for part in parts for weight in part.parameters())
 
 
+@torch.inference_mode()
+def bare_step(model, batch: int) -> float:
+    """Seconds of a decode step's products with weights alone, no attention and nothing between them: the fastest of ten.
+
+    What a step takes beyond it is the overhead: KV cache, norms, rotation, and the host where it is waited for.
+    """
+    parts = (model.model.layers, model.lm_head)
+    weights = [linear.weight for part in parts for linear in part.modules() if isinstance(linear, torch.nn.Linear)]
+    inputs = {weight.shape[1]: weight.new_ones(batch, weight.shape[1]) for weight in weights}
+    cuda, samples = weights[0].is_cuda, []
+    for _ in range(10):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        if cuda:
+            torch.cuda.synchronize()
+        samples.append(time.perf_counter() - start)
+    return min(samples)
+
+
 def step_bytes(weights: int, kv: Sequence[int], batch: int) -> float:
     """Bytes that a decode step reads in the mean: the weights once, and every row's KV entries.
 

@@ -165,7 +165,8 @@ def test_the_ceiling_of_a_row(bench):
     right, _ = made.right(prompts, 4)
     made.measure(right, prompts, 4, repeats=1)
     assert made.bandwidth > 1e8
-    right[0].answers[0].decode, made.bandwidth = 0.5, 1e9
+    assert 0 < made.bare[2] < 1
+    right[0].answers[0].decode, made.bandwidth, made.bare = 0.5, 1e9, {2: 0.1}
     (row,) = rows_of(right, made, prompts, 4)
     # 4 layers of 4 x 48 x 48 + 3 x 48 x 80 + 2 x 48 weights, the norm's 48, the head's 100 x 48.
     weights = 4 * (4 * (4 * 48 * 48 + 3 * 48 * 80 + 2 * 48) + 48 + 100 * 48)
@@ -174,6 +175,7 @@ def test_the_ceiling_of_a_row(bench):
     read = weights + 2 * 4 * 22 * 2 * 48 * 4
     assert row["mb_per_step"] == round(read / 1e6, 1)
     assert row["tokens_per_s"] == 12 and row["step_ms"] == round(1000 / 6, 3)  # 2 x 3 tokens in half a second
+    assert row["overhead_ms"] == round(1000 / 6 - 100, 3)
     assert row["gb_per_s"] == round(6 * read / 1e9, 2)
     assert row["ceiling_tokens_per_s"] == round(2 * 1e9 / read, 2) and row["of_ceiling"] == round(6 * read / 1e9, 4)
 

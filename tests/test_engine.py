@@ -6,11 +6,15 @@ import pytest
 import torch
 from test_token_dropping import SHAPES, batch
 from tiny_checkpoints import build_reference, save_llava_hf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
 from llava.model.engine import Engine
+from llava.model.language_model import prefill as prefill_module
+from llava.model.language_model.decode_step import Stepper
+from llava.model.language_model.prefill import StaticPrefill, StaticPrefills
 from llava.model.sampling import Chooser, Sampling
 from llava.model.text_stream import TextStream
 
@@ -61,6 +65,97 @@ def test_engine_is_generate(loaded, name, rows):
     assert tokens_of(generated) == expected
     assert all(answer.finish == "length" and len(answer.tokens) == NEW for answer in generated.answers)
     assert generated.seconds["prefill"] > 0 and generated.seconds["decode"] > 0
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_short_step_is_the_layers(loaded, name, rows):
+    """The engine's arithmetic of a step gives the very numbers of transformers' layers in float32."""
+    model, _ = loaded
+    tokens, logits = None, []
+    for step_of in (Stepper.of, lambda model: model.decode_step):
+        prepared = prepared_for(loaded, rows, **SETTINGS[name])
+        with torch.inference_mode():
+            cache, step = prepared.caching.cache(20), step_of(model)
+            steps = [model.prefill(prepared, cache)]
+            tokens = tokens if tokens is not None else torch.randint(3, 60, (20, len(rows)))
+            for fed in tokens:
+                cache.begin_step(1)
+                steps.append(step(fed, cache))
+        logits.append(torch.stack(steps))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("change", ["a hook", "a layer within", "an instance's forward", "another class"])
+def test_changed_layers_are_called_as_they_are(tmp_path, change):
+    save_llava_hf(build_reference("llava_next", seed=3, **SHAPES["vicuna"]), tmp_path)
+    _, model, _, _ = load_pretrained_model(tmp_path, device_map="cpu")
+    assert Stepper.of(model) is not None
+    attention, calls = model.model.layers[1].self_attn, []
+    if change == "a hook":
+        attention.register_forward_hook(lambda *_: calls.append(1))
+    elif change == "a layer within":
+        attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.LayerNorm(attention.q_proj.out_features))
+    elif change == "an instance's forward":
+        attention.forward = attention.forward
+    else:
+        attention.q_proj.__class__ = type("Quantised", (torch.nn.Linear,), {})
+    assert Stepper.of(model) is None
+    if change == "a hook":
+        prepared = model.prepare(torch.tensor([[1, 5, 6]]))
+        Engine(model).generate(prepared, Sampling(max_new_tokens=4))
+        assert len(calls) == 4
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
+def test_prefill_in_buffers_that_stay(loaded, rows):
+    """Padded to one of few lengths, in the buffers of an earlier request: the same logits, the same cache."""
+    model, _ = loaded
+    prefills = StaticPrefills(model, capture=False)
+    for name in [*SETTINGS, *SETTINGS]:
+        prepared = prepared_for(loaded, rows, **SETTINGS[name])
+        whole, padded = (prepared.caching.cache(3) for _ in range(2))
+        found = prefills(prepared, padded)
+        if prepared.dropping is not None:
+            assert found is None
+            continue
+        assert torch.allclose(found, model.prefill(prepared, whole), atol=1e-5)
+        for mine, theirs in zip(padded.layers, whole.layers, strict=True):
+            assert mine.tensors().keys() == theirs.tensors().keys()
+            for key, tensor in mine.tensors().items():
+                assert torch.allclose(tensor.float(), theirs.tensors()[key].float(), atol=1e-5), key
+    shapes = prefills.shapes()
+    assert 1 <= len(shapes) <= 2 and all(length % prefill_module.MULTIPLE == 0 for _, length in shapes)
+
+
+def test_captured_prefill_asks_nothing_of_the_host(loaded):
+    """What a CUDA graph could not hold: a value that is read on the host."""
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+            return func(*args, **(kwargs or {}))
+
+    model, _ = loaded
+    static = StaticPrefill(model, 2, 64, capture=False)
+    with torch.inference_mode(), Refuse():
+        static._run()
+    assert static._logits.shape == (2, model.config.vocab_size)
+
+
+def test_what_is_not_prefilled_in_buffers(loaded, monkeypatch):
+    """Too many tokens to gain by it; the latest few shapes are kept."""
+    model, _ = loaded
+    prefills = StaticPrefills(model, capture=False)
+    prepared = prepared_for(loaded, [0], method="none")
+    monkeypatch.setattr(prefill_module, "CAPTURED", max(prepared.lengths) - 1)
+    assert prefills(prepared, prepared.caching.cache(1)) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(prefill_module, "MULTIPLE", 1)
+    for words in range(2, 9):
+        prepared = model.prepare(torch.arange(3, 3 + words)[None])
+        prefills(prepared, prepared.caching.cache(1))
+    assert prefills.shapes() == [(1, words) for words in range(5, 9)]
 
 
 def test_rows_end_by_themselves(loaded):

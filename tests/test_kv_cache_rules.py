@@ -34,7 +34,7 @@ def one_hot(*tokens, size=8):
 
 def prefilled(policy, rows, spans, steps):
     layer, keys = LayerCache(policy, steps), one_hot(*range(len(rows)))
-    layer.fill(queries(*rows), keys, keys, 1.0, [spans], [sum(count for _, count in spans.images)])
+    layer.fill(queries(*rows), keys, keys, 1.0, [spans], [0], [sum(count for _, count in spans.images)])
     return layer
 
 

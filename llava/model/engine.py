@@ -5,8 +5,9 @@
     for news in engine.stream(prepared, Sampling()): ...       # token by token
 
 One prefill fills an AdaptiveCache (llava/model/kv_cache), whatever its policy; every decode step then writes one entry
-per layer and row and reads what the policy lists. On one CUDA device a step is captured as a CUDA graph: one for steps that
-read the core, one for those that re-rank it. Elsewhere it runs plainly. transformers' generate() gives the same
+per layer and row and reads what the policy lists. On one CUDA device short prefills and all steps are captured as CUDA
+graphs: prompts padded to few lengths, one graph for steps that read the core and one for those that re-rank it. Elsewhere
+they run plainly. transformers' generate() gives the same
 greedy tokens, and does what is not done here (beams, assistants, processors of logits).
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from llava.errors import UserError
 from llava.model.kv_cache.cache import AdaptiveCache
+from llava.model.language_model.decode_step import Stepper
+from llava.model.language_model.prefill import StaticPrefills
 from llava.model.prepared import PreparedPrompt
 from llava.model.sampling import Chooser, Sampling
 from llava.model.text_stream import TextStream
@@ -54,8 +57,8 @@ class Generated:
 class Engine:
     """Generates with one model, one batch after another. Not for several threads at once.
 
-    tokenizer: for texts and stop strings; None for token ids alone. graphs: whether to capture decode steps; None: where
-    the model is on one CUDA device. rank_beside: on CUDA, let A-VL's re-ranking run on a side stream, beside the layers
+    tokenizer: for texts and stop strings; None for token ids alone. graphs: whether to capture CUDA graphs; None: where the
+    model is on one CUDA device. rank_beside: on CUDA, let A-VL's re-ranking run on a side stream, beside the layers
     that follow (same tokens).
     """
 
@@ -69,6 +72,7 @@ class Engine:
         self.ends = end_tokens(model, tokenizer)
         self.pad = pad_token(model, tokenizer)
         self._captured: OrderedDict[tuple, CapturedSteps] = OrderedDict()
+        self._prefills = StaticPrefills(model) if self.graphs else None
 
     def generate(self, prepared: PreparedPrompt, sampling: Sampling | Sequence[Sampling] | None = None) -> Generated:
         """Answer every row of a batch. sampling: for all rows, or one for each; None is greedy, up to 128 tokens."""
@@ -82,6 +86,11 @@ class Engine:
     ) -> BatchGeneration:
         """As generate, step by step: iterate over it for what each step adds, and ask it for result() at the end."""
         return BatchGeneration(self, prepared, sampling, streamed=True)
+
+    def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
+        """[B, V] logits of the first new token, the prompts filled into an empty cache."""
+        logits = None if self._prefills is None else self._prefills(prepared, cache)
+        return self.model.prefill(prepared, cache) if logits is None else logits
 
     def steps_for(self, cache: AdaptiveCache) -> PlainSteps | CapturedSteps:
         """What runs the decode steps on a prefilled cache."""
@@ -175,7 +184,7 @@ class BatchGeneration:
         steps = max(one.max_new_tokens for one in self.sampling) - 1  # the last token is never fed back
         multiple = MULTIPLE if engine.graphs else 1
         cache = prepared.caching.cache(-(-steps // multiple) * multiple, multiple)
-        logits = engine.model.prefill(prepared, cache)
+        logits = engine.prefill(prepared, cache)
         self._steps = engine.steps_for(cache)
         self.cache = self._steps.cache
         return logits
@@ -199,12 +208,12 @@ class PlainSteps:
     """Decode steps one after another, as they are."""
 
     def __init__(self, model, cache: AdaptiveCache):
-        self.model, self.cache = model, cache
+        self._step, self.cache = step_of(model), cache
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B] -> logits [B, V] of those that follow."""
         self.cache.begin_step(1)
-        return self.model.decode_step(tokens, self.cache)
+        return self._step(tokens, self.cache)
 
 
 class CapturedSteps:
@@ -215,7 +224,7 @@ class CapturedSteps:
     """
 
     def __init__(self, model, cache: AdaptiveCache):
-        self.model, self.cache = model, cache
+        self._step, self.cache = step_of(model), cache
         self._tokens = cache.shifts.new_zeros(cache.shifts.shape[1])
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._logits: dict[bool, Tensor] = {}
@@ -232,14 +241,19 @@ class CapturedSteps:
         kind = self.cache.update_step
         if kind not in self._ran:
             self._ran.add(kind)
-            return self.model.decode_step(self._tokens, self.cache)
+            return self._step(self._tokens, self.cache)
         if kind not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._logits[kind] = self.model.decode_step(self._tokens, self.cache)
+                self._logits[kind] = self._step(self._tokens, self.cache)
             self._graphs[kind] = graph
         self._graphs[kind].replay()
         return self._logits[kind]
+
+
+def step_of(model) -> Callable[[Tensor, AdaptiveCache], Tensor]:
+    """What a decode step of a model is: the short form where its layers are such, else its layers as they are."""
+    return Stepper.of(model) or model.decode_step
 
 
 def end_tokens(model, tokenizer=None) -> set[int]:

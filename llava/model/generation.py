@@ -9,6 +9,7 @@ from transformers.generation import GenerationMode
 from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.model.kv_cache.cache import AdaptiveCache, Caching
+from llava.model.language_model.prefill import prefill
 from llava.model.prepared import PreparedPrompt
 
 
@@ -51,6 +52,8 @@ class LlavaGeneration:
 
         Returns [B, V] float32 logits of each row's first new token; those of the other positions are not computed.
         """
+        if prepared.dropping is None:
+            return prefill(self, prepared, cache)
         output = self.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
@@ -121,12 +124,13 @@ class LlavaGeneration:
 
 
 def _report_survivors(prepared: PreparedPrompt) -> None:
-    """After prefill: what each cut inside the LLM has left of each image, in its selection's report."""
+    """After prefill: where each cut inside the LLM was and what it has left of each image, in its selection's report."""
     if prepared.dropping is None:
         return
     for row, selections in enumerate(prepared.selections):
         for image, selection in enumerate(selections):
             selection.report["survivors"] = prepared.dropping.survivors(row, image)
+            selection.report["cuts"] = prepared.dropping.places(row, image)
 
 
 def check_cache(cache, caching: Caching) -> None:

@@ -52,7 +52,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     turn_markers  token ids of the conversation template's turn markers, for text_scope="turn"
     question_words  token ids -> string, for methods that read the question with another model's tokenizer
     last_selection  what was kept for the last batch, per image; a convenience for notebooks. Under a method inside the
-                  LLM its report["survivors"] has the slots that are left after each cut.
+                  LLM its report["survivors"] has the slots that are left after each cut, and report["cuts"] where it was.
     """
 
     # Layers of the tower above the one whose features are used, buffers that old versions saved, and the newline token

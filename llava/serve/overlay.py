@@ -1,29 +1,56 @@
-"""Draws which vision tokens each method kept of one image: methods side by side, dropped patches dark.
+"""Draws which vision tokens each method kept of one image, why, and at what cost: methods side by side on one page.
+
+    python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm --tokens 144 -o out.png
+
+runs the methods (llava/serve/overlay_command.py). The page alone, of selections that are there already:
 
     picture = draw_overlay(image, tile_plan(image.size, model.config), side, {"adav": selection}, {"adav": "red"})
     picture.save("kept.png")
 
-Geometry comes from the TilePlan that cut the image; nothing here knows a model. Imports no torch.
+In all functions: image: the picture as it was opened, any mode; plan: how it was cut into tiles (llava.mm_utils.tile_plan);
+side: patches per tile side. All return PIL images. Imports no torch.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from llava.serve.blocks import (
+    GAP,
+    beside,
+    flowed,
+    framed,
+    grid,
+    heat_scale,
+    legend,
+    section,
+    shelves,
+    split_bar,
+    stacked,
+    view_block,
+)
+from llava.serve.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, text_block
+from llava.serve.views import (
+    heat_views,
+    kept_at,
+    kept_views,
+    left_of,
+    places_of,
+    survivors_of,
+)
 
 if TYPE_CHECKING:
     from llava.mm_utils import TilePlan
     from llava.model.token_selection import Selection
 
-VIEW, THUMBNAIL = 384, 240  # pixels: the longer side of a view of the crops (or the only tile), of tile 0 beside crops
-GAP, LINE, TEXT = 14, 19, 14  # pixels: between things, between text lines, size of letters
-DARK = 0.3  # brightness that a dropped patch keeps
-OUTLINE = (255, 214, 0)
-PAGE, INK, FAINT = (250, 250, 250), (20, 20, 20), (110, 110, 110)
-PADDING, PADDING_LINE = (150, 150, 150), (190, 190, 190)
+PANEL, ROOM = 300, 460  # pixels: the least width of a panel; views stand beside each other where so much is enough
+STAGE = 0.42  # size of a view of one stage or step, against full size
+MOST_STAGES = 12  # views in a row of stages; of more cuts these are drawn, evenly spread
+TEXT_COLOR, SALIENCY_COLOR = (0, 130, 140), (215, 105, 20)
 
 
 def draw_overlay(
@@ -34,114 +61,183 @@ def draw_overlay(
     answers: dict[str, str] | None = None,
     title: str = "",
     columns: int = 4,
+    *,
+    subtitle: str = "",
+    notes: dict[str, Sequence[str]] | None = None,
+    why: bool = False,
+    sections: dict[str, Image.Image] | None = None,
+    footer: str = "",
 ) -> Image.Image:
-    """One panel per method: its name, how many tokens it kept, its answer, and the patches that they stand for.
+    """One panel per method: its name, how many tokens it kept, the patches that they stand for, its answer.
 
-    image:      the picture as it was opened, any mode
-    plan:       how it was cut into tiles (llava.mm_utils.tile_plan)
-    side:       patches per tile side
     selections: method name (or any other label) -> what it kept of this image
     answers:    label -> answer, where there is one
-    title:      a line above everything, for example the question
+    title:      above everything, for example the question; subtitle: smaller, under it
     columns:    panels beside each other
+    notes:      label -> lines under its answer, for example measured costs
+    why:        also heat maps of both scores of AdaV, and what is left after each cut of methods inside the LLM, where
+                the selections' reports have them
+    sections:   title -> further picture under the panels (llava.serve.overlay_cache); footer: small print at the end
 
     An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a
-    square, and the crops put back where they were cut. Padding is hatched. Tokens that are no patch (newline, merged)
-    count as kept but have no place to be drawn.
+    square, and the crops put back where they were cut. Padding is hatched. Of a method inside the LLM what its last cut
+    has left is drawn. Tokens that are no patch (newline, merged) are counted, and have no place to be drawn.
     """
     image = image.convert("RGB")
-    panels = [_panel(name, kept_views(image, plan, side, kept), kept, answers) for name, kept in selections.items()]
-    columns = max(1, min(columns, len(panels)))
-    width = max((panel.width for panel in panels), default=VIEW)
-    height = max((panel.height for panel in panels), default=0)
-    top = GAP + (LINE + GAP if title else 0)
-    rows = -(-len(panels) // columns)
-    page = Image.new("RGB", (GAP + columns * (width + GAP), top + rows * (height + GAP)), PAGE)
-    if title:
-        _write(page, (GAP, GAP), title, INK, page.width - 2 * GAP)
-    for nth, panel in enumerate(panels):
-        page.paste(panel, (GAP + nth % columns * (width + GAP), top + nth // columns * (height + GAP)))
-    return page
-
-
-def kept_views(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> list[tuple[str, Image.Image]]:
-    """(label, picture) of the views of an RGB image: the only tile, or tile 0 and the canvas of crops."""
-    places = list(zip(*(getattr(selection, name).tolist() for name in ("tile", "row", "column")), strict=True))
-    if plan.grid is None:
-        kept = np.zeros((side, side), dtype=bool)
-        for tile, row, column in places:
-            if tile == 0:
-                kept[row, column] = True
-        return [("", _view(image, plan.canvas, plan.resized, plan.offset, kept, VIEW))]
-    across, down = plan.grid
-    whole = np.zeros((side, side), dtype=bool)
-    crops = np.zeros((down * side, across * side), dtype=bool)
-    for tile, row, column in places:
-        if tile == 0:
-            whole[row, column] = True
-        elif tile > 0:
-            crop_row, crop_column = divmod(tile - 1, across)
-            crops[crop_row * side + row, crop_column * side + column] = True
-    square = (plan.tile_size, plan.tile_size)
-    return [
-        ("the whole image as one tile", _view(image, square, square, (0, 0), whole, THUMBNAIL)),
-        (f"{across} x {down} crops", _view(image, plan.canvas, plan.resized, plan.offset, crops, VIEW)),
+    panels = [
+        _panel(name, image, plan, side, selection, answers, (notes or {}).get(name, ()))
+        for name, selection in selections.items()
     ]
+    columns = max(1, min(columns, len(panels)))
+    parts = [grid(panels, columns)] if panels else [Image.new("RGB", (PANEL, 1), PAGE)]
+    maps = {}
+    for name, kept in selections.items():
+        if why and has_scores(kept):
+            split = f"{kept.report['k_text']} by the question : {kept.report['k_saliency']} by saliency"
+            maps[f"{name}: why these tokens ({split})"] = draw_scores(image, plan, side, kept)
+    if len(panels) == len(maps) == 1:  # the heat maps of a single method stand beside it
+        parts, maps = [beside([parts[0], *maps.values()], 2 * GAP)], {}
+    sections = sections or {}
+    width = max([parts[0].width, 2 * PANEL, *(picture.width for picture in [*maps.values(), *sections.values()])])
+    room = width if width < 3 * ROOM else (width - 2 * GAP) // 2
+    for name, kept in selections.items():
+        if why and kept.report.get("survivors"):
+            maps[f"{name}: what is left inside the LLM"] = draw_stages(image, plan, side, kept, room)
+    parts += shelves([section(text, picture) for text, picture in [*maps.items(), *sections.items()]], width)
+    top = [text_block(title, width, LARGE, INK, 3, bold=True)] if title else []
+    top += [text_block(subtitle, width, SMALL, FAINT, 3)] if subtitle else []
+    ends = [legend(_meanings(plan, side, selections, why), width)]
+    ends += [text_block(footer, width, SMALL, FAINT, 8)] if footer else []
+    return framed([*([stacked(top)] if top else []), *parts, stacked(ends)])
 
 
-def _view(image, canvas, resized, offset, kept: np.ndarray, longest: int) -> Image.Image:
-    """The image (resized, at an offset, on a canvas; all in canvas pixels) with dropped patches darkened.
+def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> Image.Image:
+    """Heat maps of both scores of an AdaV selection, and how its budget was split between them.
 
-    kept: bool [rows, columns] over the canvas. Every patch is drawn as a square of the same whole number of pixels.
+    Reads report["text_score"] and report["saliency_score"] [N], report["k_text"] and report["k_saliency"]. What was kept
+    is outlined, by whichever score. UserError where the report has no scores.
     """
-    rows, columns = kept.shape
-    cell = max(5, longest // max(rows, columns))
-    scale_x, scale_y = columns * cell / canvas[0], rows * cell / canvas[1]
-    left, top = round(offset[0] * scale_x), round(offset[1] * scale_y)
-    right, bottom = round((offset[0] + resized[0]) * scale_x), round((offset[1] + resized[1]) * scale_y)
-    picture = _hatched(columns * cell, rows * cell)
-    picture.paste(image.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BICUBIC), (left, top))
+    from llava.errors import UserError
+    from llava.mm_utils import NEWLINE, merge_order
 
-    bright = np.kron(kept, np.ones((cell, cell), dtype=bool))
-    pixels = np.asarray(picture)
-    pixels = np.where(bright[..., None], pixels, (pixels * DARK).astype(np.uint8))
-    # A kept pixel is outline where it touches a dropped patch or the edge of the view.
-    framed = np.pad(bright, 1)
-    inside = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
-    pixels[bright & ~inside] = OUTLINE
-    return Image.fromarray(pixels)
+    if not has_scores(selection):
+        raise UserError("the selection's report has no scores to draw; allowed are selections of adav and adav_cover")
+    report, tokens = selection.report, merge_order(plan, side).tolist()
+    places = [(-1, -1, -1) if at == NEWLINE else (at // side**2, at % side**2 // side, at % side) for at in tokens]
+    k_text, k_saliency = report["k_text"], report["k_saliency"]
+    share = k_text / max(1, k_text + k_saliency)
+    maps = []
+    for name, by, count, bar, color in (
+        ("text_score", "Closeness to the question", k_text, (0, share), TEXT_COLOR),
+        ("saliency_score", "Saliency ([CLS] attention)", k_saliency, (share, 1), SALIENCY_COLOR),
+    ):
+        scores = np.nan_to_num(np.array(report[name].tolist()), nan=0.0)
+        if len(scores) != len(places):
+            raise UserError(f"the selection has {len(scores)} scores, but this image {len(places)} tokens")
+        largest = float(scores.max(initial=0))
+        # The root: a softmax gives most patches a hundredth of the best one, which would all be black.
+        levels = np.sqrt(scores.clip(0) / largest) if largest > 0 else np.zeros(len(scores))
+        views = view_block(heat_views(image, plan, side, places, levels, places_of(selection)), ROOM)
+        width = max(PANEL, views.width)
+        maps.append(
+            stacked(
+                [
+                    text_block(by, width, LARGE, INK, 1, bold=True),
+                    text_block(f"{count} of {k_text + k_saliency} tokens by this score", width, SIZE, FAINT, 1),
+                    views,
+                    split_bar(width, *bar, color),
+                    heat_scale(width, "0", f"{largest:.2g}"),
+                ]
+            )
+        )
+    return beside(maps)
 
 
-def _hatched(width: int, height: int) -> Image.Image:
-    diagonal = np.add.outer(np.arange(height), np.arange(width)) % 8 < 2
-    return Image.fromarray(np.where(diagonal[..., None], PADDING_LINE, PADDING).astype(np.uint8))
+def draw_stages(
+    image: Image.Image, plan: TilePlan, side: int, selection: Selection, width: int = 4 * ROOM
+) -> Image.Image:
+    """What is left of an image before and after each cut inside the LLM, one small view per stage, in rows of `width`.
+
+    Reads report["survivors"] and report["cuts"], where each was.
+    """
+    stages, where = selection.report["survivors"], selection.report["cuts"]
+    shown = np.unique(np.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().astype(int)).tolist()
+    blocks = [_stage(image, plan, side, places_of(selection), "enters the LLM")]
+    blocks += [_stage(image, plan, side, survivors_of(selection, stages[nth]), where[nth]) for nth in shown]
+    row = flowed(blocks, width)
+    if len(shown) == len(stages):
+        return row
+    return stacked([row, text_block(f"{len(shown)} of {len(stages)} cuts are drawn", width, SMALL, FAINT, 1)])
 
 
-def _panel(name: str, views, selection: Selection, answers: dict[str, str] | None) -> Image.Image:
-    width = max(220, *(view.width for _, view in views))
-    lines = [(f"{name}: {len(selection.indices)} of {selection.total} tokens", INK)]
+def has_scores(selection: Selection) -> bool:
+    """Whether a selection's report has both scores of AdaV."""
+    return {"text_score", "saliency_score", "k_text", "k_saliency"} <= selection.report.keys()
+
+
+def counted(selection: Selection) -> str:
+    """What is left of an image in words: "58 of 420 tokens (12 newline, 3 merged)"."""
+    if not selection.total:
+        return "no vision token"  # the tower did not even run
+    left = left_of(selection)
+    patches = [place for place in left if place[0] >= 0]
+    repeated = len(patches) - len(set(patches))
+    stages = selection.report.get("survivors")
+    numbers = selection.indices.tolist()
+    if stages:
+        numbers = [numbers[slot] if slot >= 0 else -1 for slot in stages[-1].tolist()]
+    made = sum(number < 0 for number in numbers)
+    kinds = ((len(left) - len(patches) - made, "newline"), (made, "made"), (repeated, "twice"))
+    extra = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+    where = " after the last cut" if stages else ""
+    return f"{len(left)} of {selection.total} tokens{where}" + (f" ({extra})" if extra else "")
+
+
+def _panel(name, image, plan, side, selection, answers, notes) -> Image.Image:
+    views = view_block(kept_views(image, plan, side, selection), ROOM)
+    width = max(PANEL, views.width)
+    blocks = [
+        text_block(name, width, LARGE, INK, 1, bold=True),
+        text_block(counted(selection), width, SIZE, FAINT, 1),
+        views,
+    ]
     if answers is not None:
-        lines.append((f"answer: {answers.get(name, '-')}", INK))
-    height = LINE * len(lines) + sum(view.height + 6 + (LINE if label else 0) for label, view in views)
-    panel = Image.new("RGB", (width, height), PAGE)
-    y = 0
-    for line, color in lines:
-        _write(panel, (0, y), line, color, width)
-        y += LINE
-    for label, view in views:
-        if label:
-            _write(panel, (0, y), label, FAINT, width)
-            y += LINE
-        panel.paste(view, (0, y))
-        y += view.height + 6
-    return panel
+        blocks.append(text_block(f"answer: {answers.get(name, '-') or '(empty)'}", width, SIZE, INK, 6, bold=True))
+    return stacked(
+        [*blocks, *([stacked([text_block(note, width, SMALL, INK, 2) for note in notes], 1)] if notes else [])]
+    )
 
 
-def _write(picture: Image.Image, place: tuple[int, int], text: str, color, width: int) -> None:
-    """One line of text, cut to `width` pixels."""
-    font = ImageFont.load_default(TEXT)
-    text = " ".join(str(text).split())[:width]  # no letter is narrower than a pixel
-    if font.getlength(text) > width:
-        fits = bisect_right(range(len(text)), width, key=lambda n: font.getlength(text[:n] + "..."))
-        text = text[: max(0, fits - 1)] + "..."
-    ImageDraw.Draw(picture).text(place, text, color, font)
+def _stage(image, plan, side, places, label: str) -> Image.Image:
+    views = beside([view for _, view in kept_at(image, plan, side, places, STAGE)], 6)
+    width = max(views.width, 120)
+    told = [text_block(label, width, SMALL, INK, 1), text_block(f"{len(places)} tokens", width, SMALL, FAINT, 1)]
+    return stacked([*told, views], 2)
+
+
+def width_of(columns: int) -> int:
+    """Pixels that a page of so many columns may take: what draw_caches can be given as `width`."""
+    return max(3, columns) * (ROOM + GAP) - GAP
+
+
+def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: bool) -> list[tuple]:
+    """The legend: what can be seen on this page, and no more."""
+    entries = [("kept", "kept"), ("dropped", "dropped")]
+    if plan.resized != plan.canvas and plan.offset[0] >= 0 and plan.offset[1] >= 0:
+        entries.append(("padding", "padding, no part of the image"))
+    if why and any(map(has_scores, selections.values())):
+        entries += [("heat", "score, as its root: 0 to the largest"), ("chosen", "kept, by either score")]
+    words = " ".join(counted(selection) for selection in selections.values())
+    if "newline" in words:
+        entries.append(("", "newline: tokens that end a row of patches; counted, no patch to draw"))
+    if "made" in words:
+        entries.append(("", "made: tokens merged of several patches; counted, no one place to draw"))
+    if "twice" in words:
+        entries.append(("", "twice: patches that the method feeds to the LLM a second time"))
+    return entries
+
+
+if __name__ == "__main__":
+    from llava.serve.overlay_command import main
+
+    main()

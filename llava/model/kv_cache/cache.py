@@ -49,7 +49,8 @@ class AdaptiveCache(Cache):
 
     def __init__(self, caching: Caching, steps: int, multiple: int = 1):
         layer = ContiguousLayer if caching.policy.contiguous else LayerCache
-        super().__init__(layers=[layer(caching.policy, steps, multiple) for _ in range(caching.layers)])
+        constants: dict = {}
+        super().__init__(layers=[layer(caching.policy, steps, multiple, constants) for _ in range(caching.layers)])
         self.caching, self.limit = caching, steps
         self.steps = 0  # decode steps so far
         self._side: torch.cuda.Stream | None = None
@@ -66,8 +67,11 @@ class AdaptiveCache(Cache):
         """Forget everything: the cache is as new."""
         self.__init__(self.caching, self.limit)
 
-    def begin_prefill(self, batch: int, length: int) -> None:
-        """Prefill of a padded batch begins; sampling several answers at once repeats each row."""
+    def begin_prefill(self, batch: int, length: int, right: bool = False) -> None:
+        """Prefill of a padded batch begins; sampling several answers at once repeats each row.
+
+        right: rows are padded on the right, not on the left.
+        """
         prompts = self.caching.prompts
         times, rest = divmod(batch, len(prompts))
         if rest or not times or length != max(prompt.length for prompt in prompts):
@@ -79,7 +83,7 @@ class AdaptiveCache(Cache):
         self._entered = [sum(count for _, count in row.images) for row in self.rows]
         self._positions = (self.caching.next_positions - 1).repeat_interleave(times, dim=0)
         self.shifts = torch.zeros(1, batch, 1, dtype=torch.long, device=self._positions.device)
-        self.length = length
+        self.length, self._right = length, right
 
     def end_prefill(self, numbering: list[int], shifts: list[Tensor]) -> None:
         """Layers count positions anew: layer l of a row lies shifts[numbering[l]] [B] below the whole prompt's."""
@@ -87,7 +91,8 @@ class AdaptiveCache(Cache):
 
     def fill(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Store what stays of the prompt in one layer, whose attention has just seen it (LayerCache.fill)."""
-        self.layers[layer].fill(query, key, value, scaling, self.rows, self._entered)
+        starts = [0 if self._right else key.shape[2] - row.length for row in self.rows]
+        self.layers[layer].fill(query, key, value, scaling, self.rows, starts, self._entered)
 
     def begin_step(self, tokens: int) -> None:
         """A decode step with `tokens` new tokens per row begins: the host's part of it."""
@@ -132,7 +137,7 @@ class AdaptiveCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for name, tensor in theirs.tensors().items():
                 getattr(mine, name).copy_(tensor)
-            mine.plans = theirs.plans
+            mine.plans, mine.stayed = theirs.plans, theirs.stayed
         self._positions.copy_(other._positions)
         self.shifts.copy_(other.shifts)
         self.caching, self.steps, self.length, self.rows = other.caching, other.steps, other.length, other.rows

@@ -22,10 +22,11 @@ from llava.model.token_selection.base import lowest_index_topk
 
 
 class _Entries(NamedTuple):
-    """What stays of one row: slots [G, n] of the row, in storage order; the core [c] among the image entries, counted
-    from the first of them; scores [G, t] of the evictable ones, where they are ranked."""
+    """What stays of one row: slots [G, n] of the row, in storage order; which of its image tokens [n] stay, ascending; the
+    core [c] among those; scores [G, t] of the evictable ones, where they are ranked."""
 
     index: Tensor
+    image: Tensor
     core: Tensor
     scores: Tensor | None
 
@@ -33,8 +34,10 @@ class _Entries(NamedTuple):
 class LayerCache(CacheLayerMixin):
     """Keys and values of one layer for a batch, under one policy.
 
-    multiple: slots and lists are rounded up to a multiple of it.
-    After prefill: keys, values [B, G, C, d]; plans: per row, its counts; front_len, image_len, core_len int32 [B];
+    multiple: slots and lists are rounded up to a multiple of it. constants: numbers that are on the device already, shared by
+    the layers of a cache, which mostly have the same: sending them anew would wait for the device every time.
+    After prefill: keys, values [B, G, C, d]; plans: per row, its counts; stayed: per row, which of the image tokens that
+    the layer saw are stored, int32 [n] ascending (no list under Full, which stores all of them); front_len, image_len, core_len int32 [B];
     image, core int32 [B, N] slots of all stored and of the core's image entries; text int32 [B, G, T]: the slots of the
     evictable region, live ones first and oldest first, then the slot that the next entry will take; text_len int32
     [B, G].
@@ -42,9 +45,11 @@ class LayerCache(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, policy: CachePolicy, steps: int, multiple: int = 1):
+    def __init__(self, policy: CachePolicy, steps: int, multiple: int = 1, constants: dict | None = None):
         super().__init__()
+        self._constants = {} if constants is None else constants
         self.policy, self.steps, self._multiple, self._scorer = policy, steps, multiple, policy.scorer
+        self.stayed: list[Tensor] = []
         self.side = (
             None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
         )
@@ -82,11 +87,18 @@ class LayerCache(CacheLayerMixin):
     # --- prefill -------------------------------------------------------------------------------------------------
 
     def fill(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, rows: list[RowSpans], entered: list[int]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rows: list[RowSpans],
+        starts: list[int],
+        entered: list[int],
     ) -> None:
-        """Store what stays of a prompt: query [B, H, S, d], key, value [B, G, S, d], rotated, padded left.
+        """Store what stays of a prompt: query [B, H, S, d], key, value [B, G, S, d], rotated, padded on either side.
 
-        rows: what is in them; entered: per row, image tokens that entered the LLM. Scores are computed here, from the
+        rows: what is in them, starts: from which slot on; entered: per row, image tokens that entered the LLM. Scores are computed here, from the
         rows of attention that the policy reads.
         """
         if self.is_initialized:
@@ -96,17 +108,18 @@ class LayerCache(CacheLayerMixin):
             self.policy.plan(Counts(*map(len, parts), entered=n)) for parts, n in zip(regions, entered, strict=True)
         ]
         if isinstance(self.policy, Full):
-            self._fill_whole(key, value, [row.length for row in rows])
+            self._fill_whole(key, value, rows, starts)
             return
         chosen = []
-        for b, (row, plan, parts) in enumerate(zip(rows, self.plans, regions, strict=True)):
-            pad = key.shape[2] - row.length
-            attention = RowAttention(query[b, :, pad:], key[b, :, pad:], scaling)
+        own = [slice(start, start + row.length) for row, start in zip(rows, starts, strict=True)]
+        for b, (plan, parts) in enumerate(zip(self.plans, regions, strict=True)):
+            attention = RowAttention(query[b, :, own[b]], key[b, :, own[b]], scaling)
             chosen.append(_choose(self.policy, plan, attention, key.shape[1], [part.to(key.device) for part in parts]))
+        self.stayed = [entries.image.int() for entries in chosen]
         self._allocate(key)
-        for b, (row, entries) in enumerate(zip(rows, chosen, strict=True)):
+        for b, (start, entries) in enumerate(zip(starts, chosen, strict=True)):
             slots = entries.index.shape[1]
-            index = (entries.index + key.shape[2] - row.length)[..., None].expand(-1, -1, key.shape[-1])
+            index = (entries.index + start)[..., None].expand(-1, -1, key.shape[-1])
             self.keys[b, :, :slots] = key[b].gather(1, index)
             self.values[b, :, :slots] = value[b].gather(1, index)
             self.core[b, : len(entries.core)] = self.plans[b].front + entries.core
@@ -114,16 +127,16 @@ class LayerCache(CacheLayerMixin):
                 self.scores[b, :, : entries.scores.shape[1]] = entries.scores
         self.is_initialized = True
 
-    def _fill_whole(self, key: Tensor, value: Tensor, lengths: list[int]) -> None:
+    def _fill_whole(self, key: Tensor, value: Tensor, rows: list[RowSpans], starts: list[int]) -> None:
         """Nothing is evicted, now or later: rows are stored as they are, without their padding."""
         self._allocate(key)
         total = key.shape[2]
         for storage, states in ((self.keys, key), (self.values, value)):
-            if min(lengths) == total:
+            if all(row.length == total for row in rows):
                 storage[:, :, :total] = states
                 continue
-            for b, length in enumerate(lengths):
-                storage[b, :, :length] = states[b, :, total - length :]
+            for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+                storage[b, :, : row.length] = states[b, :, start : start + row.length]
         self.is_initialized = True
 
     def _allocate(self, key: Tensor) -> None:
@@ -132,8 +145,11 @@ class LayerCache(CacheLayerMixin):
         slots = self._rounded(max(plan.slots(steps) for plan in plans))
         self.keys, self.values = (key.new_zeros(batch, heads, slots, size) for _ in range(2))
 
-        def numbers(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def numbers(values: list) -> Tensor:
+            key = str(values), device
+            if key not in self._constants:
+                self._constants[key] = torch.tensor(values, dtype=torch.int32, device=device)
+            return self._constants[key].clone()
 
         front = [plan.front for plan in plans]
         self.front_len = numbers(front)
@@ -235,13 +251,13 @@ def _choose(
     if policy.whole:
         before, image, text = before[:0], image[:0], torch.cat(regions).sort().values
     stay = plan.image if policy.interval > 0 else plan.front - len(before)
-    core = torch.arange(plan.core, device=image.device)
+    held, core = (torch.arange(count, device=image.device) for count in (len(image), plan.core))
     if stay < len(image) or plan.core < plan.image:
         paid = attention.mean(text.new_tensor([attention.length - 1]))[image]
         best = lowest_index_topk(paid, stay)
-        kept = best.sort().values
-        core = torch.searchsorted(kept, best[: plan.core].sort().values)
-        image = image[kept]
+        held = best.sort().values
+        core = torch.searchsorted(held, best[: plan.core].sort().values)
+        image = image[held]
     scores, text = None, text.expand(heads, -1)
     if policy.scorer is not None:
         scores, count, left = policy.scorer.start(attention, heads, text[0]), text.shape[1], plan.text(0)
@@ -251,4 +267,5 @@ def _choose(
             recent = torch.arange(old, count, device=text.device).expand(heads, -1)
             kept = torch.cat([kept, recent], dim=1)
             scores, text = scores.gather(1, kept), text.gather(1, kept)
-    return _Entries(torch.cat([before.expand(heads, -1), image.expand(heads, -1), text], dim=1), core, scores)
+    index = torch.cat([before.expand(heads, -1), image.expand(heads, -1), text], dim=1)
+    return _Entries(index, held, core, scores)

@@ -187,6 +187,11 @@ class DroppingDecoder:
                     f"{name} does not go with methods inside the LLM and adaptive KV caches: layers differ in their tokens"
                 )
 
+    def refuse_attention(self, tokens: int) -> None:
+        """Say so where a prompt of so many tokens cannot be prefilled whole (prefill.py)."""
+        self._refuse(None, {})
+        self._refuse_beyond_window(tokens)
+
     def _refuse_beyond_window(self, tokens: int) -> None:
         window = getattr(self.config, "sliding_window", None)
         if window is not None and tokens > window:

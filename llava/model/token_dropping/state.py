@@ -17,7 +17,7 @@ from llava.errors import UserError
 from llava.model.kv_cache.base import RowSpans
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_dropping.base import Choice, Dropper, ImageSlots
-from llava.model.token_dropping.plan import Cut, LayerTokens, layer_tokens
+from llava.model.token_dropping.plan import AFTER, BEFORE, INSIDE, Cut, LayerTokens, layer_tokens
 
 
 @dataclass
@@ -112,6 +112,11 @@ class Dropping:
             now = torch.cat([now, torch.full((len(record.sources),), -1)])[record.order.cpu()]
             after.append(now)
         return after
+
+    def places(self, row: int, image: int) -> list[str]:
+        """Where each cut of an image was, in words, layers counted from 1: "after layer 2", "in layer 3"."""
+        words = {AFTER: "after layer {}", INSIDE: "in layer {}", BEFORE: "before layer {}"}[self.dropper.place]
+        return [words.format(record.layer + 1) for record in self.records[row][image]]
 
     def left_of_prompt(self, row: int) -> Tensor:
         """[s] slots of a row's prompt that are left after the last cut, in order; -1 for tokens that were made."""

@@ -1,0 +1,182 @@
+"""The overlay command: one image, one question, several methods, one picture.
+
+    python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm,... [--tokens 144] -o out.png
+        [--model-path M] [--model-base B] [--conv-mode C] [--config FILE] [--repeats 5] [--steps 6] [--layer L] [flags]
+
+Per method: the patches that it kept, its answer and what it cost; heat maps of AdaV's scores; what is left after each cut of
+methods inside the LLM; under A-VL (--vision-adaptive-attention true) the cache after each decode step, which -o out.gif
+shows one after another. Any key of adav_configs.json is a flag and holds for all methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_conversation
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, names, positive
+from llava.eval.checkpoints import find_checkpoint
+
+DEMO = "playground/llava-shapes-v1.6"
+SUFFIXES = (".png", ".gif")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.serve.overlay", description=__doc__.split("\n")[0])
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--methods", type=names, required=True, help="names with commas between them")
+    parser.add_argument("--tokens", type=positive, help="vision tokens per image, all tiles together: overall_tokens")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a .png, or under A-VL a .gif")
+    parser.add_argument(
+        "--model-path", "--ckpt", default=DEMO, help=f"folder or hub name (default: the demo checkpoint {DEMO})"
+    )
+    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=positive, default=64, help="(64)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each method (5)")
+    parser.add_argument("--steps", type=positive, default=6, help="decode steps of A-VL's cache to show (6)")
+    parser.add_argument("--layer", type=positive, help="layer whose cache is shown, from 1 (default: most layers)")
+    parser.add_argument("--columns", type=positive, default=4, help="methods beside each other (4)")
+    parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
+    add_config_flags(parser)
+    return parser.parse_args(argv)
+
+
+def configurations(args: argparse.Namespace) -> dict[str, AdaVConfig]:
+    """Method -> the configuration file with the command line's overrides, and that method."""
+    overrides = config_overrides(args)
+    if "method" in overrides:
+        raise UserError("--method names one method, allowed here is --methods with one or several")
+    if args.tokens:
+        if overrides.get("overall_tokens", args.tokens) != args.tokens:
+            raise UserError(
+                f"--tokens is {args.tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
+            )
+        overrides["overall_tokens"] = args.tokens
+    return {name: AdaVConfig.load(args.config, method=name, **overrides) for name in args.methods}
+
+
+def check(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> None:
+    """UserError for what can be told without the checkpoint."""
+    if args.output.suffix.lower() not in SUFFIXES:
+        raise UserError(f"-o is {args.output}, allowed are names that end in {' or '.join(SUFFIXES)}")
+    if not args.output.parent.is_dir():
+        raise UserError(f"-o is {args.output}, but there is no folder {args.output.parent}")
+    if not args.question.strip():
+        raise UserError("--question is empty, allowed is some text")
+    if DEFAULT_IMAGE_TOKEN in args.question:
+        raise UserError(
+            f"--question has {DEFAULT_IMAGE_TOKEN} in it, allowed is text alone: the image is put before it"
+        )
+    first = next(iter(configs.values()))
+    adaptive = first.vision_adaptive_attention and first.cache_policy == "avl"
+    if args.output.suffix.lower() == ".gif" and not adaptive:
+        raise UserError(
+            f"-o is {args.output}: a .gif shows A-VL's cache step by step, which the configuration does not switch on; "
+            "add --vision-adaptive-attention true, or name a .png"
+        )
+    if args.layer and not adaptive:
+        raise UserError("--layer picks a layer of A-VL's cache, which needs --vision-adaptive-attention true")
+    if args.conv_mode is not None:
+        get_conversation(args.conv_mode)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    configs = configurations(args)
+    check(args, configs)
+    checkpoint = find_checkpoint(args.model_path)
+    from tqdm import tqdm
+
+    from llava.serve.images import ImageLimits, ImageRefused, picture_from_file
+    from llava.serve.lettering import legible
+    from llava.serve.overlay_run import OverlayRun
+
+    try:
+        image = picture_from_file(args.image, ImageLimits())
+    except ImageRefused as error:
+        raise UserError(f"--image: {error}") from None
+    first = next(iter(configs.values()))
+    run = OverlayRun(
+        checkpoint.folder,
+        image,
+        args.question,
+        first,
+        model_base=args.model_base,
+        conversation=args.conv_mode,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    layers = run.model.config.num_hidden_layers
+    if args.layer and args.layer > layers:
+        raise UserError(f"--layer is {args.layer}, allowed is 1 to {layers}")
+    with tqdm(total=len(configs) * (args.repeats + 2), desc="overlay", unit="run", disable=None) as bar:
+        looks = run.looks(configs, args.max_new_tokens, args.repeats, args.steps, bar.update)
+    for name, look in looks.items():
+        print(f"{name}: {look.answer}", f"{look.kept} of {look.total} vision tokens", *look.notes(), sep="\n  ")
+    print(f"{checkpoint.short_name}. {run.conditions(args.repeats)}")
+    if not legible(args.question):
+        print(
+            "note: no installed font has all letters of the question; boxes stand for those it lacks", file=sys.stderr
+        )
+    try:
+        save(args, run, looks, f"{checkpoint.short_name}. {describe(run, first)}")
+    except OSError as error:
+        raise UserError(f"-o is {args.output}, which cannot be written ({error.strerror or error})") from None
+    print(f"picture: {args.output}")
+
+
+def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
+    """Draw the page, or the frames of a GIF, and write it."""
+    from llava.serve.overlay import draw_overlay, width_of
+    from llava.serve.overlay_cache import cache_frames, draw_caches, save_frames
+
+    caches = {name: look.cache for name, look in looks.items() if look.cache is not None}
+    ending = past_the_end(looks, args.steps) if caches else ""
+    seen = {"image": run.image, "plan": run.plan, "side": run.side}
+    if args.output.suffix.lower() == ".gif":
+        if not caches:
+            raise UserError(f"-o is {args.output}, but the LLM reads no vision token under {', '.join(looks)}")
+        told = {"title": args.question, "columns": args.columns, "footer": f"{subtitle} {ending}"}
+        save_frames(cache_frames(**seen, caches=caches, layer=args.layer, **told), args.output)
+        return
+    room = width_of(min(args.columns, len(looks)))
+    strips = draw_caches(**seen, caches=caches, layer=args.layer, width=room) if caches else None
+    page = draw_overlay(
+        **seen,
+        selections={name: look.selection for name, look in looks.items()},
+        answers={name: look.answer for name, look in looks.items()},
+        title=args.question,
+        columns=args.columns,
+        subtitle=subtitle,
+        notes={name: look.notes() for name, look in looks.items()},
+        why=True,
+        sections={"A-VL: the image in the KV cache while answering": strips} if caches else None,
+        footer=f"{run.conditions(args.repeats)} {ending}",
+    )
+    page.save(args.output)
+
+
+def describe(run, config: AdaVConfig) -> str:
+    """What was asked of what, in a line."""
+    plan = run.plan
+    tiles = "one tile" if plan.grid is None else f"1 + {plan.grid[0]} x {plan.grid[1]} tiles"
+    width, height = plan.image_size
+    cache = {"full": "", "avl": " KV cache: A-VL.", "h2o": " KV cache: H2O."}[config.cache_policy]
+    return f"Image of {width} x {height} pixels as {tiles}. overall_tokens {config.overall_tokens}.{cache}"
+
+
+def past_the_end(looks: dict, steps: int) -> str:
+    """What to say where A-VL's cache was watched for longer than an answer took."""
+    shortest = min(look.new_tokens for look in looks.values())
+    if shortest > steps:
+        return ""
+    return f"For the KV cache, decoding went on past the end of answers ({shortest} tokens), so that {steps} steps can be seen."
