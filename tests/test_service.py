@@ -236,14 +236,21 @@ def test_one_bad_request_fails_alone(service, gate):
 
 def test_a_failure_in_the_middle(service):
     """After the first pieces there is no second try: the rows that were running fail."""
-    step = service.model.model.decode_step
+    engine = service.model.engine
+    steps_for = engine.steps_for
 
-    def breaks(tokens, cache):
-        if cache.steps == 4:
-            raise RuntimeError("broke")
-        return step(tokens, cache)
+    def breaking(cache):
+        steps = steps_for(cache)
 
-    service.model.model.decode_step = breaks
+        def step(tokens):
+            if cache.steps == 4:
+                raise RuntimeError("broke")
+            return steps(tokens)
+
+        step.cache = steps.cache
+        return step
+
+    engine.steps_for = breaking
     try:
         reply = service.submit(ask(ASKED[0], PICTURES[0]))
         pieces = []
@@ -251,8 +258,9 @@ def test_a_failure_in_the_middle(service):
             pieces.extend(reply)
         with pytest.raises(Failed, match="broke"):
             reply.result()
+        assert len(pieces) == 5
     finally:
-        service.model.model.decode_step = step
+        engine.steps_for = steps_for
     assert alone(service, ask(ASKED[0], PICTURES[0])).text.startswith(reply.text)
 
 
