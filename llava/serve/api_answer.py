@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from llava.errors import UserError
 from llava.serve.metrics import Metrics
-from llava.serve.openai_chat import Chat, Refused, chunk, completion, error_of, measured, new_id, usage
+from llava.serve.openai_answer import chunk, completion, measured, new_id, usage
+from llava.serve.openai_chat import Chat, Refused, error_of
 from llava.serve.reply import Answered, Failed, Reply
 from llava.serve.service import Closed
 

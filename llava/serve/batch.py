@@ -126,10 +126,11 @@ class LoadedModel:
         return budget if budget < len(outline.patches) else len(order)
 
     def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:
-        image = image.convert("RGB")
-        digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=32).digest()
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=32)
+        digest.update(image.tobytes())
         (pixels,) = process_images([image], self.image_processor, self.model.config, config.option("anyres"))
-        return Picture(digest, pixels, image.size)
+        return Picture(digest.digest(), pixels, image.size)
 
     # --- the model, in one thread -----------------------------------------------------------------------------------
 

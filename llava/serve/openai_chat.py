@@ -1,4 +1,4 @@
-"""The protocol of OpenAI's chat completions: request bodies read into what the service takes, answers written as it has them.
+"""The protocol of OpenAI's chat completions: request bodies read into what the service takes, and errors as it has them.
 
 What can be honoured is; what changes no answer is ignored (IGNORED); what would change it and is not there is refused
 unless it asks for nothing (NEUTRAL), as is every field that is not known. null is as good as absent.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.model.sampling import Sampling
 from llava.serve.images import ImageLimits, ImageRefused, picture_from_data_url, picture_from_folders
-from llava.serve.reply import Answered, Failed
+from llava.serve.reply import Failed
 from llava.serve.request import PromptTooLong, Request, Turn
 from llava.serve.service import Busy, Closed
 
@@ -61,8 +60,6 @@ EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MAX_STOPS = 4
 MAX_DEPTH = 32  # of nested arrays and objects
-# Below these, dividing and comparing in float32 breaks; the answer is the same by then.
-GREEDY_BELOW, TOP_P_FROM = 1e-3, 1e-6
 
 
 class Refused(UserError):
@@ -246,8 +243,7 @@ def _sampling(fields: dict, server: Server) -> Sampling:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise Refused(f"stop is not a string or a list of up to {MAX_STOPS} strings, none of them empty", "stop")
-    temperature = 0.0 if temperature < GREEDY_BELOW else float(temperature)
-    return Sampling(most, temperature, max(float(top_p), TOP_P_FROM), seed % 2**63, tuple(stop))
+    return Sampling(most, temperature, top_p, seed % 2**63, tuple(stop))
 
 
 def _typed(fields: dict, name: str, kind: type, default):
@@ -286,52 +282,7 @@ def _shown(value) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-def new_id() -> str:
-    return "chatcmpl-" + secrets.token_hex(12)
-
-
-def completion(ident: str, model: str, answered: Answered, config: AdaVConfig) -> dict:
-    """The whole answer as one object."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": answered.text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": answered.finish,
-    }
-    head = {"id": ident, "object": "chat.completion", "created": int(time.time()), "model": model}
-    return head | {"choices": [choice], "usage": usage(answered), "adav": measured(answered, config)}
-
-
-def chunk(ident: str, created: int, model: str, delta: dict | None, finish: str | None = None, **more) -> dict:
-    """One event of a streamed answer; delta None: an event without a choice."""
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-    head = {"id": ident, "object": "chat.completion.chunk", "created": created, "model": model}
-    return head | {"choices": choices} | more
-
-
-def usage(answered: Answered) -> dict:
-    """prompt_tokens are those that entered the LLM: vision tokens that were not kept are not among them."""
-    prompt, new = answered.prompt_tokens, answered.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-def measured(answered: Answered, config: AdaVConfig) -> dict:
-    """What the answer took, beside OpenAI's fields."""
-    (kept, total), (live, allocated) = answered.vision_tokens, answered.kv_bytes
-    return {
-        "method": config.method,
-        "overall_tokens": config.overall_tokens,
-        "vision_tokens": {"kept": kept, "of": total},
-        "seconds": {name: round(value, 6) for name, value in answered.seconds.items()},
-        "tokens_per_second": answered.tokens_per_second and round(answered.tokens_per_second, 3),
-        "kv_bytes": {"live": live, "allocated": allocated},
-        "prefill_flops": answered.prefill_flops,
-        "batch": answered.batch,
-        "images_reused": answered.images_reused,
-    }
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 def error_of(error: Exception) -> tuple[int, dict]:
