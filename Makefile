@@ -6,6 +6,8 @@
 # make test-all  also the long ones, and those of the extras, which it installs
 PYTHON ?= python3
 BIN := .venv/bin
+# On a terminal pip shows how far it is; in a log it says nothing.
+QUIET := $(shell test -t 2 || echo --quiet)
 # The test models are tiny: more threads than one only wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -15,7 +17,7 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install $(QUIET) --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: .venv/installed
@@ -28,8 +30,8 @@ lmms-eval: .venv/lmms-eval
 
 # Its own requirements would replace torch and transformers, so that it goes in without them.
 .venv/lmms-eval: .venv/installed scripts/lmms_eval/requirements.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --requirement scripts/lmms_eval/requirements.txt
-	$(BIN)/pip install --quiet --no-deps lmms_eval==0.7.3
+	$(BIN)/pip install $(QUIET) --constraint constraints.txt --requirement scripts/lmms_eval/requirements.txt
+	$(BIN)/pip install $(QUIET) --no-deps lmms_eval==0.7.3
 	@touch $@
 
 lint: .venv/installed
@@ -40,7 +42,7 @@ test: lint
 
 # Training (DeepSpeed) and serving (page, API) are tested with the long tests; nothing else needs them.
 .venv/extras: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,train,serve,test-all]"
+	$(BIN)/pip install $(QUIET) --constraint constraints.txt --editable ".[dev,train,serve,test-all]"
 	@touch $@
 
 test-all: lint .venv/extras lmms-eval

@@ -10,6 +10,7 @@ import argparse
 import csv
 import platform
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import transformers
 from llava.demo.dataset import write_dataset
 from llava.errors import UserError, exits_cleanly
 from llava.eval.environment import commit
+from llava.progress import progress_bar
 from llava.train.demo.figures import Exam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,16 +49,17 @@ def main():
             ROOT / "playground" / f"llava-shapes-{family}",
             write_dataset(family, "validation", args.questions, folder),
         )
-        for budget in budgets:
-            for strength in STRENGTHS:
-                scores = exam.score(exam.answer("adav_cover", budget, strength=strength))
-                rows.append(
-                    {"checkpoint": f"llava-shapes-{family}", "split": "validation", "questions": len(exam.rows)}
-                    | {"tokens": budget, "strength": strength}
-                    | {f"accuracy_{name}": round(value, 4) for name, value in scores.items()}
-                    | made_with
-                )
-                print(*(rows[-1][key] for key in ("checkpoint", "tokens", "strength", "accuracy_all")), flush=True)
+        cells = progress_bar(f"measuring {family}", [*product(budgets, STRENGTHS)], unit=" cells")
+        for budget, strength in cells:
+            scores = exam.score(exam.answer("adav_cover", budget, strength=strength))
+            rows.append(
+                {"checkpoint": f"llava-shapes-{family}", "split": "validation", "questions": len(exam.rows)}
+                | {"tokens": budget, "strength": strength}
+                | {f"accuracy_{name}": round(value, 4) for name, value in scores.items()}
+                | made_with
+            )
+            cells.write(" ".join(str(rows[-1][key]) for key in ("checkpoint", "tokens", "strength", "accuracy_all")))
+            sys.stdout.flush()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])

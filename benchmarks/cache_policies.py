@@ -43,6 +43,7 @@ from llava.eval.tables import markdown_table
 from llava.model.kv_cache import Caching, make_policy
 from llava.model.kv_cache.base import RowSpans
 from llava.model.prepared import PreparedPrompt
+from llava.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 64, 20
@@ -129,7 +130,7 @@ def measure(shard: LoadedShard, run: Run, method: dict, questions: int) -> list[
     """One row per policy, all on the same prompts of one method."""
     benchmark, found = run.benchmark, {name: [] for name in POLICIES}
     model, embed = shard.model, shard.model.get_input_embeddings()
-    for start in range(0, questions, BATCH):
+    for start in progress_bar(f"{method['method']}", range(0, questions, BATCH), unit=" batches"):
         samples = run.samples[start : start + BATCH]
         images = [read_image(Path(benchmark.image_folder) / sample.image) for sample in samples]
         asked = [{"image": sample.image, "prompt": sample.prompt} for sample in samples]

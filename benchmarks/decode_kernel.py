@@ -44,6 +44,7 @@ from torch import Tensor
 from llava.errors import UserError, exits_cleanly
 from llava.eval.tables import columns
 from llava.kernels.decode_attention import DecodeOutput
+from llava.progress import progress_bar
 
 # max |error| / max |reference|, as in the kernel's tests.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -225,7 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     copy_gb = copy_bandwidth(args.device) / 1e9
     print(f"{made['device']}, {args.dtype}, torch {made['torch']}, a copy moves {copy_gb:,.0f} GB/s")
     rows, wrong = [], []
-    for batch, tokens, share in product(args.batches, args.tokens, args.shares):
+    for batch, tokens, share in progress_bar(
+        "measuring", [*product(args.batches, args.tokens, args.shares)], unit=" cases"
+    ):
         case = Case(batch, tokens, share, *SHAPES[args.shape], getattr(torch, args.dtype), args.device)
         right, complaints = measure(case, args, copy_gb)
         rows += right

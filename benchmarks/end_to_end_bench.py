@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +13,7 @@ from shapes import Preset, Prompts, random_model
 from llava.config import AdaVConfig
 from llava.eval.flops import Cost, allocated_kv_bytes, predict
 from llava.eval.self_check import FLOAT32_LIMIT, HALF_LIMITS
+from llava.progress import progress_bar
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Bench:
         """Entries whose answers are right, with each one's first answer, and what is wrong with the others."""
         truths: dict[int, Answer] = {}
         right, complaints = [], []
-        for entry in self.entries:
+        for entry in progress_bar("checking", self.entries, unit=" providers"):
             answer = entry.provider.answer(prompts, new_tokens, logits=True)
             truths[id(entry.provider)] = answer
             for other in (entry.reference, entry.same_as):
@@ -144,7 +144,7 @@ class Bench:
         """Time the entries in turns, and say which of them answered otherwise than before."""
         complaints = []
         checked = {entry.key: entry.answers.pop() for entry in entries}
-        for repeat in range(repeats):
+        for repeat in progress_bar("measuring", range(repeats), unit=" repetitions"):
             self.bandwidth = max(self.bandwidth, copy_bandwidth(self.device))
             for rows in {len(prompts.ids) if entry.provider.side_by_side else 1 for entry in entries}:
                 passed = bare_step(self.models.ours, rows)
@@ -158,5 +158,4 @@ class Bench:
                 if self.dtype == torch.float32 and not torch.equal(answer.tokens, checked[entry.key].tokens):
                     complaints.append(f"{entry.name}: repetition {repeat + 1} gave other tokens, so it gets no time")
                     entries.remove(entry)
-            print(f"repetition {repeat + 1} of {repeats}", file=sys.stderr)
         return complaints

@@ -54,6 +54,7 @@ from llava.eval.run import Generation
 from llava.eval.tables import columns
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.progress import progress_bar
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
@@ -87,7 +88,7 @@ class EagerTower(torch.nn.Module):
 def make_questions(folder: Path, pictures: int) -> list[dict]:
     """Samples as the launcher orders them: pictures drawn into `folder`, PER_PICTURE questions after one another."""
     samples = []
-    for index in range(pictures):
+    for index in progress_bar("drawing", range(pictures), unit=" pictures"):
         scene, name = draw_scene(FAMILY, "test", index), f"{index:04d}.png"
         Image.fromarray(scene.pixels).save(folder / name)
         for n in range(PER_PICTURE):
@@ -157,7 +158,8 @@ class Worker:
 
 def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of every repetition per loop, after one that warms up. Exits where the answers differ: it would be the time of something else."""
-    answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in loops.items()}
+    warm = progress_bar("warming up", loops.items(), unit=" loops")
+    answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in warm}
     first, *others = answers.values()
     for other in others:
         differ = sum(a != b for a, b in zip(first, other, strict=True))
@@ -166,14 +168,13 @@ def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop.llm_seconds = 0.0
-    for repeat in range(repeats):
+    for repeat in progress_bar("measuring", range(repeats), unit=" repetitions"):
         for name, loop in loops.items():
             start = time.perf_counter()
             again = loop.run(folder / f"{name}-{repeat}.jsonl")
             seconds[name].append(time.perf_counter() - start)
             if again != first:
                 sys.exit(f"{name} answers otherwise in repetition {repeat + 1}, so no figure is given")
-        print(f"repetition {repeat + 1} of {repeats}", file=sys.stderr)
     return seconds
 
 

@@ -31,6 +31,7 @@ from llava.eval.tables import columns
 from llava.model.prepared import StageClock
 from llava.model.token_dropping import DROPPERS
 from llava.model.token_selection import SELECTORS
+from llava.progress import progress_bar
 
 
 @dataclass
@@ -122,10 +123,11 @@ def run(bench: Bench, methods: list[str], shares: list[float], repeats: int) -> 
     configs = [AdaVConfig(method="none")]
     configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
     entries = [Entry(config, bench.cost(config), []) for config in configs]
-    for repeat in range(repeats):
-        for entry in entries:
-            bench.repeat(entry)
-        print(f"repetition {repeat + 1} of {repeats}", file=sys.stderr)
+    with progress_bar("measuring", total=repeats * len(entries), unit=" prefills") as shown:
+        for _ in range(repeats):
+            for entry in entries:
+                bench.repeat(entry)
+                shown.update()
     return [entry.row(entries[0]) for entry in entries]
 
 

@@ -10,6 +10,7 @@ from benchmark_data import make_benchmark
 from llava.errors import UserError
 from llava.eval.benchmarks import BENCHMARKS, mmvet
 from llava.eval.judge import Judge, grade_all
+from llava.eval.verdicts import headline
 
 KEY = "sk-not-for-any-file"
 
@@ -76,6 +77,18 @@ def test_mmvet_is_graded_by_the_judge_that_the_environment_names(server, tmp_pat
     assert again == score and len(server.seen) == 4, "grades are kept, and not asked for twice"
     kept = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl"))
     assert KEY not in kept and KEY not in repr(Judge.from_environment()) and KEY not in "".join(capsys.readouterr())
+    (run / "score.json").write_text(json.dumps(score))
+    monkeypatch.delenv("JUDGE_URL")
+    verdicts = benchmark.verdicts(samples, rows, run)
+    assert [(verdict.value, verdict.expected) for verdict in verdicts] == [
+        (1.0, "red"), (0.2, "2"), (1.0, "yes"), (0.2, "left side")
+    ]  # fmt: skip
+    assert headline(verdicts) == pytest.approx(score["total"]) and verdicts[0].kinds == ("rec", "ocr")
+    (run / "grades.jsonl").write_text("")
+    with pytest.raises(UserError, match="no grade of stub-4 for 4 answers"):
+        benchmark.verdicts(samples, rows, run)
+    (run / "score.json").write_text("{}")
+    assert benchmark.verdicts(samples, rows, run) is None
 
 
 def test_without_a_judge_there_is_a_file_and_no_score(tmp_path, monkeypatch):

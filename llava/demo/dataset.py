@@ -19,6 +19,7 @@ from llava.demo.questions import ask
 from llava.demo.scenes import FAMILIES, SPLITS, draw_scene, scene_rng
 from llava.demo.vocabulary import QUESTION_TYPES
 from llava.errors import UserError, exits_cleanly
+from llava.progress import progress_bar
 
 PER_IMAGE = len(QUESTION_TYPES)
 SEED_SETS = 3
@@ -56,7 +57,8 @@ def write_dataset(family, split, questions, out, seed_set=0):
         asked = [work(index) for index in indices]
     else:
         with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
-            asked = pool.map(work, indices, chunksize=32)
+            drawn = pool.imap(work, indices, chunksize=32)
+            asked = [*progress_bar("drawing", drawn, total=len(indices), unit=" pictures")]
     rows = [(name, question) for name, group in asked for question in group][:questions]
     with (
         open(out / "questions.jsonl", "w", encoding="utf-8") as question_file,

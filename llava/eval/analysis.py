@@ -18,6 +18,7 @@ from llava.errors import UserError
 from llava.eval.arguments import Parser, positive
 from llava.eval.files import told_when_unwritable, write_atomically
 from llava.eval.samples import check_images, read_questions
+from llava.progress import progress_bar
 
 TOP = (0.05, 0.10, 0.25)
 
@@ -65,7 +66,7 @@ def prompts(args: Namespace) -> Iterator[tuple]:
             "dtype": args.dtype,
         }
     )
-    for sample in samples:
+    for sample in progress_bar("prompts", samples, unit=" questions"):
         try:
             image = read_image(args.images / sample.image)
         except UnreadableImage as error:

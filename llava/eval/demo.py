@@ -26,6 +26,7 @@ from llava.eval.run import Generation, Run
 from llava.eval.samples import Sample
 from llava.eval.shards import Interrupted, ShardFailure, device_groups
 from llava.eval.tables import markdown_table
+from llava.progress import progress_bar
 
 FOLDER = REPOSITORY / "playground" / "demo"
 CAVEAT = """\
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         name = Path(scene.checkpoint).name
         measured += [(name, label, report) for label, report in zip(runs, reports, strict=True)]
         everything.append(runs)
-    pictures = [draw(runs) for runs in everything]
+    pictures = [draw(runs) for runs in progress_bar("pictures", everything, unit=" pictures")]
     text = table(measured)
     write_atomically(FOLDER / "table.md", text + "\n")
     print(f"\n{text}\n\n{CAVEAT}\n")

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llava.config import AdaVConfig
 from llava.errors import UserError, exits_cleanly
@@ -37,6 +35,7 @@ from llava.model.token_dropping.fitprune import shares
 from llava.model.token_dropping.fitprune_tables import Table, write_table
 from llava.model.token_dropping.plan import INSIDE, Cut
 from llava.model.token_dropping.state import Dropping
+from llava.progress import progress_bar
 
 WIDTH = 0.01  # of the bracket around alpha
 
@@ -186,7 +185,7 @@ def prepare(shard: LoadedShard, args: argparse.Namespace) -> list:
     # Any method inside the LLM will do: what is used of it is where images and their text lie.
     whole = AdaVConfig(method="fastv", options={"layer": 1})
     prompts = []
-    for sample in samples:
+    for sample in progress_bar("encoding", samples, unit=" questions"):
         try:
             image = read_image(Path(args.images) / sample.image)
         except UnreadableImage as error:
@@ -231,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     shard = LoadedShard(spec)
     prompts = prepare(shard, args)
     config = shard.model.config
-    with torch.inference_mode(), tqdm(total=passes() * len(prompts), desc="prefills", file=sys.stderr) as progress:
+    with torch.inference_mode(), progress_bar("prefills", total=passes() * len(prompts)) as progress:
         drops, tokens, alpha = fit(shard.model, prompts, args.ratio, progress)
     sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     table = Table(checkpoint.short_name, args.ratio, tokens, sizes, drops)

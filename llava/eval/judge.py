@@ -13,12 +13,11 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from llava.errors import UserError
 from llava.eval.answers import repair
 from llava.eval.files import digest_of, told_when_unwritable
 from llava.eval.samples import read_lines
+from llava.progress import progress_bar
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # a reply that is no score is asked for again, a little warmer each time
 BUSY = (429, 500, 502, 503, 504)
@@ -76,15 +75,24 @@ class Judge:
         raise UserError(f"{self.url}: {len(TEMPERATURES)} replies of {self.model} are no score between 0 and 1")
 
 
+def graded_as(model: str, prompt: str) -> str:
+    """What a grade is kept under."""
+    return digest_of([model, prompt])
+
+
+def kept_grades(kept: Path) -> dict[str, float]:
+    """`graded_as` -> grade, of a file that `grade_all` wrote; nothing where there is none."""
+    return {row["prompt"]: row["grade"] for _, row in read_lines(kept)} if kept.is_file() else {}
+
+
 def grade_all(judge: Judge, prompts: dict[str, str], kept: Path) -> dict[str, float]:
     """name -> grade. Every grade is written to `kept` (.jsonl) at once, and what it holds already is not asked again."""
     if kept.is_file():
         repair(kept)  # a line that a kill tore is asked for again
-    known = {row["prompt"]: row["grade"] for _, row in read_lines(kept)} if kept.is_file() else {}
-    grades = {}
+    known, grades = kept_grades(kept), {}
     with told_when_unwritable(kept), open(kept, "a", encoding="utf-8") as file:
-        for name, prompt in tqdm(prompts.items(), desc="judge", disable=None):
-            digest = digest_of([judge.model, prompt])
+        for name, prompt in progress_bar("judge", prompts.items(), unit=" answers"):
+            digest = graded_as(judge.model, prompt)
             if digest not in known:
                 known[digest] = judge.grade(prompt)
                 file.write(json.dumps({"name": name, "prompt": digest, "grade": known[digest]}) + "\n")

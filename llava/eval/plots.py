@@ -69,11 +69,12 @@ def log_ticks(axis: Axis) -> None:
     """Logarithmic axis with plain numbers, close enough that a narrow range has some too."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=99))
-    axis.set_major_formatter(FuncFormatter(_number))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axis.set_minor_locator(NullLocator())
 
 
-def _number(value: float, _) -> str:
+def short_number(value: float) -> str:
+    """With the unit that it is large enough for: 1.5 G."""
     size, unit = next(((size, unit) for size, unit in _UNITS if value >= size), (1, ""))
     return f"{value / size:g}{unit}"
 

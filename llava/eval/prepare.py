@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from llava.errors import UserError, exits_cleanly, first_line
 from llava.eval.annotations import told_when_malformed
@@ -22,6 +21,7 @@ from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.files import REPOSITORY, read_json, write_json
 from llava.eval.prepare_recipes import RECIPES, Recipe
+from llava.progress import progress_bar
 
 
 def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = False) -> str:
@@ -61,6 +61,8 @@ def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterab
     except ImportError:
         raise UserError('prepare needs the datasets library: pip install "adav[prepare]"') from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say too
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # of its downloads; it draws them into log files too
     if source is None:
         try:
             table = datasets.load_dataset(recipe.repo, config, split=split)
@@ -80,7 +82,7 @@ def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterab
             table = table.cast_column(name, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return tqdm(table, desc=f"{recipe.repo} {split}", unit=" rows", disable=None)
+    return progress_bar(f"{recipe.repo} {split}", table, unit=" rows")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,12 +1,10 @@
-"""One line of progress over all shards, with rate and remaining time: live on a terminal, now and then in a log."""
+"""One line of progress over all shards, with rate and remaining time; on a terminal alone, a log is left quiet."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-
-QUIET = 30  # seconds between lines where there is no terminal
 
 
 class Progress:
@@ -42,7 +40,7 @@ class Progress:
                 self._at[path] = offset + len(new)
         if self._first is None and self.done:
             self._first = (time.monotonic(), self.done)
-        if time.monotonic() - self._shown >= (0.5 if self.live else QUIET):
+        if time.monotonic() - self._shown >= 0.5:
             self._show()
 
     def notes(self, texts: list[str]) -> None:
@@ -66,13 +64,9 @@ class Progress:
 
     def _show(self, final: bool = False) -> None:
         self._shown = time.monotonic()
-        if self.title is None:
-            return
-        if self.live:
+        if self.title is not None and self.live:
             self.stream.write("\r\033[K" + self.line() + ("\n" if final else ""))
-        elif not final:
-            self.stream.write(self.line() + "\n")
-        self.stream.flush()
+            self.stream.flush()
 
 
 def _duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from llava.conversation import get_conversation, single_turn
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser, positive
 from llava.eval.front import add_model_flags, configuration, sampling
+from llava.progress import progress_bar
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -83,7 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = Sampling(args.max_new_tokens)
     if decoding:
         wanted = Sampling(args.max_new_tokens, args.temperature, args.top_p or 1.0, decoding["seed"])
-    (answer,) = Engine(model, tokenizer).generate(prepared, wanted).answers
+    answering = Engine(model, tokenizer).stream(prepared, wanted)
+    for _ in progress_bar("answering", answering, total=args.max_new_tokens, unit=" tokens"):
+        pass
+    (answer,) = answering.result().answers
     print(answer.text.strip())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError
+from llava.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
             where.setdefault(sample.image, sample.place)
     parents: dict[str, str] = {}
     missing = []
-    for image, place in where.items():
+    for image, place in progress_bar("checking images", where.items(), unit=" images"):
         path = os.path.join(root, image)
         parent, name = os.path.split(path)
         if parent not in parents:

@@ -261,7 +261,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     passed = check(args)
     print("PASS" if passed else "FAIL")
     return 0 if passed else 1

@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava.config import AdaVConfig
 from llava.errors import UserError, exits_cleanly
 from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS
@@ -97,12 +99,10 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
     generation.pop("max_new_tokens")  # the benchmark's own
     base = digest_of([report["checkpoint"]["content"], generation, report["asked"]])
     key = digest_of([base, report["configuration_digest"]])
-    label = configuration["method"]
-    options = ", ".join(f"{option}={value}" for option, value in configuration["options"].items())
+    label = label_of(configuration)
     asked = report["asked"]
     part = f"subset of {asked['subset']}, seed {asked['seed']}" if asked["subset"] else ""
     part = f"first {asked['limit']}" if asked["limit"] else part
-    label += f" ({options})" if options else ""
     label += f" [{part}]" if part else ""
     row = rows.setdefault(
         key, Row(report["checkpoint"]["name"], configuration["method"], report["tokens"], label, part, base)
@@ -114,6 +114,16 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
         notes.append(f"{folder}: scored on {report['score']['partial']}")
     if report["score"].get("judge"):
         notes.append(f"MM-Vet graded by {report['score']['judge']}; the published numbers are graded by GPT-4")
+
+
+def label_of(configuration: dict) -> str:
+    """A configuration's method, with its options and whatever else is not as it is by default, but the budget."""
+    usual = AdaVConfig().to_dict()
+    said = {name: value for name, value in configuration.items() if name in usual and value != usual[name]}
+    said = {name: value for name, value in said.items() if name not in ("method", "overall_tokens", "options")}
+    said |= configuration["options"]
+    named = ", ".join(f"{name}={json.dumps(value) if value is True else value}" for name, value in said.items())
+    return configuration["method"] + (f" ({named})" if named else "")
 
 
 def lines_of(rows: list[Row], model: str | None) -> tuple[list[Line], list[str]]:
@@ -204,21 +214,29 @@ FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
 
 
 def render(rows: list[Row], notes: list[str], style: str = "markdown", published: str | None = None) -> tuple[str, str]:
-    """(the tables, one per checkpoint; what is to be said below them).
+    """(the tables, one per checkpoint; what is to be said below them), as text."""
+    tables, notes = by_checkpoint(rows, notes, published)
+    return FORMATS[style](tables), "\n".join(notes)
+
+
+def by_checkpoint(
+    rows: list[Row], notes: list[str], published: str | None = None
+) -> tuple[dict[str, list[Line]], list[str]]:
+    """(checkpoint -> its lines, notes).
 
     published: whose published rows stand beside; None takes those of a checkpoint of the same name, "none" none.
     """
-    by_checkpoint = defaultdict(list)
+    groups = defaultdict(list)
     for row in rows:
-        by_checkpoint[row.checkpoint].append(row)
+        groups[row.checkpoint].append(row)
     tables, notes = {}, list(notes)
-    for name, group in by_checkpoint.items():
+    for name, group in groups.items():
         model = published or (name if name in published_models() else None)
         tables[name], more = lines_of(group, model)
         notes += more
         if model in published_models():
             notes.append(f"published: README of JiayiV/AdaV, {model}; differences are ours less published")
-    return FORMATS[style](tables), "\n".join(notes)
+    return tables, notes
 
 
 def show_runs(folders: list[Path], output: Path) -> str:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llava.errors import UserError
-from llava.model.checkpoint import Checkpoint
+from llava.model.checkpoint import Checkpoint, quiet_loading
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
@@ -61,9 +61,10 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
     config: of our model; merged: our model's weights, where source is no whole checkpoint.
     """
     if source.hf:
-        loaded = CLASSES[source.settings["model_type"]].from_pretrained(
-            source.folder, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
-        )
+        with quiet_loading():
+            loaded = CLASSES[source.settings["model_type"]].from_pretrained(
+                source.folder, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
+            )
         return loaded.eval()
     kind = kind_of(config)
     weights = merged if source.kind != "full" else _read_weights(source.folder)
@@ -147,4 +148,5 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_tower(source: Checkpoint) -> dict[str, Tensor]:
     name = source.settings["mm_vision_tower"]
     inside = source.folder / name
-    return CLIPVisionModel.from_pretrained(inside if inside.is_dir() else name).state_dict()
+    with quiet_loading():
+        return CLIPVisionModel.from_pretrained(inside if inside.is_dir() else name).state_dict()

@@ -25,7 +25,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
-from tqdm import tqdm
 
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -34,6 +33,7 @@ from llava.errors import UserError, exits_cleanly
 from llava.eval.loaded_shard import vision_tokens
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.progress import progress_bar
 
 MAX_NEW_TOKENS = 1024  # of tasks that name no limit; lmms-eval's own for its llava_hf
 
@@ -128,7 +128,7 @@ class AdaVLlava(lmms):
             )
         answers: list[GenerationResult | None] = [None] * len(requests)
         before = after = images = 0
-        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as progress:
+        with progress_bar("Model Responding", total=len(requests), disable=self.rank != 0 or None) as progress:
             for batch in self._batches(requests):
                 prepared = self._prepare([requests[i] for i in batch])
                 for i, answer in zip(batch, self._generate(prepared, requests[batch[0]].args[1]), strict=True):

@@ -270,7 +270,7 @@ class Checkpoint:
                 raise UserError(
                     f"{self.folder}: {len(unused)} adapter weights have no place in the model, among them {unused[0]}"
                 )
-            return adapted.merge_and_unload()
+            return adapted.merge_and_unload(progressbar=sys.stderr.isatty())
         except UserError:
             raise
         except Exception as error:  # peft passes on whatever its parts raise

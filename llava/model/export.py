@@ -21,6 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError, exits_cleanly
 from llava.mm_utils import grid_pinpoints
+from llava.progress import writing_bar
 
 LAYOUTS = ("llava", "llava-hf")
 _TOWER = "model.vision_tower.vision_tower."
@@ -195,7 +196,9 @@ def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
     if config.tie_word_embeddings:
         state = {name: value for name, value in state.items() if not name.endswith("lm_head.weight")}
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict({name: _alone(value) for name, value in state.items()}, folder)
+    state = {name: _alone(value) for name, value in state.items()}
+    with writing_bar(f"writing {folder.name}", folder, sum(value.nbytes for value in state.values())):
+        save_torch_state_dict(state, folder)
 
 
 def _alone(value: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     configs = configurations(args)
     check(args, configs)
     checkpoint = find_checkpoint(args.model_path)
-    from tqdm import tqdm
 
+    from llava.progress import progress_bar
     from llava.serve.images import ImageLimits, ImageRefused, picture_from_file
     from llava.serve.lettering import legible
     from llava.serve.overlay_run import OverlayRun
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     layers = run.model.config.num_hidden_layers
     if args.layer and args.layer > layers:
         raise UserError(f"--layer is {args.layer}, allowed is 1 to {layers}")
-    with tqdm(total=len(configs) * (args.repeats + 2), desc="overlay", unit="run", disable=None) as bar:
+    with progress_bar("overlay", total=len(configs) * (args.repeats + 2), unit=" runs") as bar:
         looks = run.looks(configs, args.max_new_tokens, args.repeats, args.steps, bar.update)
     for name, look in looks.items():
         print(f"{name}: {look.answer}", f"{look.kept} of {look.total} vision tokens", *look.notes(), sep="\n  ")

@@ -23,6 +23,7 @@ from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError, first_line
 from llava.mm_utils import NEWLINE, merge_order, process_images, tile_plan
+from llava.progress import progress_bar
 from llava.train.labels import labelled_tokens, turns_of
 
 
@@ -46,7 +47,7 @@ def read_samples(path: str, image_folder: str | None) -> list[Sample]:
     its form, its number of <image> placeholders, an image that is not there or lies outside the folder."""
     rows = _read_list(Path(path))
     samples, known = [], {}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(progress_bar("checking samples", rows, unit=" samples")):
         where = f"{path}, sample {number}"
         if not isinstance(row, dict):
             raise UserError(f"{where}: found {type(row).__name__}, allowed is one JSON object per sample")
@@ -135,7 +136,7 @@ class ConversationDataset(Dataset):
     @property
     def lengths(self) -> list[int]:
         """Words of each sample, negative without image: what batches are grouped by."""
-        return [sample.words for sample in self.samples]
+        return [sample.words for sample in progress_bar("lengths", self.samples, unit=" samples")]
 
     def __getitem__(self, index: int) -> dict:
         """input_ids [S], labels [S], pixels (a list of [3, H, W] or [T, 3, H, W]) and sizes [(width, height)]."""

@@ -44,6 +44,8 @@ def parse(argv: list[str] | None = None) -> RunArguments:
         raise UserError(f"the training arguments cannot be used ({' '.join(str(error).split())})") from error
     run = RunArguments(model, data, training, selection_config(data.adav_config, config_overrides(flags)))
     run.check()
+    if not sys.stderr.isatty():
+        run.training.disable_tqdm = True  # losses are printed all the same
     return run
 
 

@@ -11,6 +11,7 @@ from llava.errors import UserError
 from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.division import Subset
 from llava.eval.samples import Sample, check_images, read_questions
+from llava.eval.verdicts import Verdict
 
 
 class Benchmark(ABC):
@@ -56,6 +57,13 @@ class Benchmark(ABC):
         without an answer are an error unless `self.partial`; answers without an annotation always are.
         """
 
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
+        """What each answer is worth, in the order of `samples`; None where a server alone can tell.
+
+        samples, rows, folder: as for `score`, of a run that is scored already. Their `terms` add up to its headline.
+        """
+        return None
+
     def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """The score of a finished run, labelled where only a part of the split was asked."""
         label = {"partial": self.partial} if self.partial else {}
@@ -97,12 +105,16 @@ class Benchmark(ABC):
         self.make_data()
         self._refuse_missing(self.needed_files())
         every = self.read()
-        samples = subset.draw(every, self.group) if subset else every[:limit]
+        samples = self.chosen(every, limit, subset)
         if len(samples) < len(every):
             first = f"the first {len(samples):,} of {len(every):,} questions"
             self.partial = subset.label(len(samples), len(every)) if subset else first
         check_images(samples, self.image_folder, self.question_file)
         return samples
+
+    def chosen(self, every: list[Sample], limit: int | None, subset: Subset | None) -> list[Sample]:
+        """The part of all samples that a run asks."""
+        return subset.draw(every, self.group) if subset else every[:limit]
 
     def load_questions(self) -> list[Sample]:
         """The samples without their images: what scoring a file of answers needs."""

@@ -15,6 +15,7 @@ from llava.eval.benchmarks.base import Benchmark
 from llava.eval.files import read_json, write_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, refuse_repeated_ids
+from llava.eval.verdicts import Verdict
 
 
 class GQA(Benchmark):
@@ -48,8 +49,14 @@ class GQA(Benchmark):
         return samples
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
-        return score(answers, read_json(self.labels), self.labels, bool(self.partial))
+        return score(_answers(samples, rows), read_json(self.labels), self.labels, bool(self.partial))
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        return judge(_answers(samples, rows), read_json(self.labels), self.labels, bool(self.partial))
+
+
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
 
 
 def prediction(text: str) -> str:
@@ -57,19 +64,27 @@ def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def score(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> dict:
-    """Accuracy of (question_id, answer) pairs against {question_id: {answer, types}}; overall, open and binary."""
+def judge(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> list[Verdict]:
+    """(question_id, answer) pairs against {question_id: {answer, types}}; their kind is GQA's structural type."""
     with told_when_malformed(source):
         labels = [
             (key, (entry["answer"], entry.get("types", {}).get("structural"))) for key, entry in questions.items()
         ]
-    every, groups = [], defaultdict(list)
-    for [text], [(answer, structure)] in join(answers, labels, source, partial).values():
-        every.append(prediction(text) == answer)
-        if structure is not None:
-            groups["open" if structure == "query" else "binary"].append(every[-1])
+    return [
+        Verdict.plain(prediction(text) == answer, answer, [structure])
+        for [text], [(answer, structure)] in join(answers, labels, source, partial).values()
+    ]
+
+
+def score(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> dict:
+    """Accuracy of (question_id, answer) pairs against {question_id: {answer, types}}; overall, open and binary."""
+    verdicts, groups = judge(answers, questions, source, partial), defaultdict(list)
+    for verdict in verdicts:
+        for structure in verdict.kinds:
+            groups["open" if structure == "query" else "binary"].append(verdict.value)
     by_kind = {kind: mean(group) for kind, group in sorted(groups.items())}
-    return {"accuracy": mean(every), "questions": len(every), **({"per_kind": by_kind} if by_kind else {})}
+    accuracy = mean(verdict.value for verdict in verdicts)
+    return {"accuracy": accuracy, "questions": len(verdicts), **({"per_kind": by_kind} if by_kind else {})}
 
 
 def write_predictions(answers: list[tuple], path: Path) -> None:

@@ -12,7 +12,7 @@ import base64
 import csv
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from llava.eval.files import told_when_unwritable
 from llava.eval.joining import join, mean
 from llava.eval.letters import option_letter
 from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
+from llava.eval.verdicts import MEAN, Verdict
+from llava.progress import progress_bar
 
 ROTATION = 1_000_000
 LETTERS = "ABCD"
@@ -59,7 +61,7 @@ class MMBench(Benchmark):
             return
         with told_when_unwritable(self.image_folder):
             self.image_folder.mkdir(exist_ok=True)
-            for row in read_table(self.question_file):
+            for row in progress_bar("images", read_table(self.question_file), unit=" rows"):
                 content = _content(row, self.question_file)
                 path = self.image_folder / _name(content)
                 if not path.exists():
@@ -90,6 +92,23 @@ class MMBench(Benchmark):
         else:
             written = {}
         return {**(score(answers, table, self.question_file) if self.split == "dev" else {}), **written}
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
+        """Every rotation is judged; a question counts in the headline with the last of them."""
+        if self.split != "dev":
+            return None
+        left = Counter(self.group(sample) for sample in samples)
+        whole: dict[Hashable, bool] = defaultdict(lambda: True)
+        verdicts = []
+        for sample, row in zip(samples, rows, strict=True):
+            question_, answer = self.group(sample), sample.row["answer"]
+            right = option_letter(row["text"], LETTERS) == answer
+            left[question_] -= 1
+            whole[question_] &= right
+            terms = () if left[question_] else ((MEAN, float(whole[question_]), 1.0),)
+            expected = f"{answer}. {sample.row.get(answer, '')}".rstrip(". ")
+            verdicts.append(Verdict(float(right), expected, (sample.row.get("category", "all"),), terms))
+        return verdicts
 
 
 def read_table(path: Path) -> list[dict]:

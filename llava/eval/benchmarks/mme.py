@@ -7,7 +7,7 @@ and one .txt of questions and answers per image (side by side, or in images/ and
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from llava.eval.benchmarks.base import Benchmark
 from llava.eval.files import told_when_unwritable, write_atomically
 from llava.eval.joining import agreed, join, mean
 from llava.eval.samples import Sample
+from llava.eval.verdicts import Verdict
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -48,14 +49,31 @@ class MME(Benchmark):
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Points per sub-task; also writes eval_tool/answers/<checkpoint>/<run>/<sub-task>.txt."""
-        answers = [
-            (key(sample.question_id, sample.text), row["text"]) for sample, row in zip(samples, rows, strict=True)
-        ]
+        answers = _answers(samples, rows)
         release = read_release(self.image_folder)
         result = score(answers, release, self.image_folder, bool(self.partial))
         texts = self.upload_file(folder, self.folder / "eval_tool" / "answers", "txt").with_suffix("")
         write_answers(answers, release, texts)
         return {**result, "answers": str(texts)}
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        """Of the points, a sub-task of perception is two ratios: right answers, and images with all answers right."""
+        answers, release = _answers(samples, rows), read_release(self.image_folder)
+        judged = judge(answers, release, self.image_folder, bool(self.partial))
+        asked = _asked(release)
+        images: dict[tuple, list[bool]] = defaultdict(list)
+        verdicts = []
+        for ((task, image, _), _), (right, label) in zip(answers, judged, strict=True):
+            images[task, image].append(right)
+            terms = [(f"{task}, answers", 100.0 * right, 1.0)]
+            if len(images[task, image]) == asked[task, image]:
+                terms.append((f"{task}, images", 100.0 * all(images[task, image]), 1.0))
+            verdicts.append(Verdict(float(right), label, (task,), tuple(terms) if task in PERCEPTION else ()))
+        return verdicts
+
+
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [(key(sample.question_id, sample.text), row["text"]) for sample, row in zip(samples, rows, strict=True)]
 
 
 def key(question_id: str, text: str) -> tuple[str, str, str]:
@@ -98,20 +116,30 @@ def said(text: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
+def judge(answers: list[tuple], release: list[tuple], source: Path, partial: bool = False) -> list[tuple[bool, str]]:
+    """(is right, yes or no as it should be) of (key, answer) pairs, in their order."""
+    joined = join(answers, release, source, partial, repeats=True)
+    labels = {
+        key_: agreed([label.lower() for _, label in several], key_, source) for key_, (_, several) in joined.items()
+    }
+    return [(said(text) == labels[key_], labels[key_]) for key_, text in answers]
+
+
+def _asked(release: list[tuple]) -> dict[tuple, int]:
+    """(sub-task, image) -> how many questions the release asks about it."""
+    return Counter((task, image) for (task, image, _), _ in release)
+
+
 def score(answers: list[tuple], release: list[tuple], source: Path, partial: bool = False) -> dict:
     """Points of (key, answer) pairs: per sub-task 100 x share of right answers + 100 x share of images all right.
 
     perception adds up ten sub-tasks (at most 2,000), cognition four (at most 800); over those that were asked, if
     `partial`, where an image that lacks one of its two answers counts for the first share alone.
     """
-    asked = defaultdict(int)
-    for (task, image, _), _ in release:
-        asked[task, image] += 1
+    asked, judged = _asked(release), judge(answers, release, source, partial)
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for key_, (texts, several) in join(answers, release, source, partial, repeats=True).items():
-        task, image, _ = key_
-        label = agreed([label.lower() for _, label in several], key_, source)
-        right[task][image].extend(said(text) == label for text in texts)
+    for ((task, image, _), _), (is_right, _) in zip(answers, judged, strict=True):
+        right[task][image].append(is_right)
     points = {}
     for task, images in right.items():
         whole = [all(values) for image, values in images.items() if len(values) == asked[task, image]]

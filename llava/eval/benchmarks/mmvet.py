@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+from llava.errors import UserError
 from llava.eval.annotations import told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.files import read_json, write_json
 from llava.eval.joining import join, mean
-from llava.eval.judge import Judge, grade_all
+from llava.eval.judge import Judge, grade_all, graded_as, kept_grades
 from llava.eval.samples import Sample, refuse_repeated_ids
+from llava.eval.verdicts import Verdict
 
 # The grader's prompt of the authors (yuweihao/MM-Vet, mm-vet_evaluator.ipynb), word for word: it is protocol.
 _MEME = (
@@ -79,6 +81,25 @@ class MMVet(Benchmark):
         graded = score(answers, read_json(self.labels), self.labels, judge, folder / "grades.jsonl", bool(self.partial))
         return {**graded, **written}
 
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
+        """The grades that `folder` keeps; None where the run was not graded."""
+        model = read_json(folder / "score.json").get("judge")
+        if model is None:
+            return None
+        labels, known = read_json(self.labels), kept_grades(folder / "grades.jsonl")
+        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        asked = prompts(answers, labels, self.labels, bool(self.partial))
+        ungraded = [key for key, prompt in asked.items() if graded_as(model, prompt) not in known]
+        if ungraded:
+            raise UserError(f"{folder / 'grades.jsonl'}: has no grade of {model} for {len(ungraded)} answers")
+        with told_when_malformed(self.labels):
+            return [
+                Verdict.plain(
+                    known[graded_as(model, prompt)], _spaced(labels[key]["answer"]), labels[key]["capability"]
+                )
+                for key, prompt in asked.items()
+            ]
+
 
 def name(question_id: int | str) -> str:
     return f"v1_{question_id}"
@@ -90,16 +111,22 @@ def write_results(answers: list[tuple], upload: Path) -> dict:
     return {"upload": str(upload), "answered": len(answers)}
 
 
-def score(answers: list[tuple], labels: dict, source: Path, judge: Judge, kept: Path, partial: bool = False) -> dict:
-    """Mean grade of (id, answer) pairs by `judge`, overall and per capability. kept: where grades are written at once."""
+def prompts(answers: list[tuple], labels: dict, source: Path, partial: bool = False) -> dict[str, str]:
+    """name -> what the judge is asked about the answer, of (id, answer) pairs in their order."""
     joined = join([(name(key), text) for key, text in answers], labels.items(), source, partial)
     with told_when_malformed(source):
-        prompts = {
+        return {
             key: f"{GRADER}{entry['question']} | {_spaced(entry['answer'])} | {text} |"
             for key, ([text], [entry]) in joined.items()
         }
-        capabilities = {key: entry["capability"] for key, (_, [entry]) in joined.items()}
-    grades = grade_all(judge, prompts, kept)
+
+
+def score(answers: list[tuple], labels: dict, source: Path, judge: Judge, kept: Path, partial: bool = False) -> dict:
+    """Mean grade of (id, answer) pairs by `judge`, overall and per capability. kept: where grades are written at once."""
+    asked = prompts(answers, labels, source, partial)
+    with told_when_malformed(source):
+        capabilities = {key: labels[key]["capability"] for key in asked}
+    grades = grade_all(judge, asked, kept)
     per_capability = defaultdict(list)
     for key, grade in grades.items():
         for capability in capabilities[key]:

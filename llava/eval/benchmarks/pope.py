@@ -15,6 +15,7 @@ from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.joining import agreed, join, mean
 from llava.eval.samples import Sample, read_lines
+from llava.eval.verdicts import Verdict
 
 CATEGORIES = ("adversarial", "popular", "random")
 
@@ -43,8 +44,21 @@ class POPE(Benchmark):
         return with_category(super().read(), self.question_file)
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        answers = [(key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
-        return score(answers, self.folder / "coco", bool(self.partial))
+        return score(_answers(samples, rows), self.folder / "coco", bool(self.partial))
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        """Of the mean F1, a category is one ratio: twice the hits, over what was and what should have been a yes."""
+        judged = judge(_answers(samples, rows), self.folder / "coco", bool(self.partial))
+        categories = len({category for category, _, _ in judged})
+        verdicts = []
+        for category, said, are in judged:
+            terms = ((category, 2 * (said and are) / categories, float(said + are)),)
+            verdicts.append(Verdict(float(said == are), "yes" if are else "no", (category,), terms))
+        return verdicts
+
+
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [(key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
 
 
 def with_category(samples: list[Sample], path: Path) -> list[Sample]:
@@ -76,8 +90,8 @@ def says_yes(text: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
-def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
-    """F1 (positive = yes) of (key, answer) pairs per category against the files in `labels`, and the mean over them."""
+def judge(answers: list[tuple], labels: Path, partial: bool = False) -> list[tuple[str, bool, bool]]:
+    """(category, said yes, is yes) of (key, answer) pairs, in their order, by the files in `labels`."""
     known, source = [], labels
     for category in CATEGORIES:
         source = label_file(labels, category)
@@ -86,10 +100,16 @@ def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
                 if row["label"] not in ("yes", "no"):
                     raise UserError(f'{source}, line {number}: "label" is {row["label"]!r}, allowed are yes and no')
                 known.append(((category, row["image"], _spelled(row["text"])), row["label"] == "yes"))
+    joined = join(answers, known, labels, partial, repeats=True)
+    are = {key_: agreed(several, key_, labels) for key_, (_, several) in joined.items()}
+    return [(key_[0], says_yes(text), are[key_]) for key_, text in answers]
+
+
+def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
+    """F1 (positive = yes) of (key, answer) pairs per category against the files in `labels`, and the mean over them."""
     counts: dict[str, dict] = defaultdict(lambda: dict.fromkeys([(a, b) for a in (0, 1) for b in (0, 1)], 0))
-    for key_, (texts, several) in join(answers, known, labels, partial, repeats=True).items():
-        for text in texts:
-            counts[key_[0]][says_yes(text), agreed(several, key_, labels)] += 1
+    for category, said, are in judge(answers, labels, partial):
+        counts[category][said, are] += 1
     per_category = {category: _measures(counts[category]) for category in CATEGORIES if category in counts}
     total = len(answers)
     right = sum(table[True, True] + table[False, False] for table in counts.values())

@@ -6,7 +6,6 @@ Files below seed_bench/: LLaVA's questions (llava-seed-bench.jsonl), the officia
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 from llava.eval.annotations import read_part, told_when_malformed
@@ -14,6 +13,7 @@ from llava.eval.benchmarks.base import Benchmark
 from llava.eval.joining import join, mean
 from llava.eval.letters import option_letter
 from llava.eval.samples import Sample, refuse_repeated_ids
+from llava.eval.verdicts import Verdict, mean_by_kind
 
 IMAGES = "SEED-Bench-image"
 
@@ -52,26 +52,41 @@ class SEED(Benchmark):
         return samples
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        answers = [(str(sample.question_id), row["text"]) for sample, row in zip(samples, rows, strict=True)]
-        return score(answers, self.labels, ("image",), bool(self.partial))
+        return score(_answers(samples, rows), self.labels, ("image",), bool(self.partial))
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        return judge(_answers(samples, rows), self.labels, ("image",), bool(self.partial))
 
 
-def score(answers: list[tuple], source: Path, kinds: tuple[str, ...], partial: bool = False) -> dict:
-    """Accuracy of (question_id, answer) pairs on the questions of SEED-Bench.json about `kinds` (image, video)."""
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [(str(sample.question_id), row["text"]) for sample, row in zip(samples, rows, strict=True)]
+
+
+def judge(answers: list[tuple], source: Path, kinds: tuple[str, ...], partial: bool = False) -> list[Verdict]:
+    """(question_id, answer) pairs against the questions of SEED-Bench.json about `kinds` (image, video)."""
     questions, types = read_part(source, "questions"), read_part(source, "question_type")
     with told_when_malformed(source):
         names = {number: name for name, number in types.items()}
         labels = [
-            (str(entry["question_id"]), (entry["answer"], names[entry["question_type_id"]]))
+            (str(entry["question_id"]), (entry["answer"], entry, names[entry["question_type_id"]]))
             for entry in questions
             if entry["data_type"] in kinds
         ]
-    per_type = defaultdict(list)
-    for [text], [(answer, kind)] in join(answers, labels, source, partial).values():
-        per_type[kind].append(option_letter(text, "ABCD") == answer)
-    values = [value for group in per_type.values() for value in group]
+    return [
+        Verdict.plain(option_letter(text, "ABCD") == answer, _option(answer, entry), [kind])
+        for [text], [(answer, entry, kind)] in join(answers, labels, source, partial).values()
+    ]
+
+
+def _option(letter: str, entry: dict) -> str:
+    return f"{letter}. {entry.get(f'choice_{letter.lower()}', '')}".rstrip(". ")
+
+
+def score(answers: list[tuple], source: Path, kinds: tuple[str, ...], partial: bool = False) -> dict:
+    """Accuracy of (question_id, answer) pairs on the questions of SEED-Bench.json about `kinds` (image, video)."""
+    verdicts = judge(answers, source, kinds, partial)
     return {
-        "accuracy": mean(values),
-        "questions": len(values),
-        "per_type": {kind: mean(group) for kind, group in sorted(per_type.items())},
+        "accuracy": mean(verdict.value for verdict in verdicts),
+        "questions": len(verdicts),
+        "per_type": mean_by_kind(verdicts),
     }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 import PIL
@@ -21,7 +20,9 @@ from llava.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.files import read_json, told_when_unwritable, write_json
+from llava.eval.joining import mean
 from llava.eval.samples import Sample, read_lines
+from llava.eval.verdicts import Verdict, mean_by_kind
 
 QUESTIONS = 4000
 
@@ -99,16 +100,20 @@ class Shapes(Benchmark):
         return [row["text"].lower().split()[:1] == [answer] for row, answer in zip(rows, answers, strict=True)]
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        every = self.right(samples, rows)
-        per_category: dict[str, list[bool]] = defaultdict(list)
-        for category, right in zip(self.categories(samples), every, strict=True):
-            per_category[category].append(right)
+        verdicts = self.verdicts(samples, rows, folder)
         return {
-            "accuracy": sum(every) / len(every),
-            "questions": len(every),
-            "ended_after_one_word": sum(len(row["text"].split()) <= 1 for row in rows) / len(every),
-            "per_category": {name: sum(values) / len(values) for name, values in sorted(per_category.items())},
+            "accuracy": mean(verdict.value for verdict in verdicts),
+            "questions": len(verdicts),
+            "ended_after_one_word": sum(len(row["text"].split()) <= 1 for row in rows) / len(verdicts),
+            "per_category": mean_by_kind(verdicts),
         }
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        right, labels = self.right(samples, rows), self.labels()
+        return [
+            Verdict.plain(value, labels[sample.question_id]["answer"], [labels[sample.question_id]["category"]])
+            for sample, value in zip(samples, right, strict=True)
+        ]
 
 
 def _generator_digest() -> str:

@@ -7,6 +7,7 @@ images (images/test/<id>/image.png). The questions without image are asked too, 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -16,6 +17,7 @@ from llava.eval.benchmarks.base import Benchmark
 from llava.eval.files import read_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
+from llava.eval.verdicts import Verdict
 
 LETTERS = "ABCDE"
 
@@ -57,11 +59,17 @@ class ScienceQA(Benchmark):
         return samples
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        answers = [
-            (str(sample.question_id), (row["text"], sample.image is not None))
-            for sample, row in zip(samples, rows, strict=True)
-        ]
-        return score(answers, self.folder, self.split, bool(self.partial))
+        return score(_answers(samples, rows), self.folder, self.split, bool(self.partial))
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        return judge(_answers(samples, rows), self.folder, self.split, bool(self.partial))
+
+
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [
+        (str(sample.question_id), (row["text"], sample.image is not None))
+        for sample, row in zip(samples, rows, strict=True)
+    ]
 
 
 def chosen(text: str, choices: int) -> int:
@@ -97,15 +105,25 @@ def read_problems(folder: Path, split: str) -> dict[str, dict]:
     return {key: problems[key] for key in ids}
 
 
+def judge(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> list[Verdict]:
+    """(id, (answer, asked with an image)) pairs against problems.json; only those with an image make the headline."""
+    source = folder / "problems.json"
+    joined = join(answers, read_problems(folder, split).items(), source, partial)
+    verdicts = []
+    with told_when_malformed(source):
+        for [(text, image)], [problem] in joined.values():
+            choices, answer = problem["choices"], problem["answer"]
+            value, expected = chosen(text, len(choices)) == answer, f"{LETTERS[answer]}. {choices[answer]}"
+            kinds = [problem.get("subject"), "with image" if image else "without image"]
+            verdict = Verdict.plain(value, expected, kinds)
+            verdicts.append(verdict if image else replace(verdict, terms=()))
+    return verdicts
+
+
 def score(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> dict:
     """Accuracy of (id, (answer, asked with an image)) pairs against problems.json: with an image, and over all."""
-    source = folder / "problems.json"
-    labels = read_problems(folder, split).items()
-    with_image, every = [], []
-    for [(text, image)], [problem] in join(answers, labels, source, partial).values():
-        with told_when_malformed(source):
-            every.append(chosen(text, len(problem["choices"])) == problem["answer"])
-        if image:
-            with_image.append(every[-1])
+    verdicts = judge(answers, folder, split, partial)
+    every = [verdict.value for verdict in verdicts]
+    with_image = [verdict.value for verdict in verdicts if verdict.terms]
     images = {"image_accuracy": mean(with_image)} if with_image else {}
     return {**images, "accuracy": mean(every), "questions": len(every), "questions_with_image": len(with_image)}

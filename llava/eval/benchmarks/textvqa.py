@@ -14,7 +14,9 @@ from llava.eval.annotations import read_part, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample
+from llava.eval.verdicts import Verdict, most_said
 from llava.eval.vqa_accuracy import textvqa_accuracy
+from llava.progress import progress_bar
 
 
 class TextVQA(Benchmark):
@@ -43,11 +45,16 @@ class TextVQA(Benchmark):
         return [self.labels]
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        answers = [
+        return score(self._answers(samples, rows), read_part(self.labels, "data"), self.labels, bool(self.partial))
+
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
+        return judge(self._answers(samples, rows), read_part(self.labels, "data"), self.labels, bool(self.partial))
+
+    def _answers(self, samples: list[Sample], rows: list[dict]) -> list[tuple]:
+        return [
             ((sample.question_id, question(sample.prompt, self.question_file)), row["text"])
             for sample, row in zip(samples, rows, strict=True)
         ]
-        return score(answers, read_part(self.labels, "data"), self.labels, bool(self.partial))
 
 
 def question(prompt: str, source: Path) -> str:
@@ -61,13 +68,20 @@ def question(prompt: str, source: Path) -> str:
     )
 
 
-def score(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> dict:
-    """Accuracy of ((image id, question), answer) pairs. A question that was annotated twice counts their mean."""
+def judge(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
+    """((image id, question), answer) pairs, in their order. A question that was annotated twice counts the mean."""
     with told_when_malformed(source):
         labels = [((entry["image_id"], entry["question"].lower()), entry["answers"]) for entry in data]
-        values = [
-            mean(textvqa_accuracy(text, people) for people in several)
-            for texts, several in join(answers, labels, source, partial, repeats=True).values()
-            for text in texts
-        ]
-    return {"accuracy": mean(values), "questions": len(values)}
+        joined = join(answers, labels, source, partial, repeats=True)
+        verdicts = []
+        for key, text in progress_bar("scoring", answers, unit=" answers"):
+            several = joined[key][1]
+            value = mean(textvqa_accuracy(text, people) for people in several)
+            verdicts.append(Verdict.plain(value, most_said([one for people in several for one in people])))
+    return verdicts
+
+
+def score(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> dict:
+    """Accuracy of ((image id, question), answer) pairs."""
+    verdicts = judge(answers, data, source, partial)
+    return {"accuracy": mean(verdict.value for verdict in verdicts), "questions": len(verdicts)}

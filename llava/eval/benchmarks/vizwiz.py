@@ -16,7 +16,9 @@ from llava.eval.evalai_normaliser import normalise
 from llava.eval.files import read_json, write_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples
+from llava.eval.verdicts import Verdict, most_said
 from llava.eval.vqa_accuracy import official_accuracy
+from llava.progress import progress_bar
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -60,19 +62,38 @@ class VizWiz(Benchmark):
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """val: soft accuracy. test: writes answers_upload/<checkpoint>/<run>.json, [{image, answer}]."""
-        answers = [(sample.image, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        answers = _answers(samples, rows)
         if self.split == "val":
             return score(answers, read_json(self.question_file), self.question_file, bool(self.partial))
         return write_upload(answers, self.upload_file(folder, self.folder / "answers_upload", "json"))
 
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
+        if self.split != "val":
+            return None
+        return judge(_answers(samples, rows), read_json(self.question_file), self.question_file, bool(self.partial))
+
+
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [(sample.image, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+
+
+def judge(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
+    """(image, answer) pairs by the rule of the VQA evaluation, after the upload's normalisation."""
+    with told_when_malformed(source):
+        labels = [
+            (entry["image"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type"))) for entry in entries
+        ]
+        joined = join(answers, labels, source, partial)
+        return [
+            Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
+            for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
+        ]
+
 
 def score(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> dict:
-    """Accuracy of (image, answer) pairs by the rule of the VQA evaluation, after the upload's normalisation."""
-    with told_when_malformed(source):
-        labels = [(entry["image"], [a["answer"] for a in entry["answers"]]) for entry in entries]
-        joined = join(answers, labels, source, partial)
-        values = [official_accuracy(normalise(answer), people) for [answer], [people] in joined.values()]
-    return {"accuracy": mean(values), "questions": len(values)}
+    """Accuracy of (image, answer) pairs."""
+    verdicts = judge(answers, entries, source, partial)
+    return {"accuracy": mean(verdict.value for verdict in verdicts), "questions": len(verdicts)}
 
 
 def write_upload(answers: list[tuple], upload: Path) -> dict:

@@ -7,7 +7,6 @@ v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 from llava.errors import UserError
@@ -17,7 +16,9 @@ from llava.eval.evalai_normaliser import normalise
 from llava.eval.files import write_json
 from llava.eval.joining import join, mean
 from llava.eval.samples import Sample, make_samples, read_lines, refuse_repeated_ids
+from llava.eval.verdicts import Verdict, mean_by_kind, most_said
 from llava.eval.vqa_accuracy import official_accuracy
+from llava.progress import progress_bar
 
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015"
 
@@ -84,29 +85,44 @@ class VQAv2(Benchmark):
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """val: soft accuracy. test-dev: writes answers_upload/<split>/<checkpoint>/<run>.json over the whole split."""
-        answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+        answers = _answers(samples, rows)
         if self.split == "val":
             return score(answers, read_part(self.labels, "annotations"), self.labels, bool(self.partial))
         upload = self.upload_file(folder, self.folder / "answers_upload" / TEST_DEV, "json")
         return write_upload(dict(answers), split_ids(self.whole_split), upload)
 
+    def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
+        if self.split != "val":
+            return None
+        return judge(_answers(samples, rows), read_part(self.labels, "annotations"), self.labels, bool(self.partial))
 
-def score(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> dict:
-    """Accuracy of (question_id, answer) pairs by VQAv2's rule, after the normalisation that an upload would get."""
+
+def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
+    return [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
+
+
+def judge(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
+    """(question_id, answer) pairs by VQAv2's rule, after the normalisation that an upload would get."""
     with told_when_malformed(source):
         labels = [
             (entry["question_id"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type", "other")))
             for entry in annotations
         ]
-    per_type = defaultdict(list)
-    for [answer], [(people, kind)] in join(answers, labels, source, partial).values():
-        with told_when_malformed(source):
-            per_type[kind].append(official_accuracy(normalise(answer), people))
-    values = [value for group in per_type.values() for value in group]
+    joined = join(answers, labels, source, partial)
+    with told_when_malformed(source):
+        return [
+            Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
+            for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
+        ]
+
+
+def score(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> dict:
+    """Accuracy of (question_id, answer) pairs, overall and per answer type."""
+    verdicts = judge(answers, annotations, source, partial)
     return {
-        "accuracy": mean(values),
-        "questions": len(values),
-        "per_answer_type": {kind: mean(group) for kind, group in sorted(per_type.items())},
+        "accuracy": mean(verdict.value for verdict in verdicts),
+        "questions": len(verdicts),
+        "per_answer_type": mean_by_kind(verdicts),
     }
 
 
@@ -126,6 +142,9 @@ def write_upload(answers: dict, ids: list, upload: Path) -> dict:
         raise UserError(
             f"{upload}: not written, {strangers} of {len(answers)} answers are to none of the split's questions"
         )
-    content = [{"question_id": i, "answer": normalise(answers[i]) if i in answers else ""} for i in ids]
+    content = [
+        {"question_id": i, "answer": normalise(answers[i]) if i in answers else ""}
+        for i in progress_bar("upload file", ids, unit=" answers")
+    ]
     write_json(upload, content, indent=None)
     return {"upload": str(upload), "answered": len(answers), "empty": len(ids) - len(answers)}

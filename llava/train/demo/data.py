@@ -27,6 +27,7 @@ from llava.demo.vocabulary import (
     category_of,
 )
 from llava.mm_utils import cut_tiles, tile_plan
+from llava.progress import progress_bar
 
 BLOCK = 12  # tokens of the longest question, its cue and its answer
 FORMAT = 1  # goes into the cache's name: change it when the arrays change
@@ -170,7 +171,8 @@ def picture_set(family, split, start, count, questions, weights, pinpoints, cach
             for first in range(start, start + count, size)
         ]
         with multiprocessing.get_context("fork").Pool(min(processes, os.cpu_count() or 1, len(jobs))) as pool:
-            chunks = pool.map(_draw_chunk, jobs)
+            drawn = pool.imap(_draw_chunk, jobs)
+            chunks = [*progress_bar(f"drawing pictures, {size} each", drawn, total=len(jobs), unit=" parts")]
         # Written beside and renamed: another run may be drawing the same pictures.
         part = folder.with_name(f"{key}.part{os.getpid()}")
         part.mkdir(parents=True, exist_ok=True)

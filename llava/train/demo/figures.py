@@ -19,6 +19,7 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.prepared import StageClock
 from llava.model.token_selection import select
+from llava.progress import progress_bar
 
 _BATCH = 32
 
@@ -128,7 +129,7 @@ class Exam:
 def all_token_figures(checkpoint, family, work, questions=4000):
     """Accuracy with all tokens on three disjoint test sets, and the prior of each."""
     rows = []
-    for seed_set in range(3):
+    for seed_set in progress_bar("test sets", range(3), unit=" sets"):
         folder = write_dataset(family, "test", questions, Path(work) / f"card-{family}-{seed_set}", seed_set)
         exam = Exam(checkpoint, folder)
         rows.append({"set": seed_set, "questions": questions, "prior": exam.prior(), **exam.score(exam.answer())})
@@ -140,7 +141,7 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
     folder = write_dataset(family, "test", 4000, Path(work) / f"card-{family}-0", 0)
     exam = Exam(checkpoint, folder, questions)
     table = []
-    for budget in budgets:
+    for budget in progress_bar("budgets", budgets, unit=" budgets"):
         for method in methods:
             for positions in ("reindexed", "original"):
                 seeds = range(3) if method == "random" else (None,)
@@ -172,7 +173,7 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
 def agreement(exam, folder, count=200):
     """Share of questions for which model.generate gives the same word as the shortened path above."""
     same, words = 0, exam.answer()
-    for number in range(min(count, len(exam.rows))):
+    for number in progress_bar("agreement", range(min(count, len(exam.rows))), unit=" questions"):
         image = Image.open(folder / exam.names[number]).convert("RGB")
         before, after = exam.rows[number]
         pixels = process_images([image], exam.processor, exam.model.config)

@@ -2,15 +2,14 @@
 
 import json
 import math
-import sys
 import time
 from collections import defaultdict
 
 import torch
 from torch import distributed
-from tqdm import tqdm
 
 from llava.demo.vocabulary import QUESTION_TYPES
+from llava.progress import progress_bar
 from llava.train.demo.batches import batches, image_embeddings, jittered_positions, sparse_order
 from llava.train.demo.data import picture_set, prefix_ids, word_id
 from llava.train.demo.losses import Captioner, alignment_loss, answer_loss, lookup_loss
@@ -39,7 +38,7 @@ def run_stage(model, recipe, stage, cache, log):
     generator = torch.Generator().manual_seed(stage.seed)
     part = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     source = batches(pictures, stage.batch, recipe.pinpoints, recipe.sizes.side, stage.seed, _SUFFIX_EVERY, part)
-    bar = tqdm(source, total=stage.steps, desc=f"stage {stage.name}", disable=part[0] > 0 or not sys.stderr.isatty())
+    bar = progress_bar(f"stage {stage.name}", source, total=stage.steps, disable=part[0] > 0 or None)
     sums, started = defaultdict(float), time.monotonic()
     model.train()
     for step, batch in enumerate(bar):
@@ -146,7 +145,8 @@ def validate(model, recipe, cache, batch=16):
     )
     prefix = torch.tensor(prefix_ids())
     hits, kinds = [], []
-    for part in batches(pictures, batch, recipe.pinpoints, recipe.sizes.side):
+    source = batches(pictures, batch, recipe.pinpoints, recipe.sizes.side)
+    for part in progress_bar("validation", source, total=-(-len(pictures) // batch)):
         projected = model.projector(model.see(part.tiles)[:, 1:])
         image = image_embeddings(projected, model.image_newline, part.order)
         states = packed_forward(model.llm, prefix, image, part.questions, lengths=part.lengths)

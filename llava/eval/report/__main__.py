@@ -1,0 +1,52 @@
+"""Finished runs as one HTML page that opens without network: scores, charts, question types, flipped answers, settings.
+
+    python -m llava.eval.report RUN... [-o report.html] [--examples N] [--data-root DIR]
+
+RUN: run folders, or folders above them (runs/). Runs that differ in more than their configuration (checkpoint, split,
+questions, generation settings) stand side by side and are never compared. No model is run; imports no torch.
+Exit codes: 0 done, 2 bad input (one sentence).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava.errors import exits_cleanly
+from llava.eval.arguments import Parser
+from llava.eval.files import told_when_unwritable, write_atomically
+from llava.eval.report.page import render
+from llava.eval.report.runs import Questions, find
+from llava.progress import progress_bar
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.eval.report", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders above them")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    parser.add_argument("--examples", type=int, default=12, help="flipped answers shown per comparison (12)")
+    parser.add_argument(
+        "--data-root", type=Path, help="where questions and pictures are (default: where each run found them)"
+    )
+    return parser.parse_args(argv)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    runs, notes = find(args.runs)
+    questions = Questions(args.data_root)
+    for run in progress_bar("judging", runs, unit=" runs"):
+        questions.judge(run)
+    html = render(runs, notes, max(0, args.examples))
+    with told_when_unwritable(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output, html)
+    judged = sum(bool(run.answers) for run in runs)
+    print(
+        f"{args.output}: {len(runs)} runs, {judged} of them question by question; {len(html.encode()) / 1000:,.0f} kB"
+    )
+
+
+if __name__ == "__main__":
+    main()

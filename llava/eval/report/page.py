@@ -1,0 +1,108 @@
+"""The page: comparisons, pictures and records put into the template. Everything that comes from a run is escaped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from llava.errors import UserError
+from llava.eval.annotations import SHORT_ANSWER
+from llava.eval.bootstrap import LEVEL, RESAMPLES
+from llava.eval.plots import short_number
+from llava.eval.published import COLUMNS
+from llava.eval.report import charts
+from llava.eval.report.comparison import Comparison, compare
+from llava.eval.report.pictures import Pictures
+from llava.eval.report.records import records
+from llava.eval.report.runs import RecordedRun
+from llava.eval.table import HEAD, by_checkpoint, cells, collect
+
+TEXT = 600  # characters of an answer or a question that are shown
+
+
+def render(runs: list[RecordedRun], notes: list[str], examples: int) -> str:
+    """The whole page as HTML.
+
+    runs: judged, in the order of the page; notes: what is to be said about what is not in it; examples: flipped answers
+    shown per comparison.
+    """
+    comparisons = compare(runs)
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(short=short_number, cut=_cut, question=_question, bytes=_bytes, json=_json)
+    pictures = Pictures()
+    html = environment.get_template("page.html.jinja").render(
+        style=Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
+        title=_title(comparisons),
+        overview=_overview(runs),
+        head=HEAD,
+        comparisons=comparisons,
+        charts=charts,
+        examples=examples,
+        picture=lambda run, sample: _picture(pictures, run, sample),
+        records=records(runs),
+        runs=runs,
+        notes=notes,
+        level=f"{100 * LEVEL:g} %",
+        resamples=f"{RESAMPLES:,}",
+    )
+    return html.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer is no UTF-8
+
+
+def _title(comparisons: list[Comparison]) -> str:
+    def listed(names: list[str]) -> str:
+        names = list(dict.fromkeys(names))
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    checkpoints = listed([comparison.first.report["checkpoint"]["name"] for comparison in comparisons])
+    return f"{listed([comparison.first.name for comparison in comparisons])}: {checkpoints}"
+
+
+def _overview(runs: list[RecordedRun]) -> list[dict]:
+    """The published table's benchmarks by checkpoint, as llava.eval.table has them; [] where there is no run of those."""
+    rows, _ = collect([run.folder for run in runs if run.name in COLUMNS])
+    tables, _ = by_checkpoint(rows, [])
+    return [
+        {"checkpoint": name, "lines": [(line.kind, cells(line)) for line in lines]} for name, lines in tables.items()
+    ]
+
+
+def _picture(pictures: Pictures, run: RecordedRun, sample) -> dict:
+    """What the template needs of a picture, or why there is none."""
+    try:
+        url, width, height = pictures.get(run, sample)
+    except UserError as error:
+        return {"url": None, "why": str(error)}
+    return {"url": url, "width": width, "height": height}
+
+
+def _cut(text: str) -> str:
+    if not text.strip():
+        return "(empty)"
+    return text if len(text) <= TEXT else f"{text[:TEXT]}... ({len(text) - TEXT:,} more characters)"
+
+
+def _question(text: str) -> str:
+    """Without the instruction that all questions of a benchmark end with."""
+    return _cut(text.removesuffix(SHORT_ANSWER))
+
+
+def _json(value) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _bytes(value: float | None) -> str:
+    return (
+        "-"
+        if value is None
+        else f"{short_number(float(f'{value:.3g}'))}B"
+        if value >= 1e6
+        else f"{value / 1000:,.0f} kB"
+    )

@@ -1,0 +1,223 @@
+"""What a report knows of a run: its folder's files and, where the questions are still there, every judged answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.benchmarks import BENCHMARKS, Benchmark
+from llava.eval.division import Subset
+from llava.eval.files import digest_of, read_json
+from llava.eval.published import TABLE
+from llava.eval.samples import Sample
+from llava.eval.score import match, read_answers
+from llava.eval.table import label_of
+from llava.eval.verdicts import Verdict, headline
+
+_NEEDED = (
+    *("benchmark", "split", "asked", "tokens", "checkpoint", "configuration", "generation", "question_file"),
+    *("questions", "environment", "sessions", "score", "published"),
+)
+_ORDER = [*TABLE, *(name for name in BENCHMARKS if name not in TABLE)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question as it was asked, what the run answered, and what that is worth."""
+
+    sample: Sample
+    text: str
+    verdict: Verdict
+
+    @property
+    def cluster(self):
+        """Questions of one picture are right or wrong together."""
+        return self.sample.image or self.sample.key
+
+
+@dataclass
+class RecordedRun:
+    """A run folder. `answers` are by the sample's key, in question order; empty where `gap` says why."""
+
+    folder: Path
+    report: dict
+    identity: dict
+    answers: dict[tuple, Answer] = field(default_factory=dict)
+    gap: str = ""
+    benchmark: Benchmark | None = None
+
+    @property
+    def name(self) -> str:
+        """The benchmark's."""
+        return self.report["benchmark"]
+
+    @property
+    def method(self) -> str:
+        return self.report["configuration"]["method"]
+
+    @cached_property
+    def label(self) -> str:
+        return label_of(self.report["configuration"])
+
+    @property
+    def budget(self) -> str:
+        """overall_tokens, "all" or "0"."""
+        return self.report["tokens"]
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}, {self.budget} tokens" if self.budget not in ("all", "0") else self.label
+
+    @property
+    def points(self) -> bool:
+        """Whether the score is in points, not in percent."""
+        return self.name in BENCHMARKS and BENCHMARKS[self.name].points
+
+    @property
+    def score(self) -> float | None:
+        """As published tables print it: percent, or points."""
+        return self.report["published"]
+
+    @property
+    def state(self) -> str:
+        """What is to be said beside its score; "" for a run that is finished and scored on all that was asked."""
+        score, asked = self.report["score"], self.report["questions"]
+        if score is None:
+            return f"not finished: {self.report.get('answered', 0):,} of {asked:,} questions are answered"
+        if self.score is None:
+            return "no score here: a file to upload" if "upload" in score else "answers alone, nothing is scored"
+        left_out = asked - self.report.get("answered", asked)
+        return f"partial: {left_out:,} of {asked:,} questions left out, their images cannot be read" if left_out else ""
+
+    @cached_property
+    def group(self) -> str:
+        """Alike for runs that differ in nothing but the configuration: only those are compared."""
+        return digest_of(
+            {name: value for name, value in self.identity.items() if name not in ("configuration", "table")}
+        )
+
+    @property
+    def size(self) -> float:
+        """Vision tokens that a layer reads, for sorting; more than any number where all are kept."""
+        if self.method == "none":
+            return float("inf")
+        return self.measured("vision_tokens_per_image", "layer_mean") or 0.0
+
+    def measured(self, *names: str) -> float | None:
+        """A figure of run.json, None where it has none."""
+        value = self.report
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Per question: the stages of all shards together, without loading."""
+        stages, answered = self.measured("seconds_per_stage"), self.measured("answered")
+        return 1000 * sum(stages.values()) / answered if stages and answered else None
+
+    @property
+    def place(self) -> tuple:
+        """In the order of the page."""
+        order = _ORDER.index(self.name) if self.name in _ORDER else len(_ORDER)
+        group = (self.report["checkpoint"]["name"], order, self.report["split"], str(self.report["asked"]), self.group)
+        return (*group, self.method != "none", self.label, -self.size, str(self.folder))
+
+
+def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
+    """The runs in and below `folders`, in the order of the page, and what is to be said about others.
+
+    Raises UserError for a folder without a run, and for a run.json that is none.
+    """
+    found: dict[Path, RecordedRun] = {}
+    notes = []
+    for folder in map(Path, folders):
+        records = sorted(folder.rglob("identity.json"))
+        if not records:
+            raise UserError(
+                f"{folder}: holds no run (a folder with run.json); allowed are run folders and those above them"
+            )
+        for path in records:
+            if not path.with_name("run.json").is_file():
+                notes.append(f"{path.parent}: has no run.json yet, so it is left out")
+                continue
+            found.setdefault(path.parent.resolve(), _read(path.parent, path))
+    if not found:
+        raise UserError(f"{notes[0]}, and there is no other run")
+    return sorted(found.values(), key=lambda run: run.place), notes
+
+
+def _read(folder: Path, identity: Path) -> RecordedRun:
+    report = _object(folder / "run.json", _NEEDED)
+    return RecordedRun(folder, report, _object(identity, ("part", "questions", "configuration")))
+
+
+def _object(path: Path, needed: Iterable[str]) -> dict:
+    value = read_json(path)
+    missing = [name for name in needed if not isinstance(value, dict) or name not in value]
+    if missing:
+        raise UserError(f'{path}: has no "{missing[0]}", is this the record of a run?')
+    return value
+
+
+class Questions:
+    """Reads questions and judges answers; runs that were asked the same questions share them."""
+
+    def __init__(self, data_root: Path | None = None):
+        """data_root: where the benchmarks lie; None: where each run found them."""
+        self.data_root = data_root
+        self._known: dict[tuple, list[Sample]] = {}
+
+    def judge(self, run: RecordedRun) -> None:
+        """Fill in `run.answers`, or say in `run.gap` why its answers cannot be judged one by one."""
+        try:
+            run.answers = self._answers(run)
+        except UserError as error:
+            run.gap = str(error)
+
+    def _answers(self, run: RecordedRun) -> dict[tuple, Answer]:
+        if run.score is None:
+            raise UserError(run.state)
+        benchmark = self._benchmark(run)
+        samples = self._samples(run, benchmark)
+        path = run.folder / "merge.jsonl"
+        answered, rows = match(samples, read_answers(path), path, partial=True)
+        benchmark.partial = run.report["score"].get("partial")
+        verdicts = benchmark.verdicts(answered, rows, run.folder)
+        if verdicts is None:
+            raise UserError("its answers cannot be judged one by one")
+        again = headline(verdicts) * (1 if benchmark.points else 100)
+        if abs(again - run.score) > 1e-6 * max(1.0, abs(run.score)):
+            raise UserError(
+                f"{benchmark.question_file.parent}: by the annotations that are there now the run's score is {again:.2f}, not "
+                f"{run.score:.2f}, so its answers are not judged one by one"
+            )
+        run.benchmark = benchmark
+        return {
+            sample.key: Answer(sample, row["text"], verdict)
+            for sample, row, verdict in zip(answered, rows, verdicts, strict=True)
+        }
+
+    def _benchmark(self, run: RecordedRun) -> Benchmark:
+        """As it was for the run; its folder is told by the run's question file."""
+        kind, split, file = BENCHMARKS[run.name], run.report["split"], Path(run.report["question_file"])
+        roots = [self.data_root] if self.data_root else file.parents
+        for root in roots:
+            benchmark = kind(root, None, split)
+            if benchmark.question_file == file or self.data_root:
+                return benchmark
+        raise UserError(f"{file}: is no question file of {run.name}; --data-root says where the benchmarks are")
+
+    def _samples(self, run: RecordedRun, benchmark: Benchmark) -> list[Sample]:
+        asked = run.report["asked"]
+        known = (benchmark.name, benchmark.split, *asked.values(), str(benchmark.data_root))
+        if known not in self._known:
+            subset = asked["subset"] and Subset(asked["subset"], asked["seed"])
+            self._known[known] = benchmark.chosen(benchmark.load_questions(), asked["limit"], subset)
+        samples = self._known[known]
+        if digest_of([[list(sample.key), sample.prompt] for sample in samples]) != run.identity["questions"]:
+            raise UserError(f"{benchmark.question_file}: holds other questions than the run was asked")
+        return samples
