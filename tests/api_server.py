@@ -79,7 +79,7 @@ def run_tiny(folder):
     make_image(97, 61).save(images / "a.png")
     (images / "out.png").symlink_to(Path(__file__).resolve())
     limits = ImageLimits(max_bytes=100_000, max_pixels=200_000)
-    server = Server(MODEL, limits, (images,), max_tokens=6, max_body=400_000, read_seconds=2.0)
+    server = Server(MODEL, limits, (images,), max_tokens=6, max_body=400_000, read_seconds=4.0)
     running = Running(serve(make_checkpoint(folder)), server)
     running.folder = images
     yield running
