@@ -123,6 +123,11 @@ class LlavaGeneration:
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """transformers' hook, called once it knows how many tokens there may be: a request with `caching` gets its cache."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and model_kwargs["prompt_length"]:
+            raise UserError(
+                "assisted generation (prompt lookup) does not go with a prompt whose ids are not what the LLM reads: it "
+                "counts cache entries by them"
+            )
         caching: Caching | None = model_kwargs.get("caching")
         if caching is None:
             return super()._prepare_cache_for_generation(

@@ -74,6 +74,10 @@ class LlavaCompression(Compression):
             found = "neither" if ids is None else "both"
             raise UserError(f"generate() takes inputs or input_ids, but got {found}")
         ids = inputs if ids is None else ids
+        if given.pop("assistant_model", None) is not None:
+            raise UserError(
+                "assistant_model does not go with compress(), allowed are greedy search, sampling and beams"
+            )
         self._twin.generation_config = self.model.generation_config
         prepared = self._twin.prepare(**self._prompts(ids, given))
         self.last_selection = [selection for row in prepared.selections for selection in row]
@@ -96,6 +100,8 @@ class LlavaCompression(Compression):
 
     def _prompts(self, ids: Tensor, given: dict) -> dict:
         """What our model takes for input_ids [B, S] and what came with them, which is taken out of `given`."""
+        if ids.dim() != 2:
+            raise UserError(f"input_ids have shape {list(ids.shape)}, allowed is [rows, tokens]")
         for name in _REFUSED:
             if given.pop(name, None) is not None:
                 raise UserError(
