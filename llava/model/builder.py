@@ -44,6 +44,7 @@ def load_pretrained_model(
     Raises UserError for whatever is wrong with the checkpoint.
     """
     config = config or AdaVConfig(method="none")
+    config.refuse_misfits(method_class(config.method))
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
@@ -63,11 +64,9 @@ def load_pretrained_model(
 
 def check_config(config: AdaVConfig, model_config) -> None:
     """UserError where `config` asks for what a model of `model_config` cannot do; told before any weight is loaded."""
-    method = method_class(config.method)
-    config.refuse_misfits(method)
-    chosen = method(**config.options_of(method))
     if config.method in dropper_names():
-        chosen.check(model_config)
+        method = method_class(config.method)
+        method(**config.options_of(method)).check(model_config)
     prefill_filter = PrefillFilter.of(config)
     if prefill_filter is not None:
         prefill_filter.check(model_config)
