@@ -426,6 +426,7 @@ def test_ways_to_say_what_is_wanted(pair, tmp_path, monkeypatch):
         ({"method": "best"}, 'the configuration: "method" is "best"'),
         ({"options": {"positions": "original"}, "method": "visionzip"}, "makes tokens that stood nowhere"),
         ({"options": {"text_scope": "turn"}}, 'options.text_scope is "turn", which needs words: pass'),
+        ({"method": "cdpruner", "options": {"text_tower": "clip"}}, 'options.text_tower is "clip", which needs words'),
         ({"method": "fastv", "options": {"layer": 3}}, "options.layer"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from llava.config import method_class
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.integrations.transformers.base import Compression
@@ -44,9 +45,11 @@ class LlavaCompression(Compression):
             )
         self._twin = on_weights_of(self.model, self.config)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        method = method_class(self.config.method)
+        states = method(**self.config.options_of(method)).tower_states
         for name, needed in (
             ("text_scope", self.config.option("text_scope") == "turn"),
-            ("text_tower", "text_tower" in self.config.options),
+            ("text_tower", "text_cosine" in states),
         ):
             if needed and tokenizer is None:
                 value = self.config.options[name]
