@@ -105,6 +105,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             plans.append(plan)
         return pixels, plans
 
+    def slots(self, images, image_sizes=None, config: AdaVConfig | None = None) -> list[int]:
+        """Tokens that each image (as `prepare` takes them) has before any are dropped, newline tokens included."""
+        pixels, plans = self._plans(images, image_sizes, (config or self.adav_config).option("anyres"))
+        side = self.get_vision_tower().num_patches_per_side
+        return [len(merge_order(plan, side, len(tiles))) for tiles, plan in zip(pixels, plans, strict=True)]
+
     def encode_images(
         self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = (), project: bool = True
     ) -> list[tuple[Tensor, Tensor, TowerStates]]:

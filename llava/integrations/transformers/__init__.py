@@ -36,10 +36,8 @@ def compress(
         text_tower).
     Raises UserError, here or on entering the block, for what cannot be compressed or configured.
     """
-    if isinstance(config, AdaVConfig):
-        config = config.replaced(**overrides)
-    else:
-        config = AdaVConfig.load(config, **overrides)
+    given = isinstance(config, AdaVConfig)
+    config = config.replaced(**overrides) if given else AdaVConfig.load(config, **overrides)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise UserError(

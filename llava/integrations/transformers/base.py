@@ -27,9 +27,6 @@ class Compression(ABC):
         """Method of the model -> bound method of this object that takes its place. Called on entering; UserError where
         the model or the configuration cannot be used."""
 
-    def release(self) -> None:
-        """Let go of what `redirections` made. Called on leaving."""
-
     def __enter__(self):
         if any(isinstance(getattr(value, "__self__", None), Compression) for value in vars(self.model).values()):
             raise UserError(
@@ -49,4 +46,3 @@ class Compression(ABC):
             delattr(self.model, name)
         for name, method in self._before.items():
             setattr(self.model, name, method)
-        self.release()
