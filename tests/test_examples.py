@@ -74,3 +74,12 @@ def test_your_own_selector(run):
     assert all(line.endswith("of 100 right, 14 of 144 vision tokens each") for line in lines)
     right = [int(re.search(r"(\d+) of 100", line).group(1)) for line in lines]
     assert right[1] > right[0], "it is a selector, not another draw"
+
+
+def test_stock_transformers(run):
+    *rows, kept, undone = run("stock_transformers").splitlines()
+    found = [re.search(r"all tokens: (\w+) +compressed: (\w+) +\(right: (\w+)\)", row).groups() for row in rows]
+    assert len(found) == 4 and sum(whole == right for whole, _, right in found) >= 3
+    assert sum(few == right for _, few, right in found) >= 2
+    assert kept == "LlavaForConditionalGeneration read 14 of 144 vision tokens of each picture"
+    assert undone == "the same model again as it was after the block: yes"

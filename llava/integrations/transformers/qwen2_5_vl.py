@@ -73,9 +73,9 @@ class QwenCompression(Compression):
         self._generate, self._prepare = self.model.generate, self.model.prepare_inputs_for_generation
         return {"generate": self.generate, "prepare_inputs_for_generation": self.prepare_inputs_for_generation}
 
-    def release(self) -> None:
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
         self.model.model.rope_deltas = self._rope_deltas
-        del self._generate, self._prepare, self._rope_deltas
 
     def _checked_method(self) -> type:
         """The method's class; UserError where the configuration asks for what this family does not have."""
