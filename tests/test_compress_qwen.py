@@ -260,6 +260,18 @@ def test_positions_matter_to_the_test_above(model):
     assert not torch.allclose(reindexed.logits[0], result.logits[0], atol=1e-2)
 
 
+def test_order_in_the_text_has_no_gaps(model):
+    """Beside time, height and width goes a token's number; flash attention takes a gap there for the start of another text."""
+    orders = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, _, named: orders.append(named["position_ids"][0]), with_kwargs=True
+    )
+    prompts = [prompt(PROMPTS["several images"]), prompt([3, LARGE, 2], seed=1)]
+    with handle, compress(model, AdaVConfig(method="cls", overall_tokens=2)):
+        answer(model, batch(prompts), steps=1)
+    assert orders[0].tolist() == [list(range(22)), [0] * 13 + list(range(9))]
+
+
 @torch.no_grad()
 def test_going_on_by_hand_from_the_cache(model):
     """rope_deltas: forward() on the shortened cache counts positions on from the whole prompt."""
