@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.integrations.transformers import compress, received_attention
+from llava.integrations.transformers.qwen_prompts import QwenPrompts
 from llava.integrations.transformers.received_attention import QwenSaliency, mean_received
 from llava.model.token_selection import SELECTORS, Selector
 from llava.model.token_selection.base import take
@@ -251,11 +252,11 @@ def test_dropping_is_hiding(model, method, shape):
     assert all(len(layer.keys[0, 0]) == length - dropped + 5 for layer in result.past_key_values.layers)
 
 
-def test_positions_matter_to_the_test_above(model):
+def test_positions_matter_to_the_test_above(model, monkeypatch):
     inputs = prompt(PROMPTS["several images"])
-    with compress(model, AdaVConfig(method="cls", overall_tokens=3)) as compression:
+    with compress(model, AdaVConfig(method="cls", overall_tokens=3)):
         result = answer(model, inputs)
-        compression._positions = lambda request, positions, columns: request.mask.cumsum(1).expand(4, -1, -1) - 1
+        monkeypatch.setattr(QwenPrompts, "positions", lambda self, whole: self.mask.cumsum(1).expand(4, -1, -1) - 1)
         reindexed = answer(model, inputs)
     assert not torch.allclose(reindexed.logits[0], result.logits[0], atol=1e-2)
 
@@ -370,6 +371,36 @@ def test_half_precision(model):
     assert compression.last_selection[0].saliency.dtype == torch.float32
 
 
+def test_forward_on_whole_prompts(model, seen):
+    """Logits and loss of what is left; what is to be learnt is not shown to the selector; gradients pass."""
+    prompts = [prompt(PROMPTS["several images"]), prompt([3, LARGE, 6], seed=1)]
+    inputs = batch(prompts)
+    labels = torch.where(torch.arange(50) >= 47, inputs["input_ids"], -100)
+    with compress(model, AdaVConfig(method="spy", overall_tokens=2)) as compression:
+        output = model(**inputs, labels=labels)
+    left = [50 - 34 + 6, 26 - 15 + 2]
+    assert output.logits.shape[:2] == (2, left[0]) and output.past_key_values is None
+    kept = torch.ones(50, dtype=torch.bool)
+    for columns in columns_of(prompts[0]["input_ids"][0]):
+        kept[columns[2:]] = False
+    whole = hidden_instead(model, prompts[0], prompts[0]["input_ids"], compression.last_selection[:3])
+    assert torch.allclose(output.logits[0], whole[kept], rtol=1e-4, atol=1e-4)
+    losses = torch.nn.functional.cross_entropy(output.logits[:, -4:-1].flatten(0, 1), labels[:, -3:].flatten())
+    assert output.loss.item() == pytest.approx(losses.item(), rel=1e-5)
+    words = model.get_input_embeddings().weight
+    assert torch.equal(seen[-1][1], words[prompts[1]["input_ids"][0, -6:-3]]), "the question, without its answer"
+    output.loss.backward()
+    assert model.model.visual.merger.mlp[0].weight.grad.abs().sum() > 0
+    model.zero_grad()
+    with compress(model, AdaVConfig(method="none")):
+        stock = type(model).forward(model, **inputs).logits
+        assert torch.allclose(model(**inputs).logits, stock, atol=1e-5)
+        with pytest.raises(UserError, match="use_cache"):
+            model(**inputs, use_cache=True)
+        text = inputs["input_ids"][:, -3:]
+        assert torch.equal(model(input_ids=text).logits, type(model).forward(model, input_ids=text).logits)
+
+
 # --- the words of a question ------------------------------------------------------------------------------------------
 
 
@@ -446,13 +477,13 @@ def test_nothing_is_left_behind(model):
     with compression:
         answer(model, inputs)
     assert state(model) == before
+    assert len(compression.last_selection[0].indices) == 4, "the selection outlives the block"
     with pytest.raises(RuntimeError), compression:  # entered again
         answer(model, inputs | {"pixel_values": inputs["pixel_values"][:, :-1]})
     assert state(model) == before, "not even after an exception inside the tower"
     result = answer(model, inputs)
     assert torch.equal(result.sequences, stock.sequences)
     assert all(torch.equal(a, b) for a, b in zip(result.logits, stock.logits, strict=True))
-    assert len(compression.last_selection[0].indices) == 4, "the selection outlives the block"
 
 
 def test_only_this_model(model):
