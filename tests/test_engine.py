@@ -237,6 +237,9 @@ def test_top_p_by_hand():
         assert set(tokens.tolist()) == drawn
     # All four, and the share of the most probable is its probability: 0.5, here within five standard deviations.
     assert abs(float((tokens == 1).float().mean()) - 0.5) < 5 * (0.25 / 2000) ** 0.5
+    # However small temperature or top_p is: the most probable token.
+    for sampling in (Sampling(temperature=5e-324), Sampling(temperature=1.0, top_p=5e-324)):
+        assert Chooser([sampling], torch.device("cpu"))(logits[:1]).tolist() == [1]
     # Temperature 0.5 squares the ratios: 25, 9, 2.25, 0.25 of 36.5.
     tokens = Chooser([Sampling(temperature=0.5, seed=seed) for seed in range(2000)], torch.device("cpu"))(logits)
     assert abs(float((tokens == 1).float().mean()) - 25 / 36.5) < 5 * (0.25 / 2000) ** 0.5

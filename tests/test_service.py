@@ -148,6 +148,12 @@ def test_every_method_is_served(service, method):
     assert kept == {"none": total, "no_image": 0}.get(method, 60)
 
 
+def test_a_cache_that_keeps_nothing(service):
+    nothing = AdaVConfig(method="none", h2o_heavy_share=0, h2o_recent_share=0)
+    answered = alone(service, ask("Why?", config=nothing, max_new_tokens=1))
+    assert answered.new_tokens == 1 and answered.kv_bytes == (0, 0)
+
+
 def test_text_alone_and_a_conversation(service):
     turns = (Turn("system", "Be brief."), Turn("user", ASKED[0], (PICTURES[0],)), Turn("assistant", "red"))
     answered = alone(service, Request((*turns, Turn("user", "Why?")), sampling=Sampling(3)))
@@ -230,14 +236,21 @@ def test_one_bad_request_fails_alone(service, gate):
 
 def test_a_failure_in_the_middle(service):
     """After the first pieces there is no second try: the rows that were running fail."""
-    step = service.model.model.decode_step
+    engine = service.model.engine
+    steps_for = engine.steps_for
 
-    def breaks(tokens, cache):
-        if cache.steps == 4:
-            raise RuntimeError("broke")
-        return step(tokens, cache)
+    def breaking(cache):
+        steps = steps_for(cache)
 
-    service.model.model.decode_step = breaks
+        def step(tokens):
+            if cache.steps == 4:
+                raise RuntimeError("broke")
+            return steps(tokens)
+
+        step.cache = steps.cache
+        return step
+
+    engine.steps_for = breaking
     try:
         reply = service.submit(ask(ASKED[0], PICTURES[0]))
         pieces = []
@@ -245,8 +258,9 @@ def test_a_failure_in_the_middle(service):
             pieces.extend(reply)
         with pytest.raises(Failed, match="broke"):
             reply.result()
+        assert len(pieces) == 5
     finally:
-        service.model.model.decode_step = step
+        engine.steps_for = steps_for
     assert alone(service, ask(ASKED[0], PICTURES[0])).text.startswith(reply.text)
 
 

@@ -234,6 +234,16 @@ def naive_text_score(features, text, temperature=0.01):
     return (e / e.sum(1, keepdims=True)).max(0)
 
 
+@pytest.mark.parametrize("name", ["adav", "t2i", "adav_cover"])
+def test_however_small_the_temperature(name):
+    """Each word then has one patch: the choice is that of a temperature that is small but not too small for float32."""
+    draw = torch.Generator().manual_seed(5)
+    image = flat_image(torch.randn(60, 48, generator=draw), torch.rand(60, generator=draw))
+    text = torch.randn(4, 48, generator=draw)
+    kept = [select(name, image, text, 16, temperature=value).indices for value in (1e-20, 1e-40, 5e-324)]
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
+
+
 def naive_masses(scores, budget):
     ranked = sorted(scores.tolist(), reverse=True)
     return [sum(ranked[:k]) for k in range(budget + 1)]

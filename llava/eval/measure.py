@@ -43,7 +43,7 @@ def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> 
         entries = [layer.stored(row, fed) for row, fed in enumerate(steps)]
         for tensor in (layer.keys, layer.values):
             allocated += tensor.untyped_storage().nbytes()
-            entry = tensor.nbytes // (rows * tensor.shape[-2])
+            entry = tensor.nbytes // max(1, rows * tensor.shape[-2])  # a policy may keep nothing
             live = [bytes_ + entry * n for bytes_, n in zip(live, entries, strict=True)]
     return [
         {

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from llava.errors import UserError
 
+# Below it float32 takes a temperature or a top_p for 0; by then only the most probable token is drawn.
+SMALLEST = 1e-30
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -64,9 +67,9 @@ class Chooser:
         """logits [B, V] -> tokens [B]; ties go to the lowest token."""
         tokens = logits.argmax(dim=-1)
         for (b, row), generator in zip(self._drawn, self._generators, strict=True):
-            probability = torch.softmax(logits[b].float() / row.temperature, dim=-1)
+            probability = torch.softmax(logits[b].float() / max(row.temperature, SMALLEST), dim=-1)
             ranked, order = probability.sort(descending=True, stable=True)
             # A token belongs to the set where those before it do not reach top_p yet: the first always does.
-            ranked[ranked.cumsum(dim=-1) - ranked >= row.top_p] = 0.0
+            ranked[ranked.cumsum(dim=-1) - ranked >= max(row.top_p, SMALLEST)] = 0.0
             tokens[b] = order[torch.multinomial(ranked, 1, generator=generator)[0]]
         return tokens

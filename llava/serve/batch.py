@@ -28,7 +28,7 @@ from llava.model.token_dropping import dropper_names
 from llava.model.token_dropping.prefill_filter import PrefillFilter
 from llava.model.token_selection import ImageTokens
 from llava.serve.reply import Answered, KeptTokens, Reply
-from llava.serve.request import Request, chat_prompt
+from llava.serve.request import PromptTooLong, Request, chat_prompt
 
 # No prompt that fits has more letters per token: what is longer need not be read to be refused.
 LETTERS = 200
@@ -82,7 +82,7 @@ class LoadedModel:
         self.check(config)
         prompt = chat_prompt(self.template, request.turns)
         if len(prompt) > LETTERS * self.max_prompt_tokens:
-            raise UserError(
+            raise PromptTooLong(
                 f"the prompt has {len(prompt):,} letters, allowed are {self.max_prompt_tokens:,} tokens: "
                 "a shorter conversation would fit"
             )
@@ -92,7 +92,7 @@ class LoadedModel:
         plans = [tile_plan(image.size, self.model.config, config.option("anyres")) for image in images]
         length = len(ids) - len(images) + sum(self.longest(plan, config) for plan in plans)
         if length > self.max_prompt_tokens:
-            raise UserError(
+            raise PromptTooLong(
                 f"the prompt has {length:,} tokens, images included, allowed are {self.max_prompt_tokens:,}: "
                 "a shorter conversation, fewer images or fewer vision tokens would fit"
             )
@@ -126,10 +126,11 @@ class LoadedModel:
         return budget if budget < len(outline.patches) else len(order)
 
     def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:
-        image = image.convert("RGB")
-        digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=32).digest()
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=32)
+        digest.update(image.tobytes())
         (pixels,) = process_images([image], self.image_processor, self.model.config, config.option("anyres"))
-        return Picture(digest, pixels, image.size)
+        return Picture(digest.digest(), pixels, image.size)
 
     # --- the model, in one thread -----------------------------------------------------------------------------------
 

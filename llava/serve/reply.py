@@ -36,8 +36,9 @@ class Answered:
     images              per image of the conversation, in order; side: patches per tile side. llava.serve.overlay draws
                         draw_overlay(picture, images[i].plan, side, {name: images[i].selection})
     vision_tokens       (left after the last cut, before selection), all images together
-    seconds             waited: before its batch began; first_token: from there to the first token (images, selection and
-                        prefill of the whole batch); decode: from there to the row's last token
+    seconds             waited: from submit to the start of its batch, cutting images into tiles included; first_token: from
+                        there to the first token (tower, selection and prefill of the whole batch); decode: from there
+                        to the row's last token
     tokens_per_second   of decoding, the first token excluded; None where there was but one
     kv_bytes            (live: entries of the row's own tokens, allocated: its share of the storage), at its end
     prefill_flops       predicted for this request alone

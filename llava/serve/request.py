@@ -17,6 +17,10 @@ from llava.model.sampling import Sampling
 _SYSTEM = {"vicuna": "", "chatml": "<|im_start|>system\n"}
 
 
+class PromptTooLong(UserError):
+    """A conversation that does not fit into the model's context, or into what the service allows of it."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message. role: "system" (the first turn alone), "user" or "assistant"; images: of this turn, in their order.

@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from llava.config import AdaVConfig
+from llava.config import OPTION_RULES, AdaVConfig
 from llava.errors import UserError, first_line
 from llava.serve.reply import Answered, Failed, KeptTokens, Reply
 from llava.serve.request import Request, Turn
@@ -30,6 +30,8 @@ __all__ = ["Answered", "Busy", "Closed", "Failed", "KeptTokens", "Reply", "Reque
 GATHER = 0.01
 # Options that name files: a request may not choose them, the service's own configuration may.
 FILE_OPTIONS = ("table", "text_tower")
+# Of the numbers that a request may set: more than there ever are tokens, layers or steps.
+LARGEST = 10**9
 log = logging.getLogger("llava.serve")
 
 
@@ -101,7 +103,13 @@ class Service:
         unknown = [key for key in settings if key not in self.config.to_dict()]
         if unknown:
             allowed = ", ".join(self.config.to_dict())
-            raise UserError(f'adav: unknown key "{unknown[0]}", allowed are {allowed}')
+            raise UserError(f'adav: unknown key "{unknown[0][:80]}", allowed are {allowed}')
+        options = settings.get("options")
+        unknown = [name for name in options if name not in OPTION_RULES] if isinstance(options, dict) else []
+        if unknown:
+            raise UserError(f'adav: unknown option "{unknown[0][:80]}", allowed are {", ".join(OPTION_RULES)}')
+        if any(abs(value) > LARGEST for value in _numbers(settings)):
+            raise UserError(f"adav: a number that is out of all range, allowed is up to {LARGEST:,}")
         config = AdaVConfig(**(self.config.to_dict() | settings))
         for name in FILE_OPTIONS:
             if name in config.options and config.options[name] != self.config.options.get(name):
@@ -239,6 +247,13 @@ class Service:
 def _key(config: AdaVConfig) -> str:
     """Equal for configurations whose requests may share a batch."""
     return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def _numbers(value) -> list:
+    """All numbers in a JSON value."""
+    if isinstance(value, (dict, list)):
+        return [found for one in (value.values() if isinstance(value, dict) else value) for found in _numbers(one)]
+    return [value] if isinstance(value, (int, float)) else []
 
 
 def _failure(error: Exception) -> Exception:

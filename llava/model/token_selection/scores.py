@@ -14,6 +14,8 @@ from torch import Tensor
 from llava.model.token_selection.base import ImageTokens
 
 CHUNK = 1 << 23  # cosines held at once: 64 MB in double precision
+# Below it float32 takes a temperature for 0; the softmax has long had one winner by then.
+SMALLEST = 1e-30
 
 
 def patch_saliency(image: ImageTokens) -> Tensor:
@@ -28,7 +30,7 @@ def text_to_image(image: ImageTokens, text: Tensor, temperature: float) -> Tenso
     """
     best = None
     for cosines in _cosines(image, text):
-        score = torch.softmax(cosines / temperature, dim=-1).amax(0)
+        score = torch.softmax(cosines / max(temperature, SMALLEST), dim=-1).amax(0)
         best = score if best is None else torch.maximum(best, score)
     return best
 

@@ -1,0 +1,157 @@
+"""An OpenAI-compatible server for one checkpoint: POST /v1/chat/completions, GET /v1/models, /health and /metrics.
+
+    python -m llava.serve.api --model-path M [--host 127.0.0.1 --port 8000] [--config adav_configs.json] [--method ...]
+        [--image-folder DIR ...] [--max-batch 8] [--max-waiting 64] [--max-image-bytes N] [--max-pixels N]
+        [--max-body-bytes N] [--api-key-env NAME]
+
+SIGTERM and Ctrl-C finish what is running, refuse what is new, and exit with 0. Port 0 takes a free one. What is not said by
+flags or by a request is as in adav_configs.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, positive
+from llava.serve.images import ImageLimits
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.serve.api", description=__doc__.split("\n")[0])
+    parser.add_argument("--model-path", required=True, help="folder or hub name of a checkpoint")
+    parser.add_argument("--model-base", help="the LLM under a LoRA or projector-only checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=_port, default=8000)
+    parser.add_argument("--config", help="configuration file: $ADAV_CONFIG, else the repository's adav_configs.json")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    parser.add_argument(
+        "--image-folder", action="append", default=[], help="requests may name images below it; repeatable"
+    )
+    parser.add_argument("--max-batch", type=positive, default=8, help="requests that are answered together (8)")
+    parser.add_argument("--max-waiting", type=positive, default=64, help="requests that may wait (64); 429 beyond")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=512, help="of an answer whose request does not say (512)"
+    )
+    parser.add_argument("--max-prompt-tokens", type=positive, help="of a request (what the model's context holds)")
+    parser.add_argument("--max-image-bytes", type=positive, default=ImageLimits().max_bytes)
+    parser.add_argument("--max-pixels", type=positive, default=ImageLimits().max_pixels, help="of a request's images")
+    parser.add_argument("--max-body-bytes", type=positive, default=32 << 20, help="of a request")
+    parser.add_argument(
+        "--image-cache-bytes", type=_count, default=256 << 20, help="of encoded images for later requests"
+    )
+    parser.add_argument("--shutdown-seconds", type=positive, default=60, help="that running answers get to finish (60)")
+    parser.add_argument("--api-key-env", help="environment variable with the key that requests must bring")
+    add_config_flags(parser)
+    return parser.parse_args(argv)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        import uvicorn
+
+        from llava.serve.api_app import make_app
+        from llava.serve.openai_chat import Server
+    except ImportError as error:
+        raise UserError(f"the API needs what `pip install -e .[serve]` installs ({error})") from None
+    from llava.mm_utils import get_model_name_from_path
+    from llava.serve.service import Service
+
+    config = AdaVConfig.load(args.config, **config_overrides(args))
+    folders, key = tuple(map(_folder, args.image_folder)), _key(args.api_key_env)
+    listening = listen(
+        args.host, args.port
+    )  # before the checkpoint is loaded: a port that is taken is found out at once
+    name = get_model_name_from_path(args.model_path)
+    service = Service.load(
+        args.model_path,
+        model_base=args.model_base,
+        config=config,
+        dtype=args.dtype,
+        max_batch=args.max_batch,
+        max_waiting=args.max_waiting,
+        max_prompt_tokens=args.max_prompt_tokens,
+        image_cache=args.image_cache_bytes,
+    )
+    limits = ImageLimits(args.max_image_bytes, args.max_pixels)
+    app = make_app(service, Server(name, limits, folders, args.max_tokens, args.max_body_bytes), key)
+
+    class Stopping(uvicorn.Server):
+        """Tells the service at the first signal, so that what waits is refused while what runs is finished."""
+
+        def handle_exit(self, sig, frame) -> None:
+            threading.Thread(target=service.close, name="llava-closing").start()
+            super().handle_exit(sig, frame)
+
+    settings = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=args.shutdown_seconds,
+    )
+    # uvicorn raises the signals again when it has stopped: by then they have been obeyed.
+    for name_of in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name_of, lambda *_: None)
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{name} ({config.method}, {config.overall_tokens} tokens per image) on http://{shown}:{port}/v1", flush=True)
+    if key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        print("warning: anyone who reaches this address may ask; --api-key-env asks for a key", file=sys.stderr)
+    Stopping(settings).run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; UserError where that cannot be."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=512)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a port from 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 0")
+    return int(text)
+
+
+def _folder(name: str) -> Path:
+    if not Path(name).is_dir():
+        raise UserError(f"--image-folder {name}: is no folder")
+    return Path(name).resolve()
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii():
+        raise UserError(
+            f"--api-key-env {variable}: the environment variable holds no key, allowed are ASCII characters"
+        )
+    return key
+
+
+if __name__ == "__main__":
+    main()
