@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,11 @@ class AdaVConfig:
             object.__setattr__(config, f.name, overrides.get(f.name, values.get(f.name, default)))
         config._check(str(path) + (" with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""))
         return config
+
+    def replaced(self, **overrides) -> AdaVConfig:
+        """A configuration with some keys changed; ConfigError for an unknown key and for a value that cannot be used."""
+        _refuse_unknown(overrides, "the overrides")
+        return replace(self, **overrides)
 
     def to_dict(self) -> dict:
         """The keys and values of the file, every default filled in."""

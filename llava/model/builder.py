@@ -44,36 +44,46 @@ def load_pretrained_model(
     Raises UserError for whatever is wrong with the checkpoint.
     """
     config = config or AdaVConfig(method="none")
-    method = method_class(config.method)
-    config.refuse_misfits(method)
-    chosen = method(**config.options_of(method))
+    config.refuse_misfits(method_class(config.method))
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
     source = Checkpoint.open(model_path, model_base)
     model_config = source.model_config()
-    model_config.mm_anyres = config.option("anyres")
-    if config.method in dropper_names():
-        chosen.check(model_config)
-    prefill_filter = PrefillFilter.of(config)
-    if prefill_filter is not None:
-        prefill_filter.check(model_config)
+    check_config(config, model_config)
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
-    model.adav_config = config
-    for name in config.unused_options(method):
-        warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=2)
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
     if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
         model.config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
-    if tokenizer is not None:
-        model.turn_markers = turn_markers(default_conv_mode(model_config, tokenizer), tokenizer)
-        model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
-    if "text_cosine" in chosen.tower_states:
-        model.text_tower(config.options["text_tower"])
+    configure(model, config, tokenizer)
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
+
+
+def check_config(config: AdaVConfig, model_config) -> None:
+    """UserError where `config` asks for what a model of `model_config` cannot do; told before any weight is loaded."""
+    if config.method in dropper_names():
+        method = method_class(config.method)
+        method(**config.options_of(method)).check(model_config)
+    prefill_filter = PrefillFilter.of(config)
+    if prefill_filter is not None:
+        prefill_filter.check(model_config)
+
+
+def configure(model, config: AdaVConfig, tokenizer=None) -> None:
+    """Make `config` the model's own, with what its method needs beside the model. tokenizer: None where there is none."""
+    model.adav_config = config
+    model.config.mm_anyres = config.option("anyres")
+    method = method_class(config.method)
+    for name in config.unused_options(method):
+        warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=3)
+    if tokenizer is not None:
+        model.turn_markers = turn_markers(default_conv_mode(model.config, tokenizer), tokenizer)
+        model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
+    if "text_cosine" in method(**config.options_of(method)).tower_states:
+        model.text_tower(config.options["text_tower"])
 
 
 def _dtype(torch_dtype, on_gpu: bool):

@@ -25,17 +25,22 @@ class LlavaGeneration:
         attention_mask=None,
         *,
         prepared: PreparedPrompt | None = None,
+        prompt_ids: Tensor | None = None,
         config: AdaVConfig | None = None,
         **generation_kwargs,
     ):
         """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
 
         Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
+        prompt_ids: [B, P] a spelling of the prompts in token ids. Processors of logits, stopping criteria and streamers
+            then see it before the new tokens, max_length counts it, and the result is [B, P + T].
         """
         if prepared is None:
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
         self.last_selection = [selection for row in prepared.selections for selection in row]
         output = super().generate(
+            prompt_ids,
+            prompt_length=0 if prompt_ids is None else prompt_ids.shape[1],
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
@@ -79,12 +84,13 @@ class LlavaGeneration:
         position_offset=None,
         dropping=None,
         caching=None,
+        prompt_length=0,
         is_first_iteration=False,
         **kwargs,
     ):
         """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
 
-        It forwards only what is named here; `dropping` and `caching` go with every step.
+        It forwards only what is named here; `dropping` and `caching` go with every step, `prompt_length` with none.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
@@ -97,10 +103,34 @@ class LlavaGeneration:
             inputs["caching"] = caching
         return inputs
 
+    def _prepare_generated_length(
+        self,
+        generation_config,
+        has_default_max_length,
+        has_default_min_length,
+        model_input_name,
+        input_ids_length,
+        inputs_tensor,
+    ):
+        """transformers' hook: lengths count the prompt as its ids spell it, where there are ids, not as it was spliced."""
+        return super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            has_default_min_length=has_default_min_length,
+            model_input_name="input_ids" if input_ids_length else model_input_name,
+            input_ids_length=input_ids_length,
+            inputs_tensor=inputs_tensor,
+        )
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """transformers' hook, called once it knows how many tokens there may be: a request with `caching` gets its cache."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and model_kwargs["prompt_length"]:
+            raise UserError(
+                "assisted generation (prompt lookup) does not go with a prompt whose ids are not what the LLM reads: it "
+                "counts cache entries by them"
+            )
         caching: Caching | None = model_kwargs.get("caching")
         if caching is None:
             return super()._prepare_cache_for_generation(
@@ -119,7 +149,7 @@ class LlavaGeneration:
                 )
         if model_kwargs.get("past_key_values") is None:
             # One step fewer than new tokens: the last one is never fed back.
-            steps = max_cache_length - model_kwargs["inputs_embeds"].shape[1]
+            steps = generation_config.max_length - 1 - model_kwargs["prompt_length"]
             model_kwargs["past_key_values"] = caching.cache(steps)
 
 

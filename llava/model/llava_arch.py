@@ -105,6 +105,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             plans.append(plan)
         return pixels, plans
 
+    def slots(self, images, image_sizes=None, config: AdaVConfig | None = None) -> list[int]:
+        """Tokens that each image (as `prepare` takes them) has before any are dropped, newline tokens included."""
+        pixels, plans = self._plans(images, image_sizes, (config or self.adav_config).option("anyres"))
+        side = self.get_vision_tower().num_patches_per_side
+        return [len(merge_order(plan, side, len(tiles))) for tiles, plan in zip(pixels, plans, strict=True)]
+
     def encode_images(
         self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = (), project: bool = True
     ) -> list[tuple[Tensor, Tensor, TowerStates]]:
@@ -268,7 +274,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                     question = self.question_words(ids[asked[image]].tolist())
                     cosine = self.text_tower(text_tower).cosine(tower.hidden[:, 1:], question)
                     tower = replace(tower, text_cosine=cosine)
-                images.append(replace(tokens, key=_sample_key(ids, plan.image_size, nth), tower=tower))
+                images.append(replace(tokens, key=sample_key(ids, plan.image_size, nth), tower=tower))
                 texts.append(embedded[asked[image]])
                 image += 1
         return images, texts
@@ -419,7 +425,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return super().loss_function(logits=logits, labels=labels, **kwargs)
 
 
-def _sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
+def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
     """What identifies an image of a sample whatever batch it is in: prompt, image size, place among its images."""
     material = ids.cpu().numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
     return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")

@@ -1,0 +1,149 @@
+"""Prompts of one request to Qwen2.5-VL: where their images are, which tokens stay, and where those stood.
+
+The processor repeats an image's placeholder once for each vision token; what is left of a prompt is therefore a choice of
+its columns, and everything else (embeddings, positions, labels) follows from that choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.config import AdaVConfig, method_class
+from llava.constants import IGNORE_INDEX
+from llava.errors import UserError
+from llava.integrations.transformers.received_attention import QwenSaliency
+from llava.model.llava_arch import sample_key
+from llava.model.prompt_rows import turn_around
+from llava.model.token_selection import ImageTokens, Selection, select_all
+
+
+class QwenPrompts:
+    """B prompts of S columns each and the images in them, before compression; after `shorten`, also what is left.
+
+    ids [B, S]; grid [I, 3] and pixels: as the processor gives them. UserError where they do not fit together.
+
+    mask        [B, L] of what is left, padded left
+    columns     [B, L] where in the prompts it stood; whatever in the padding
+    dropped     [B, 1] how many tokens each prompt lost
+    selections  per image, in reading order
+    """
+
+    def __init__(self, model, ids: Tensor, pixels: Tensor, grid: Tensor, config: AdaVConfig):
+        self.model, self.config = model, config
+        self.rows, self.length = ids.shape
+        self._method = method_class(config.method)
+        tower = model.model.visual
+        if (grid[:, 0] != 1).any():
+            raise UserError("image_grid_thw has several frames, allowed under compress() are images, and no videos")
+        side = tower.spatial_merge_size
+        self._sizes = [(height // side, width // side) for _, height, width in grid.tolist()]
+        self._places = self._find(ids)
+        self._features = None
+        if self._method.needs_image:
+            with QwenSaliency(tower) as saliency:
+                self._features = model.get_image_features(pixels, grid, return_dict=True).pooler_output
+            self._saliency = saliency.of(grid)
+
+    def _find(self, ids: Tensor) -> list[tuple[int, Tensor]]:
+        """Per image, in reading order: its row, and the columns [N] of its placeholders."""
+        sizes = [height * width for height, width in self._sizes]
+        rows, columns = torch.nonzero(ids == self.model.config.image_token_id, as_tuple=True)
+        if sum(sizes) != len(rows):
+            raise UserError(
+                f"the prompts have {len(rows)} image placeholders, but the images of image_grid_thw have {sum(sizes)} tokens"
+            )
+        parts = list(zip(rows.split(sizes), columns.split(sizes), strict=True))
+        if any(row[0] != row[-1] for row, _ in parts):
+            raise UserError("the placeholders of an image lie in two prompts, allowed is one image after the other")
+        return [(int(row[0]), own) for row, own in parts]
+
+    def shorten(self, ids: Tensor, attention_mask: Tensor | None, markers, labels: Tensor | None = None) -> Tensor:
+        """Choose the tokens of every image. Returns the embeddings [B, L, D] of what is left.
+
+        attention_mask [B, S] or None; markers: of turns, where the question is the text of the image's turn, else none;
+        labels [B, S]: what is to be learnt is no question, or a selector in training would be told the answer.
+        """
+        words = self.model.get_input_embeddings()
+        ids = ids.to(words.weight.device)
+        real = (
+            torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
+        )
+        said = real if labels is None else real & (labels.to(ids.device) == IGNORE_INDEX)
+        if self._features is None:
+            self.selections = [_no_tokens(words.weight) for _ in self._places]
+        else:
+            seen = [self._seen(nth, ids, real) for nth in range(len(self._places))]
+            asked = [self._question(ids[row], said[row], columns, markers) for row, columns in self._places]
+            texts = [words(ids[row][which]) for (row, _), which in zip(self._places, asked, strict=True)]
+            options = self.config.options_of(self._method)
+            self.selections = select_all(self.config.method, seen, texts, self.config.overall_tokens, **options)
+            self._features = self._saliency = None  # what is not kept is let go of
+        keep = real.clone()
+        for (row, columns), selection in zip(self._places, self.selections, strict=True):
+            keep[row, columns] = False
+            keep[row, columns[selection.indices.to(columns.device)]] = True
+        counts = keep.sum(dim=1, keepdim=True)
+        length = int(counts.max())
+        # Kept columns in order at the right end; what is before them in a shorter row is padding.
+        self.columns = torch.argsort(keep.int(), dim=1, stable=True)[:, -length:]
+        left = torch.arange(length, device=ids.device) >= length - counts
+        self.mask, self.dropped = left.long(), real.sum(dim=1, keepdim=True) - counts
+        kept_ids = ids[keep]
+        rows = words(kept_ids)
+        is_image = kept_ids == self.model.config.image_token_id
+        rows = rows.index_put((is_image,), torch.cat([selection.features for selection in self.selections]).to(rows))
+        return rows.new_zeros(*left.shape, rows.shape[-1]).index_put((left,), rows)
+
+    def _seen(self, nth: int, ids: Tensor, real: Tensor) -> ImageTokens:
+        """What a selector sees of the nth image."""
+        height, width = self._sizes[nth]
+        number = torch.arange(height * width)
+        row = self._places[nth][0]
+        before = sum(other == row for other, _ in self._places[:nth])
+        return ImageTokens(
+            self._features[nth].to(self.model.get_input_embeddings().weight),
+            self._saliency[nth],
+            tile=torch.zeros_like(number),
+            row=number // width,
+            column=number % width,
+            key=sample_key(ids[row][real[row]], (width, height), before),
+        )
+
+    def _question(self, ids: Tensor, said: Tensor, columns: Tensor, markers) -> Tensor:
+        """[S] which ids of a prompt are the text that is asked about the image at `columns`."""
+        config = self.model.config
+        start, end = int(columns[-1]) + 1, len(ids)
+        if markers:
+            start, end = turn_around(ids.tolist(), int(columns[0]), markers)
+        inside = torch.zeros_like(said)
+        inside[start:end] = True
+        image_marks = [
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        ]
+        return inside & said & ~torch.isin(ids, ids.new_tensor(image_marks))
+
+    def positions(self, whole: Tensor) -> Tensor:
+        """whole [4, B, S]: order in the text, time, height, width -> [4, B, L] of what is left.
+
+        The last three are those that the tokens had. The first is only read to see whether several texts were packed into
+        one row: a gap in it would look like that, so it is counted anew.
+        """
+        left = whole.gather(2, self.columns[None].to(whole.device).expand(4, -1, -1))
+        mask = self.mask.to(whole.device)
+        left[0] = mask.cumsum(dim=1) - 1
+        return left.masked_fill(mask[None] == 0, 0)
+
+    def labels(self, whole: Tensor) -> Tensor:
+        """whole [B, S] -> [B, L] of what is left."""
+        left = whole.gather(1, self.columns.to(whole.device))
+        return left.masked_fill(self.mask.to(whole.device) == 0, IGNORE_INDEX)
+
+
+def _no_tokens(words: Tensor) -> Selection:
+    """`no_image`: the tower did not even run."""
+    none = torch.empty(0, dtype=torch.long, device=words.device)
+    return Selection(none, words[:0], none, none, none, words[:0, 0].float(), total=0)
