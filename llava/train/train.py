@@ -106,6 +106,8 @@ def main() -> None:
     if trainer.args.should_save:
         print(f"checkpoint written to {trainer.args.output_dir}")
     if torch.distributed.is_initialized():
+        # Together: a rank whose neighbours have gone is aborted by gloo while it clears up.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
