@@ -3,11 +3,11 @@
 import base64
 import json
 import threading
-import time
 from io import BytesIO
 from pathlib import Path
 
 import pytest
+from serve_cases import wait_for
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
 
 from llava.config import AdaVConfig
@@ -84,14 +84,6 @@ def run_tiny(folder):
     running.folder = images
     yield running
     running.close()
-
-
-def wait_for(condition):
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("what was waited for did not come")
 
 
 def written(image, kind="PNG"):

@@ -12,7 +12,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from api_server import MODEL, Running, Server, body, httpx, make_checkpoint, openai, run_tiny, serve, user, wait_for
+from api_server import MODEL, Running, Server, body, httpx, make_checkpoint, openai, run_tiny, serve, user
+from serve_cases import wait_for
 from tiny_checkpoints import make_image
 
 from llava.config import AdaVConfig

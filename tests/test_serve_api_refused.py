@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from api_server import MODEL, body, data_url, run_tiny, user, wait_for, written
+from api_server import MODEL, body, data_url, run_tiny, user, written
 from PIL import Image
+from serve_cases import wait_for
 from test_serve_images import png_header
 from tiny_checkpoints import make_image
 

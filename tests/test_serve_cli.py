@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from serve_cases import coloured_pictures
 
 from llava.config import AdaVConfig
-from llava.demo.dataset import scene_questions
 from llava.errors import UserError
 from llava.serve.chat import COMMANDS, Chat, Leave
 
@@ -30,16 +30,7 @@ COST = re.compile(r"^\d+ of 144 vision tokens \| first token .* \| KV cache [\d.
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """[(path, colour question, its answer)] of two demo pictures."""
-    found, index = [], 0
-    while len(found) < 2:
-        scene, questions = scene_questions("v1.5", "test", index)
-        index += 1
-        if questions[0].category == "color" and questions[0].answer not in [answer for *_, answer in found]:
-            path = tmp_path_factory.mktemp("pictures") / f"scene {index}.png"
-            Image.fromarray(scene.pixels).save(path)
-            found.append((path, questions[0].text, questions[0].answer))
-    return found
+    return coloured_pictures("v1.5", tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

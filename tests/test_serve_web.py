@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from llava.demo.dataset import scene_questions
+from serve_cases import coloured_pictures
 
 pytestmark = pytest.mark.long
 pytest.importorskip("gradio", reason="the page needs the extra serve")
@@ -112,16 +111,7 @@ class new_page:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """[(path, question, answer)]: two demo pictures with a colour question of different answers."""
-    found, index = [], 0
-    while len(found) < 2:
-        scene, questions = scene_questions("v1.6", "test", index)
-        index += 1
-        if questions[0].category == "color" and questions[0].answer not in [answer for *_, answer in found]:
-            path = tmp_path_factory.mktemp("pictures") / f"scene-{index}.png"
-            Image.fromarray(scene.pixels).save(path)
-            found.append((path, questions[0].text, questions[0].answer))
-    return found
+    return coloured_pictures("v1.6", tmp_path_factory.mktemp("pictures"))
 
 
 def upload(page, path):

@@ -2,10 +2,10 @@
 
 import gc
 import threading
-import time
 
 import pytest
 import torch
+from serve_cases import wait_for
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
 
 from llava.config import AdaVConfig, method_names
@@ -74,14 +74,6 @@ def ask(question, *pictures, config=None, **sampling):
 
 def alone(service, request):
     return service.submit(request).result(60)
-
-
-def wait_for(condition):
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("what was waited for did not come")
 
 
 def test_the_answer_is_the_engines(service, checkpoint):
