@@ -2,7 +2,7 @@
 # make demo      accuracy against tokens on the two shipped checkpoints: a table and two pictures
 # make compare   every method at 25, 10 and 5 % of the tokens: a CSV, a table and a plot (under an hour; goes on where it stopped)
 # make lmms-eval lmms-eval beside it, without the torch and transformers that it would bring
-# make test      lint and tests (about twelve minutes on two cores)
+# make test      lint and tests (about fifteen minutes on two cores)
 # make test-all  also the long ones, and those of the extras, which it installs
 PYTHON ?= python3
 BIN := .venv/bin

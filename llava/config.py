@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -259,6 +260,11 @@ class AdaVConfig:
         common = set(COMMON_OPTIONS) - set(getattr(method, "ignored_options", ()))
         return sorted(set(self.options) - common - set(self.options_of(method)))
 
+    def warn_of_unused(self, method: type) -> None:
+        """A warning for each option that changes nothing. (One that no rule knows may belong to a user's own method.)"""
+        for name in self.unused_options(method):
+            warnings.warn(f'options.{name} is set, but method "{self.method}" does not use it', stacklevel=3)
+
     def refuse_misfits(self, method: type) -> None:
         """ConfigError where an option of the path around the selector asks for what `method` cannot give."""
         if self.option("positions") == "original" and getattr(method, "makes_tokens", False):
@@ -291,7 +297,8 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read as a text file ({why})") from None
 
     def unique(pairs):
         seen = dict(pairs)
@@ -307,7 +314,7 @@ def _read_json(path: Path) -> dict:
     try:
         values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if text.strip() else ""
+        line = text.split("\n")[error.lineno - 1]
         found = line[error.colno - 1 :].strip()[:40]
         hint = "; JSON has no comments" if found.startswith(("//", "#", "/*")) else ""
         raise ConfigError(
@@ -324,7 +331,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("keys of adav_configs.json")
     for f in fields(AdaVConfig):
         flag = "--" + f.name.replace("_", "-")
-        group.add_argument(flag, "--" + f.name, dest=f.name, default=None, metavar="VALUE", help=f.metadata["help"])
+        spellings = dict.fromkeys((flag, "--" + f.name))  # once, where the key is one word
+        group.add_argument(*spellings, dest=f.name, default=None, metavar="VALUE", help=f.metadata["help"])
 
 
 def config_overrides(args: argparse.Namespace) -> dict:
@@ -347,7 +355,12 @@ def main() -> None:
     parser.add_argument("file", nargs="?", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
     add_config_flags(parser)
     args = parser.parse_args()
-    print(AdaVConfig.load(args.file, **config_overrides(args)))
+    config = AdaVConfig.load(args.file, **config_overrides(args))
+    if config.options:
+        method = method_class(config.method)
+        config.refuse_misfits(method)
+        config.warn_of_unused(method)
+    print(config)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import warnings
 
 
 class UserError(Exception):
@@ -14,14 +15,22 @@ def first_line(error: BaseException) -> str:
 
 
 def exits_cleanly(main):
-    """Decorate a command's main(): a UserError becomes one line on stderr and exit code 2."""
+    """Decorate a command's main(): a UserError becomes one line on stderr and exit code 2, a warning one line."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        before, warnings.formatwarning = warnings.formatwarning, _warning_line
         try:
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            warnings.formatwarning = before
 
     return wrapper
+
+
+def _warning_line(message, *_, **__) -> str:
+    """A warning as a user of a command reads it: not where in the code it was given."""
+    return f"warning: {' '.join(str(message).split())}\n"

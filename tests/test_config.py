@@ -49,6 +49,7 @@ def test_environment_names_another_file(tmp_path, monkeypatch):
 
 
 BAD = [
+    ('{\n "method": "adav",\n', ["line 3", "the file ends"]),
     ({"method": "fastvlm"}, ["method", '"fastvlm"', "adav", "fastervlm", "none"]),
     ({"overall_token": 3}, ["overall_token", "overall_tokens"]),
     ({"overall_tokens": 0}, ["overall_tokens", "0", "at least 1"]),
@@ -164,3 +165,17 @@ def test_command_prints_the_configuration_and_imports_no_torch(tmp_path):
         cwd=ROOT,
     )
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "overall_tokens" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [
+        ({"options": {"min_shre": 0.2}}, 0, ["warning: options.min_shre is set", '"adav" does not use it']),
+        ({"method": "visionzip", "options": {"positions": "original"}}, 2, ["error:", "makes tokens"]),
+    ],
+)
+def test_command_tells_of_options_that_do_not_fit(tmp_path, given, code, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "llava.config", str(write(tmp_path, given))], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == code and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)

@@ -33,7 +33,7 @@ CAVEAT = """\
 How to read it: text-guided selection (adav) is flattered here. The demo checkpoints were trained with a loss on the very
 similarity between patches and words that it reads; no real LLaVA was. The table shows that the pipeline works and
 what pruning costs on this task; it is no evidence for one method over another on real data. The demo models know some
-sixty words about drawn shapes: on a photograph, or asked freely, they answer nonsense."""
+seventy words about drawn shapes: on a photograph, or asked freely, they answer nonsense."""
 
 
 @dataclass(frozen=True)

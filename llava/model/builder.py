@@ -7,7 +7,6 @@ top of a `model_base`) and transformers' (`llava-hf/*`). What kind a checkpoint 
 from __future__ import annotations
 
 import os
-import warnings
 from functools import partial
 
 import torch
@@ -77,8 +76,7 @@ def configure(model, config: AdaVConfig, tokenizer=None) -> None:
     model.adav_config = config
     model.config.mm_anyres = config.option("anyres")
     method = method_class(config.method)
-    for name in config.unused_options(method):
-        warnings.warn(f'options.{name} is set, but method "{config.method}" does not use it', stacklevel=3)
+    config.warn_of_unused(method)
     if tokenizer is not None:
         model.turn_markers = turn_markers(default_conv_mode(model.config, tokenizer), tokenizer)
         model.question_words = partial(tokenizer.decode, skip_special_tokens=True)

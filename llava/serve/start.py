@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DEMO = SCENES[-1]  # several tiles
 DEMO_ANSWER = 16  # new tokens: its answers are one word
 LIMITS = (
-    "This demo checkpoint is tiny and knows some ninety words about drawn shapes, digits and letters: on a photograph, or "
+    "This demo checkpoint is tiny and knows some seventy words about drawn shapes, digits and letters: on a photograph, or "
     "asked freely, it answers nonsense. Text-guided selection (adav, t2i, mix) is flattered: the checkpoint was trained "
     "with a loss on the very similarity that it reads, and no real LLaVA was. It shows how pruning works and what it costs "
     "on this task; it is no evidence for one method over another on real data."

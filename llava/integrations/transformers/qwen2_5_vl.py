@@ -12,7 +12,6 @@ compression: dropping a token is the same as hiding it from all others, but it c
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
@@ -92,8 +91,7 @@ class QwenCompression(Compression):
                 raise UserError(
                     f'"options.{option}" is "{value}", a rule for LLaVA\'s tiles, which {NAME} does not have'
                 )
-        for option in config.unused_options(method):
-            warnings.warn(f'options.{option} is set, but method "{name}" does not use it', stacklevel=4)
+        config.warn_of_unused(method)
 
     def _turn_markers(self) -> tuple[tuple[int, ...], ...]:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
