@@ -262,6 +262,24 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
     assert exit_.value.code == 2 and "holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["-o", "nowhere/x.html"], "-o is nowhere/x.html, but there is no folder nowhere"),
+        (["--examples", "-1"], "'-1', allowed is a whole number of at least 0"),
+        (["--data-root", "nowhere"], "--data-root: there is no folder nowhere"),
+    ],
+)
+def test_a_flag_that_cannot_be_followed_is_one_sentence(bench, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(bench.root)
+    bench.run()
+    with pytest.raises(SystemExit) as exit_:
+        main([str(bench.output), *flags])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and says in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (bench.root / "nowhere").exists() and not (bench.root / "report.html").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ the page
 def test_the_page_is_one_file_that_asks_the_network_for_nothing(bench):
     bench.run(method="none")
