@@ -21,11 +21,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(place, capsys, *extra, **replaced) -> str:
+def refused(place, capsys, *extra, benchmark="vqav2", **replaced) -> str:
     """The sentence with which the launcher refuses."""
     flags = {"checkpoint": "llava", "data-root": "data", "output": "runs", "config": "config.json", **replaced}
     argv = [
-        "vqav2",
+        benchmark,
         *(part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))),
     ]
     with pytest.raises(SystemExit) as stopped:
@@ -135,8 +135,17 @@ def test_folder_that_is_no_checkpoint(place, capsys):
 
 
 def test_missing_benchmark_files_come_with_the_download_page(place, capsys):
+    (place / "elsewhere").mkdir()
     said = refused(place, capsys, **{"data-root": "elsewhere"})
     assert f"{SPLIT}.jsonl: missing" in said and "https://" in said
+
+
+def test_a_place_for_data_that_is_named_must_be_there(place, capsys, monkeypatch):
+    assert "--data-root: there is no folder nowhere" in refused(place, capsys, **{"data-root": "nowhere"})
+    monkeypatch.setenv("DATA_ROOT", "nowhere")
+    for name in ("shapes", "vqav2"):  # the first draws its own data
+        assert "there is no folder nowhere" in refused(place, capsys, benchmark=name, **{"data-root": None})
+    assert not (place / "nowhere").exists()
 
 
 def test_question_file(place, capsys):
