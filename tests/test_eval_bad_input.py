@@ -1,9 +1,12 @@
 """Bad input on the evaluation path: one sentence on stderr and exit code 2, before any model is loaded."""
 
+import importlib
 import json
+import runpy
+import sys
 
 import pytest
-from eval_data import SPLIT, environment, make_folder_only_checkpoint, make_vqav2
+from eval_data import REPOSITORY, SPLIT, environment, make_folder_only_checkpoint, make_vqav2
 
 from llava.eval import launch
 
@@ -174,3 +177,29 @@ def test_images(place, capsys):
 def test_unwritable_output(place, capsys):
     (place / "file").write_text("")
     assert "cannot be written" in refused(place, capsys, output="file/runs")
+
+
+# ------------------------------------------------------------------------------------------------------ other commands
+@pytest.mark.parametrize(
+    "command",
+    [
+        "llava.eval.demo",
+        "llava.eval.fitprune_calibrate",
+        "llava.eval.flops",
+        "llava.eval.self_check",
+        "llava.model.export",
+        "llava.train.demo.run",
+        "scripts/merge_lora_weights.py",
+    ],
+)
+def test_an_unknown_flag_is_one_sentence_without_the_usage_text(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds its checkout
+    if command.endswith(".py"):
+        main = runpy.run_path(str(REPOSITORY / command))["main"]
+    else:
+        main = importlib.import_module(command).main
+    monkeypatch.setattr(sys, "argv", ["command", "--nonsense", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
