@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -203,3 +204,11 @@ def test_an_unknown_flag_is_one_sentence_without_the_usage_text(monkeypatch, cap
         main()
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--plan"]])
+def test_eval_all_says_that_it_needs_a_family(arguments):
+    script = ["bash", str(REPOSITORY / "scripts" / "eval_all.sh")]
+    done = subprocess.run([*script, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "needs a family first, v1_5, v1_6 or v1_6_34B" in done.stderr
