@@ -1,9 +1,13 @@
 """Bad input on the evaluation path: one sentence on stderr and exit code 2, before any model is loaded."""
 
+import importlib
 import json
+import runpy
+import subprocess
+import sys
 
 import pytest
-from eval_data import SPLIT, environment, make_folder_only_checkpoint, make_vqav2
+from eval_data import REPOSITORY, SPLIT, environment, make_folder_only_checkpoint, make_vqav2
 
 from llava.eval import launch
 
@@ -21,11 +25,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(place, capsys, *extra, **replaced) -> str:
+def refused(place, capsys, *extra, benchmark="vqav2", **replaced) -> str:
     """The sentence with which the launcher refuses."""
     flags = {"checkpoint": "llava", "data-root": "data", "output": "runs", "config": "config.json", **replaced}
     argv = [
-        "vqav2",
+        benchmark,
         *(part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))),
     ]
     with pytest.raises(SystemExit) as stopped:
@@ -135,8 +139,17 @@ def test_folder_that_is_no_checkpoint(place, capsys):
 
 
 def test_missing_benchmark_files_come_with_the_download_page(place, capsys):
+    (place / "elsewhere").mkdir()
     said = refused(place, capsys, **{"data-root": "elsewhere"})
     assert f"{SPLIT}.jsonl: missing" in said and "https://" in said
+
+
+def test_a_place_for_data_that_is_named_must_be_there(place, capsys, monkeypatch):
+    assert "--data-root: there is no folder nowhere" in refused(place, capsys, **{"data-root": "nowhere"})
+    monkeypatch.setenv("DATA_ROOT", "nowhere")
+    for name in ("shapes", "vqav2"):  # the first draws its own data
+        assert "there is no folder nowhere" in refused(place, capsys, benchmark=name, **{"data-root": None})
+    assert not (place / "nowhere").exists()
 
 
 def test_question_file(place, capsys):
@@ -165,3 +178,37 @@ def test_images(place, capsys):
 def test_unwritable_output(place, capsys):
     (place / "file").write_text("")
     assert "cannot be written" in refused(place, capsys, output="file/runs")
+
+
+# ------------------------------------------------------------------------------------------------------ other commands
+@pytest.mark.parametrize(
+    "command",
+    [
+        "llava.eval.demo",
+        "llava.eval.fitprune_calibrate",
+        "llava.eval.flops",
+        "llava.eval.self_check",
+        "llava.model.export",
+        "llava.train.demo.run",
+        "scripts/merge_lora_weights.py",
+    ],
+)
+def test_an_unknown_flag_is_one_sentence_without_the_usage_text(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds its checkout
+    if command.endswith(".py"):
+        main = runpy.run_path(str(REPOSITORY / command))["main"]
+    else:
+        main = importlib.import_module(command).main
+    monkeypatch.setattr(sys, "argv", ["command", "--nonsense", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--plan"]])
+def test_eval_all_says_that_it_needs_a_family(arguments):
+    script = ["bash", str(REPOSITORY / "scripts" / "eval_all.sh")]
+    done = subprocess.run([*script, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "needs a family first, v1_5, v1_6 or v1_6_34B" in done.stderr

@@ -132,8 +132,8 @@ def test_answers_of_another_run_are_never_written_over(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "replaced, extra, says",
     [
-        ({"question_file": "nowhere.jsonl"}, [], "nowhere.jsonl: missing"),
-        ({"image_folder": "nowhere"}, [], "nowhere: missing"),
+        ({"question_file": "nowhere.jsonl"}, [], "--question-file: there is no file nowhere.jsonl"),
+        ({"image_folder": "nowhere"}, [], "--image-folder: there is no folder nowhere"),
         ({"image_folder": "pope"}, [], "is not in"),
         ({"num_chunks": 3, "chunk_idx": 3}, [], "--chunk-idx is 3, allowed is 0 to 2"),
         ({"num_chunks": 0}, [], "--num-chunks"),

@@ -144,7 +144,8 @@ def test_bad_input(tmp_path, capsys):
 
     assert "holds no run" in refused(tmp_path / "nowhere")
     write(tmp_path, "vqav2", 70.0)
-    assert "no finished run of gqa, sqa" in refused(tmp_path)
+    said = refused(tmp_path)
+    assert "no finished run of the published table's benchmarks, which are gqa, sqa" in said and "eval.report" in said
     write(tmp_path, "gqa", 30.0)
     write(tmp_path, "gqa", 31.0)
     assert "are runs of gqa under the same configuration; name one" in refused(tmp_path)

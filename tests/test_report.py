@@ -18,6 +18,7 @@ from llava.eval.checkpoints import EvalCheckpoint
 from llava.eval.report import page, pictures
 from llava.eval.report.__main__ import main
 from llava.eval.report.comparison import compare
+from llava.eval.report.records import Cell, records
 from llava.eval.report.runs import Questions, find
 from llava.eval.verdicts import headline
 
@@ -262,6 +263,24 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
     assert exit_.value.code == 2 and "holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["-o", "nowhere/x.html"], "-o is nowhere/x.html, but there is no folder nowhere"),
+        (["--examples", "-1"], "'-1', allowed is a whole number of at least 0"),
+        (["--data-root", "nowhere"], "--data-root: there is no folder nowhere"),
+    ],
+)
+def test_a_flag_that_cannot_be_followed_is_one_sentence(bench, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(bench.root)
+    bench.run()
+    with pytest.raises(SystemExit) as exit_:
+        main([str(bench.output), *flags])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and says in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (bench.root / "nowhere").exists() and not (bench.root / "report.html").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ the page
 def test_the_page_is_one_file_that_asks_the_network_for_nothing(bench):
     bench.run(method="none")
@@ -346,10 +365,36 @@ def test_what_differs_is_highlighted(bench):
     (folder / "run.json").write_text(json.dumps(found))
     html = report(bench)
     differing = re.search(r"What differs between the runs</h3>.*?</table>", html, re.S)[0]
-    assert "environment.packages.torch" in differing and '<td class="left odd">9.9</td>' in differing
+    assert "environment.packages.torch" in differing and '<td class="left odd"><div>9.9</div></td>' in differing
     assert "environment.packages.numpy" not in differing and "environment.packages.numpy" in html
     assert "their times do not compare" in html
     assert "python launch.py gqa --method adav" in html
+
+
+def test_what_differs_is_told_by_what_has_an_effect(bench):
+    bench.run(method="none", tokens=8)
+    for tokens in (3, 5):
+        bench.run(method="adav", tokens=tokens, options={"compat": "public"} if tokens == 5 else {})
+    bench.run(method="no_image", tokens=9)
+    bench.run("pope", method="cls", tokens=3)
+    runs, _ = find([bench.output])
+    found = records(runs)
+    rows = {
+        (run.name, run.title): dict(zip(found.differing, row, strict=True))
+        for run, row in zip(runs, found.cells, strict=True)
+    }
+    assert "configuration.options" not in found.differing and "configuration.options" not in found.same
+    assert [key for key in found.differing if key.startswith("configuration.")] == found.differing[:3]
+    public = rows["gqa", "adav (compat=public), 5 tokens"]
+    assert public["configuration.options.compat"] == Cell("public", odd=True)
+    assert public["configuration.overall_tokens"] == Cell("5", odd=True)
+    plain = rows["gqa", "adav, 3 tokens"]
+    assert plain["configuration.options.compat"] == Cell("-", odd=False)
+    assert plain["configuration.overall_tokens"] == Cell("3", odd=False)
+    for name in ("none", "no_image"):  # whatever their configuration says
+        assert rows["gqa", name]["configuration.overall_tokens"] == Cell("-", odd=False)
+    alike = records([run for run in runs if run.budget != "5"])
+    assert alike.same["configuration.overall_tokens"] == "3" and alike.same["configuration.options"] == "{}"
 
 
 def test_the_published_table_is_there_with_labelled_averages(bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from llava.errors import UserError
 
@@ -22,6 +23,27 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 1")
     return int(text)
+
+
+def zero_or_more(text: str) -> int:
+    """argparse type of a whole number of at least 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 0")
+    return int(text)
+
+
+def existing_folder(text: str) -> Path:
+    """argparse type of a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return Path(text)
+
+
+def existing_file(text: str) -> Path:
+    """argparse type of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
 
 
 def percents(text: str) -> list[float]:

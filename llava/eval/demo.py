@@ -8,7 +8,6 @@ times are those of this machine, now. Pictures and table also go to playground/d
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from llava.config import AdaVConfig
 from llava.errors import exits_cleanly
+from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
 from llava.eval.environment import cores
@@ -138,7 +138,7 @@ def _first_right(samples: list[Sample], answers: dict[tuple, str], run: Run) -> 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.demo", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m llava.eval.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--limit", type=int, help="fewer questions per checkpoint, for a quick try")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     args = parser.parse_args(argv)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llava.config import AdaVConfig
 from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser
 from llava.eval.checkpoints import find_checkpoint
 from llava.eval.image_reader import UnreadableImage, read_image
 from llava.eval.loaded_shard import LoadedShard
@@ -197,7 +198,7 @@ def prepare(shard: LoadedShard, args: argparse.Namespace) -> list:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.fitprune_calibrate", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m llava.eval.fitprune_calibrate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder or hub name, in either format")
     parser.add_argument("--model-base", help="what a LoRA or projector-only checkpoint was trained on")
     parser.add_argument("--questions", required=True, help="question file, one JSON object per line")

@@ -17,13 +17,12 @@ in elements (method_costs.py). A sliding window is taken to be longer than the p
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llava.config import AdaVConfig, add_config_flags, config_overrides, method_class
 from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import positive
+from llava.eval.arguments import Parser, positive
 from llava.eval.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, SelectorCase, cache_cost, together
 from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.eval.tables import columns
@@ -239,7 +238,7 @@ def table(cost: Cost, plain: Cost) -> str:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.flops", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m llava.eval.flops", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder or hub name; of a folder, config.json is enough")
     parser.add_argument("--image-size", type=int, nargs=2, default=(672, 672), metavar=("W", "H"), help="in pixels")
     parser.add_argument("--text-tokens", type=int, default=80, help="tokens of the prompt beside the image (80)")

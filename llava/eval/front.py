@@ -23,7 +23,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation
 from llava.errors import UserError, exits_cleanly
 from llava.eval.answers import merge
-from llava.eval.arguments import Parser, positive
+from llava.eval.arguments import Parser, existing_file, existing_folder, positive
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.mmbench import LETTERS, MMBench
 from llava.eval.benchmarks.mmbench_cn import MMBenchCN
@@ -205,10 +205,10 @@ def parse(name: str, argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m llava.eval.{name}", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     table = COMMANDS[name].reads is MMBenchFile
-    parser.add_argument("--question-file", type=Path, required=True)
+    parser.add_argument("--question-file", type=existing_file, required=True)
     parser.add_argument("--answers-file", type=Path, required=True)
     if not table:
-        parser.add_argument("--image-folder", type=Path, required=True)
+        parser.add_argument("--image-folder", type=existing_folder, required=True)
     parser.add_argument("--num-chunks", type=positive, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0, help="from 0")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=COMMANDS[name].max_new_tokens)

@@ -24,7 +24,7 @@ from pathlib import Path
 from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.conversation import get_conversation
 from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, positive
+from llava.eval.arguments import Parser, existing_folder, positive
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.checkpoints import find_checkpoint
 from llava.eval.describe import describe_plan, describe_run
@@ -178,7 +178,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="conversation template (default: $CONV_MODE, else the checkpoint's)",
     )
     parser.add_argument(
-        "--data-root", type=Path, default=env.get("DATA_ROOT"), help="default: $DATA_ROOT, else playground/data/eval"
+        "--data-root",
+        type=existing_folder,
+        default=env.get("DATA_ROOT") or None,
+        help="default: $DATA_ROOT, else playground/data/eval",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
@@ -255,7 +258,7 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
     subset = Subset(args.subset, args.subset_seed) if args.subset else None
     runs = []
     for each in names:
-        benchmark = BENCHMARKS[each](Path(args.data_root or DATA_ROOT), checkpoint, args.split)
+        benchmark = BENCHMARKS[each](args.data_root or DATA_ROOT, checkpoint, args.split)
         generation = Generation(
             max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
             conversation=conversation,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser
+from llava.eval.arguments import Parser, existing_folder
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.files import REPOSITORY, write_json
 from llava.eval.samples import Sample, read_lines
@@ -106,7 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--partial", action="store_true", help="score what is answered, and say so in the score")
     parser.add_argument(
         "--data-root",
-        type=Path,
+        type=existing_folder,
         default=os.environ.get("DATA_ROOT") or REPOSITORY / "playground" / "data" / "eval",
         help="default: $DATA_ROOT, else playground/data/eval",
     )
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.benchmark not in BENCHMARKS:
         raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join(BENCHMARKS)}')
-    benchmark = BENCHMARKS[args.benchmark](Path(args.data_root), None, args.split)
+    benchmark = BENCHMARKS[args.benchmark](args.data_root, None, args.split)
     score = score_file(benchmark, args.answers, args.partial)
     if args.output:
         write_json(args.output, score)

@@ -24,6 +24,7 @@ from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import default_conv_mode, single_turn
 from llava.errors import UserError, exits_cleanly, first_line
+from llava.eval.arguments import Parser
 from llava.eval.transformers_reference import build_reference, kind_of
 from llava.mm_utils import process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -244,7 +245,7 @@ def check(args: argparse.Namespace) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.self_check", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m llava.eval.self_check", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder or hub name, in either format")
     parser.add_argument("--model-base", help="what a LoRA or projector-only checkpoint was trained on")
     parser.add_argument("--image", help="default: a built-in picture of 640 x 480")

@@ -269,7 +269,10 @@ def main(argv: list[str] | None = None) -> None:
     rows, notes = collect(args.folders)
     if not rows:
         what = "; ".join(notes) or "its runs are of other benchmarks"
-        raise UserError(f"{args.folders[0]}: no finished run of {', '.join(TABLE)} ({what})")
+        raise UserError(
+            f"{args.folders[0]}: no finished run of the published table's benchmarks, which are {', '.join(TABLE)} "
+            f"({what}); python -m llava.eval.report shows runs of any benchmark"
+        )
     table, said = render(rows, notes, args.format, args.published)
     if args.output:
         write_atomically(args.output, table + "\n")

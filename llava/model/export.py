@@ -20,6 +20,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser
 from llava.mm_utils import grid_pinpoints
 from llava.progress import writing_bar
 
@@ -221,7 +222,7 @@ def load_and_save(checkpoint: str, base: str | None, folder: str, layout: str, d
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The options that every command over `load_and_save` takes."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--model-base", help="the model under a LoRA or projector-only checkpoint")
     parser.add_argument("--layout", default="llava", choices=LAYOUTS, help="default: llava")
     parser.add_argument("--dtype", default="float16", help="of the written weights (default float16)")

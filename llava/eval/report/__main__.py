@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
-from llava.eval.files import told_when_unwritable, write_atomically
+from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser, existing_folder, zero_or_more
+from llava.eval.files import write_atomically
 from llava.eval.report.page import render
 from llava.eval.report.runs import Questions, find
 from llava.progress import progress_bar
@@ -24,9 +24,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava.eval.report", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders above them")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
-    parser.add_argument("--examples", type=int, default=12, help="flipped answers shown per comparison (12)")
+    parser.add_argument("--examples", type=zero_or_more, default=12, help="flipped answers per comparison (12)")
     parser.add_argument(
-        "--data-root", type=Path, help="where questions and pictures are (default: where each run found them)"
+        "--data-root",
+        type=existing_folder,
+        help="where questions and pictures are (default: where each run found them)",
     )
     return parser.parse_args(argv)
 
@@ -34,13 +36,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if not args.output.parent.is_dir():
+        raise UserError(f"-o is {args.output}, but there is no folder {args.output.parent}")
     runs, notes = find(args.runs)
     questions = Questions(args.data_root)
     for run in progress_bar("judging", runs, unit=" runs"):
         questions.judge(run)
-    html = render(runs, notes, max(0, args.examples))
-    with told_when_unwritable(args.output):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    html = render(runs, notes, args.examples)
     write_atomically(args.output, html)
     judged = sum(bool(run.answers) for run in runs)
     print(

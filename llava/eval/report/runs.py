@@ -68,8 +68,13 @@ class RecordedRun:
         return self.report["tokens"]
 
     @property
+    def budgeted(self) -> bool:
+        """Whether overall_tokens has an effect on what the method keeps."""
+        return self.budget not in ("all", "0")
+
+    @property
     def title(self) -> str:
-        return f"{self.label}, {self.budget} tokens" if self.budget not in ("all", "0") else self.label
+        return f"{self.label}, {self.budget} tokens" if self.budgeted else self.label
 
     @property
     def points(self) -> bool:

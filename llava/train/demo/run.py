@@ -16,6 +16,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from llava.errors import UserError, exits_cleanly
+from llava.eval.arguments import Parser
 from llava.train.demo.checkpoint import load_demo_model, write_checkpoint
 from llava.train.demo.model import DemoModel
 from llava.train.demo.recipe import RECIPES
@@ -87,7 +88,7 @@ def _free_port():
 
 @exits_cleanly
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, choices=sorted(RECIPES))
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads (default 1, as for the shipped checkpoints)"
