@@ -51,7 +51,7 @@ HEAD = """<h1>LLaVA with fewer vision tokens</h1>
 <p>Ask about a picture, and see which of its patches each method lets the language model read, what it answers from them,
 and what that costs. Answers are those of <b>{name}</b>.</p>"""
 HINT = "The answer comes here."
-# In the browser, so that it is done before anyone can ask again: answers to another picture are gone.
+# In the browser, so that it is done before anyone can ask again: no answer stands below another picture.
 CLEAR = f"() => Array({MOST}).fill({json.dumps(empty_card(HINT))})"
 # In the browser: a click on an example tells which one it was.
 PICK = """element.addEventListener("click", event => {
@@ -161,7 +161,7 @@ def build_page(
         quick = {**sent, "concurrency_limit": None}
         end.click(stop, running, None, **quick)
         sample.click(pick, None, [picture, question], **quick)
-        picture.change(None, None, None, cancels=asked)
+        picture.change(None, None, None, cancels=asked)  # first: nobody waits for what is on its way
         picture.change(None, None, cards, js=CLEAR, **quick)
         picture.change(check, picture, note, **quick)
         count.change(lambda n: [gr.update(visible=at < n) for at in range(len(NAMES))], count, columns, **quick)
