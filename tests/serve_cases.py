@@ -1,10 +1,14 @@
-"""What several tests of llava.serve need: pictures with questions whose answers are known, and waiting for a condition."""
+"""What several tests of llava.serve need: pictures with known answers, checkpoints with another end token, waiting."""
 
+import json
+import shutil
 import time
 
 from PIL import Image
+from transformers import AutoTokenizer
 
 from llava.demo.dataset import scene_questions
+from llava.eval.files import REPOSITORY
 
 
 def coloured_pictures(family, folder):
@@ -18,6 +22,22 @@ def coloured_pictures(family, folder):
             Image.fromarray(scene.pixels).save(path)
             found.append((path, questions[0].text, questions[0].answer))
     return found
+
+
+def ended_by(folder, token):
+    """A copy of the demo checkpoint v1.5 with another end token, in a new folder."""
+    model = REPOSITORY / "playground" / "llava-shapes-v1.5"
+    shutil.copytree(model, folder)
+    number = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(token)
+    for name, key, value in (
+        ("config.json", "eos_token_id", number),
+        ("generation_config.json", "eos_token_id", number),
+        ("tokenizer_config.json", "eos_token", token),
+        ("special_tokens_map.json", "eos_token", token),
+    ):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {key: value}))
+    return folder
 
 
 def wait_for(condition):

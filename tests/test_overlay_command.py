@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from serve_cases import ended_by
 
 from llava.config import AdaVConfig
 from llava.demo.scenes import draw_scene
@@ -133,6 +134,12 @@ def test_command_writes_a_picture(picture, tmp_path, capsys):
     ask(picture, tmp_path / "one.png", "--methods", "adav", "--tokens", "40")
     with Image.open(tmp_path / "avl.png") as with_strip, Image.open(tmp_path / "one.png") as without:
         assert with_strip.height > without.height + 100
+
+
+def test_an_empty_answer_is_told(picture, tmp_path, capsys):
+    silent = ended_by(tmp_path / "silent", "blue")
+    ask(picture, tmp_path / "out.png", "--methods", "adav", "--tokens", "14", "--model-path", str(silent))
+    assert capsys.readouterr().out.startswith("adav: (empty)\n")
 
 
 def test_command_writes_a_gif(picture, tmp_path):

@@ -1,11 +1,9 @@
 """The terminal chat, as a process: piped, and on a pseudo-terminal with Ctrl-C and Ctrl-D."""
 
-import json
 import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from serve_cases import coloured_pictures
+from serve_cases import coloured_pictures, ended_by
 
 from llava.config import AdaVConfig
 from llava.errors import UserError
@@ -35,18 +33,14 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory):
-    """The demo checkpoint with an end token that it never says: its answers are as long as they may be."""
-    folder = tmp_path_factory.mktemp("models") / "talkative"
-    shutil.copytree(MODEL, folder)
-    for name, key, value in (
-        ("config.json", "eos_token_id", 3),
-        ("generation_config.json", "eos_token_id", 3),
-        ("tokenizer_config.json", "eos_token", "<pad>"),
-        ("special_tokens_map.json", "eos_token", "<pad>"),
-    ):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | {key: value}))
-    return folder
+    """Never says its end token: its answers are as long as they may be."""
+    return ended_by(tmp_path_factory.mktemp("models") / "talkative", "<pad>")
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory, pictures):
+    """Ends with what it would answer about the first picture: its answer there is empty."""
+    return ended_by(tmp_path_factory.mktemp("models") / "silent", pictures[0][2])
 
 
 def piped(text, *flags):
@@ -126,6 +120,18 @@ def test_a_bad_start_is_one_sentence_and_exit_code_2(flags):
     assert done.returncode == 2
     assert done.stderr.decode().startswith("error: ") and done.stderr.count(b"\n") == 1
     assert done.stdout == b""
+
+
+def test_a_bad_start_names_what_was_given_and_no_default_of_the_demo():
+    done = subprocess.run([*COMMAND, "--method", "adaf"], capture_output=True, cwd=REPOSITORY, timeout=PATIENCE)
+    assert done.returncode == 2 and b" with method overridden: " in done.stderr
+
+
+def test_an_empty_answer_is_told(pictures, silent):
+    path, question, _ = pictures[0]
+    code, out, err = piped(f"{question}\n/history\n", "--model-path", str(silent), "--image", str(path))
+    assert (code, out) == (0, "\n")
+    assert "(an empty answer; " in err and f"with the next question: {path.name}" in err and "you: " not in err
 
 
 class OnTerminal:
@@ -298,12 +304,12 @@ def test_an_answer_joins_the_conversation_only_when_it_is_said(tmp_path):
     chat.command(f"/image {path}")
     first = chat.request("one?", None)
     assert chat.request("one again?", None).turns[0].images == first.turns[0].images  # the first was never answered
-    chat.answered("yes")
+    assert chat.answered("yes")
     third = chat.request("two?", None)
     assert [(turn.role, turn.text, len(turn.images)) for turn in third.turns] == [
         ("user", "one again?", 1), ("assistant", "yes", 0), ("user", "two?", 0)
     ]  # fmt: skip
-    chat.answered("  ")  # an empty answer has no place in a template
+    assert not chat.answered("  ")  # an empty answer has no place in a template
     assert len(chat.turns) == 2
     chat.command("/reset")
     assert chat.request("three?", None).turns == (third.turns[-1].__class__("user", "three?"),)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serve_cases import coloured_pictures
+from serve_cases import coloured_pictures, ended_by
 
 pytestmark = pytest.mark.long
 pytest.importorskip("gradio", reason="the page needs the extra serve")
@@ -201,7 +201,9 @@ def test_three_two_one_configurations(page, pictures):
     choose(page, "A", "none")
     choose(page, "B", "random")
     choose(page, "C", "visionzip")
-    page.wait_for_selector("#tokens-A input[type=number][disabled]")  # none has no budget
+    page.wait_for_selector("#tokens-A", state="hidden")  # none has no budget
+    page.wait_for_selector("#tokens-B")
+    page.wait_for_selector("#tokens-C")  # which had none before
     rows = ask(page)
     assert rows[0][0] == answer
     assert [row[1].startswith("58 of") for row in rows] == [False, True, True]
@@ -243,6 +245,46 @@ def test_examples_can_be_taken(page):
     page.wait_for_function("() => document.querySelector('#question textarea').value.length > 0")
     rows = ask(page)
     assert all(row[0] for row in rows)
+
+
+def is_cleared(page):
+    page.wait_for_function("() => document.querySelectorAll('.card .answer.empty').length == 3")
+    assert not page.locator(".card img, .card .kept, .card .asked").count()
+
+
+def test_no_answer_stands_below_another_picture(page, pictures):
+    (path, question, answer), (other, other_question, other_answer) = pictures
+    upload(page, path)
+    write(page, question)
+    assert ask(page)[2][0] == answer
+    write(page, "Is there something else?")  # the picture is still the same one
+    assert page.locator("#card-C .asked").inner_text() == question
+    assert page.locator("#card-C .answer").inner_text() == answer
+    page.click("#examples button >> nth=3")
+    is_cleared(page)
+    ask(page)
+    page.click("#picture button[aria-label='Remove Image']")
+    is_cleared(page)
+    upload(page, other)
+    write(page, other_question)
+    assert ask(page)[2][0] == other_answer
+    assert page.locator("#card-C .asked").inner_text() == other_question
+
+
+def test_folded_pictures_fit_their_card(page, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 100, 3), np.uint8)).save(tmp_path / "tall.png")
+    upload(page, tmp_path / "tall.png")
+    write(page, "What color is the shape?")
+    page.click("#count label:has-text('two')")
+    choose(page, "B", "pyramiddrop")
+    page.wait_for_selector("#column-C", state="hidden")
+    ask(page, cards=2)
+    for letter, pictures_of_fold in (("A", 2), ("B", 1)):
+        page.click(f"#card-{letter} summary")
+        fold = page.locator(f"#card-{letter} details div")
+        assert fold.locator("img").count() == pictures_of_fold
+        assert fold.evaluate("e => e.scrollWidth <= e.clientWidth && e.clientWidth <= e.closest('.card').clientWidth")
+        assert all(fold.locator("img").evaluate_all("all => all.map(e => e.complete && e.clientWidth > 200)"))
 
 
 def test_what_is_no_good_is_told_in_a_sentence(page, pictures, tmp_path):
@@ -405,17 +447,7 @@ def test_uploads_are_limited_without_the_page_too(server):
 @pytest.fixture
 def talkative(tmp_path):
     """The demo checkpoint with an end token that it never says: its answers are as long as they may be."""
-    folder = tmp_path / "talkative"
-    shutil.copytree(REPOSITORY / "playground" / "llava-shapes-v1.5", folder)
-    for name, key, value in (
-        ("config.json", "eos_token_id", 3),
-        ("generation_config.json", "eos_token_id", 3),
-        ("tokenizer_config.json", "eos_token", "<pad>"),
-        ("special_tokens_map.json", "eos_token", "<pad>"),
-    ):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | {key: value}))
-    return folder
+    return ended_by(tmp_path / "talkative", "<pad>")
 
 
 def test_stop_and_an_end_in_the_middle_of_answers(browser, pictures, tmp_path, talkative):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from llava.serve.costs import duration, rate, size
-from llava.serve.overlay import draw_scores, draw_stages, has_scores
+from llava.serve.overlay import draw_stages, has_scores, score_maps
 from llava.serve.reply import Answered, KeptTokens
 from llava.serve.views import kept_views
 
@@ -48,13 +48,13 @@ def failed_card(text: str) -> str:
     return f'<div class="card">{sentence(text)}</div>'
 
 
-def running_card(text: str) -> str:
+def running_card(text: str, question: str) -> str:
     """An answer on its way."""
-    return f'<div class="card">{_answer(text, cursor=True)}</div>'
+    return f'<div class="card">{_answer(text, question, cursor=True)}</div>'
 
 
-def answered_card(answered: Answered, image: Image.Image) -> str:
-    """A finished answer: its text, vision tokens kept, time to the first token, tokens per second, bytes of the KV cache,
+def answered_card(answered: Answered, image: Image.Image, question: str) -> str:
+    """A finished answer: its question and text, vision tokens kept, time to the first token, tokens per second, bytes of the KV cache,
     and the image with its kept patches."""
     if not answered.seconds:  # withdrawn before its turn came
         return empty_card("stopped")
@@ -70,7 +70,7 @@ def answered_card(answered: Answered, image: Image.Image) -> str:
     share = kept / total if total else 0.0
     return (
         '<div class="card" data-state="done">'
-        + _answer(answered.text.strip() or "(an empty answer)")
+        + _answer(answered.text.strip() or "(an empty answer)", question)
         + (f'<div class="kept"><span>{note}</span></div>' if note else "")
         + f'<div class="kept"><span><b>{kept:,}</b> of {total:,} vision tokens</span><span>{share:.0%}</span></div>'
         + f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
@@ -80,9 +80,12 @@ def answered_card(answered: Answered, image: Image.Image) -> str:
     )
 
 
-def _answer(text: str, cursor: bool = False) -> str:
+def _answer(text: str, question: str, cursor: bool = False) -> str:
+    """An answer below the question that it answers, which need not be the one that is being written."""
+    asked = f'<div class="asked">{escaped(question)}</div>'
     size = " long" if len(text) > LONG else ""
-    return f'<div class="answer{size}" aria-live="polite">{escaped(text)}{"<span class=cursor></span>" * cursor}</div>'
+    end = "<span class=cursor></span>" * cursor
+    return f'{asked}<div class="answer{size}" aria-live="polite">{escaped(text)}{end}</div>'
 
 
 def _views(image: Image.Image, side: int, seen: KeptTokens) -> str:
@@ -97,14 +100,15 @@ def _views(image: Image.Image, side: int, seen: KeptTokens) -> str:
     report, folds = seen.selection.report, ""
     if has_scores(seen.selection):
         split = f"Why these tokens: {report['k_text']} by the question, {report['k_saliency']} by saliency"
-        folds += _fold(split, draw_scores(image, seen.plan, side, seen.selection))
+        folds += _fold(split, score_maps(image, seen.plan, side, seen.selection))
     if report.get("survivors"):
-        folds += _fold("What is left inside the LLM", draw_stages(image, seen.plan, side, seen.selection, FOLD))
+        folds += _fold("What is left inside the LLM", [draw_stages(image, seen.plan, side, seen.selection, FOLD)])
     return f'<div class="views">{"".join(figures)}</div>{folds}'
 
 
-def _fold(title: str, picture: Image.Image) -> str:
-    return f"<details><summary>{title}</summary><div>{_picture(picture, title)}</div></details>"
+def _fold(title: str, pictures: Sequence[Image.Image]) -> str:
+    shown = "".join(_picture(picture, title) for picture in pictures)
+    return f"<details><summary>{title}</summary><div>{shown}</div></details>"
 
 
 def _picture(picture: Image.Image, alt: str) -> str:

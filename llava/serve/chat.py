@@ -3,7 +3,7 @@
     chat = Chat(service.config, read_picture)
     chat.command("/image cat.png")
     request = chat.request("What is on the mat?", sampling)      # for Service.submit
-    chat.answered("A cat.")                                      # or chat.failed(): as if it had not been asked
+    chat.answered("A cat.")                                      # without this, as if it had not been asked
 
 Each turn is answered afresh from the whole conversation, so that tokens are selected anew for each question.
 """
@@ -66,16 +66,17 @@ class Chat:
         self._asked = Turn("user", text, tuple(self.pictures))
         return Request((*self.turns, self._asked), self.config, sampling)
 
-    def answered(self, text: str) -> None:
-        """The question of the last request and its answer are part of the conversation from now on; not so where the
-        answer is empty, which no template has a place for."""
+    def answered(self, text: str) -> bool:
+        """The question of the last request and its answer are part of the conversation from now on; not so, and False,
+        where the answer is empty, which no template has a place for."""
         from llava.serve.request import Turn
 
         if not text.strip():
-            return
+            return False
         self.turns += [self._asked, Turn("assistant", text)]
         self._names.append(tuple(self._next_names))
         self.pictures, self._next_names = [], []
+        return True
 
     def _image(self, rest: str) -> str:
         if not rest:

@@ -83,7 +83,8 @@ class Terminal:
         say(cost_line(answered))
         if answered.finish == "length":
             say(f"(ended by --max-new-tokens {answered.new_tokens})")
-        self.chat.answered(answered.text)
+        if not self.chat.answered(answered.text):
+            say("(an empty answer; the question is as if it had not been asked)")
 
     def _read(self) -> str:
         """The next line; EOFError at the end."""

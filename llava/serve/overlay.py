@@ -112,6 +112,11 @@ def draw_overlay(
 
 
 def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> Image.Image:
+    """The score_maps of a selection beside each other."""
+    return beside(score_maps(image, plan, side, selection))
+
+
+def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> list[Image.Image]:
     """Heat maps of both scores of an AdaV selection, and how its budget was split between them.
 
     Reads report["text_score"] and report["saliency_score"] [N], report["k_text"] and report["k_saliency"]. What was kept
@@ -150,7 +155,7 @@ def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Select
                 ]
             )
         )
-    return beside(maps)
+    return maps
 
 
 def draw_stages(

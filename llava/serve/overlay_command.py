@@ -121,7 +121,12 @@ def main(argv: list[str] | None = None) -> None:
     with progress_bar("overlay", total=len(configs) * (args.repeats + 2), unit=" runs") as bar:
         looks = run.looks(configs, args.max_new_tokens, args.repeats, args.steps, bar.update)
     for name, look in looks.items():
-        print(f"{name}: {look.answer}", f"{look.kept} of {look.total} vision tokens", *look.notes(), sep="\n  ")
+        print(
+            f"{name}: {look.answer or '(empty)'}",
+            f"{look.kept} of {look.total} vision tokens",
+            *look.notes(),
+            sep="\n  ",
+        )
     print(f"{checkpoint.short_name}. {run.conditions(args.repeats)}")
     if not legible(args.question):
         print(

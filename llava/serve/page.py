@@ -8,6 +8,7 @@ may still have to stop.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,8 @@ HEAD = """<h1>LLaVA with fewer vision tokens</h1>
 <p>Ask about a picture, and see which of its patches each method lets the language model read, what it answers from them,
 and what that costs. Answers are those of <b>{name}</b>.</p>"""
 HINT = "The answer comes here."
+# In the browser, so that it is done before anyone can ask again: no answer stands below another picture.
+CLEAR = f"() => Array({MOST}).fill({json.dumps(empty_card(HINT))})"
 # In the browser: a click on an example tells which one it was.
 PICK = """element.addEventListener("click", event => {
   const button = event.target.closest("button[data-nth]");
@@ -123,8 +126,8 @@ def build_page(
             """(replies, note, card A, card B, card C), again and again while answers come."""
             nothing = tuple(gr.skip() for _ in NAMES)
             try:
-                image = _open(upload, limits)
-                if not (text or "").strip():
+                image, text = _open(upload, limits), (text or "").strip()
+                if not text:
                     raise UserError("there is no question yet; write one, or take an example")
             except UserError as error:
                 yield ((), sentence(str(error)), *nothing)
@@ -136,14 +139,14 @@ def build_page(
                     chosen = dict(zip(KEYS, values[at * len(KEYS) : (at + 1) * len(KEYS)], strict=True))
                     try:
                         config = service.configure(chosen)
-                        turn = Turn("user", text.strip(), (image,))
+                        turn = Turn("user", text, (image,))
                         replies[name] = service.submit(Request((turn,), config, sampling))
-                        shown_cards[name] = running_card("")
+                        shown_cards[name] = running_card("", text)
                     except UserError as error:
                         shown_cards[name] = failed_card(str(error))
                 yield (tuple(replies.values()), "", *shown_cards.values())
                 for name, reply in replies.items():  # in the order in which the service takes them
-                    for shown_cards[name] in _follow(reply, image):
+                    for shown_cards[name] in _follow(reply, image, text):
                         yield (gr.skip(), gr.skip(), *shown_cards.values())
             finally:
                 stop(replies.values())
@@ -151,15 +154,19 @@ def build_page(
         inputs = [picture, question, count, *(control for column in controls for control in column)]
         # As it was sent: gradio would open pictures itself, and knows no limits; what controls may say, AdaVConfig knows.
         sent = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
-        for trigger in (ask.click, question.submit):
+        asked = [
             trigger(answer, inputs, [running, note, *cards], concurrency_limit=users, concurrency_id="answer", **sent)
+            for trigger in (ask.click, question.submit)
+        ]
         quick = {**sent, "concurrency_limit": None}
         end.click(stop, running, None, **quick)
         sample.click(pick, None, [picture, question], **quick)
+        picture.change(None, None, None, cancels=asked)  # first: nobody waits for what is on its way
+        picture.change(None, None, cards, js=CLEAR, **quick)
         picture.change(check, picture, note, **quick)
         count.change(lambda n: [gr.update(visible=at < n) for at in range(len(NAMES))], count, columns, **quick)
         for method, tokens, *_ in controls:
-            method.change(lambda name: gr.update(interactive=name not in WHOLE), method, tokens, **quick)
+            method.change(lambda name: gr.update(elem_classes=_budget(name)), method, tokens, **quick)
     blocks.queue(max_size=queue)
     return blocks
 
@@ -177,7 +184,7 @@ def stop(replies) -> None:
             reply.cancel()
 
 
-def _follow(reply: Reply, image: Image.Image) -> Iterator[str]:
+def _follow(reply: Reply, image: Image.Image, question: str) -> Iterator[str]:
     """The card of one answer, as it grows: every so often even where nothing is new, since gradio can only end a
     generator (its visitor has left) between two things that it yields."""
     try:
@@ -185,8 +192,8 @@ def _follow(reply: Reply, image: Image.Image) -> Iterator[str]:
             try:
                 reply.result(REFRESH)
             except TimeoutError:
-                yield running_card(reply.text)
-        yield answered_card(reply.result(), image)
+                yield running_card(reply.text, question)
+        yield answered_card(reply.result(), image, question)
     except Exception as error:  # a request's own failure: the other columns go on
         yield failed_card(first_line(error))
 
@@ -202,14 +209,20 @@ def _open(upload: dict | None, limits: ImageLimits) -> Image.Image:
         raise UserError(str(error).replace(str(path), path.name)) from None
 
 
+def _budget(method: str) -> list[str]:
+    """Classes of the control of vision tokens: out of sight for a method that has no budget, its place kept, so that
+    answers stay beside each other."""
+    return ["no-budget"] if method in WHOLE else []
+
+
 def _controls(name: str, start: AdaVConfig, most_tokens: int) -> list:
     """The controls of one configuration, in the order of KEYS."""
     method = gr.Dropdown(
         list(method_names()), value=start.method, label=f"Configuration {name}: method", elem_id=f"method-{name}"
     )
     tokens = gr.Slider(
-        1, most_tokens, value=min(start.overall_tokens, most_tokens), step=1, label="Vision tokens kept",
-        interactive=start.method not in WHOLE, elem_id=f"tokens-{name}", buttons=[],
+        1, most_tokens, value=min(start.overall_tokens, most_tokens), step=1,
+        label=f"Vision tokens kept, 1 to {most_tokens}", elem_classes=_budget(start.method), elem_id=f"tokens-{name}", buttons=[],
     )  # fmt: skip
     with gr.Accordion("Advanced: adaptive KV cache", open=False, elem_id=f"advanced-{name}"):
         adaptive = gr.Checkbox(start.vision_adaptive_attention, label="A-VL on the image's part of the cache")

@@ -46,9 +46,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def configuration(args: argparse.Namespace) -> AdaVConfig:
     """The configuration file with the flags' overrides."""
     overrides = config_overrides(args)
-    if args.model_path is None and not (args.config or os.environ.get("ADAV_CONFIG")):
-        overrides.setdefault("overall_tokens", DEMO.tokens)
-    return AdaVConfig.load(args.config, **overrides)
+    config = AdaVConfig.load(args.config, **overrides)
+    given = args.config or os.environ.get("ADAV_CONFIG") or "overall_tokens" in overrides
+    if args.model_path is None and not given:
+        return config.replaced(overall_tokens=DEMO.tokens)
+    return config
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
