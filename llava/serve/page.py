@@ -154,14 +154,12 @@ def build_page(
         inputs = [picture, question, count, *(control for column in controls for control in column)]
         # As it was sent: gradio would open pictures itself, and knows no limits; what controls may say, AdaVConfig knows.
         sent = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
-        asked = [
+        for trigger in (ask.click, question.submit):
             trigger(answer, inputs, [running, note, *cards], concurrency_limit=users, concurrency_id="answer", **sent)
-            for trigger in (ask.click, question.submit)
-        ]
         quick = {**sent, "concurrency_limit": None}
         end.click(stop, running, None, **quick)
         sample.click(pick, None, [picture, question], **quick)
-        picture.change(None, None, None, cancels=asked)  # first: nobody waits for what is on its way
+        # In the browser alone: a cancel from the server could end an answer that was asked for right after the change.
         picture.change(None, None, cards, js=CLEAR, **quick)
         picture.change(check, picture, note, **quick)
         count.change(lambda n: [gr.update(visible=at < n) for at in range(len(NAMES))], count, columns, **quick)
