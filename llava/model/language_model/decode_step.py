@@ -1,4 +1,4 @@
-"""A decode step of the engine: the arithmetic of transformers' decoder layers in a third of their operations.
+"""A decode step of the engine: the arithmetic of transformers' decoder layers in fewer operations.
 
 At batch 1 a step reads weights and does little else, so that whatever else is launched shows: on a CPU as time in Python,
 on a GPU as kernels of microseconds between those that read. Here
