@@ -12,6 +12,7 @@ from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
 from llava.model.engine import Engine
+from llava.model.graphs import Store
 from llava.model.language_model import prefill as prefill_module
 from llava.model.language_model.decode_step import Stepper
 from llava.model.language_model.prefill import StaticPrefill, StaticPrefills
@@ -111,7 +112,8 @@ def test_changed_layers_are_called_as_they_are(tmp_path, change):
 def test_prefill_in_buffers_that_stay(loaded, rows):
     """Padded to one of few lengths, in the buffers of an earlier request: the same logits, the same cache."""
     model, _ = loaded
-    prefills = StaticPrefills(model, capture=False)
+    store = Store(limit=1 << 40)
+    prefills = StaticPrefills(model, store, captures=False)
     for name in [*SETTINGS, *SETTINGS]:
         prepared = prepared_for(loaded, rows, **SETTINGS[name])
         whole, padded = (prepared.caching.cache(3) for _ in range(2))
@@ -122,10 +124,26 @@ def test_prefill_in_buffers_that_stay(loaded, rows):
         assert torch.allclose(found, model.prefill(prepared, whole), atol=1e-5)
         for mine, theirs in zip(padded.layers, whole.layers, strict=True):
             assert mine.tensors().keys() == theirs.tensors().keys()
-            for key, tensor in mine.tensors().items():
-                assert torch.allclose(tensor.float(), theirs.tensors()[key].float(), atol=1e-5), key
-    shapes = prefills.shapes()
+            for key, tensor in stored(mine).items():
+                assert torch.allclose(tensor.float(), stored(theirs)[key].float(), atol=1e-5), key
+    shapes = [static.shape for static in store.all()]
     assert 1 <= len(shapes) <= 2 and all(length % prefill_module.MULTIPLE == 0 for _, length in shapes)
+
+
+def stored(layer):
+    """All that a prefilled layer holds, without what lies in slots that no list names: those are never read."""
+    found = dict(layer.tensors())
+    live = torch.zeros(found["keys"].shape[:3], dtype=torch.bool)
+    for row in range(len(live)):
+        live[row, :, : layer.front_len[row] + layer.image_len[row]] = True
+        for head in range(live.shape[1]):
+            live[row, head, layer.text[row, head, : layer.text_len[row, head]].long()] = True
+    for name in ("keys", "values"):
+        found[name] = found[name].masked_fill(~live[..., None], 0)
+    if "scores" in found:
+        place = torch.arange(found["scores"].shape[-1])
+        found["scores"] = found["scores"].masked_fill(place >= layer.text_len[..., None], 0)
+    return found
 
 
 def test_captured_prefill_asks_nothing_of_the_host(loaded):
@@ -137,16 +155,17 @@ def test_captured_prefill_asks_nothing_of_the_host(loaded):
             return func(*args, **(kwargs or {}))
 
     model, _ = loaded
-    static = StaticPrefill(model, 2, 64, capture=False)
+    static = StaticPrefill(model, 2, 64, captures=False)
     with torch.inference_mode(), Refuse():
         static._run()
     assert static._logits.shape == (2, model.config.vocab_size)
 
 
 def test_what_is_not_prefilled_in_buffers(loaded, monkeypatch):
-    """Too many tokens to gain by it; the latest few shapes are kept."""
+    """Too many tokens to gain by it; shapes that came last stay within the bound of bytes."""
     model, _ = loaded
-    prefills = StaticPrefills(model, capture=False)
+    store = Store(limit=0)
+    prefills = StaticPrefills(model, store, captures=False)
     prepared = prepared_for(loaded, [0], method="none")
     monkeypatch.setattr(prefill_module, "CAPTURED", max(prepared.lengths) - 1)
     assert prefills(prepared, prepared.caching.cache(1)) is None
@@ -155,7 +174,13 @@ def test_what_is_not_prefilled_in_buffers(loaded, monkeypatch):
     for words in range(2, 9):
         prepared = model.prepare(torch.arange(3, 3 + words)[None])
         prefills(prepared, prepared.caching.cache(1))
-    assert prefills.shapes() == [(1, words) for words in range(5, 9)]
+    assert [static.shape for static in store.all()] == [(1, words) for words in range(2, 9)]
+    store.limit = sum(static.nbytes for static in store.all()[-4:])
+    store.evict()
+    assert [static.shape for static in store.all()] == [(1, words) for words in range(5, 9)]
+    store.limit = 0
+    store.evict(spare=("prefill", 1, 6))
+    assert [static.shape for static in store.all()] == [(1, 6)]
 
 
 def test_rows_end_by_themselves(loaded):

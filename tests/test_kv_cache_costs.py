@@ -74,9 +74,8 @@ def test_kv_bytes_are_those_of_the_cache(model, case, front):
         measured = kv_bytes(cache, costs, [steps + 1] * len(ROWS))
         assert [row["kv_bytes_live"] for row in measured] == [cost.kv_bytes(4, steps) for cost in costs]
         assert [row["kv_bytes_predicted"] for row in measured] == [cost.kv_bytes(4, steps) for cost in costs]
-        occupied = sum(
-            tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values)
-        )
+        storages = [tensor.untyped_storage() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        occupied = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         assert (
             occupied
             == allocated_kv_bytes(costs, 4, steps)

@@ -7,14 +7,15 @@ from tiny_checkpoints import build_reference, save_llava_hf
 
 from llava.config import AdaVConfig, ConfigError
 from llava.errors import UserError
+from llava.kernels.evict import evict
 from llava.model.builder import load_pretrained_model
 from llava.model.kv_cache import make_policy
 from llava.model.kv_cache.avl import AVL
 from llava.model.kv_cache.base import Budget, Counts, RowSpans
+from llava.model.kv_cache.cache import Caching
 from llava.model.kv_cache.full import Full
 from llava.model.kv_cache.h2o import H2O
 from llava.model.kv_cache.scores import Centred, Latest, Summed
-from llava.model.kv_cache.storage import LayerCache
 from llava.model.token_dropping.attention import RowAttention
 from llava.model.token_dropping.plan import Cut
 from llava.model.token_dropping.prefill_filter import PrefillFilter
@@ -33,13 +34,17 @@ def one_hot(*tokens, size=8):
 
 
 def prefilled(policy, rows, spans, steps):
-    layer, keys = LayerCache(policy, steps), one_hot(*range(len(rows)))
-    layer.fill(queries(*rows), keys, keys, 1.0, [spans], [0], [sum(count for _, count in spans.images)])
-    return layer
+    """A layer after prefill; `layer.cache` is the cache that it is the one layer of."""
+    cache, keys = Caching(policy, 1, [spans], torch.tensor([[len(rows)]])).cache(steps), one_hot(*range(len(rows)))
+    cache.begin_prefill(1, len(rows), right=True)
+    cache.fill(0, queries(*rows), keys, keys, 1.0)
+    cache.layers[0].cache = cache
+    return cache.layers[0]
 
 
 def step(layer, token, paid):
     """Decode step of `token` with attention `paid` {token: probability}: what it read of each token."""
+    layer.cache.advance()
     layer.update(one_hot(token), one_hot(token))
     row = [paid.get(i, NEVER) for i in range(8)]
     return layer.attend(queries(row), 1.0)[0, 0, 0].tolist()
@@ -133,10 +138,12 @@ def test_a_step_scores_as_a_longer_prompt_would(scorer, chunk):
     ((_, row),) = whole.chunks(torch.tensor([11]))
     paid = torch.full((1, 3, 8), 7.0)  # what lies behind the live entries is anything
     paid[0, :, :6] = row[:, 0, slots].view(3, 2, 6).sum(dim=1)
-    place = torch.arange(8)
-    got = scorer.add(scores, paid, (place < 5).expand(1, 3, 8), (place == 5).expand(1, 3, 8))
-    torch.testing.assert_close(got[0, :, :6], want)
-    assert (got[0, :, 6:] == 0).all()
+    text, counts = torch.arange(8, dtype=torch.int32).repeat(1, 3, 1), torch.full((1, 3), 6, dtype=torch.int32)
+    room = torch.full((1, 2), 100, dtype=torch.int32)  # nothing is evicted
+    rule, quantile = scorer.kernel_rule
+    evict(scores, paid, text, counts, room, room, torch.ones(1, dtype=torch.long), rule=rule, quantile=quantile)
+    torch.testing.assert_close(scores[0, :, :6], want)
+    assert (counts == 6).all() and (text == torch.arange(8)).all()
     assert scorer.start(whole, 3, slots[:0]).shape == (3, 0), "a prompt that ends with its image"
 
 

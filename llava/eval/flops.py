@@ -28,7 +28,7 @@ from llava.eval.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.eval.tables import columns
 from llava.mm_utils import tile_plan
 from llava.model.kv_cache import make_policy
-from llava.model.kv_cache.base import Counts, LayerPlan
+from llava.model.kv_cache.base import Counts, LayerPlan, rounded_up
 from llava.model.token_dropping import DROPPERS, Dropper, make_dropper
 from llava.model.token_dropping.prefill_filter import PrefillFilter
 
@@ -76,15 +76,12 @@ class Cost:
 def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0, multiple: int = 1) -> int:
     """Bytes that the cache of a batch occupies: in each layer every row has as many slots as the longest one.
 
-    steps: that there may be; storage is allocated once, after prefill. multiple: what steps and slots are rounded up to,
-    as by the engine where it captures steps (llava.model.engine.MULTIPLE).
+    steps: that there may be; storage is allocated once, before prefill. multiple: what steps and slots are rounded up by
+    (rounded_up), as by the engine where it captures steps (llava.model.engine.MULTIPLE).
     """
-
-    def rounded(count: int) -> int:
-        return -(-count // multiple) * multiple
-
-    room = rounded(steps)
-    longest = [rounded(max(cost.plans[layer].slots(room) for cost in costs)) for layer in range(costs[0].shape.layers)]
+    room = rounded_up(steps, multiple)
+    slots = (max(cost.plans[layer].slots(room) for cost in costs) for layer in range(costs[0].shape.layers))
+    longest = [rounded_up(count, multiple) for count in slots]
     return len(costs) * sum(longest) * costs[0].shape.kv_entry(element_size)
 
 

@@ -38,11 +38,10 @@ def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> 
     rows, size = len(new_tokens), cache.layers[0].keys.element_size()
     # The last new token is never fed back, and what a batch feeds a row after its end is padding.
     steps = [max(new - 1, 0) for new in new_tokens]
-    live, allocated = [0] * rows, 0
+    live, allocated = [0] * rows, cache.kv_nbytes
     for layer in cache.layers:
         entries = [layer.stored(row, fed) for row, fed in enumerate(steps)]
         for tensor in (layer.keys, layer.values):
-            allocated += tensor.untyped_storage().nbytes()
             entry = tensor.nbytes // max(1, rows * tensor.shape[-2])  # a policy may keep nothing
             live = [bytes_ + entry * n for bytes_, n in zip(live, entries, strict=True)]
     return [

@@ -15,6 +15,7 @@ from llava.config import AdaVConfig, method_class
 from llava.conversation import default_conv_mode, turn_markers
 from llava.errors import UserError
 from llava.model.checkpoint import Checkpoint
+from llava.model.language_model.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
@@ -52,6 +53,7 @@ def load_pretrained_model(
     check_config(config, model_config)
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
+    make_fast(model)
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
     if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
@@ -59,6 +61,27 @@ def load_pretrained_model(
     configure(model, config, tokenizer)
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
+
+
+def make_fast(model) -> None:
+    """What costs nothing and makes an LLM faster on one GPU; nothing elsewhere.
+
+    Weights that read one input lie behind one another (merge_projections), and cuDNN's attention is not chosen.
+    """
+    devices = {weight.device.type for weight in model.parameters()}
+    if devices == {"cuda"}:
+        prefer_flash_attention()
+        merge_projections(model)
+
+
+def prefer_flash_attention() -> None:
+    """Keep PyTorch from choosing cuDNN's attention, for the whole process.
+
+    torch 2.11 for CUDA 13 takes it first on an H100 and H200. It builds a plan for every new shape, which takes 20 to 400
+    ms: one for each decode step of generate() and one for each length of a prompt. Flash attention needs none.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_config(config: AdaVConfig, model_config) -> None:

@@ -363,11 +363,26 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
         spans = [RowSpans(row.length, row.spans) for row in done]
         following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
-        prepared.caching = Caching(make_policy(config), layers, spans, following)
+        dropping = prepared.dropping
+        prepared.caching = Caching(
+            make_policy(config),
+            layers,
+            spans,
+            following,
+            image_counts=None if dropping is None else dropping.image_counts(),
+            numbering=None if dropping is None else dropping.numbering(),
+            one_device=self.one_device,
+        )
         prepared.seconds = clock.seconds
         return prepared
 
     # --- the LLM ----------------------------------------------------------------------------------------------
+
+    @property
+    def one_device(self) -> bool:
+        """Whether all layers of the LLM are on one device. Weights that are offloaded are on none ("meta")."""
+        devices = {weight.device for layer in self.model.layers for weight in layer.parameters()}
+        return len(devices) == 1 and next(iter(devices)).type != "meta"
 
     def forward(
         self,

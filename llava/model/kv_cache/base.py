@@ -164,3 +164,13 @@ def text_counts(policy: CachePolicy, prompt: int, steps: int) -> tuple[int, ...]
 def share(part: float, n: int) -> int:
     """`part` of n, rounded down; a product that floating point leaves a hair below a whole number is that number."""
     return int(part * n + 1e-6)
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """`count` rounded up to a multiple of `multiple`; above eight of them to one of four times as much.
+
+    Captured steps are kept by capacity: few sizes mean few captures. multiple 1 rounds nothing.
+    """
+    if multiple > 1 and count > 8 * multiple:
+        multiple *= 4
+    return -(-count // multiple) * multiple

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from llava.model.token_dropping.attention import RowAttention
 class Scorer(ABC):
     """One way of ranking."""
 
+    # What a decode step does to the scores: the rule of llava/kernels/evict.py.
+    rule: ClassVar[str]
+
+    @property
+    def kernel_rule(self) -> tuple[str, float]:
+        """(rule, quantile) as llava/kernels/evict.py takes them."""
+        return self.rule, 0.0
+
     def rows(self, entries: int) -> int:
         """How many rows of attention `start` reads for so many entries."""
         return entries
@@ -27,40 +36,30 @@ class Scorer(ABC):
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
         """[G, n]: scores of the prompt's entries at `slots` [n], ascending; heads: G KV heads."""
 
-    @abstractmethod
-    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
-        """[B, G, N] scores after a decode step.
-
-        scores: before it; new: attention that the step's query paid to each entry. older, own: bool [B, G, N], the
-        entries that were there before, and the step's own. What is neither holds no entry.
-        """
-
 
 @dataclass(frozen=True)
 class Summed(Scorer):
     """H2O (arXiv 2306.14048): all attention that an entry has received from the queries of the region so far."""
 
+    rule = "summed"
+
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
         total = sum(rows.sum(dim=1)[:, slots] for _, rows in attention.chunks(slots))
         return _of_kv_heads(total, heads)
-
-    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
-        return torch.where(older, scores, 0) + torch.where(older | own, new, 0)
 
 
 @dataclass(frozen=True)
 class Latest(Scorer):
     """The attention that the latest query pays, without history."""
 
+    rule = "latest"
+
     def rows(self, entries: int) -> int:
         return 1
 
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
-        ((_, rows),) = attention.chunks(slots.new_tensor([attention.length - 1]))
+        ((_, rows),) = attention.chunks(attention.last())
         return _of_kv_heads(rows[:, 0, slots], heads)
-
-    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
-        return torch.where(older | own, new, 0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,13 @@ class Centred(Scorer):
     quantile (linear between ranks) of what it pays to the entries of the region that were there before it.
     """
 
+    rule = "centred"
+
     quantile: float
+
+    @property
+    def kernel_rule(self) -> tuple[str, float]:
+        return self.rule, self.quantile
 
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
         total = torch.zeros(heads, len(slots), device=slots.device)
@@ -80,9 +85,6 @@ class Centred(Scorer):
             older, own = slots < part[:, None], slots == part[:, None]
             total += (self._above(paid, older.expand_as(paid)) + torch.where(own, paid, 0)).sum(dim=1)
         return total
-
-    def add(self, scores: Tensor, new: Tensor, older: Tensor, own: Tensor) -> Tensor:
-        return torch.where(older, scores, 0) + self._above(new, older) + torch.where(own, new, 0)
 
     def _above(self, paid: Tensor, older: Tensor) -> Tensor:
         """`paid` [..., N] to the older entries less its quantile over them; 0 elsewhere."""

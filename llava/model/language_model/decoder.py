@@ -167,7 +167,7 @@ class DroppingDecoder:
                 )
             hidden = self._prefill(hidden, position_ids, past_key_values, dropping)
             if adaptive is not None and dropping.dropper.reindexed:
-                adaptive.end_prefill(dropping.stage_of, [stage.shift for stage in dropping.stages])
+                adaptive.end_prefill([stage.shift for stage in dropping.stages])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     def _refuse(self, cache, kwargs: dict) -> None:
@@ -258,7 +258,7 @@ class DroppingDecoder:
 
         All of it is work on the device; the host's part of a step is cache.begin_step(1), before it.
         """
-        positions = cache.next_positions().to(hidden.device)
+        positions = cache.advance().to(hidden.device)
         ropes = [self.rotary_emb(hidden, position_ids=own) for own in positions]
         for number, layer in enumerate(self.layers):
             own = cache.numbering[number]

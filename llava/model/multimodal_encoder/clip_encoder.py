@@ -16,7 +16,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
+from llava.model.graphs import Store, capture
+
 _ATTENTION = "llava_sdpa_cls_row"
+# Tiles up to which the tower is captured: with more its kernels take longer than Python does to launch them.
+CAPTURED_TILES = 16
 
 
 def _sdpa_and_cls_row(
@@ -62,6 +66,13 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower = CLIPVisionModel(config)
         # Only CLIP's pooled output passes through it, and nobody reads that here.
         self.vision_tower.post_layernorm = nn.Identity()
+        self._store: Store | None = None
+        self._pool = None
+
+    def capture_with(self, store: Store, pool=None) -> None:
+        """From now on the tower is captured as a CUDA graph for every number of tiles that comes again, and kept in `store`:
+        at a few tiles a GPU waits for Python between its kernels."""
+        self._store, self._pool = store, pool
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -87,8 +98,23 @@ class CLIPVisionTower(nn.Module):
         wanted: "hidden" [T, 1 + P, width], the features with [CLS] first; "keys" [T, 1 + P, d], what k_proj gives, mean
         over heads, in float32
         """
+        pixels = pixel_values.to(self.device, self.dtype)
+        if self._store is None or len(pixels) > CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
+            return self._run(pixels, wanted)
+        shape = "tower", len(pixels), wanted
+        kept = self._store.get(shape)
+        if kept is None:
+            kept = StaticTower(self._run, pixels, wanted, self._pool)
+            self._store.put(shape, kept)
+        return kept(pixels)
+
+    def _unwatched(self) -> bool:
+        """Whether nobody listens to a call of any part of the tower: a replayed graph would not call them."""
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in self.vision_tower.modules())
+
+    def _run(self, pixels: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tower = self.vision_tower
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self.device, self.dtype)))
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         *layers, last = tower.encoder.layers
         for layer in layers:
             hidden = layer(hidden, attention_mask=None)
@@ -99,3 +125,38 @@ class CLIPVisionTower(nn.Module):
         if mean_keys:
             states["keys"] = mean_keys[0]
         return hidden[:, 1:], cls_rows[0], states
+
+
+class StaticTower:
+    """The tower for one number of tiles in buffers that stay. The first call runs plainly (it sets up libraries, which must
+    not happen under capture), the second captures, and from there on the graph is replayed."""
+
+    busy = False
+
+    def __init__(self, run, pixels: Tensor, wanted: tuple[str, ...], pool=None):
+        self._run, self._wanted, self._pool = run, wanted, pool
+        self._pixels = torch.empty_like(pixels)
+        self._calls, self._captures = 0, True
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._found: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        held = [self._pixels]
+        if self._found is not None:
+            held += [*self._found[:2], *self._found[2].values()]
+        return sum(tensor.nbytes for tensor in held)
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As CLIPVisionTower.forward; what it returns is the caller's own, not the buffers."""
+        self._calls += 1
+        if self._graph is None and self._captures and self._calls > 1:
+            found: list[tuple] = []
+            self._graph = capture(lambda: found.append(self._run(self._pixels, self._wanted)), self._pool)
+            self._captures, self._found = self._graph is not None, found[0] if self._graph is not None else None
+        if self._graph is None:
+            return self._run(pixels, self._wanted)
+        self._pixels.copy_(pixels)
+        self._graph.replay()
+        features, cls_row, states = self._found
+        return features.clone(), cls_row.clone(), {name: state.clone() for name, state in states.items()}

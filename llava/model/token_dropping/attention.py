@@ -42,6 +42,10 @@ class RowAttention:
         future = torch.arange(self.length, device=slots.device) > slots[:, None]
         return scores.masked_fill_(future, float("-inf")).softmax(dim=-1)
 
+    def last(self) -> Tensor:
+        """[1]: the slot of the last query. Filled on the device: a number that is sent there would wait for it."""
+        return torch.full((1,), self.length - 1, device=self._query.device)
+
     def mean(self, slots: Tensor) -> Tensor:
         """[S]: mean over heads and over the queries of `slots` [R]."""
         total = sum(rows.mean(dim=0).sum(dim=0) for _, rows in self.chunks(slots))

@@ -105,6 +105,24 @@ class Dropping:
         seen = [self.schedule(row, image) for image in range(len(prompt.images))]
         return [text + sum(tokens[layer].attention for tokens in seen) for layer in range(self.layers)]
 
+    def image_counts(self) -> list[list[int]]:
+        """[L][B] image tokens of each row that each layer's attention sees, as the schedule has it."""
+        seen = [
+            [self.schedule(row, image) for image in range(len(prompt.images))]
+            for row, prompt in enumerate(self.prompts)
+        ]
+        return [[sum(tokens[layer].attention for tokens in images) for images in seen] for layer in range(self.layers)]
+
+    def numbering(self) -> list[int]:
+        """[L] in which of several ways each layer counts positions: survivors are numbered anew after every cut, or keep
+        the positions that they had."""
+        if not self.dropper.reindexed:
+            return [0] * self.layers
+        layers = {cut.layer for row in self.cuts for cuts in row for cut in cuts}
+        # A cut before a layer's attention counts for that layer, one inside or after it for those that follow.
+        reach = 1 if self.dropper.place == BEFORE else 0
+        return [sum(cut < layer + reach for cut in layers) for layer in range(self.layers)]
+
     def survivors(self, row: int, image: int) -> list[Tensor]:
         """After each cut of an image, what is left of it: slots of the whole image; -1 for tokens that were made."""
         now, after = torch.arange(self.prompts[row].images[image][1]), []
