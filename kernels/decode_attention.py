@@ -14,11 +14,14 @@ captured as a CUDA graph; everywhere else it is the plain PyTorch of decode_atte
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from llava.kernels import backend as backends
+from llava.kernels.checks import check_contiguous, check_last_dimension, check_tensor
+from llava.kernels.decode_attention_reference import reference
 
 SCORES = (False, True, "core", "text")
 
@@ -79,15 +82,13 @@ def decode_attention(
     _check(q, k, v, prefix_len, core, core_len, text, text_len, scores)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     operands = (q, k, v, prefix_len, core, core_len, text, text_len)
-    if _backend(q, backend) == "triton":
+    if backends.backend_for(q, backend) == "triton":
         from llava.kernels import decode_attention_triton
 
         out = DecodeOutput.empty(q, core, text, scores) if out is None else out
         workspace = decode_attention_triton.Workspace.empty(q, k, core, text) if workspace is None else workspace
         decode_attention_triton.launch(*operands, scale, scores, out, workspace)
         return out
-    from llava.kernels.decode_attention_reference import reference
-
     result = DecodeOutput(*reference(*operands, scale, scores))
     if out is None:
         return result
@@ -105,19 +106,11 @@ def decode_workspace(
     One will do for all layers, since they run one after another. splits: into how many programs a row's slots are cut;
     default from the shapes and the number of multiprocessors.
     """
-    if _backend(q, backend) != "triton":
+    if backends.backend_for(q, backend) != "triton":
         return None
     from llava.kernels.decode_attention_triton import Workspace
 
     return Workspace.empty(q, k, core, text, splits)
-
-
-def _backend(q: Tensor, backend: str | None) -> str:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f'backend is "{backend}", allowed are "triton", "reference" and None')
-    if backend is None:
-        backend = "triton" if q.is_cuda and importlib.util.find_spec("triton") else "reference"
-    return backend
 
 
 def _check(q, k, v, prefix_len, core, core_len, text, text_len, scores) -> None:
@@ -140,11 +133,6 @@ def _check(q, k, v, prefix_len, core, core_len, text, text_len, scores) -> None:
         "text_len": (text_len, (batch, groups)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, where torch.int32 {[*shape]} is due")
-    for name, tensor in {"q": q, "k": k, "v": v, "core": core, "text": text}.items():
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"the last dimension of {name} is not contiguous: its stride is {tensor.stride(-1)}")
-    for name, tensor in {"prefix_len": prefix_len, "core_len": core_len, "text_len": text_len}.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: its strides are {tensor.stride()}")
+        check_tensor(name, tensor, shape, torch.int32)
+    check_last_dimension(q=q, k=k, v=v, core=core, text=text)
+    check_contiguous(prefix_len=prefix_len, core_len=core_len, text_len=text_len)

@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from decode_kernel_cases import DEVICE, POISON, error, operands, rule
+from decode_kernel_cases import DEVICE, POISON, TOLERANCE, error, operands, rule
 
 from llava.kernels.decode_attention import DecodeOutput, decode_attention, decode_workspace
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 F32, F16, BF16 = TOLERANCE
 
 

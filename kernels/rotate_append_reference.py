@@ -1,0 +1,44 @@
+"""Rotary embedding and the new cache entries in plain PyTorch: what the Triton kernel must equal, and what runs without
+CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """The rotated queries; shapes as in rotate_append. Queries and keys are rotated together: fewer operations."""
+    _, tokens, heads, size = q.shape
+    both = torch.cat([q, k], dim=2).transpose(1, 2)
+    turned = both.roll(size // 2, dims=-1).mul_(sin.unsqueeze(1))
+    both = (both * cos.unsqueeze(1)).add_(turned)
+    key, value = both[:, heads:], v.transpose(1, 2)
+    if counts is None:
+        keys[:, :, :tokens] = key
+        values[:, :, :tokens] = value
+    else:
+        slot = _slots(slots, counts, tokens).expand_as(key)
+        keys.scatter_(2, slot, key)
+        values.scatter_(2, slot, value)
+    return both[:, :heads].contiguous()
+
+
+def _slots(slots: Tensor | None, counts: Tensor, tokens: int) -> Tensor:
+    """Where the new entries go, int64 [B, G or 1, S, 1]."""
+    place = counts.long().sub_(tokens).unsqueeze(-1)
+    if tokens > 1:
+        place = place + torch.arange(tokens, device=counts.device)
+    if slots is None:
+        return place[:, None, :, None]
+    return slots.gather(2, place).long().unsqueeze(-1)

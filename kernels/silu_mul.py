@@ -1,0 +1,32 @@
+"""silu(gate) * up, the activation of a gated feed-forward layer (SwiGLU, arXiv 2002.05202), in one kernel; picks the
+implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.kernels import backend as backends
+from llava.kernels.checks import check_last_dimension, check_tensor
+from llava.kernels.silu_mul_reference import reference
+
+
+def silu_mul(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up, contiguous, of gate's shape and dtype.
+
+    gate, up [..., M] of one dtype: halves of one product's output, say, with any stride between rows and a contiguous last
+    dimension. The arithmetic is in float32.
+
+    backend: "triton" or "reference"; default Triton on CUDA. ValueError for shapes or dtypes that do not fit.
+    """
+    check_tensor("up", up, gate.shape, gate.dtype)
+    if gate.dim() < 2:
+        raise ValueError(f"gate is {[*gate.shape]}, where [..., M] with at least one dimension of rows is due")
+    check_last_dimension(gate=gate, up=up)
+    if backends.backend_for(gate, backend) == "triton":
+        from llava.kernels import silu_mul_triton
+
+        out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+        silu_mul_triton.launch(gate, up, out)
+        return out
+    return reference(gate, up)
