@@ -326,7 +326,7 @@ def test_evict_over_many_steps(rule):
 
 @pytest.mark.long
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("width", "prompt", "steps"), [(1000, 600, 300), (3200, 3000, 100)])
+@pytest.mark.parametrize(("width", "prompt", "steps"), [(1000, 600, 100), (3200, 3000, 40)])
 def test_evict_over_very_many_steps(rule, width, prompt, steps):
     many_steps(rule, 0.125, 2, width, prompt, steps)
 
