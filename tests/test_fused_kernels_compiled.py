@@ -84,5 +84,12 @@ def test_few_kernels_for_all_capacities(tmp_path):
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_no_spills_at_any_real_size(target, dtype, tmp_path):
-    chosen = layers(target, dtype) + lists(target, (128, 3200, 8000))
+    chosen = layers(target, dtype)
+    check(chosen, compiled(SCRIPT, chosen, tmp_path))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", [80, 90])
+def test_no_spills_at_any_length_of_the_lists(target, tmp_path):
+    chosen = lists(target, (128, 3200, 8000))
     check(chosen, compiled(SCRIPT, chosen, tmp_path))

@@ -231,15 +231,14 @@ def test_a_failure_in_the_middle(service):
     engine = service.model.engine
     steps_for = engine.steps_for
 
-    def breaking(cache):
-        steps = steps_for(cache)
+    def breaking(cache, *others):
+        steps = steps_for(cache, *others)
 
         def step(tokens):
             if cache.steps == 4:
                 raise RuntimeError("broke")
             return steps(tokens)
 
-        step.cache = steps.cache
         return step
 
     engine.steps_for = breaking

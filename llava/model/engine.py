@@ -152,8 +152,11 @@ class Engine:
             logits = prefill(self.model, prepared, cache, self._stepper)
         return self.model.prefill(prepared, cache) if logits is None else logits
 
-    def steps_for(self, cache: AdaptiveCache, count: int | None = None) -> PlainSteps | CapturedSteps:
+    def steps_for(
+        self, cache: AdaptiveCache, count: int | None = None, holder: BatchGeneration | None = None
+    ) -> PlainSteps | CapturedSteps:
         """What runs the decode steps on a prefilled cache. count: how many there will be at most; None: all it has room for.
+        holder: whose storage the cache is until it has ended, or is forgotten.
 
         Captured steps where the cache's shape has come before and enough steps are to come.
         """
@@ -165,8 +168,7 @@ class Engine:
         shape, count = _shape(cache), cache.limit if count is None else count
         captured = self._store.get(shape)
         if captured is not None and captured.cache is cache:
-            captured.left = count
-            return captured
+            return captured.begin(count, holder)
         again = shape in self._seen
         self._seen[shape] = None
         self._seen.move_to_end(shape)
@@ -175,9 +177,8 @@ class Engine:
         if captured is not None or not again or count < WORTH_CAPTURING:
             return PlainSteps(step, cache)
         captured = CapturedSteps(step, cache, self._pool)
-        captured.left = count
         self._store.put(shape, captured)
-        return captured
+        return captured.begin(count, holder)
 
 
 def _shape(cache: AdaptiveCache) -> tuple:
@@ -219,6 +220,7 @@ class BatchGeneration:
         self.logits: Tensor | None = None  # [B, V] of the tokens that the last step has chosen
         self._steps: PlainSteps | CapturedSteps | None = None
         self._failed = False
+        self._ahead = False  # whether the step that comes next has been launched
         self._ended: Tensor | None = None  # [B] bool on the device: rows that are fed padding from now on
         self._count_ended = 0
 
@@ -237,12 +239,54 @@ class BatchGeneration:
     def _next(self) -> list[New | None]:
         start = time.perf_counter()
         stage = "prefill" if self.logits is None else "decode"
+        # 1. The tokens of this step, unless the step before has launched it already.
+        if not self._ahead:
+            self._launch()
+        self._ahead = False
+        fetched = self._fetch()
+        # 2. The step after it, so that the device has work while the host reads this one's tokens.
+        if self._looks_ahead():
+            self._launch()
+            self._ahead = True
+        # 3. What the host makes of the tokens; it waits for the device here and nowhere else.
+        outputs = [self._add(row, token) for row, token in enumerate(fetched())]
+        self.seconds[stage] += time.perf_counter() - start
+        return outputs
+
+    def _launch(self) -> None:
+        """Prefill, or a step: the logits and the tokens that are chosen by them."""
         self.logits = self._prefill() if self.logits is None else self._steps(self._tokens)
         self._tokens = self._choose(self.logits)
         self._pad_ended()
-        news = [self._add(row, token) for row, token in enumerate(self._tokens.tolist())]  # waits for the device
-        self.seconds[stage] += time.perf_counter() - start
-        return news
+
+    def _looks_ahead(self) -> bool:
+        """Whether the next step may be launched before the tokens of this one are known.
+
+        It is in vain where they end the answer, so that only answers that have gone on for a while are worth it; and no
+        step is launched that no row can need.
+        """
+        done = max(len(answer.tokens) for answer in self.answers) + 1
+        open_rows = [
+            one.max_new_tokens > len(answer.tokens) + 1
+            for one, answer in zip(self.sampling, self.answers, strict=True)
+            if answer.finish is None
+        ]
+        return self._engine.graphs and done >= WORTH_CAPTURING and any(open_rows)
+
+    def _fetch(self) -> Callable[[], list[int]]:
+        """Start bringing the chosen tokens to the host; call the result for them."""
+        if not self._tokens.is_cuda:
+            return self._tokens.tolist
+        host = torch.empty(self._tokens.shape, dtype=self._tokens.dtype, pin_memory=True)
+        host.copy_(self._tokens, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def tokens() -> list[int]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return tokens
 
     @property
     def ended(self) -> bool:
@@ -296,8 +340,7 @@ class BatchGeneration:
         steps = max(one.max_new_tokens for one in self.sampling) - 1  # the last token is never fed back
         cache = engine.cache_for(prepared, steps)
         logits = engine.prefill(prepared, cache)
-        self._steps, self.cache = engine.steps_for(cache, steps), cache
-        self._steps.hold_for(self)
+        self._steps, self.cache = engine.steps_for(cache, steps, self), cache
         return logits
 
     def _add(self, row: int, token: int) -> New | None:
@@ -320,9 +363,6 @@ class PlainSteps:
 
     def __init__(self, step: Callable[[Tensor, AdaptiveCache], Tensor], cache: AdaptiveCache):
         self._step, self.cache = step, cache
-
-    def hold_for(self, generation: BatchGeneration) -> None:
-        """The cache is the generation's own."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B] -> logits [B, V] of those that follow."""
@@ -361,9 +401,11 @@ class CapturedSteps:
         holder = self._holder()
         return holder is not None and not holder.ended
 
-    def hold_for(self, generation: BatchGeneration) -> None:
-        """The storage belongs to a generation until that has ended, or is forgotten."""
-        self._holder = weakref.ref(generation)
+    def begin(self, count: int, holder: BatchGeneration | None) -> CapturedSteps:
+        """Go on with the request whose prompt the storage holds, for at most `count` steps."""
+        self.left = count
+        self._holder = (lambda: None) if holder is None else weakref.ref(holder)
+        return self
 
     def lend_to(self, cache: AdaptiveCache) -> None:
         """Let a cache of the same shape be prefilled into the storage. The one before is refused from now on."""

@@ -70,6 +70,9 @@ class Chooser:
             probability = torch.softmax(logits[b].float() / max(row.temperature, SMALLEST), dim=-1)
             ranked, order = probability.sort(descending=True, stable=True)
             # A token belongs to the set where those before it do not reach top_p yet: the first always does.
-            ranked[ranked.cumsum(dim=-1) - ranked >= max(row.top_p, SMALLEST)] = 0.0
-            tokens[b] = order[torch.multinomial(ranked, 1, generator=generator)[0]]
+            ranked.masked_fill_(ranked.cumsum(dim=-1) - ranked >= max(row.top_p, SMALLEST), 0.0)
+            # As torch.multinomial draws one, without its checks, which read the device: of independent exponential waiting
+            # times with these rates the shortest is entry i's with probability i.
+            waiting = torch.empty_like(ranked).exponential_(generator=generator)
+            tokens[b] = order[(ranked / waiting).argmax()]
         return tokens
