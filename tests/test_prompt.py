@@ -177,9 +177,9 @@ def embeddings_seen(model, prompt, images, sizes, scope, monkeypatch):
 
     @dataclasses.dataclass
     class Spy(SELECTORS["adav"]):
-        def keep(self, image, text, budget):
-            seen.append(text)
-            return super().keep(image, text, budget)
+        def keep_all(self, images, texts, budgets):
+            seen.extend(texts)
+            return super().keep_all(images, texts, budgets)
 
     monkeypatch.setitem(SELECTORS, "adav", Spy)
     model.prepare(torch.tensor([prompt]), images, sizes, config=config("adav", 3, text_scope=scope))

@@ -19,7 +19,7 @@ from llava.model.token_selection.divprune import farthest_points
 from llava.model.token_selection.scope import cover_greedily
 from llava.model.token_selection.similarity import cosine_matrix
 from llava.model.token_selection.tiles import members_of_tiles, split_evenly
-from llava.model.token_selection.two_lists import union_of_best
+from llava.model.token_selection.two_lists import TwoLists, unions_of_best
 from llava.model.token_selection.visionzip import merge_alike
 
 RECORDED = {
@@ -32,6 +32,11 @@ SETTINGS = [
     ((3, 1), {"cut": 1}),
     ((1, 3), {"side": 6, "cut": 2}),
 ]
+
+
+def union_of_best(first, k_first, second, k_second):
+    ((kept, _),) = unions_of_best([TwoLists(first, second, k_first, k_first + k_second)])
+    return kept
 
 
 def recorded_image(tiles=(0, 1)):
@@ -432,7 +437,7 @@ def test_covering_union_by_hand():
     def cover(by_text, by_saliency, strength):
         counts = torch.tensor([by_text, by_text + by_saliency])[:, None]
         real = torch.ones(1, 4, dtype=torch.bool)
-        return torch.nonzero(covering_union(HAND, real, scores, *counts, strength)[0]).flatten().tolist()
+        return torch.nonzero(covering_union(HAND, real, scores, *counts, by_text + by_saliency, strength)[0]).flatten().tolist()
 
     assert cover(2, 0, 1) == [0, 2]
     assert cover(2, 1, 1) == [0, 2, 3]
@@ -509,7 +514,8 @@ def test_coverage_spreads_the_choice():
 @pytest.mark.parametrize("grid, layout", SETTINGS, ids=str)
 def test_members_of_tiles(grid, layout):
     image = make_image(grid, **layout)
-    members, real = members_of_tiles(image)
+    members, real, sizes = members_of_tiles(image)
+    assert sizes == real.sum(dim=1).tolist()
     assert [image.patches[row[ok]].tolist() for row, ok in zip(members, real, strict=True)] == tile_members(image)
 
 

@@ -15,12 +15,17 @@ from llava.model.token_selection import SELECTORS, ImageTokens, Selector, option
 from llava.model.token_selection.adav import best_split
 from llava.model.token_selection.base import take
 from llava.model.token_selection.tiles import split_evenly
-from llava.model.token_selection.two_lists import union_of_best
+from llava.model.token_selection.two_lists import TwoLists, unions_of_best
 
 GRIDS = [None, (1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]  # columns x rows of crops
 BUDGETS = [1, 7, 29, 58, 144, "N", "N + 5"]
 CHOOSERS = [name for name in SELECTORS if SELECTORS[name].uses_budget]
 # --- every method ----------------------------------------------------------------------------------------------------
+
+
+def union_of_best(first, k_first, second, k_second):
+    ((kept, _),) = unions_of_best([TwoLists(first, second, k_first, k_first + k_second)])
+    return kept
 
 
 def check_indices(name, kept, everything=False):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.config import AdaVConfig, method_class
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.encoded_images import EncodedImage
@@ -27,11 +28,23 @@ from llava.model.kv_cache.cache import Caching
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prepared import PreparedPrompt, StageClock
-from llava.model.prompt_rows import Row, image_places, labels_of, prompt_row, real_tokens, stack, turn_around
+from llava.model.prompt_rows import (
+    Row,
+    embed,
+    image_places,
+    labels_of,
+    prompt_row,
+    question_embeddings,
+    question_of,
+    real_tokens,
+    splice,
+)
 from llava.model.text_tower import ClipTextTower
 from llava.model.token_dropping import Dropping, dropper_names
 from llava.model.token_dropping.prefill_filter import PrefillFilter
 from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
+from llava.model.token_selection.base import TokenPlaces
+from llava.model.transfer import to_device, to_host
 
 
 class LlavaMetaModel:
@@ -121,7 +134,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         if "text_cosine" in wanted:
             wanted = (*wanted, "hidden")
         with clock.stage("vision_tower"):
-            features, saliency, states = self.get_vision_tower()(torch.cat(pixels), wanted)
+            tower = self.get_vision_tower()
+            features, saliency, states = tower(torch.cat([to_device(one, tower.device) for one in pixels]), wanted)
         if project:
             with clock.stage("projector"):
                 features = self._project(features)
@@ -216,68 +230,48 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
         projected: False for the tower's own states, [T, P, W]: what is read of them goes through the projector.
         """
-        tiles, per_tile, width = features.shape
-        side = self.get_vision_tower().num_patches_per_side
-        order = merge_order(plan, side, tiles).to(features.device)
-        newline = order == NEWLINE
-        source = order.clamp(min=0)
+        tiles, _, width = features.shape
+        layout = _layout(plan, self.get_vision_tower().num_patches_per_side, tiles)
+        source, newline, tile, row, column = (
+            layout.on(features.device, name) for name in ("source", "newline", "tile", "row", "column")
+        )
         merged = features.reshape(-1, width)[source]
         scores = saliency.reshape(-1).to(features.device)[source]
-        tile, row, column = source // per_tile, source % per_tile // side, source % side
-        if newline.any():
+        if layout.newlines:
             scores = scores.masked_fill(newline, float("nan"))
-            # A newline token ends a row of the merged crops: the number of newlines before it.
-            row = torch.where(newline, newline.long().cumsum(0) - 1, row)
-            tile, column = tile.masked_fill(newline, -1), column.masked_fill(newline, -1)
         if not projected:
             merged = merged.masked_fill(newline[:, None], 0)
-            return ImageTokens(merged, scores, tile, row, column, key, tower, self._to_words)
-        merged = self._with_newlines(merged[~newline], torch.nonzero(~newline).flatten(), len(order))
-        return ImageTokens(merged, scores, tile, row, column, key, tower)
+            return ImageTokens(merged, scores, tile, row, column, key, tower, self._to_words, layout)
+        patches = layout.on(features.device, "patches")
+        merged = self._with_newlines(merged[patches], patches, len(tile))
+        return ImageTokens(merged, scores, tile, row, column, key, tower, places=layout)
 
     # --- prompt -----------------------------------------------------------------------------------------------
 
-    def _question(self, ids: Tensor, place: int, scope: str, labels: Tensor | None = None) -> Tensor:
-        """[S] which ids are the text that text-aware methods read for the image at ids[place] (design decision 5).
+    def _row(self, ids: Tensor, labels: Tensor | None, scope: str) -> Row:
+        """One row without padding, on the host: where its images and their questions lie."""
+        places = image_places(ids)
+        return Row(ids, labels, places, [question_of(ids, place, scope, self.turn_markers, labels) for place in places])
 
-        labels [S]: what is to be learnt is no question, or a selector in training would be told the answer.
-        """
-        inside = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        if scope == "after":
-            inside[place + 1 :] = True
-        else:
-            start, end = turn_around(ids.tolist(), place, self.turn_markers)
-            inside[start:end] = True
-        if labels is not None:
-            inside &= labels == IGNORE_INDEX
-        return inside & (ids != IMAGE_TOKEN_INDEX)
-
-    def _seen(
-        self,
-        rows: list[tuple],
-        words: list[Tensor],
-        encoded: list[EncodedImage],
-        asked: list,
-        text_tower: str | None,
-    ) -> tuple[list[ImageTokens], list[Tensor]]:
-        """What a selector sees of every image of a batch, in reading order: its tokens, and the words asked about it.
-
-        rows: (ids, ...) and their word embeddings `words`; per image: what `encode` gave, and which ids of its row are
-        asked. text_tower: what judges how close a patch is to the words, where a method reads that.
-        """
-        images, texts, image = [], [], 0
-        for (ids, _), embedded in zip(rows, words, strict=True):
-            for nth in range(len(image_places(ids))):
-                plan, tokens = encoded[image].plan, encoded[image].tokens
-                tower = tokens.tower
-                if text_tower is not None:
-                    question = self.question_words(ids[asked[image]].tolist())
-                    cosine = self.text_tower(text_tower).cosine(tower.hidden[:, 1:], question)
-                    tower = replace(tower, text_cosine=cosine)
-                images.append(replace(tokens, key=sample_key(ids, plan.image_size, nth), tower=tower))
-                texts.append(embedded[asked[image]])
-                image += 1
-        return images, texts
+    def _select(
+        self, rows: list[Row], words: Tensor, encoded: list[EncodedImage], config: AdaVConfig, method: type, chosen
+    ) -> list[Selection]:
+        """What the LLM reads of every image of a batch, in reading order. words: embeddings of all ids (embed)."""
+        if encoded and not method.needs_image:
+            return [_no_tokens(words) for _ in encoded]
+        text_tower = chosen.text_tower if "text_cosine" in chosen.tower_states else None
+        asked = [(row.ids, nth, question) for row in rows for nth, question in enumerate(row.questions)]
+        images = []
+        for one, (ids, nth, question) in zip(encoded, asked, strict=True):
+            tower = one.tokens.tower
+            if text_tower is not None:
+                judged = self.text_tower(text_tower).cosine(
+                    tower.hidden[:, 1:], self.question_words(ids[question].tolist())
+                )
+                tower = replace(tower, text_cosine=judged)
+            images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
+        name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.options_of(method))
+        return select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
 
     def prepare(
         self,
@@ -305,63 +299,41 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         embedding = self.get_input_embeddings()
         device = embedding.weight.device
         clock = StageClock(device)
-        rows = real_tokens(input_ids.to(device), attention_mask, self.config)
-        placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids, _ in rows)
+        # 1. Ids, padding and places are read on the host; what is on the device already comes over once.
+        input_ids, attention_mask, labels = (
+            None if given is None else to_host(given) for given in (input_ids, attention_mask, labels)
+        )
+        real = real_tokens(input_ids, attention_mask, self.config)
+        scope = config.option("text_scope")
+        rows = [self._row(ids, own, scope) for (ids, _), own in zip(real, labels_of(labels, real), strict=True)]
+        placeholders = sum(len(row.places) for row in rows)
         given = encoded if encoded is not None else images if images is not None else []
         if placeholders != len(given):
             raise UserError(
                 f"the prompts have {placeholders} image placeholders, but {len(given)} images came with them"
             )
         method = method_class(config.method)
-        inside = config.method in dropper_names()  # of the LLM: it gets every token, and drops some between layers
         config.refuse_misfits(method)
-        options = config.options_of(method)
-        chosen = method(**options)
+        chosen = method(**config.options_of(method))
+        # 2. Images through the vision tower, unless they come encoded.
         if encoded is None:
             encoded = self.encode(images, image_sizes, config, clock)
-
+        # 3. Which of their tokens the LLM reads.
         with clock.stage("splice"):
-            words = [embedding(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0)) for ids, _ in rows]
+            words = embed(rows, embedding, device)
         with clock.stage("selection"):
-            scope = config.option("text_scope")
-            targets = labels_of(labels, rows)
-            asked = [
-                self._question(ids, place, scope, target)
-                for (ids, _), target in zip(rows, targets, strict=True)
-                for place in image_places(ids)
-            ]
-            if encoded and not method.needs_image:
-                kept = [_no_tokens(words[0]) for _ in encoded]
-            else:
-                judge = options["text_tower"] if "text_cosine" in chosen.tower_states else None
-                seen = self._seen(rows, words, encoded, asked, judge)
-                name, own = ("none", {}) if inside else (config.method, options)
-                kept = select_all(name, *seen, config.overall_tokens, **own)
-        done, image = [], 0
+            kept = iter(self._select(rows, words, encoded, config, method, chosen))
+            for row in rows:
+                row.selections = [next(kept) for _ in row.places]
+        # 4. The batch, and how the LLM is to run on it.
         with clock.stage("splice"):
-            for b, (ids, _) in enumerate(rows):
-                row, begin = Row(), 0
-                for place in [*image_places(ids), len(ids)]:
-                    piece = slice(begin, place)
-                    span = torch.arange(place - begin, device=device)
-                    row.add(words[b][piece], span, place - begin, None if labels is None else targets[b][piece])
-                    if place == len(ids):
-                        break
-                    row.questions.append(asked[image])
-                    row.spans.append((row.length, len(kept[image].indices)))
-                    row.selections.append(kept[image])
-                    row.add(kept[image].features, kept[image].indices.to(device), kept[image].total)
-                    begin, image = place + 1, image + 1
-                done.append(row)
-        with clock.stage("splice"):
-            prepared = stack(done, config.option("positions"), labels is not None)
+            prepared = splice(rows, words, config.option("positions"))
         layers = self.config.num_hidden_layers
-        dropper = chosen if inside else PrefillFilter.of(config)
+        dropper = chosen if config.method in dropper_names() else PrefillFilter.of(config)
         if dropper is not None:
             dropper.check(self.config)
-            prompts = [prompt_row(row, ids) for row, (ids, _) in zip(done, rows, strict=True)]
-            prepared.dropping = Dropping(dropper, config.overall_tokens, layers, prompts)
-        spans = [RowSpans(row.length, row.spans) for row in done]
+            prepared.dropping = Dropping(dropper, config.overall_tokens, layers, [prompt_row(row) for row in rows])
+        spans = [RowSpans(row.length, row.spans) for row in rows]
         following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
         dropping = prepared.dropping
         prepared.caching = Caching(
@@ -373,7 +345,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             numbering=None if dropping is None else dropping.numbering(),
             one_device=self.one_device,
         )
-        prepared.seconds = clock.seconds
+        prepared.clock = clock
         return prepared
 
     # --- the LLM ----------------------------------------------------------------------------------------------
@@ -442,8 +414,28 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
 def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
     """What identifies an image of a sample whatever batch it is in: prompt, image size, place among its images."""
-    material = ids.cpu().numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
+    material = ids.numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
     return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")
+
+
+class _Layout(TokenPlaces):
+    """Where the tokens of an image of one tile plan lie. source [N]: which patch of the tower's output each of them is;
+    newline [N]: which are newline tokens."""
+
+    def __init__(self, order: Tensor, side: int):
+        per_tile = side * side
+        self.newline, self.source = order == NEWLINE, order.clamp(min=0)
+        self.newlines = int(self.newline.sum())
+        tile, row = self.source // per_tile, self.source % per_tile // side
+        # A newline token ends a row of the merged crops: the number of newlines before it.
+        row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
+        super().__init__(tile.masked_fill(self.newline, -1), row, (self.source % side).masked_fill(self.newline, -1))
+
+
+@lru_cache(maxsize=64)
+def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
+    """side: patches per side of a tile; tiles: how many there are."""
+    return _Layout(merge_order(plan, side, tiles), side)
 
 
 def _no_tokens(words: Tensor) -> Selection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class PreparedPrompt:
     position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
     dropping          which of the image tokens go between LLM layers; None where all of them stay
     caching           how keys and values are kept
-    seconds           time per stage: vision_tower, projector, selection, splice
+    clock             what timed the stages before the LLM
     """
 
     inputs_embeds: Tensor
@@ -39,24 +39,46 @@ class PreparedPrompt:
     position_offset: Tensor
     dropping: Dropping | None = None
     caching: Caching | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    clock: StageClock | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time per stage: vision_tower, projector, selection, splice. Waits for the device where it is not done."""
+        return {} if self.clock is None else self.clock.seconds
 
 
 class StageClock:
-    """Seconds per stage; on a GPU each stage waits for the device, so that its work is counted where it belongs."""
+    """Seconds per stage. On a GPU, of the device: events at the borders of stages, which are read when the seconds are
+    asked for, so that neither host nor device waits for the other before.
+    """
 
     def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
         self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def stage(self, name: str):
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def stage(self, name: str, on_host: bool = False):
+        """Time what is done within it. on_host: it is work of the host, such as reading a file."""
+        if self._cuda and not on_host:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._open.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - start)
 
-    def _wait(self):
-        if self._cuda:
-            torch.cuda.synchronize()
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, in the order in which they were first entered."""
+        for name, begin, end in self._open:
+            end.synchronize()
+            self._add(name, begin.elapsed_time(end) / 1000)
+        self._open = []
+        return self._seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -1,7 +1,11 @@
-"""Rows of a batch while `prepare` puts them together: ids without padding, pieces in reading order, one padded batch."""
+"""Rows of a batch while they are put together: ids without padding, where images and questions lie, one padded batch.
+
+All of it is arithmetic on the host; the device gets one index that says which of its vectors stands where.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,32 +16,45 @@ from llava.errors import UserError
 from llava.model.prepared import PreparedPrompt
 from llava.model.token_dropping.state import PromptRow
 from llava.model.token_selection import Selection
+from llava.model.transfer import to_device
 
 
 @dataclass
 class Row:
-    """One row of a batch while it is being put together: pieces in reading order."""
+    """One row of a batch. ids [S] and labels [S] (or None): without padding, on the host.
 
-    embeds: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
+    places: where images go among the ids; questions: per image, bool [S], which ids are its text; selections: per image,
+    what the LLM reads of it (once it is known).
+    """
+
+    ids: Tensor
+    labels: Tensor | None
+    places: list[int]
+    questions: list[Tensor]
     selections: list[Selection] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    questions: list[Tensor] = field(default_factory=list)  # per image: which ids are its text
-    length: int = 0
-    unpruned: int = 0
 
-    def add(self, embeds: Tensor, positions: Tensor, unpruned: int, labels: Tensor | None = None) -> None:
-        """embeds [n, D] at `positions` [n], counted from the end of what is there; the piece was `unpruned` long."""
-        self.embeds.append(embeds)
-        self.positions.append(positions + self.unpruned)
-        self.labels.append(positions.new_full((embeds.shape[0],), IGNORE_INDEX) if labels is None else labels)
-        self.length += embeds.shape[0]
-        self.unpruned += unpruned
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Per image: (start, length) in the spliced row."""
+        spans, grown = [], 0
+        for place, selection in zip(self.places, self.selections, strict=True):
+            spans.append((place + grown, len(selection.indices)))
+            grown += len(selection.indices) - 1
+        return spans
+
+    @property
+    def length(self) -> int:
+        """Tokens of the spliced row."""
+        return len(self.ids) + sum(len(selection.indices) - 1 for selection in self.selections)
+
+    @property
+    def unpruned(self) -> int:
+        """Tokens that the row would have without selection."""
+        return len(self.ids) + sum(selection.total - 1 for selection in self.selections)
 
 
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) -> list[tuple[Tensor, Tensor]]:
-    """Per row: its token ids without padding, and the mask [S] that says which they are."""
+    """Per row: its token ids without padding, and the mask [S] that says which they are; on the device of the ids."""
     if attention_mask is None:
         pad, bos = model_config.pad_token_id, model_config.bos_token_id
         mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -81,45 +98,114 @@ def turn_around(ids: list[int], place: int, markers) -> tuple[int, int]:
     return start, end
 
 
-def prompt_row(row: Row, ids: Tensor) -> PromptRow:
-    """A row for `Dropping`: where its images and their text lie once the images are spliced into `ids`.
+def question_of(ids: Tensor, place: int, scope: str, markers, labels: Tensor | None = None) -> Tensor:
+    """[S] which ids are the text that text-aware methods read for the image at ids[place].
+
+    scope: "after", every text token behind the image, or "turn", the text of the turn that holds it (between `markers`).
+    labels [S]: what is to be learnt is no question, or a selector in training would be told the answer.
+    """
+    inside = torch.zeros(len(ids), dtype=torch.bool)
+    if scope == "after":
+        inside[place + 1 :] = True
+    else:
+        start, end = turn_around(ids.tolist(), place, markers)
+        inside[start:end] = True
+    if labels is not None:
+        inside &= labels == IGNORE_INDEX
+    return inside & (ids != IMAGE_TOKEN_INDEX)
+
+
+def prompt_row(row: Row) -> PromptRow:
+    """A row for `Dropping`: where its images and their text lie once the images are spliced in.
 
     Text before an image is none of its text here: it cannot attend to the image.
     """
-    sizes = torch.ones_like(ids)
-    sizes[ids == IMAGE_TOKEN_INDEX] = sizes.new_tensor([count for _, count in row.spans])
+    spans, sizes = row.spans, torch.ones_like(row.ids)
+    sizes[row.places] = torch.tensor([count for _, count in spans], dtype=sizes.dtype)
     starts = sizes.cumsum(dim=0) - sizes
     text = [starts[question] for question in row.questions]
-    behind = [slots[slots > start] for slots, (start, _) in zip(text, row.spans, strict=True)]
-    return PromptRow(row.length, row.spans, behind)
+    behind = [slots[slots > start] for slots, (start, _) in zip(text, spans, strict=True)]
+    return PromptRow(row.length, spans, behind)
 
 
-def stack(rows: list[Row], positions: str, with_labels: bool) -> PreparedPrompt:
-    """Pad the rows left to one length."""
-    length = max(row.length for row in rows)
-    first = rows[0].embeds[0]
-    embeds = first.new_zeros((len(rows), length, first.shape[-1]))
-    mask = torch.zeros((len(rows), length), dtype=torch.long, device=first.device)
-    position_ids, label_ids = mask.clone(), torch.full_like(mask, IGNORE_INDEX)
-    offset = mask.new_zeros((len(rows), 1))
+def embed(rows: list[Row], embedding: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """[M, D] word embeddings of all rows, one after another; those of placeholders stand for nothing."""
+    ids = torch.cat([row.ids for row in rows])
+    return embedding(to_device(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0), device))
+
+
+def question_embeddings(rows: list[Row], words: Tensor) -> list[Tensor]:
+    """Per image of the batch, in reading order: [m, D], the embeddings of its text."""
+    found, start = [], 0
+    for row in rows:
+        found += [torch.nonzero(question).flatten() + start for question in row.questions]
+        start += len(row.ids)
+    if not found:
+        return []
+    return list(words[to_device(torch.cat(found), words.device)].split([len(index) for index in found]))
+
+
+def splice(rows: list[Row], words: Tensor, positions: str) -> PreparedPrompt:
+    """All rows as one batch, padded left. words [M, D]: the embeddings of all ids (`embed`).
+
+    positions: "reindexed", counted anew, or "original", those of the prompt without selection.
+    """
+    device, kept = words.device, [selection for row in rows for selection in row.selections]
+    # 1. All vectors that there are: words, what was kept of each image, and a zero for the padding.
+    features = [selection.features.to(device, words.dtype) for selection in kept]
+    vectors = torch.cat([words, *features, words.new_zeros(1, words.shape[1])])
+    # 2. Which of them stands where, and the numbers that go with it: on the host, then to the device in one copy.
+    length, padding = max(row.length for row in rows), len(vectors) - 1
+    index = torch.full((len(rows), length), padding)
+    mask, position_ids = torch.zeros_like(index), torch.zeros_like(index)
+    word, image = 0, len(words)
     for b, row in enumerate(rows):
-        pad = length - row.length
-        embeds[b, pad:] = torch.cat(row.embeds)
-        mask[b, pad:] = 1
-        label_ids[b, pad:] = torch.cat(row.labels)
-        if positions == "original":
-            position_ids[b, pad:] = torch.cat(row.positions)
-            offset[b] = row.unpruned - 1 - position_ids[b, -1]
-        else:
-            position_ids[b, pad:] = torch.arange(row.length, device=mask.device)
+        pieces, begin = [], 0
+        for place, selection in zip(row.places, row.selections, strict=True):
+            pieces += [torch.arange(word + begin, word + place), torch.arange(image, image + len(selection.indices))]
+            begin, image = place + 1, image + len(selection.indices)
+        index[b, length - row.length :] = torch.cat([*pieces, torch.arange(word + begin, word + len(row.ids))])
+        mask[b, length - row.length :] = 1
+        position_ids[b, length - row.length :] = torch.arange(row.length)
+        word += len(row.ids)
+    sent = to_device(torch.stack([index, mask, position_ids]), device)
+    offset = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
+    # 3. Original positions depend on what was kept, which the device knows.
+    position_ids = sent[2]
+    if positions == "original":
+        position_ids = _original_positions(rows, device)[sent[0]]
+        unpruned = torch.tensor([[row.unpruned] for row in rows])
+        offset = to_device(unpruned, device) - 1 - position_ids[:, -1:]
     return PreparedPrompt(
-        inputs_embeds=embeds,
-        attention_mask=mask,
+        inputs_embeds=vectors.index_select(0, sent[0].flatten()).unflatten(0, index.shape),
+        attention_mask=sent[1],
         position_ids=position_ids,
-        labels=label_ids if with_labels else None,
+        labels=_labels(rows, index, len(vectors), device),
         selections=[row.selections for row in rows],
-        image_spans=[[(length - row.length + s, n) for s, n in row.spans] for row in rows],
+        image_spans=[[(length - row.length + start, n) for start, n in row.spans] for row in rows],
         lengths=[row.length for row in rows],
         unpruned_lengths=[row.unpruned for row in rows],
         position_offset=offset,
     )
+
+
+def _original_positions(rows: list[Row], device: torch.device) -> Tensor:
+    """[M + kept + 1] where each vector of `splice` stands in its row without selection; 0 for the padding's."""
+    text, images = [], []
+    for row in rows:
+        own, at = torch.arange(len(row.ids)), 0
+        for place, selection in zip(row.places, row.selections, strict=True):
+            images.append(selection.indices.to(device) + place + at)
+            own[place + 1 :] += selection.total - 1
+            at += selection.total - 1
+        text.append(own)
+    return torch.cat([to_device(torch.cat(text), device), *images, torch.zeros(1, dtype=torch.long, device=device)])
+
+
+def _labels(rows: list[Row], index: Tensor, vectors: int, device: torch.device) -> Tensor | None:
+    """[B, S] labels of the spliced batch: only text is learnt. None where there are none."""
+    if rows[0].labels is None:
+        return None
+    text = torch.cat([row.labels for row in rows])
+    others = text.new_full((vectors - len(text),), IGNORE_INDEX)
+    return to_device(torch.cat([text, others])[index], device)

@@ -122,7 +122,8 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
     # In training a choice has no gradient, what is chosen has; tokens that a method makes carry it through the making.
     learns = torch.is_grad_enabled()
     with torch.set_grad_enabled(learns and method.makes_tokens):
-        kept = selector.keep_all(*([values[i] for i in chosen] for values in (images, texts, budgets)))
+        of_chosen = ([values[i] for i in chosen] for values in (images, texts, budgets))
+        kept = selector.keep_all(*of_chosen) if chosen else []
     if learns and not method.makes_tokens:
         for i, selection in zip(chosen, kept, strict=True):
             selection.features = images[i].read(selection.indices)

@@ -12,12 +12,13 @@ from llava.errors import UserError
 from llava.model.token_selection.adav_public import keep_public
 from llava.model.token_selection.base import ImageTokens, Selection, Selector, is_number, lowest_index_topk, take
 from llava.model.token_selection.scores import on_all_tokens, patch_saliency, text_to_image
-from llava.model.token_selection.two_lists import union_of_best
+from llava.model.token_selection.two_lists import TwoLists, unions_of_best
 
 
-def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) -> int:
+def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) -> Tensor:
     """How many of `budget` tokens to choose by text: the k_text in [floor, budget - floor] with the largest
-    (mass of the k_text best text scores) x (mass of the budget - k_text best saliencies); the smallest one on ties.
+    (mass of the k_text best text scores) x (mass of the budget - k_text best saliencies); the smallest one on ties. A
+    tensor that holds it: nobody waits for the device here.
 
     text_score, saliency: float32 [P]. Maximising the product of the masses maximises their geometric mean; a
     constant factor on either list changes nothing.
@@ -31,7 +32,8 @@ def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) ->
     product = captured(text_score) * captured(saliency).flip(0)  # entry k: k by text, budget - k by saliency
     product = product[floor : budget - floor + 1]
     # Equal up to rounding is a tie: else the scale of a score would decide between splits that capture the same.
-    return floor + int(torch.nonzero(product >= product.max() * (1 - 1e-9))[0])
+    # Of equal ones argmax takes the first.
+    return floor + (product >= product.max() * (1 - 1e-9)).int().argmax()
 
 
 def sure_of(min_share: float, budget: int) -> int:
@@ -69,20 +71,36 @@ class AdaV(Selector):
             raise UserError(f"option 'compat' is {self.compat!r}, allowed is 'public' or nothing")
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
-        saliency = patch_saliency(image)
-        text_score = text_to_image(image, text, self.temperature) if len(text) else None
+        return self.keep_all([image], [text], [budget])[0]
+
+    def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        scores = [
+            (text_to_image(image, text, self.temperature) if len(text) else None, patch_saliency(image))
+            for image, text in zip(images, texts, strict=True)
+        ]
         if self.compat == "public":
-            kept, k_text = keep_public(image, text_score, saliency, budget, self.min_share)
-        elif text_score is None:
-            kept, k_text = image.patches[lowest_index_topk(saliency, budget)], 0
+            found = [
+                keep_public(image, *own, budget, self.min_share)
+                for image, own, budget in zip(images, scores, budgets, strict=True)
+            ]
         else:
-            k_text = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
-            kept = image.patches[union_of_best(text_score, k_text, saliency, budget - k_text)]
-        return take(
-            image,
-            kept,
-            k_text=k_text,
-            k_saliency=len(kept) - k_text,
-            text_score=on_all_tokens(image, text_score),
-            saliency_score=on_all_tokens(image, saliency),
-        )
+            unions = unions_of_best([self._lists(*own, budget) for own, budget in zip(scores, budgets, strict=True)])
+            found = [(image.patches[kept], k_text) for image, (kept, k_text) in zip(images, unions, strict=True)]
+        return [
+            take(
+                image,
+                kept,
+                k_text=k_text,
+                k_saliency=len(kept) - k_text,
+                text_score=on_all_tokens(image, text_score),
+                saliency_score=on_all_tokens(image, saliency),
+            )
+            for image, (kept, k_text), (text_score, saliency) in zip(images, found, scores, strict=True)
+        ]
+
+    def _lists(self, text_score: Tensor | None, saliency: Tensor, budget: int) -> TwoLists:
+        """The two lists of one image; without text, saliency alone."""
+        if text_score is None:
+            return TwoLists(saliency, saliency, 0, budget)
+        split = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
+        return TwoLists(text_score, saliency, split, budget)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from llava.model.token_selection.adav import best_split, sure_of
-from llava.model.token_selection.base import ImageTokens, check_option, is_number, take
+from llava.model.token_selection.base import ImageTokens, Selection, check_option, is_number, take
 from llava.model.token_selection.coverage import Coverage
 from llava.model.token_selection.greedy import GreedySelector, Problem
 from llava.model.token_selection.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.model.token_selection.similarity import cosine_matrix
+from llava.model.transfer import to_host
 
 # Best mean over both demo checkpoints and 25, 10 and 5 % of the tokens on 600 validation questions each, and no better than
 # AdaV within their noise: 0.8414, against 0.8408 at 0 (AdaV), 0.8397 at 0.5 and 0.8253 at 1
@@ -21,11 +22,12 @@ STRENGTH = 0.25
 
 
 def covering_union(
-    similarity: Tensor, real: Tensor, scores: Tensor, k_first: Tensor, counts: Tensor, strength: float
+    similarity: Tensor, real: Tensor, scores: Tensor, k_first: Tensor, counts: Tensor, most: int, strength: float
 ) -> Tensor:
     """[B, M] which patches of each image are chosen: k_first [B] by scores[:, 0], then counts - k_first by scores[:, 1].
 
-    similarity [B, M, M]; real [B, M]; scores [B, 2, M], at least 0; counts [B], at most the real patches.
+    similarity [B, M, M]; real [B, M]; scores [B, 2, M], at least 0; counts [B], at most the real patches,
+    and `most` of them.
     Each pick takes the largest score * (gain / gain before the first pick) ** strength of its list. As in AdaV, a patch
     that both lists name leaves the union short; while it is, the next patch comes from the list with the larger (value
     / values taken from it so far), ties to the first.
@@ -52,10 +54,10 @@ def covering_union(
         coverage.add(last)
 
     free = real[:, None].repeat(1, 2, 1)  # what the first list took is free in the second
-    for n in range(int(counts.max())):
+    for n in range(most):
         choose((k_first <= n).long(), free, counts > n)
     short = counts - chosen.sum(dim=1)
-    for n in range(int(short.max())):
+    for n in range(int(to_host(short.max()))):
         choose(None, (real & ~chosen)[:, None].repeat(1, 2, 1), short > n)
     return chosen
 
@@ -91,13 +93,12 @@ class AdaVCover(GreedySelector):
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         patches, saliency = image.patches, patch_saliency(image)
-        text_score, k_text = None, 0
+        text_score, k_text = None, torch.zeros(1, dtype=torch.long, device=patches.device)
         if len(text):
             text_score = text_to_image(image, text, self.temperature)
-            k_text = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
+            k_text = best_split(text_score, saliency, budget, sure_of(self.min_share, budget)).reshape(1)
         report = {
             "k_text": k_text,
-            "k_saliency": budget - k_text,
             "text_score": on_all_tokens(image, text_score),
             "saliency_score": on_all_tokens(image, saliency),
         }
@@ -106,12 +107,33 @@ class AdaVCover(GreedySelector):
         return Problem(
             cosine_matrix(image.features[patches])[None],
             real,
-            (first[None], saliency[None], torch.tensor([k_text], device=patches.device)),
+            (first[None], saliency[None], k_text),
             [budget],
-            lambda chosen: take(image, patches[chosen[0, : len(patches)]], **report),
+            lambda chosen: take(image, patches[_first_true(chosen[0, : len(patches)], budget)], **report),
         )
 
+    def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        selections = super().keep_all(images, texts, budgets)
+        splits = to_host(torch.cat([selection.report["k_text"] for selection in selections])).tolist()
+        for selection, budget, k_text in zip(selections, budgets, splits, strict=True):
+            selection.report |= {"k_text": k_text, "k_saliency": budget - k_text}
+        return selections
+
     def rule(
-        self, similarity: Tensor, real: Tensor, first: Tensor, second: Tensor, k_first: Tensor, *, counts: Tensor
+        self,
+        similarity: Tensor,
+        real: Tensor,
+        first: Tensor,
+        second: Tensor,
+        k_first: Tensor,
+        *,
+        counts: Tensor,
+        most: int,
     ) -> Tensor:
-        return covering_union(similarity, real, torch.stack([first, second], dim=1), k_first, counts, self.strength)
+        scores = torch.stack([first, second], dim=1)
+        return covering_union(similarity, real, scores, k_first, counts, most, self.strength)
+
+
+def _first_true(chosen: Tensor, count: int) -> Tensor:
+    """[count] where `chosen` [P], of which so many are True, is True, ascending."""
+    return torch.sort((~chosen).int(), stable=True).indices[:count]

@@ -10,11 +10,72 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from llava.errors import UserError
+from llava.model.transfer import to_device, to_host
+
+
+class TokenPlaces:
+    """Where the N vision tokens of an image lie, on the host: a tile plan tells, so that no device has to be asked.
+
+    tile, row, column: int64 [N], as in ImageTokens. patches [P]: which tokens are patches, ascending. sizes: patches of
+    each tile, up to the last tile that has one. members [T, M], real [T, M]: the patches of each tile, as indices into
+    `patches`, in raster order; unpadding leaves tiles of different size, M is that of the largest, and `real` is False in
+    the padding, whose member is 0.
+    """
+
+    def __init__(self, tile: Tensor, row: Tensor, column: Tensor):
+        self.tile, self.row, self.column = tile, row, column
+        self.patches = torch.nonzero(tile >= 0).flatten()
+        self._sent: dict[tuple[str, torch.device], Tensor] = {}
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return torch.bincount(self.tile[self.patches]).tolist()
+
+    @cached_property
+    def members(self) -> Tensor:
+        tile, row, column = (place[self.patches] for place in (self.tile, self.row, self.column))
+        sizes = torch.bincount(tile)
+        raster = (tile * (row.max() + 1) + row) * (column.max() + 1) + column
+        order = torch.argsort(raster)
+        start = sizes.cumsum(0) - sizes
+        members = order.new_zeros(len(sizes), max(self.sizes))
+        members[tile[order], torch.arange(len(order)) - start[tile[order]]] = order
+        return members
+
+    @cached_property
+    def real(self) -> Tensor:
+        return torch.arange(max(self.sizes)) < torch.tensor(self.sizes)[:, None]
+
+    def in_whole_tiles(self, side: int) -> Tensor:
+        """[P] where each patch lies when all tiles, of side x side patches, are laid out one after another."""
+        tile, row, column = (place[self.patches] for place in (self.tile, self.row, self.column))
+        return (tile * side + row) * side + column
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """One of the tensors above, on a device. It is sent there once."""
+        key = name, device
+        if key not in self._sent:
+            self._sent[key] = to_device(getattr(self, name), device)
+        return self._sent[key]
+
+    def describes(self, image: ImageTokens) -> bool:
+        """Whether the tensors of `image` are those that were sent from here."""
+        own = ((name, getattr(image, name)) for name in ("tile", "row", "column"))
+        return all(tensor is self._sent.get((name, tensor.device)) for name, tensor in own)
+
+    @classmethod
+    def of(cls, image: ImageTokens) -> TokenPlaces:
+        """Those of an image that came without: the device is asked once."""
+        names = ("tile", "row", "column")
+        places = cls(*to_host(torch.stack([getattr(image, name).long() for name in names])).unbind())
+        places._sent = {(name, image.features.device): getattr(image, name) for name in names}
+        return places
 
 
 @dataclass
@@ -49,6 +110,9 @@ class ImageTokens:
                       the tower (zero for newline tokens), so that only what is kept goes through the projector. For
                       methods that do not read features (Selector.reads_features), where not everything is kept.
 
+    places            where the tokens lie, on the host. Whoever makes an ImageTokens by hand leaves it out: it is found out
+                      when it is first needed.
+
     All tensors end up on the device of `features`.
     """
 
@@ -60,23 +124,38 @@ class ImageTokens:
     key: int = 0
     tower: TowerStates | None = None
     unprojected: Callable[[Tensor], Tensor] | None = None
+    places: TokenPlaces | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         n = self.features.shape[0]
+        if self.places is not None and not self.places.describes(self):
+            self.places = None
         for name in ("saliency", "tile", "row", "column"):
             shape = tuple(getattr(self, name).shape)
             if shape != (n,):
                 raise ValueError(f"ImageTokens.{name} has shape {shape}, but there are {n} features")
-            setattr(self, name, getattr(self, name).to(self.features.device))
+            placed = name != "saliency" and self.places is not None
+            setattr(self, name, self.place(name) if placed else getattr(self, name).to(self.features.device))
         if self.tower is not None:
             states = {name: getattr(self.tower, name) for name in ("hidden", "keys", "text_cosine")}
             moved = {name: state.to(self.features.device) for name, state in states.items() if state is not None}
             self.tower = replace(self.tower, **moved)
 
     @property
+    def on_host(self) -> TokenPlaces:
+        """Where the tokens lie, on the host."""
+        if self.places is None:
+            self.places = TokenPlaces.of(self)
+        return self.places
+
+    def place(self, name: str) -> Tensor:
+        """One of the tensors of TokenPlaces, on the device of the features."""
+        return self.on_host.on(self.features.device, name)
+
+    @property
     def patches(self) -> Tensor:
         """[P] indices of the tokens that are patches, ascending: the candidates of every selector."""
-        return torch.nonzero(self.tile >= 0).flatten()
+        return self.place("patches")
 
     def read(self, indices: Tensor) -> Tensor:
         """[k, D] what the LLM reads of the tokens at `indices` [k]."""
@@ -85,9 +164,8 @@ class ImageTokens:
 
     def of_patches(self, states: Tensor) -> Tensor:
         """[P, ...] what belongs to each of `patches`, out of [T, patches of a whole tile, ...] tile by tile."""
-        side = math.isqrt(states.shape[1])
-        tile, row, column = (place[self.patches].long() for place in (self.tile, self.row, self.column))
-        return states[tile, row * side + column]
+        place = self.on_host.in_whole_tiles(math.isqrt(states.shape[1]))
+        return states.flatten(0, 1)[to_device(place, states.device)]
 
 
 @dataclass
@@ -141,7 +219,7 @@ class Selector(ABC):
         """
 
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
-        """`keep` for every image of a batch."""
+        """`keep` for every image of a batch, of which there is at least one."""
         return [self.keep(*one) for one in zip(images, texts, budgets, strict=True)]
 
 
@@ -178,11 +256,8 @@ def take_all(image: ImageTokens) -> Selection:
 def locate(selection: Selection, image: ImageTokens) -> Selection:
     """Fill in where the kept tokens lie (tile, row, column), their saliency, and N."""
     selection.total = len(image.tile)
-    made = selection.indices < 0
-    kept = selection.indices[~made]
+    made, kept = selection.indices < 0, selection.indices.clamp(min=0)
     for name in ("tile", "row", "column", "saliency"):
-        source = getattr(image, name)
-        value = source.new_full(selection.indices.shape, float("nan") if name == "saliency" else -1)
-        value[~made] = source[kept]
+        value = getattr(image, name)[kept].masked_fill(made, float("nan") if name == "saliency" else -1)
         setattr(selection, name, value)
     return selection

@@ -89,8 +89,8 @@ class CDPruner(GreedySelector):
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         relevance = self._relevance(image, text)
-        members, real = members_of_tiles(image)
-        quota = split_evenly(budget, real.sum(dim=1).tolist())
+        members, real, sizes = members_of_tiles(image)
+        quota = split_evenly(budget, sizes)
         return Problem(
             cosine_matrix(image.features[image.patches][members]),
             real,
@@ -99,8 +99,8 @@ class CDPruner(GreedySelector):
             lambda picks: take(image, image.patches[first_picks(members, picks, quota)], relevance=relevance),
         )
 
-    def rule(self, similarity: Tensor, real: Tensor, relevance: Tensor, *, counts: Tensor) -> Tensor:
-        return most_diverse(similarity, relevance, real, int(counts.max()))
+    def rule(self, similarity: Tensor, real: Tensor, relevance: Tensor, *, counts: Tensor, most: int) -> Tensor:
+        return most_diverse(similarity, relevance, real, most)
 
     def _relevance(self, image: ImageTokens, text: Tensor) -> Tensor:
         """[P] float32, at least 0."""

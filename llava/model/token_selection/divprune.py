@@ -53,5 +53,5 @@ class DivPrune(GreedySelector):
             lambda picks: take(image, patches[picks[0, :budget]]),
         )
 
-    def rule(self, similarity: Tensor, real: Tensor, finite: Tensor, *, counts: Tensor) -> Tensor:
-        return farthest_points(similarity, real, finite, int(counts.max()))
+    def rule(self, similarity: Tensor, real: Tensor, finite: Tensor, *, counts: Tensor, most: int) -> Tensor:
+        return farthest_points(similarity, real, finite, most)

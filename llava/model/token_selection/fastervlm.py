@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llava.model.token_selection.base import ImageTokens, Selection, Selector, lowest_index_topk, take
 from llava.model.token_selection.scores import patch_saliency
-from llava.model.token_selection.tiles import split_evenly
+from llava.model.token_selection.tiles import first_picks, members_of_tiles, split_evenly
 
 
 @dataclass
@@ -21,10 +20,10 @@ class FasterVLM(Selector):
     reads_features = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
-        saliency, patches = patch_saliency(image), image.patches
-        tile = image.tile[patches].long()
-        kept = []
-        for number, quota in enumerate(split_evenly(budget, torch.bincount(tile).tolist())):
-            members = torch.nonzero(tile == number).flatten()
-            kept.append(members[lowest_index_topk(saliency[members], quota)])
-        return take(image, patches[torch.cat(kept)])
+        members, real, sizes = members_of_tiles(image)
+        # In LLM order, so that ties go to the token that comes first there.
+        members = members.masked_fill(~real, len(image.patches)).sort(dim=1).values.clamp(max=len(image.patches) - 1)
+        saliency = patch_saliency(image)[members].masked_fill(~real, float("-inf"))
+        quota = split_evenly(budget, sizes)
+        picks = lowest_index_topk(saliency, max(quota))
+        return take(image, image.patches[first_picks(members, picks, quota)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llava.model.token_selection.base import ImageTokens, Selection, Selector
+from llava.model.transfer import to_device
 
 ENTRIES = 1 << 26  # of the similarities of the images that choose together: 256 MB
 
@@ -45,10 +46,10 @@ class GreedySelector(Selector):
         """As `keep`, up to the choice itself."""
 
     @abstractmethod
-    def rule(self, similarity: Tensor, real: Tensor, *others: Tensor, counts: Tensor) -> Tensor:
-        """The choice in T tiles, [T, ...] as Problem.keep reads it: usually max(counts) picks each, in the order of choice.
+    def rule(self, similarity: Tensor, real: Tensor, *others: Tensor, counts: Tensor, most: int) -> Tensor:
+        """The choice in T tiles, [T, ...] as Problem.keep reads it: usually `most` picks each, in the order of choice.
 
-        counts [T]; M is that of the largest tile of the batch, and a tile that wants fewer than others may run on.
+        counts [T], most: the largest of them; M is that of the largest tile of the batch, and a tile that wants fewer than others may run on.
         """
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
@@ -61,8 +62,10 @@ class GreedySelector(Selector):
             similarity = torch.cat([_filled(problem.similarity, (largest, largest)) for problem in group])
             columns = zip(*((problem.real, *problem.others) for problem in group), strict=True)
             rest = [torch.cat([_filled(part, (largest,)[: part.dim() - 1]) for part in column]) for column in columns]
-            counts = torch.tensor([count for problem in group for count in problem.counts], device=similarity.device)
-            picks = self.rule(similarity, *rest, counts=counts).split([len(problem.counts) for problem in group])
+            counts = torch.tensor([count for problem in group for count in problem.counts])
+            picks = self.rule(
+                similarity, *rest, counts=to_device(counts, similarity.device), most=int(counts.max())
+            ).split([len(problem.counts) for problem in group])
             selections += [problem.keep(picked) for problem, picked in zip(group, picks, strict=True)]
         return selections
 

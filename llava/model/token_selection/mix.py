@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava.model.token_selection.base import ImageTokens, Selection, Selector, lowest_index_topk, take
+from llava.model.token_selection.base import ImageTokens, Selection, Selector, take
 from llava.model.token_selection.scores import max_cosine, patch_saliency
-from llava.model.token_selection.two_lists import union_of_best
+from llava.model.token_selection.two_lists import TwoLists, unions_of_best
 
 
 @dataclass
@@ -17,10 +17,13 @@ class Mix(Selector):
     """
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
-        saliency = patch_saliency(image)
-        if len(text):
-            by_text = (budget + 1) // 2
-            kept = union_of_best(max_cosine(image, text), by_text, saliency, budget - by_text)
-        else:
-            kept = lowest_index_topk(saliency, budget)
-        return take(image, image.patches[kept])
+        return self.keep_all([image], [text], [budget])[0]
+
+    def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        lists = []
+        for image, text, budget in zip(images, texts, budgets, strict=True):
+            saliency = patch_saliency(image)
+            by_text = (budget + 1) // 2 if len(text) else 0
+            lists.append(TwoLists(max_cosine(image, text) if len(text) else saliency, saliency, by_text, budget))
+        unions = unions_of_best(lists)
+        return [take(image, image.patches[kept]) for image, (kept, _) in zip(images, unions, strict=True)]

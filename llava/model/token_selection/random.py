@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llava.errors import UserError
 from llava.model.token_selection.base import ImageTokens, Selection, Selector, take
+from llava.model.transfer import to_device
 
 
 @dataclass
@@ -31,5 +32,5 @@ class Random(Selector):
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         digest = hashlib.sha256(f"{self.seed}/{image.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        drawn = torch.randperm(len(image.patches), generator=generator)[:budget]
-        return take(image, image.patches[drawn.to(image.patches.device)])
+        drawn = torch.randperm(len(image.on_host.patches), generator=generator)[:budget]
+        return take(image, to_device(image.on_host.patches[drawn], image.features.device))

@@ -52,8 +52,8 @@ class Scope(GreedySelector):
         check_option("alpha", self.alpha, good, "a number of at least 0")
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
-        members, real = members_of_tiles(image)
-        quota = split_evenly(budget, real.sum(dim=1).tolist())
+        members, real, sizes = members_of_tiles(image)
+        quota = split_evenly(budget, sizes)
         states = image.of_patches(image.tower.hidden[:, 1:])[members] * real[..., None]
         weight = patch_saliency(image)[members].double() ** self.alpha
         return Problem(
@@ -64,5 +64,5 @@ class Scope(GreedySelector):
             lambda picks: take(image, image.patches[first_picks(members, picks, quota)]),
         )
 
-    def rule(self, similarity: Tensor, real: Tensor, weight: Tensor, *, counts: Tensor) -> Tensor:
-        return cover_greedily(similarity, weight, real, int(counts.max()))
+    def rule(self, similarity: Tensor, real: Tensor, weight: Tensor, *, counts: Tensor, most: int) -> Tensor:
+        return cover_greedily(similarity, weight, real, most)

@@ -13,8 +13,7 @@ def unit_rows(vectors: Tensor) -> Tensor:
     vectors = vectors.float()
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     unit = vectors / length
-    unit[~(length.isfinite() & (length > 0))[..., 0]] = 0.0
-    return unit
+    return unit.masked_fill_(~(length.isfinite() & (length > 0)), 0.0)
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.model.token_selection.base import ImageTokens
+from llava.model.transfer import to_device
 
 
 def split_evenly(budget: int, room: list[int]) -> list[int]:
@@ -26,21 +27,10 @@ def split_evenly(budget: int, room: list[int]) -> list[int]:
     return quota
 
 
-def members_of_tiles(image: ImageTokens) -> tuple[Tensor, Tensor]:
-    """(members [T, M], real [T, M]): the patches of each tile, as indices into `image.patches`, in raster order.
-
-    Unpadding leaves tiles of different size: M is that of the largest; `real` is False in the padding, whose member
-    is 0. T counts up to the last tile that has a patch.
-    """
-    tile, row, column = (place[image.patches].long() for place in (image.tile, image.row, image.column))
-    sizes = torch.bincount(tile)
-    largest = int(sizes.max())
-    raster = (tile * (int(row.max()) + 1) + row) * (int(column.max()) + 1) + column
-    order = torch.argsort(raster)
-    start = sizes.cumsum(0) - sizes
-    members = order.new_zeros(len(sizes), largest)
-    members[tile[order], torch.arange(len(order), device=order.device) - start[tile[order]]] = order
-    return members, torch.arange(largest, device=order.device) < sizes[:, None]
+def members_of_tiles(image: ImageTokens) -> tuple[Tensor, Tensor, list[int]]:
+    """(members [T, M], real [T, M], sizes): the patches of each tile as one padded batch, and how many there are
+    (TokenPlaces)."""
+    return image.place("members"), image.place("real"), image.on_host.sizes
 
 
 def first_picks(members: Tensor, picks: Tensor, quota: list[int]) -> Tensor:
@@ -48,6 +38,6 @@ def first_picks(members: Tensor, picks: Tensor, quota: list[int]) -> Tensor:
 
     A greedy method that takes one patch after another may run on in tiles whose quota is met: what it took before stays.
     """
-    wanted = torch.tensor(quota, device=picks.device)
-    taken = torch.arange(picks.shape[1], device=picks.device) < wanted[:, None]
-    return members.gather(1, picks)[taken]
+    taken = torch.arange(picks.shape[1]) < torch.tensor(quota)[:, None]
+    taken = to_device(torch.nonzero(taken.flatten()).flatten(), picks.device)
+    return members.gather(1, picks).flatten()[taken]

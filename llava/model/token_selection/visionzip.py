@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from llava.model.token_selection.base import ImageTokens, Selection, Selector, c
 from llava.model.token_selection.scores import patch_saliency
 from llava.model.token_selection.similarity import unit_rows
 from llava.model.token_selection.tiles import members_of_tiles, split_evenly
+from llava.model.transfer import to_device, to_host
 
 PUBLISHED = (54, 10)  # dominant, [CLS] among them, and contextual tokens of a tile
 
@@ -67,52 +69,84 @@ class VisionZip(Selector):
     def tokens(self, image: ImageTokens, budget: int) -> int:
         if self.dominant is None:
             return budget
-        return (self.dominant + self.contextual) * len(image.tile[image.patches].unique())
+        return (self.dominant + self.contextual) * sum(size > 0 for size in image.on_host.sizes)
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+        return self.keep_all([image], [text], [budget])[0]
+
+    def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        tiles = [self._tiles(image, budget) for image, budget in zip(images, budgets, strict=True)]
+        # What went into each contextual token is told by index: all of a batch goes to the host together.
+        pairs = [pair for own in tiles for tile in own for pair in (tile.others, tile.group)]
+        numbers = to_host(torch.cat(pairs)).split([len(pair) for pair in pairs])
+        numbers = iter(numbers)
+        sources = [[_sources(tile.merged, next(numbers), next(numbers)) for tile in own] for own in tiles]
+        return [_in_order(*one) for one in zip(images, tiles, sources, strict=True)]
+
+    def _tiles(self, image: ImageTokens, budget: int) -> list[_Tile]:
+        """What is kept of each tile that has a share of the budget."""
         dominant, contextual = PUBLISHED if self.dominant is None else (self.dominant, self.contextual)
         patches, saliency = image.patches, patch_saliency(image)
         hidden, keys = (image.of_patches(states[:, 1:]) for states in (image.tower.hidden, image.tower.keys))
-        members, real = members_of_tiles(image)
+        members, _, sizes = members_of_tiles(image)
         tiles = []
-        for tile, quota in enumerate(split_evenly(budget, real.sum(dim=1).tolist())):
+        for tile, quota in enumerate(split_evenly(budget, sizes)):
             if quota == 0:
                 continue
             merged = quota * contextual // (dominant + contextual)
-            rows = members[tile][real[tile]]
-            others = torch.ones_like(rows, dtype=torch.bool)
-            others[lowest_index_topk(saliency[rows], quota - merged - 1)] = False
-            made, sources = image.tower.hidden[tile, :1].float(), []
+            rows, keep = members[tile, : sizes[tile]], quota - merged - 1
+            chosen = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
+            chosen.index_fill_(0, lowest_index_topk(saliency[rows], keep), 1)
+            # In raster order: the others, then those that are chosen.
+            others, salient = rows[chosen.sort(stable=True).indices].tensor_split([len(rows) - keep])
+            made = image.tower.hidden[tile, :1].float()
+            others = others if merged else others[:0]
+            group = others
             if merged:
-                zipped, group = merge_alike(hidden[rows[others]], keys[rows[others]], merged)
-                made, sources = torch.cat([made, zipped]), _groups(patches[rows[others]], group, merged)
-            tiles.append((patches[rows[~others]], made, sources))
-        return _in_order(image, tiles[:1], tiles[1:])
+                zipped, group = merge_alike(hidden[others], keys[others], merged)
+                made = torch.cat([made, zipped])
+            tiles.append(_Tile(patches[salient], made, patches[others], group, merged))
+        return tiles
 
 
-def _groups(indices: Tensor, group: Tensor, count: int) -> list[list[int]]:
-    """The indices [n] of each of `count` groups, ascending."""
-    groups = [[] for _ in range(count)]
-    for index, number in zip(indices.tolist(), group.tolist(), strict=True):
+class _Tile(NamedTuple):
+    """What is kept of one tile: patches `dominant` [k]; `made` [1 + merged, W], the states of [CLS] and of the contextual
+    tokens; the patches `others` [n] that were merged, and `group` [n], which contextual token each of them belongs to."""
+
+    dominant: Tensor
+    made: Tensor
+    others: Tensor
+    group: Tensor
+    merged: int
+
+
+def _sources(merged: int, others: Tensor, group: Tensor) -> list[list[int]]:
+    """The patches of each of `merged` contextual tokens, ascending. others, group: as in _Tile, on the host."""
+    groups = [[] for _ in range(merged)]
+    for index, number in zip(others.tolist(), group.tolist(), strict=True):
         groups[number].append(index)
     return [sorted(members) for members in groups]
 
 
-def _in_order(image: ImageTokens, *blocks: list[tuple[Tensor, Tensor, list]]) -> Selection:
-    """One Selection of blocks of tiles; a tile is (dominant patches, [CLS] and contextual states, sources)."""
-    indices, made, sources = [], [], []
-    for tiles in filter(None, blocks):
-        kept = torch.cat([dominant for dominant, _, _ in tiles]).sort().values
-        cls = torch.cat([states[:1] for _, states, _ in tiles])
-        contextual = torch.cat([states[1:] for _, states, _ in tiles])
+def _in_order(image: ImageTokens, tiles: list[_Tile], sources: list[list[list[int]]]) -> Selection:
+    """One Selection of an image's tiles: the first tile's tokens, then those of all others together."""
+    parts, made, listed = [], [], []  # parts: (indices, or None for tokens that the method makes; how many)
+    for first, block in ((True, slice(1)), (False, slice(1, None))):
+        own = tiles[block]
+        if not own:
+            continue
+        dominant = torch.cat([tile.dominant for tile in own]).sort().values
+        cls, contextual = (torch.cat([tile.made[of] for tile in own]) for of in (slice(1), slice(1, None)))
         # Of a single tile [CLS] comes first, as in the tower; of several, their [CLS] tokens come after the patches.
-        parts = [kept.new_full((len(cls),), -1), kept]
-        indices += [*(parts if tiles is blocks[0] else parts[::-1]), kept.new_full((len(contextual),), -1)]
+        salient = [(None, len(cls)), (dominant, len(dominant))]
+        parts += [*(salient if first else salient[::-1]), (None, len(contextual))]
         made += [cls, contextual]
-        sources += [[] for _ in tiles] + [group for _, _, groups in tiles for group in groups]
-    indices = torch.cat(indices)
-    patches = image.read(indices[indices >= 0])
-    features = patches.new_empty(len(indices), patches.shape[1])
-    features[indices >= 0] = patches
-    features[indices < 0] = image.tower.project(torch.cat(made)).to(features)
-    return Selection(indices=indices, features=features, sources=sources)
+        listed += [[] for _ in own] + [group for groups in sources[block] for group in groups]
+    missing = image.patches[:1].new_full((1,), -1)
+    indices = torch.cat([missing.expand(count) if own is None else own for own, count in parts])
+    patches = image.read(torch.cat([own for own, _ in parts if own is not None]))
+    features = torch.cat([patches, image.tower.project(torch.cat(made)).to(patches)])
+    # Where each token of the sequence lies among the patches and, behind them, what was made.
+    is_made = torch.cat([torch.full((count,), own is None) for own, count in parts])
+    place = torch.where(is_made, len(patches) + is_made.cumsum(0) - 1, (~is_made).cumsum(0) - 1)
+    return Selection(indices=indices, features=features[to_device(place, features.device)], sources=listed)
