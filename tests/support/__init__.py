@@ -1,0 +1,1 @@
+"""What tests share beside pytest: stand-ins for hardware that need not be there."""
