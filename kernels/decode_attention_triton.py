@@ -24,6 +24,8 @@ from torch import Tensor
 _PROGRAMS_PER_SM = 8
 # A split of fewer slots than this costs more in the reduction than it brings.
 _ROWS_PER_SPLIT = 64
+# The number of splits is compiled into the kernels, so it is a power of two up to this: few kernels for all capacities.
+_MOST_SPLITS = 32
 _SCORE_BLOCK = 64
 _HEAD_TILE = 16
 
@@ -66,7 +68,7 @@ class Workspace:
     @classmethod
     def empty(cls, q: Tensor, k: Tensor, core: Tensor, text: Tensor, splits: int | None = None) -> Workspace:
         (batch, heads, width), groups = q.shape, k.shape[1]
-        splits = choose_splits(batch * groups, k.shape[2], q.device) if splits is None else splits
+        splits = choose_splits(batch * groups, k.shape[2], _processors(q.device)) if splits is None else splits
         floats = {"device": q.device, "dtype": torch.float32}
         return cls(
             torch.empty(batch, heads, splits, width, **floats),
@@ -76,13 +78,25 @@ class Workspace:
         )
 
 
-def choose_splits(sequences: int, slots: int, device: torch.device) -> int:
-    """How many programs share one sequence (row and KV head) of at most `slots` entries; from shapes alone."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(triton.cdiv(_PROGRAMS_PER_SM * processors, sequences), slots // _ROWS_PER_SPLIT))
+def choose_splits(sequences: int, slots: int, processors: int) -> int:
+    """How many programs share one sequence (row and KV head) of at most `slots` entries, on so many multiprocessors.
+
+    A power of two, rounded up: a split may get half of _ROWS_PER_SPLIT.
+    """
+    wanted = min(triton.cdiv(_PROGRAMS_PER_SM * processors, sequences), slots // _ROWS_PER_SPLIT)
+    return min(triton.next_power_of_2(max(wanted, 1)), _MOST_SPLITS)
 
 
-@triton.jit
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# Lists and their strides follow the length of a request: whether they are multiples of 16 changes nothing in the kernels but how
+# many of them are compiled.
+@triton.jit(
+    do_not_specialize=("core_row", "text_row", "text_group", "logits_head"),
+    do_not_specialize_on_alignment=("prefix_len_ptr", "core_ptr", "core_len_ptr", "text_ptr", "text_len_ptr"),
+)
 def _split(
     q_ptr, k_ptr, v_ptr, prefix_len_ptr, core_ptr, core_len_ptr, text_ptr, text_len_ptr,
     partial_ptr, maxima_ptr, sums_ptr, logits_ptr,
@@ -238,7 +252,10 @@ def _probabilities(
     return tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("logits_head", "core_width", "text_width", "core_blocks", "text_blocks"),
+    do_not_specialize_on_alignment=("core_len_ptr", "text_len_ptr"),
+)
 def _reduce(
     partial_ptr, maxima_ptr, sums_ptr, logits_ptr, core_len_ptr, text_len_ptr, out_ptr, core_scores_ptr, text_scores_ptr,
     logits_head, core_width, text_width, core_blocks, text_blocks,

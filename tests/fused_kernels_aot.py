@@ -2,16 +2,17 @@
 
     python tests/fused_kernels_aot.py '{"kernel": "silu_mul", "target": 90, "dtype": "bfloat16", "width": 11008}' ...
 
-Keys beside kernel, target and dtype: the arguments of the function of that name.
+Keys beside kernel and target: the arguments of the function of that name. With {"each": {"width": [128, 256, ...]}}: how many
+kernels calls with each of these values have compiled.
 """
 
 import json
 import sys
 
 import torch
-from kernel_aot import usage_of
+from kernel_aot import specialisations, usage_of
 
-from llava.kernels import add_rms_norm_triton, rotate_append_triton, silu_mul_triton
+from llava.kernels import add_rms_norm_triton, evict_triton, rank_core_triton, rotate_append_triton, silu_mul_triton
 
 
 def add_rms_norm(dtype, width, rows=1, delta=True):
@@ -36,12 +37,31 @@ def rotate_append(dtype, heads, groups, size=128, tokens=1, slots=4096, batch=1,
     )  # fmt: skip
 
 
-KERNELS = {function.__name__: function for function in (add_rms_norm, silu_mul, rotate_append)}
+def evict(rule, width, groups=32, batch=1):
+    scores = torch.empty(batch, groups, width)
+    counts = torch.ones(batch, groups, dtype=torch.int32)
+    step = torch.ones(1, dtype=torch.int64)
+    evict_triton.launch(scores, scores, scores.int(), counts, counts, counts, step, rule, 0.5)
+
+
+def rank_core(width, most, batch=1):
+    scores, counts = torch.empty(batch, width), torch.ones(batch, dtype=torch.int32)
+    rank_core_triton.launch(scores, scores.int(), counts, scores[:, :most].int(), counts)
+
+
+KERNELS = {function.__name__: function for function in (add_rms_norm, silu_mul, rotate_append, evict, rank_core)}
+
+
+def answer(kernel, target, each=None, **settings) -> dict:
+    """What one line says."""
+    if "dtype" in settings:
+        settings["dtype"] = getattr(torch, settings["dtype"])
+    if each is None:
+        return usage_of(lambda: KERNELS[kernel](**settings), target)
+    ((name, values),) = each.items()
+    return specialisations([lambda v=v: KERNELS[kernel](**settings, **{name: v}) for v in values], target)
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        settings = json.loads(argument)
-        kernel, target = KERNELS[settings.pop("kernel")], settings.pop("target")
-        settings["dtype"] = getattr(torch, settings["dtype"])
-        print(json.dumps(usage_of(lambda: kernel(**settings), target)), flush=True)  # noqa: B023 called at once
+        print(json.dumps(answer(**json.loads(argument))), flush=True)

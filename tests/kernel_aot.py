@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import triton
@@ -51,7 +52,7 @@ def _instead_of_running(target: int, handle):
 
 def usage_of(call, target: int) -> dict[str, dict]:
     """By kernel name, what each kernel that `call` launches uses: registers, local memory (where spills go), 16-byte global
-    accesses and shared memory."""
+    accesses, shared memory, and in which order loads (LDG), barriers (BAR) and stores (STG) come."""
     found = {}
 
     def handle(run, kernel, args, options):
@@ -95,6 +96,7 @@ def _usage(compiled) -> dict:
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E[.\w]*\.128\b", dump)),
         "wide_stores": len(re.findall(r"\bSTG\.E[.\w]*\.128\b", dump)),
         "shared_bytes": compiled.metadata.shared,
+        "order": " ".join(name for name, _ in groupby(re.findall(r"\b(LDG|BAR|STG)\b", dump))),
     }
 
 

@@ -6,6 +6,8 @@ import torch
 from decode_kernel_cases import DEVICE, POISON, TOLERANCE, error
 
 from llava.kernels.add_rms_norm import add_rms_norm
+from llava.kernels.evict import RULES, evict
+from llava.kernels.rank_core import rank_core
 from llava.kernels.rotate_append import rotate_append
 from llava.kernels.silu_mul import silu_mul
 
@@ -76,6 +78,7 @@ def test_silu_mul(shape, dtype):
     assert error(expected, rule) <= TOLERANCE[F32]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_silu_mul_far_from_zero():
     gate = torch.tensor([[-1e4, -200.0, -90.0, 0.0, 90.0, 1e4]], device=DEVICE)
     found = silu_mul(gate, torch.ones_like(gate), backend="triton")
@@ -206,6 +209,277 @@ def test_rotate_append_beyond_2_to_the_31(large):
         assert torch.equal(keys[:, :, last], v[:, 0])
 
 
+# --- evict -------------------------------------------------------------------------------------------------------
+
+
+class Region:
+    """What evict works on, for rows and KV heads whose lists have lengths of their own."""
+
+    def __init__(self, lengths, width, budgets, dtype=torch.int64):
+        """lengths [B][G] before the first step; budgets: per step, (total, recent)."""
+        batch, groups = len(lengths), len(lengths[0])
+        self.scores = torch.full((batch, groups, width), torch.nan)
+        self.text = torch.stack([torch.randperm(width) for _ in range(batch * groups)]).view(batch, groups, width).int()
+        self.text_len = torch.tensor(lengths, dtype=torch.int32)
+        self.scores[torch.arange(width) < self.text_len[..., None]] = 0.25
+        table = torch.tensor([(POISON, POISON), *budgets], dtype=torch.int32).T[:, None].repeat(1, batch, 1)
+        self.total, self.recent = table.contiguous()
+        self.step = torch.zeros(1, dtype=dtype)
+        vars(self).update({name: value.to(DEVICE) for name, value in vars(self).items()})
+
+    def clone(self):
+        other = object.__new__(Region)
+        vars(other).update({name: value.clone() for name, value in vars(self).items()})
+        return other
+
+    def next(self, paid, **options):
+        """A step in which a new entry takes the slot behind the live ones, and all are paid `paid` [B, G, T]."""
+        self.step += 1
+        self.text_len += 1
+        paid = paid.masked_fill(torch.arange(paid.shape[-1], device=DEVICE) >= self.text_len[..., None], torch.nan)
+        evict(self.scores, paid, self.text, self.text_len, self.total, self.recent, self.step, **options)
+
+    def lists(self):
+        """Per row and KV head: (slots, scores) of the live entries."""
+        return [
+            (slots[:n], scores[:n])
+            for slots, scores, n in zip(
+                self.text.flatten(0, 1).tolist(),
+                self.scores.flatten(0, 1).tolist(),
+                self.text_len.flatten().tolist(),
+                strict=True,
+            )
+        ]
+
+    def same(self, other):
+        return all(torch.equal(value, vars(other)[name]) for name, value in vars(self).items())
+
+
+def eighths(*shape):
+    """Numbers that tie often and whose sums are exact."""
+    return (torch.randint(0, 9, shape) / 8).to(DEVICE)
+
+
+def plain_step(slots, scores, new_slot, paid, total, recent, rule, quantile):
+    """The rule for one list, in Python numbers: ([slots], [scores]) after the step."""
+    older = sorted(paid[:-1])
+    rank = quantile * max(len(older) - 1, 0)
+    below, part = int(rank), rank % 1
+    centre = 0.0
+    if rule == "centred" and older:
+        centre = older[below] + (part * (older[below + 1] - older[below]) if part else 0)
+    scores = [(0 if rule == "latest" else old) + new - centre for old, new in zip(scores, paid, strict=False)]
+    slots, scores = [*slots, new_slot], [*scores, paid[-1]]
+    if len(slots) > total:
+        candidates = range(len(slots) - recent)
+        worst = max((-scores[i], i) for i in candidates)[1] if candidates else 0
+        del slots[worst], scores[worst]
+    return slots, scores
+
+
+RUNS = [
+    # lengths, width, (total, recent) per step
+    ([[5]], 16, [(5, 2)] * 6),
+    ([[3, 20, 0], [7, 19, 1]], 24, [(4, 1), (4, 2), (5, 2), (6, 6), (6, 0), (7, 3), (20, 5), (20, 5)]),
+    ([[110, 111]], 112, [(111, 30)]),
+    ([[1022, 200]], 1100, [(1000, 500), (1000, 0), (1001, 1001)]),
+]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(("rule", "quantile"), [("summed", 0), ("latest", 0), ("centred", 0.25), ("centred", 1)])
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}, {run[1]}")
+def test_evict_is_the_rule(run, rule, quantile, backend):
+    lengths, width, budgets = run
+    region = Region(lengths, width, budgets)
+    for total, recent in budgets:
+        paid = eighths(*region.text.shape)
+        before, free = region.lists(), region.text.gather(2, region.text_len[..., None].long()).flatten().tolist()
+        region.next(paid, rule=rule, quantile=quantile, backend=backend)
+        expected = [
+            plain_step(slots, scores, new, given[: len(slots) + 1], total, recent, rule, quantile)
+            for (slots, scores), new, given in zip(before, free, paid.flatten(0, 1).tolist(), strict=True)
+        ]
+        assert region.lists() == expected
+        # Every slot is still there, and scores behind the live entries are 0.
+        assert torch.equal(region.text.sort(-1).values, torch.arange(width, device=DEVICE).expand_as(region.text).int())
+        live = torch.arange(width, device=DEVICE) <= region.text_len[..., None]
+        assert not region.scores[~live].any()
+
+
+def many_steps(rule, quantile, groups, width, prompt, steps):
+    budgets = [(max(prompt - 3, (prompt + step) // 2), 4 + step % 5) for step in range(1, steps + 1)]
+    lengths = torch.randint(prompt // 2, prompt + 1, (2, groups)).tolist()
+    found = Region(lengths, width, budgets, torch.int32)
+    expected = found.clone()
+    for _ in range(steps):
+        paid = eighths(*found.text.shape)
+        found.next(paid, rule=rule, quantile=quantile, backend="triton")
+        expected.next(paid, rule=rule, quantile=quantile, backend="reference")
+        assert found.same(expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_evict_over_many_steps(rule):
+    many_steps(rule, 0.5, 2, 63, 40, 20)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("width", "prompt", "steps"), [(1000, 600, 300), (3200, 3000, 100)])
+def test_evict_over_very_many_steps(rule, width, prompt, steps):
+    many_steps(rule, 0.125, 2, width, prompt, steps)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.37, 0.9, 1.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_evict_with_probabilities(rule, quantile):
+    """Float arithmetic in another order may differ by a rounding: scores agree to 1e-5, not to the bit."""
+    found = Region([[1, 2, 40, 100]], 111, [(200, 3)])
+    expected = found.clone()
+    paid = torch.randn(found.text.shape, device=DEVICE).mul(5).softmax(-1)
+    found.next(paid, rule=rule, quantile=quantile, backend="triton")
+    expected.next(paid, rule=rule, quantile=quantile, backend="reference")
+    assert error(found.scores, expected.scores) <= TOLERANCE[F32]
+    assert torch.equal(found.text, expected.text) and torch.equal(found.text_len, expected.text_len)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_evict_of_empty_lists(rule):
+    """No live entry, the step's own neither; and lists without any place."""
+    for backend in ("triton", "reference"):
+        region = Region([[-1, -1]], 5, [(0, 0)])
+        before = region.clone()
+        region.next(eighths(1, 2, 5), rule=rule, quantile=0.5, backend=backend)
+        assert not region.scores.any() and not region.text_len.any() and torch.equal(region.text, before.text)
+        region = Region([[-1]], 0, [(0, 0)])
+        region.next(eighths(1, 1, 0), rule=rule, backend=backend)
+        assert region.text.shape == (1, 1, 0)
+
+
+# --- rank_core ---------------------------------------------------------------------------------------------------
+
+
+CORES = [
+    # image entries and core of each row, width of both lists
+    ([(1, 1)], 1, 1),
+    ([(63, 20)], 63, 20),
+    ([(111, 111), (40, 0), (0, 0), (70, 69)], 128, 120),
+    ([(1000, 300), (999, 1)], 1100, 300),
+]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("case", CORES, ids=str)
+def test_rank_core_is_the_rule(case, backend):
+    rows, width, most = case
+    image = torch.stack([torch.randperm(width) for _ in rows]).int().to(DEVICE)
+    image_len, core_len = (integers([row[i] for row in rows]) for i in (0, 1))
+    kinds = (
+        eighths(len(rows), width),  # many ties
+        torch.zeros(len(rows), width, device=DEVICE).where(eighths(len(rows), width) < 0.5, -0.0),
+        torch.randn(len(rows), width, device=DEVICE),
+        torch.rand(len(rows), width, device=DEVICE) * 1e-40,
+    )
+    for scores in kinds:
+        scores = scores.masked_fill(torch.arange(width, device=DEVICE) >= image_len[:, None], torch.inf)
+        core = torch.full((len(rows), most), POISON, dtype=torch.int32, device=DEVICE)
+        rank_core(scores, image, image_len, core, core_len, backend=backend)
+        for b, (held, size) in enumerate(rows):
+            best = sorted(range(held), key=lambda i: (-scores[b, i].item(), i))[:size]  # noqa: B023 called at once
+            expected = [image[b, i].item() for i in sorted(best)] + [image[b, -1].item()] * (most - size)
+            assert core[b].tolist() == expected
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [2880, 4000])
+def test_rank_core_over_many_steps(width):
+    image = torch.arange(3, 3 + width, dtype=torch.int32, device=DEVICE).repeat(2, 1)
+    image_len = integers([width, width - 100])
+    for step in range(20):
+        scores = eighths(2, width) if step % 2 else torch.rand(2, width, device=DEVICE)
+        core_len = integers([step * width // 20, 10 * step])
+        found, expected = (torch.full((2, width), POISON, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        rank_core(scores, image, image_len, found, core_len, backend="triton")
+        rank_core(scores, image, image_len, expected, core_len, backend="reference")
+        assert torch.equal(found, expected)
+
+
+def test_a_core_without_places():
+    nothing = integers([0])
+    core = torch.empty(1, 0, dtype=torch.int32, device=DEVICE)
+    for width in (0, 5):
+        image = integers([list(range(width))])
+        for backend in ("triton", "reference"):
+            rank_core(image.float(), image, nothing, core, nothing, backend=backend)
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """Every kernel once, on tensors of its own that keep their places; `load` gives them other contents."""
+
+    def __init__(self):
+        self.hidden, self.delta, self.weight = normal(2, 64), normal(2, 64), normal(64)
+        self.qkv, self.angles, self.cache = normal(2, 1, 8, 64), normal(2, 2, 1, 64), normal(2, 2, 2, 40, 64)
+        self.region = Region([[20, 30], [3, 35]], 40, [(18, 4)] * 8)
+        self.paid, self.ranked = eighths(2, 2, 40), eighths(2, 63)
+        self.image, self.core = (
+            torch.arange(126, dtype=torch.int32, device=DEVICE).view(2, 63),
+            integers([[0] * 30] * 2),
+        )
+        self.image_len, self.core_len = integers([63, 50]), integers([30, 20])
+        self.found = {}
+
+    def tensors(self):
+        given = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return given | {f"region.{name}": value for name, value in vars(self.region).items()} | self.found
+
+    def load(self, other):
+        theirs = other.tensors()
+        for name, mine in self.tensors().items():
+            if name in theirs:
+                mine.copy_(theirs[name])
+
+    def __call__(self, backend):
+        summed, normed = add_rms_norm(self.hidden, self.delta, self.weight, 1e-5, backend=backend)
+        product = silu_mul(normed[:, :32], summed[:, 32:], backend=backend)
+        region = self.region
+        region.step += 1
+        region.text_len += 1
+        q, k, v = self.qkv.split([4, 2, 2], dim=2)
+        places = (region.text, region.text_len)
+        rotated = rotate_append(q, k, v, *self.angles, *self.cache, *places, backend=backend)
+        tables = (region.total, region.recent, region.step)
+        evict(region.scores, self.paid, *places, *tables, rule="centred", quantile=0.5, backend=backend)
+        rank_core(self.ranked, self.image, self.image_len, self.core, self.core_len, backend=backend)
+        self.found = {"summed": summed, "normed": normed, "product": product, "rotated": rotated}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_captured_in_a_cuda_graph():
+    """One capture serves other contents, counts and lists."""
+    captured = Step()
+    captured("triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured("triton")
+    for _ in range(2):
+        expected = Step()
+        captured.load(expected)
+        for _ in range(3):
+            graph.replay()
+            expected("reference")
+            for name, theirs in expected.tensors().items():
+                mine = captured.tensors()[name]
+                assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5, equal_nan=True), name
+
+
+# --- what does not fit -------------------------------------------------------------------------------------------
+
+
 def test_operands_that_do_not_fit():
     q, k, v = product(2, 1, 2, 2, 64)
     cos, sin = angles(2, 1, 64)
@@ -244,3 +518,28 @@ def test_operands_that_do_not_fit():
             silu_mul(*arguments)
     with pytest.raises(ValueError, match='backend is "cuda", allowed are "triton", "reference" and None'):
         silu_mul(hidden, hidden, backend="cuda")
+    region = Region([[3, 4]], 8, [(3, 1)])
+    given = {name: value for name, value in vars(region).items() if name != "scores"} | {"paid": region.scores}
+    for changes, said in (
+        ({"rule": "oldest"}, "rule is 'oldest', allowed are 'summed', 'latest', 'centred'"),
+        ({"quantile": 1.5}, "quantile is 1.5, allowed is 0 to 1"),
+        ({"scores": region.scores[0]}, r"scores is \[2, 8\] .*, where \[B, G, T\] and \[B, steps \+ 1\] are due"),
+        ({"paid": region.scores.half()}, "paid is torch.float16 .*, where torch.float32"),
+        ({"text": region.text[..., :4]}, r"text is .* \[1, 2, 4\], where torch.int32 \[1, 2, 8\] is due"),
+        ({"text_len": region.text_len[:, :1]}, r"text_len is .* where torch.int32 \[1, 2\] is due"),
+        ({"recent": region.recent[:, :1]}, r"recent is .* where torch.int32 \[1, 2\] is due"),
+        ({"step": region.step.float()}, r"step is torch.float32 \[1\], where torch.int64 \[1\] is due"),
+        ({"text": region.text.mT.contiguous().mT}, "text is not contiguous"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evict(**{"scores": region.scores, "rule": "summed"} | given | changes)
+    scores, image, length = normal(1, 8), integers([list(range(8))]), integers([4])
+    for changes, said in (
+        ({"core": integers([list(range(9))])}, r"core \[1, 9\], where \[B, N\] and \[B, M\] with M at most N are due"),
+        ({"scores": scores.double()}, "scores is torch.float64 .*, where torch.float32"),
+        ({"image": image[:, :5]}, r"image is .* \[1, 5\], where torch.int32 \[1, 8\] is due"),
+        ({"core_len": length.long()}, "core_len is torch.int64 .*, where torch.int32"),
+    ):
+        operands = {"scores": scores, "image": image, "image_len": length, "core": image[:, :4].clone()}
+        with pytest.raises(ValueError, match=said):
+            rank_core(**operands | {"core_len": length} | changes)

@@ -1,0 +1,77 @@
+"""One step of eviction from the text region of a KV cache: scores updated, and a slot freed where the region is over its
+budget; picks the implementation.
+
+Rules, by how an entry's score follows from the attention `paid` that the step's query pays to it:
+    summed      H2O (arXiv 2306.14048): the sum of all that it has been paid
+    latest      what it is paid now
+    centred     A-VL (arXiv 2409.14846): the sum of what it is paid above the `quantile` (linear between ranks) of what the
+                entries that were there before are paid; its own step counts in full
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.kernels import backend as backends
+from llava.kernels.checks import check_contiguous, check_tensor
+from llava.kernels.evict_reference import reference
+
+RULES = ("summed", "latest", "centred")
+
+
+def evict(
+    scores: Tensor,
+    paid: Tensor,
+    text: Tensor,
+    text_len: Tensor,
+    total: Tensor,
+    recent: Tensor,
+    step: Tensor,
+    *,
+    rule: str,
+    quantile: float = 0.0,
+    backend: str | None = None,
+) -> None:
+    """Scores, text and text_len after a decode step, in place; everything contiguous.
+
+    scores, paid float32 [B, G, T] in the order of text int32 [B, G, T]: slots of the region, oldest entry first, the first
+    text_len int32 [B, G] of which count. The newest, at text_len - 1, is the step's own: its score is set here. total, recent
+    int32 [B, steps + 1]: by step, how many entries may stay and how many of the newest, the step's own included, cannot be
+    evicted; step int32 or int64 [1], the step at hand counted already.
+
+    A list of more than `total` entries loses the one with the lowest score, of equal ones the newest: its slot moves to the
+    end of the live entries, where the next entry takes it, and text_len falls by one. Scores behind the live entries are 0.
+
+    quantile: of the rule "centred" alone. backend: "triton" or "reference"; default Triton on CUDA. ValueError for
+    shapes, dtypes or a rule that do not fit.
+    """
+    _check(scores, paid, text, text_len, total, recent, step, rule, quantile)
+    if not text.shape[-1]:
+        return
+    operands = (scores, paid, text, text_len, total, recent, step, rule, quantile)
+    if backends.backend_for(scores, backend) == "triton":
+        from llava.kernels import evict_triton
+
+        evict_triton.launch(*operands)
+        return
+    reference(*operands)
+
+
+def _check(scores, paid, text, text_len, total, recent, step, rule, quantile) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}, allowed are {', '.join(map(repr, RULES))}")
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile is {quantile}, allowed is 0 to 1")
+    if scores.dim() != 3 or total.dim() != 2:
+        raise ValueError(
+            f"scores is {[*scores.shape]} and total {[*total.shape]}, where [B, G, T] and [B, steps + 1] are due"
+        )
+    check_tensor("scores", scores, scores.shape, torch.float32)
+    check_tensor("paid", paid, scores.shape, torch.float32)
+    check_tensor("text", text, scores.shape, torch.int32)
+    check_tensor("text_len", text_len, scores.shape[:2], torch.int32)
+    check_tensor("total", total, (scores.shape[0], total.shape[1]), torch.int32)
+    check_tensor("recent", recent, total.shape, torch.int32)
+    check_tensor("step", step, (1,), torch.int32 if step.dtype == torch.int32 else torch.int64)
+    check_contiguous(scores=scores, paid=paid, text=text, text_len=text_len, total=total, recent=recent)

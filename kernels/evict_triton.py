@@ -1,0 +1,103 @@
+"""A step of eviction in Triton: one program per row and KV head, its list in registers (needs triton; import it lazily)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llava.kernels.selection_triton import block_for, kth_largest, ordered, value_of
+
+
+@triton.jit
+def _quantile(paid, older, n_older, quantile):
+    """The quantile of `paid` over the older entries, linear between ranks."""
+    keys = tl.where(older, ordered(paid), -0x7FFFFFFF - 1)
+    rank = quantile * tl.maximum(n_older - 1, 0).to(tl.float32)
+    whole = rank.to(tl.int32)
+    part = rank - whole.to(tl.float32)
+    key = kth_largest(keys, n_older - whole)
+    higher = tl.min(tl.where(keys > key, keys, 0x7FFFFFFF), axis=0)
+    repeated = n_older - tl.sum((keys > key).to(tl.int32), axis=0) > whole + 1
+    below = value_of(key)
+    above = tl.where(repeated | (part == 0.0), below, value_of(higher))
+    # As torch.lerp: from the end that is nearer.
+    return tl.where(part < 0.5, below + part * (above - below), above - (above - below) * (1.0 - part))
+
+
+@triton.jit
+def _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY: tl.constexpr, CENTRED: tl.constexpr):
+    """Scores with the step's attention, of the entries at `place`; 0 where there is none."""
+    older = place < last
+    own = place == last
+    new = tl.load(paid_ptr + place, mask=older | own, other=0.0)
+    if CENTRED:
+        new = tl.where(older, new - centre, new)
+    if HISTORY:
+        new += tl.load(scores_ptr + place, mask=older, other=0.0)
+    return new
+
+
+# What follows the length of the lists or of the request is not specialised on: a kernel less to compile per request.
+@triton.jit(
+    do_not_specialize=("width", "steps"),
+    do_not_specialize_on_alignment=(
+        *("scores_ptr", "paid_ptr", "text_ptr", "text_len_ptr", "total_ptr", "recent_ptr", "step_ptr"),
+    ),
+)
+def _evict(
+    scores_ptr, paid_ptr, text_ptr, text_len_ptr, total_ptr, recent_ptr, step_ptr, quantile, width, steps,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, HISTORY: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """steps: columns of the tables."""
+    sequence = tl.program_id(0).to(tl.int64)
+    of_step = sequence // GROUPS * steps + tl.load(step_ptr)
+    total = tl.load(total_ptr + of_step)
+    recent = tl.load(recent_ptr + of_step)
+    last = tl.load(text_len_ptr + sequence) - 1
+    scores_ptr += sequence * width
+    paid_ptr += sequence * width
+    text_ptr += sequence * width
+    place = tl.arange(0, BLOCK)
+    centre = 0.0
+    if CENTRED:
+        older = place < last
+        paid = tl.load(paid_ptr + place, mask=older, other=0.0)
+        centre = _quantile(paid, older, tl.maximum(last, 0), quantile)
+    scores = _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY, CENTRED)
+
+    over = last >= total
+    candidate = place <= last - recent
+    lowest = tl.min(tl.where(candidate, scores, float("inf")), axis=0)
+    worst = tl.max(tl.where(candidate & (scores == lowest), place, 0), axis=0)
+    worst = tl.where(over, worst, last)
+    order = tl.where(place == last, worst, place + ((place >= worst) & (place < last)).to(tl.int32))
+    moved = _scores(scores_ptr, paid_ptr, order, last, centre, HISTORY, CENTRED)
+    slots = tl.load(text_ptr + order, mask=place <= last, other=0)
+    # Entries move by one place, that is, from thread to thread: all are read before any is written.
+    tl.debug_barrier()
+    tl.store(scores_ptr + place, moved, mask=place < width)
+    tl.store(text_ptr + place, slots, mask=place <= last)
+    tl.store(text_len_ptr + sequence, last + 1 - over.to(tl.int32))
+
+
+def launch(
+    scores: Tensor,
+    paid: Tensor,
+    text: Tensor,
+    text_len: Tensor,
+    total: Tensor,
+    recent: Tensor,
+    step: Tensor,
+    rule: str,
+    quantile: float,
+) -> None:
+    """In place, as evict; shapes as there, all contiguous."""
+    (batch, groups, width), steps = text.shape, total.shape[1]
+    block, warps = block_for(width)
+    with torch.cuda.device_of(text):
+        _evict[(batch * groups,)](
+            scores, paid, text, text_len, total, recent, step, float(quantile), width, steps,
+            GROUPS=groups, BLOCK=block, HISTORY=rule != "latest", CENTRED=rule == "centred", num_warps=warps,
+        )  # fmt: skip
