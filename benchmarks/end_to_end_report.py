@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from page import DOCUMENT, made, number, picture, put, share
+from page import DOCUMENT, bandwidths, made, number, picture, put, share
 from record import read_csv
 
 from llava.eval.plots import COLORS, INK, panels, save, style
@@ -25,7 +25,8 @@ def read_rows(path: Path) -> list[dict]:
     return read_csv(path, "ttft_ms")
 
 
-def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
+def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
+    """Head and lines of the table."""
     head = ("provider", "reads", "batch", "new", "first token ms", "tower", "projector", "selection", "prefill", "x")
     head += ("tokens/s", "x", "overhead ms", "GB/s", "ceiling", "reached", "KV MB", "peak MB")
     lines = [head]
@@ -57,26 +58,21 @@ def _spread(row: dict, name: str) -> str:
 
 def show(rows: list[dict]) -> str:
     """The table that is printed."""
-    return columns(_lines(rows))
+    return columns(lines_of(rows))
 
 
 def fill(document: Path, results: Path) -> None:
     """Put the table of `results` into `document`, between the marks of its name (page.put), and the plot of that name where
     one lies beside the document."""
     rows, name = read_rows(results), results.stem
-    put(document, name, f"{_made(rows)}\n\n{markdown_table(_lines(rows))}{picture(document, name, PICTURE)}")
+    put(document, name, f"{made_of(rows)}\n\n{markdown_table(lines_of(rows))}{picture(document, name, PICTURE)}")
 
 
-def _made(rows: list[dict]) -> str:
+def made_of(rows: list[dict]) -> str:
     """How the rows were made, in one line."""
     row = rows[0]
-    bandwidths = [
-        f", {what} {max(known):,.1f} GB/s"
-        for what, name in (("a copy moves", "copy_gb_per_s"), ("reading alone goes at", "read_gb_per_s"))
-        if (known := [row[name] for row in rows if row.get(name) is not None])
-    ]
     return (
-        f"{made(row)}{''.join(bandwidths)}; {row['vision_tokens']:,.0f} vision tokens, {row['text_tokens']:.0f} text tokens, "
+        f"{made(row)}{bandwidths(rows)}; {row['vision_tokens']:,.0f} vision tokens, {row['text_tokens']:.0f} text tokens, "
         f"{row['layers']:.0f} layers; medians of {row['repeats']:.0f} (smallest to largest)."
     )
 

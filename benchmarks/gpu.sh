@@ -15,8 +15,9 @@
 #   ADAV_EMULATE=1 XDIST= PRESET=tiny KERNEL=tiny KERNEL_DTYPE= OUT=out PY=.venv/bin/python bash benchmarks/gpu.sh a
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export PYTHONPATH="${SITE:+$SITE:}$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 OUT="${OUT:-/tmp/gpu-out}" PY="${PY:-python3}" PRESET="${PRESET:-llava-v1.6-vicuna-7b}" KERNEL="${KERNEL:-gpu}"
+# Tiny models do not gain by more threads than one: those would only wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$([ "$PRESET" = tiny ] && echo 1 || echo 8)}"
 mkdir -p "$OUT" || exit
 logs="$(mktemp -d)" && trap 'rm -rf "$logs"' EXIT
 

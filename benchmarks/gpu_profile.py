@@ -53,7 +53,7 @@ CONFIGS = {
 }
 STAGES = ("vision_tower", "projector", "selection", "splice")
 NEW_TOKENS, STEPS, REPLAYS = 64, 40, 10  # answers are cut off after STEPS; replays have room behind them
-TOP = 30  # kernels that are listed
+TOP, SHOWN = 30, 8  # kernels that are written, and printed, of each first token and each step
 # What attends: heads, head size, queries (None: as many as keys), keys, causal, rows. Of LLaVA-1.6's 7B.
 SDPA_SHAPES = {
     "tower": (16, 64, None, (577,), False, 5),
@@ -234,7 +234,9 @@ def main(argv: list[str] | None = None) -> None:
             if kernels:
                 write_csv(args.out / "kernels.csv", kernels, made)
     if stages:
-        print(f"{show(stages)}\n\n{show(kernels)}")
+        labels = list(dict.fromkeys(row["of"] for row in kernels))
+        longest = [row for label in labels for row in [row for row in kernels if row["of"] == label][: SHOWN + 1]]
+        print(f"{show(stages)}\n\n{show(longest)}")
     if args.device == "cuda":
         rows = sdpa_rows(profiler.now)
         write_csv(args.out / "sdpa.csv", rows, made)

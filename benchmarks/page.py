@@ -37,6 +37,13 @@ def made(row: dict) -> str:
     )
 
 
+def bandwidths(rows: list[dict]) -> str:
+    """What memory did in the run, to go on with behind made()."""
+    figures = (("a copy moves", "copy_gb_per_s"), ("reading alone goes at", "read_gb_per_s"))
+    known = ((what, [row[name] for row in rows if row.get(name) is not None]) for what, name in figures)
+    return "".join(f", {what} {max(values):,.1f} GB/s" for what, values in known if values)
+
+
 def number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
