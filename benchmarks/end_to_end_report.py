@@ -72,7 +72,7 @@ def made_of(rows: list[dict]) -> str:
     """How the rows were made, in one line."""
     row = rows[0]
     return (
-        f"{made(row)}{bandwidths(rows)}; {row['vision_tokens']:,.0f} vision tokens, {row['text_tokens']:.0f} text tokens, "
+        f"{made(rows)}{bandwidths(rows)}; {row['vision_tokens']:,.0f} vision tokens, {row['text_tokens']:.0f} text tokens, "
         f"{row['layers']:.0f} layers; medians of {row['repeats']:.0f} (smallest to largest)."
     )
 

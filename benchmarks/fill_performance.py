@@ -43,7 +43,7 @@ class Part:
     lines: Callable[[list[dict]], list[tuple[str, ...]]]
     draw: Callable[[list[dict], Path], None] | None = None
     shows: str = ""
-    says: Callable[[list[dict]], str] = lambda rows: f"{made(rows[0])}{bandwidths(rows)}."
+    says: Callable[[list[dict]], str] = lambda rows: f"{made(rows)}{bandwidths(rows)}."
 
 
 def kernel_lines(rows: list[dict]) -> list[tuple[str, ...]]:
@@ -125,7 +125,9 @@ def draw_kernel(rows: list[dict], path: Path) -> None:
             axis.set_title(f"batch {batch:.0f}")
         axes[0][0].set_ylabel("of the bandwidth of a copy (%)")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
-        save(figure, path, ("Bytes that a provider has to move over its median time.", f"{made(rows[0])}."))
+        save(
+            figure, path, ("Bytes that a provider has to move over its median time.", f"{made(rows)}.".replace("`", ""))
+        )
 
 
 def draw_stages(rows: list[dict], path: Path) -> None:
@@ -149,8 +151,8 @@ def draw_stages(rows: list[dict], path: Path) -> None:
             axis.invert_yaxis()
             axis.grid(axis="y", visible=False)
             axis.set_title(title)
-            axis.legend(loc="lower right")
-        save(figure, path, ("Medians of five requests to the engine.", f"{made(rows[0])}."))
+            axis.legend()
+        save(figure, path, ("Medians of five requests to the engine.", f"{made(rows)}.".replace("`", "")))
 
 
 def draw_prefill(rows: list[dict], path: Path) -> None:
@@ -165,7 +167,11 @@ def draw_prefill(rows: list[dict], path: Path) -> None:
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.set_title("time to the first token (ms), by method and vision tokens")
-        save(figure, path, ("Medians; lines go from the fastest repetition to the slowest.", f"{made(rows[0])}."))
+        save(
+            figure,
+            path,
+            ("Medians; lines go from the fastest repetition to the slowest.", f"{made(rows)}.".replace("`", "")),
+        )
 
 
 PARTS = {

@@ -29,10 +29,12 @@ def picture(document: Path, name: str, what: str) -> str:
     return f"\n\n![{what}]({plot.name})" if plot.exists() else ""
 
 
-def made(row: dict) -> str:
-    """How the rows of a file were made, as one line without an end: command, commit, time, hardware, versions."""
+def made(rows: list[dict]) -> str:
+    """How the rows of a file were made, as one line without an end: commands, commit, time, hardware, versions. All but the
+    commands are those of the first row."""
+    row, commands = rows[0], dict.fromkeys(f"`{row['command']}`" for row in rows)
     return (
-        f"`{row['command']}` at commit {str(row['commit'])[:12]}, {row['written']}: {row['device']}, "
+        f"{' and '.join(commands)} at commit {str(row['commit'])[:12]}, {row['written']}: {row['device']}, "
         f"{row['threads']:.0f} threads, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
     )
 
