@@ -28,6 +28,41 @@ def union_of_best(first, k_first, second, k_second):
     return kept
 
 
+def union_by_a_plain_loop(first, k_first, second, k_second):
+    """The rule of two_lists.py over whole lists, step by step."""
+    order = [torch.sort(scores, descending=True, stable=True).indices.tolist() for scores in (first, second)]
+    value = [scores.double().clamp_min(0).tolist() for scores in (first, second)]
+    place = [k_first, k_second]
+    mass = [sum(value[s][i] for i in order[s][: place[s]]) for s in (0, 1)]
+    kept = set(order[0][:k_first]) | set(order[1][:k_second])
+    while len(kept) < k_first + k_second:
+        for s in (0, 1):
+            while order[s][place[s]] in kept:
+                place[s] += 1
+        token = [order[s][place[s]] for s in (0, 1)]
+        gain = [value[s][token[s]] / mass[s] if mass[s] else 0.0 for s in (0, 1)]
+        side = 0 if gain[0] >= gain[1] else 1
+        kept.add(token[side])
+        mass[side] += value[side][token[side]]
+    return sorted(kept)
+
+
+def test_unions_of_a_batch_are_those_of_a_plain_loop():
+    """Ties, zeros, numbers below zero, lists that agree, and budgets up to all patches."""
+    generator = torch.Generator().manual_seed(0)
+    lists, want = [], []
+    for case in range(400):
+        patches = int(torch.randint(1, 60, (1,), generator=generator))
+        levels = (3, 10, 10**6)[case % 3]
+        first, second = (torch.randint(-levels // 4, levels, (patches,), generator=generator) / levels for _ in "ab")
+        second = first if case % 5 == 0 else second
+        budget = patches if case % 7 == 0 else int(torch.randint(1, patches + 1, (1,), generator=generator))
+        k_first = int(torch.randint(0, budget + 1, (1,), generator=generator))
+        lists.append(TwoLists(first, second, torch.tensor(k_first) if case % 2 else k_first, budget))
+        want.append((union_by_a_plain_loop(first, k_first, second, budget - k_first), k_first))
+    assert [(kept.tolist(), k_first) for kept, k_first in unions_of_best(lists)] == want
+
+
 def check_indices(name, kept, everything=False):
     """(which kept tokens are patches, their indices), after a look at the order of `indices` (decision 4)."""
     patch = kept.indices >= 0

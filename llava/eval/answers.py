@@ -10,8 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import shortuuid
-
 from llava.errors import UserError
 from llava.eval.files import told_when_unwritable, write_atomically
 from llava.eval.samples import Sample
@@ -102,6 +100,12 @@ def merge(samples: list[Sample], answered: dict[tuple, dict], path: Path, model_
         )
     if unknown:
         raise UserError(f"{path.parent}: {len(unknown)} answers belong to no question; run again with --fresh")
+    try:
+        import shortuuid  # here, since nothing else that runs a model needs it
+    except ImportError:
+        raise UserError(
+            "answer files need the package shortuuid, which is not installed: pip install shortuuid"
+        ) from None
     rows = []
     for sample in samples:
         done = answered[sample.key]

@@ -188,7 +188,12 @@ def score(answers: list[tuple], table: list[dict], source: Path, partial: bool =
 
 def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
     """The .xlsx that the server takes: the table without images and notes, predictions in the seventh column."""
-    from openpyxl import Workbook
+    try:
+        from openpyxl import Workbook
+    except ImportError:
+        raise UserError(
+            "MMBench's upload needs the package openpyxl, which is not installed: pip install openpyxl"
+        ) from None
 
     columns = list(dict.fromkeys(name for row in table for name in row if name not in NOT_UPLOADED))
     columns = [name for name in columns if name not in ("question_id", "text")]
