@@ -254,7 +254,14 @@ def test_cdpruner_without_rank_left_goes_by_relevance():
 HAND = torch.tensor([[[1, 0.8, 0.6, 0], [0.8, 1, 0.2, 0], [0.6, 0.2, 1, 0], [0, 0, 0, 1]]])
 
 
-def test_coverage_by_hand():
+@pytest.fixture(params=[False, True], ids=["changed rows", "all rows"])
+def all_rows(request, monkeypatch):
+    """Coverage as on a CPU and as on a GPU."""
+    monkeypatch.setattr(Coverage, "all_rows", request.param)
+    return request.param
+
+
+def test_coverage_by_hand(all_rows):
     # Gains at first are the column sums: 2.4, 2.0, 1.8, 1. After 0 is chosen, m = (1, 0.8, 0.6, 0): patch 1 adds
     # 1 - 0.8, patch 2 adds 1 - 0.6, patch 3 still 1.
     coverage = Coverage(HAND)
@@ -300,7 +307,7 @@ def test_scope_equals_the_naive_rule(grid, layout, alpha):
         assert select("scope", image, make_text(), budget, alpha=alpha).indices.tolist() == sorted(expected)
 
 
-def test_gains_are_those_of_recomputing(monkeypatch):
+def test_gains_are_those_of_recomputing(all_rows, monkeypatch):
     # In small parts, so that several tiles and parts of a tile meet in one; clusters, so that much changes at once.
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(6, 20, generator=draw)
@@ -318,6 +325,39 @@ def test_gains_are_those_of_recomputing(monkeypatch):
             covered = torch.maximum(covered, similarity[torch.arange(3), chosen])
             gain = (similarity.double() - covered[:, :, None].double()).clamp_min(0).sum(1)
             torch.testing.assert_close(coverage.gain, gain, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [2, 16, 1024])
+def test_all_rows_give_the_picks_of_changed_rows(steps, monkeypatch):
+    """Bit for bit where sums are exact, ties included: similarities and weights are multiples of 1 / steps."""
+    draw = torch.Generator().manual_seed(steps)
+    similarity = (cosine_matrix(torch.randn(4, 60, 5, generator=draw)) * steps).round() / steps
+    weight = torch.randint(1, 4, (4, 60), generator=draw).double()
+    real = torch.arange(60) < torch.tensor([60, 60, 41, 9])[:, None]
+    similarity = similarity * real[:, None] * real[..., None]
+    found = []
+    for everywhere in (False, True):
+        monkeypatch.setattr(Coverage, "all_rows", everywhere)
+        found.append(cover_greedily(similarity, weight, real, 60))
+    assert torch.equal(*found)
+    for tile, count in enumerate([60, 60, 41, 9]):
+        expected = naive_facility_location(similarity[tile].double().numpy(), weight[tile].numpy(), count)
+        assert found[1][tile, :count].tolist() == expected
+
+
+def test_all_rows_ask_the_device_nothing(monkeypatch):
+    """nonzero is what a GPU would have to be waited for."""
+    similarity, real = cosine_matrix(torch.randn(2, 30, 8)), torch.ones(2, 30, dtype=torch.bool)
+    weight = torch.ones(2, 30)
+
+    def asked(*args):
+        raise AssertionError("asked which rows changed")
+
+    monkeypatch.setattr(torch, "nonzero", asked)
+    with pytest.raises(AssertionError, match="which rows changed"):
+        cover_greedily(similarity, weight, real, 3)
+    monkeypatch.setattr(Coverage, "all_rows", True)
+    cover_greedily(similarity, weight, real, 3)
 
 
 # --- VisionZip -------------------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ class Coverage:
     covered     [T, M]    m_u
     gain        [T, M]    what each patch would add, float64
 
-    A choice changes m_u only where the new patch is nearer than all before, and only those rows are looked at: over K
-    choices M * log(K) or so of them, where recomputing the gains would take M * K. Of single-precision numbers, sums in
-    double precision are exact to within its last digits, so the gains are those of recomputing.
+    A choice changes m_u only where the new patch is nearer than all before. On the CPU only those rows are looked at: over
+    K choices M * log(K) or so of them, where recomputing the gains would take M * K. A GPU would have to be asked which
+    rows they are, after every choice; there all rows are looked at, of which the others lose nothing. Of
+    single-precision numbers, sums in double precision are exact to within its last digits, so the gains are those of
+    recomputing either way.
     """
 
     def __init__(self, similarity: Tensor):
@@ -31,16 +33,31 @@ class Coverage:
         parts = [rows.clamp_min(0).double().sum(dim=-1) for rows in similarity.split(self.rows, dim=1)]
         self.gain = torch.cat(parts, dim=1)
 
+    @property
+    def all_rows(self) -> bool:
+        """Whether a choice looks at all rows, so that the device is asked nothing."""
+        return self.similarity.is_cuda
+
     def add(self, chosen: Tensor) -> None:
         """Choose patch chosen[t] of each tile t; `chosen` [T]."""
         tiles = torch.arange(len(chosen), device=chosen.device)
         nearest = torch.maximum(self.covered, self.similarity[tiles, chosen])
+        # max(0, S - before) - max(0, S - after), for before <= after, is S kept between the two, minus before.
+        if self.all_rows:
+            between = torch.clamp(self.similarity, self.covered[..., None], nearest[..., None])
+            before = self.covered.sum(dim=1, keepdim=True, dtype=torch.float64)
+            self.gain += before - between.sum(dim=1, dtype=torch.float64)
+        else:
+            self._lose_changed_rows(nearest, tiles)
+        self.covered = nearest
+        # Exactly: what is chosen covers nothing more.
+        self.gain.scatter_(1, chosen[:, None], 0.0)
+
+    def _lose_changed_rows(self, nearest: Tensor, tiles: Tensor) -> None:
+        """Take off the gains what is lost where the nearest [T, M] chosen patch is nearer than before; tiles: 0 .. T - 1."""
         changed = torch.nonzero((nearest > self.covered).flatten()).flatten()
         for rows in changed.split(self.rows):
-            # max(0, S - before) - max(0, S - after), for before <= after, is S kept between the two, minus before.
             before, after = (cover.flatten()[rows, None] for cover in (self.covered, nearest))
             between = torch.minimum(torch.maximum(self._flat.index_select(0, rows), before), after)
             of_tile = (rows // nearest.shape[1] == tiles[:, None]).double()
             self.gain += of_tile @ before.double() - of_tile @ between.double()
-        self.covered = nearest
-        self.gain[tiles, chosen] = 0.0  # exactly: what is chosen covers nothing more
