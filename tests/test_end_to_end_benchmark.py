@@ -301,6 +301,26 @@ def test_everyone_answers_twice_before_being_timed(bench, monkeypatch):
     assert len(calls) == 2 + 3 and len(right[0].answers) == 3
 
 
+def test_on_a_gpu_one_after_another(bench, monkeypatch):
+    """Each has the memory to itself: two answers more, its repetitions, and what it keeps is released before the next."""
+    made, events = bench(ALL, providers=("ours", "engine")), []
+    prompts = made.prompts(1)
+    right, _ = made.right(prompts, 2)
+    for kind in (Ours, OursByEngine):
+        answer = kind.answer
+        monkeypatch.setattr(kind, "answer", lambda who, *a, f=answer, **o: events.append(who.name) or f(who, *a, **o))
+        monkeypatch.setattr(kind, "release", lambda who: events.append(f"release {who.name}"))
+    for name in ("copy_bandwidth", "read_bandwidth", "free_memory"):
+        monkeypatch.setattr(end_to_end_bench, name, lambda _, name=name: events.append(name) or 1e10)
+    monkeypatch.setattr(end_to_end_bench, "Peak", lambda _: Peak("cpu"))
+    made.device = "cuda"
+    assert not made.measure(right, prompts, 2, repeats=3)
+    bandwidth = ["copy_bandwidth", "read_bandwidth", "free_memory"]
+    release = ["release ours", "release engine", "free_memory"]
+    assert events == [*bandwidth, *["ours"] * 5, *release, *bandwidth, *["engine"] * 5, *release]
+    assert [len(entry.answers) for entry in right] == [3, 3]
+
+
 def test_near_ties_on_a_gpu(bench):
     """On a GPU one of a hundred kept tokens may be another one, and its row is then not compared; on a CPU none may."""
     made = bench(ADAV)
