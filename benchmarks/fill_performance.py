@@ -3,7 +3,7 @@
     python benchmarks/fill_performance.py FOLDER [--results benchmarks/results] [--document docs/performance.md]
 
 Reads decode_kernel.csv, stages.csv, kernels.csv, sdpa.csv, end_to_end*.csv and prefill*.csv: rows of several end_to_end or
-prefill files of one preset become one file, where a later file takes the place of the same rows. Each is copied into
+prefill files of one preset become one file, where rows that were written later take the place of the same ones. Each is copied into
 benchmarks/results as <what>-<preset>-<cuda or cpu>.csv, drawn beside the document where there is something to draw, and put
 into the document between the marks of that name; `figures-<preset>-<cuda or cpu>` are the figures that matter, computed
 from the tables. What the folder lacks, and what the document has no marks for, is named, and the rest is filled.
@@ -204,14 +204,16 @@ PARTS = {
 
 
 def gather(folder: Path, part: Part) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """Rows as text of all files of a part, by (preset, backend): later files replace the same rows of earlier ones."""
+    """Rows as text of all files of a part, by (preset, backend): rows that were written later replace the same ones."""
+    files = [read_text(file, part.column) for file in sorted(folder.glob(part.files))]
+    for rows in files:
+        if "backend" not in rows[0]:
+            raise UserError(f"{folder}: {part.files} has no column backend, allowed is what the benchmarks write")
     found: dict[tuple[str, str], dict[tuple, dict[str, str]]] = {}
-    for file in sorted(folder.glob(part.files)):
-        for place, row in enumerate(read_text(file, part.column)):
-            if "backend" not in row:
-                raise UserError(f"{file}: found no column backend, allowed is what the benchmarks write")
-            rows = found.setdefault((row["preset"], row["backend"]), {})
-            rows[tuple(row[name] for name in part.key) or (place,)] = row
+    for rows in sorted(files, key=lambda rows: rows[-1]["written"]):
+        for place, row in enumerate(rows):
+            there = found.setdefault((row["preset"], row["backend"]), {})
+            there[tuple(row[name] for name in part.key) or (place,)] = row
     return {where: list(rows.values()) for where, rows in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import weakref
 
 import end_to_end
 import end_to_end_bench
@@ -9,15 +10,16 @@ import pytest
 import torch
 from end_to_end import read_config, rows_of
 from end_to_end_bench import Bench, Entry
-from end_to_end_report import read_rows
-from memory import Peak, ceiling, decode_weight_bytes, step_bytes
+from end_to_end_report import read_rows, show
+from memory import Peak, _products, bare_step, ceiling, copy_bandwidth, decode_weight_bytes, read_bandwidth, step_bytes
 from page import put
-from providers import Models, Ours, Transformers, Upstream
+from providers import Models, Ours, OursByEngine, Transformers, Upstream
 from shapes import PRESETS, Prompts, random_model
 
 from llava.config import AdaVConfig
 from llava.errors import UserError
 from llava.eval.transformers_reference import share_weights
+from llava.model.language_model.decode_step import merge_projections
 
 ADAV, CLS, ALL = AdaVConfig(overall_tokens=8), AdaVConfig(method="cls", overall_tokens=8), AdaVConfig(method="none")
 
@@ -153,6 +155,196 @@ def test_a_repetition_with_other_tokens(bench):
     assert not right and complaints == ["ours (it): its answer after the check gave other tokens, so it gets no time"]
 
 
+FLAGS = [
+    "--preset",
+    "tiny",
+    "--device",
+    "cpu",
+    "--repeats",
+    "1",
+    "--new-tokens",
+    "3",
+    "--config",
+    "method=adav overall_tokens=8",
+]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Run the benchmark on the tiny preset with some flags, and give the rows it wrote."""
+    for name in ("copy_bandwidth", "read_bandwidth"):  # seconds each
+        monkeypatch.setattr(end_to_end_bench, name, lambda _: 1e10)
+
+    def run(*flags):
+        output = tmp_path / "e.csv"
+        end_to_end.main([*FLAGS, "--output", str(output), "--plot", str(tmp_path / "e.png"), *flags])
+        return read_rows(output)
+
+    return run
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """How many rows the answers of each check had."""
+    rows, right = [], Bench.right
+
+    def record(bench, prompts, *others):
+        rows.append(len(prompts.ids))
+        return right(bench, prompts, *others)
+
+    monkeypatch.setattr(Bench, "right", record)
+    return rows
+
+
+def test_quick(measured, compared):
+    args, _ = end_to_end.arguments(["--quick", "--preset", "llava-v1.6-vicuna-7b", "--device", "cpu"])
+    assert (args.batches, args.new_tokens, args.repeats, args.check_batch) == ([1, 8, 32], [64], 3, 2)
+    rows = measured("--quick", "--batches", "1", "3", "4")
+    cell = ["transformers", "ours", "engine"]
+    timed = {batch: [row["provider"] for row in rows if row["batch"] == batch] for batch in (1, 3, 4)}
+    assert timed == {1: ["transformers", "upstream", "ours", "engine"], 3: cell, 4: cell}
+    assert {row["new_tokens"] for row in rows} == {3} and {row["repeats"] for row in rows} == {1}, "flags go first"
+    assert compared == [1, 2], "each comparison once, on two rows where there are more"
+    assert {row["compared_with"] for row in rows if row["provider"] == "ours"} == {"upstream"}
+
+
+def test_comparing_on_fewer_rows(measured, compared):
+    rows = measured("--batches", "3", "--check-batch", "1", "--providers", "ours", "upstream")
+    assert compared == [1] and [(row["provider"], row["batch"]) for row in rows] == [("upstream", 3), ("ours", 3)]
+
+
+def test_a_slow_reference_that_nobody_asked_for(measured, compared):
+    rows = measured("--batches", "3", "--providers", "ours")
+    assert compared == [2] and [row["compared_with"] for row in rows] == ["upstream"]
+    measured("--batches", "3", "--providers", "ours", "upstream")
+    assert compared == [2, 3]
+
+
+def test_without_a_twin(measured, monkeypatch):
+    monkeypatch.setattr(end_to_end, "twin_complaints", lambda *_: pytest.fail("no twin was asked for"))
+    rows = measured("--batches", "1", "--dtype", "bfloat16", "--no-twin", "--providers", "ours")
+    assert [row["dtype"] for row in rows] == ["bfloat16"]
+
+
+def test_adding_to_a_file(measured, tmp_path):
+    first = measured("--batches", "2", "--providers", "transformers", "ours", "--append")
+    second = measured("--batches", "1", "2", "--providers", "engine", "ours", "--append")
+    assert [(row["provider"], row["batch"]) for row in second] == [
+        *(("ours", 1), ("engine", 1)),
+        *(("transformers", 2), ("ours", 2), ("engine", 2)),
+    ]
+    plain, again, engine = second[2:]
+    assert plain == first[0], "what was not measured again stays"
+    assert again["command"] != first[1]["command"] and again["command"] == engine["command"]
+    assert engine["ttft_speedup"] == pytest.approx(plain["ttft_ms"] / engine["ttft_ms"], rel=2e-2, abs=1e-3)
+    assert second[0]["ttft_speedup"] is None, "transformers was not measured at batch 1"
+    assert len(measured("--batches", "1", "--providers", "ours")) == 1, "without --append the file is replaced"
+
+
+def test_adding_to_a_file_of_something_else(measured, tmp_path, capsys):
+    (tmp_path / "e.csv").write_text("ttft_ms,preset,dtype\n1,cpu,float32\n")
+    with pytest.raises(SystemExit):
+        measured("--append")
+    assert '--append found rows with preset "cpu", allowed is "tiny", as now' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["check", "warm-up", "second repetition"])
+def test_a_provider_that_runs_out_of_memory(when, measured, monkeypatch, tmp_path):
+    """It has a row that says so, what is kept is released when its tensors are gone, and the others are measured."""
+    answers, released, answer = [], [], OursByEngine.answer
+    fails = {"check": 1, "warm-up": 2, "second repetition": 4}[when]
+
+    class Large:
+        """Stands for the tensors of an attempt; of weak references."""
+
+    def runs_out(provider, *args, **options):
+        answers.append(1)
+        large = Large()
+        if len(answers) == fails:
+            held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answer(provider, *args, **options)
+
+    held: list = []
+    monkeypatch.setattr(OursByEngine, "answer", runs_out)
+    monkeypatch.setattr(OursByEngine, "release", lambda _: released.append([one() for one in held]))
+    rows = measured("--batches", "2", "--repeats", "2", "--providers", "transformers", "ours", "engine")
+    assert [(row["provider"], row["status"]) for row in rows] == [
+        ("transformers", "measured"),
+        ("ours", "measured"),
+        ("engine", "out of memory"),
+    ]
+    last = rows[-1]
+    assert len(answers) == fails
+    assert {tuple(one) for one in released if one} == {(None,)}, "its tensors are gone whenever memory is released"
+    assert {last[name] for name in end_to_end.FIGURES} == {None} and last["batch"] == 2 and rows[1]["ttft_ms"] > 0
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    assert "engine" in show(rows).splitlines()[-1] and "out of memory" in show(rows).splitlines()[-1]
+
+
+def test_a_reference_that_runs_out_of_memory(bench, monkeypatch):
+    def runs_out(*_, **__):
+        raise torch.OutOfMemoryError
+
+    made = bench(ADAV, providers=("ours",))
+    monkeypatch.setattr(Upstream, "answer", runs_out)
+    right, (complaint,) = made.right(made.prompts(1), 2)
+    assert not right and "upstream, which it is compared with, runs out of memory (--check-batch" in complaint
+
+
+def test_everyone_answers_twice_before_being_timed(bench, monkeypatch):
+    made, calls, answer = bench(ALL, providers=("ours",)), [], Ours.answer
+    monkeypatch.setattr(Ours, "answer", lambda *args, **options: calls.append(1) or answer(*args, **options))
+    prompts = made.prompts(1)
+    right, _ = made.right(prompts, 2)
+    made.measure(right, prompts, 2, repeats=3)
+    assert len(calls) == 2 + 3 and len(right[0].answers) == 3
+
+
+def test_on_a_gpu_one_after_another(bench, monkeypatch):
+    """Each has the memory to itself: two answers more, its repetitions, and what it keeps is released before the next."""
+    made, events = bench(ALL, providers=("ours", "engine")), []
+    prompts = made.prompts(1)
+    right, _ = made.right(prompts, 2)
+    for kind in (Ours, OursByEngine):
+        answer = kind.answer
+        monkeypatch.setattr(kind, "answer", lambda who, *a, f=answer, **o: events.append(who.name) or f(who, *a, **o))
+        monkeypatch.setattr(kind, "release", lambda who: events.append(f"release {who.name}"))
+    for name in ("copy_bandwidth", "read_bandwidth", "free_memory"):
+        monkeypatch.setattr(end_to_end_bench, name, lambda _, name=name: events.append(name) or 1e10)
+    monkeypatch.setattr(end_to_end_bench, "Peak", lambda _: Peak("cpu"))
+    made.device = "cuda"
+    assert not made.measure(right, prompts, 2, repeats=3)
+    bandwidth = ["copy_bandwidth", "read_bandwidth", "free_memory"]
+    release = ["release ours", "release engine", "free_memory"]
+    assert events == [*bandwidth, *["ours"] * 5, *release, *bandwidth, *["engine"] * 5, *release]
+    assert [len(entry.answers) for entry in right] == [3, 3]
+
+
+def test_near_ties_on_a_gpu(bench):
+    """On a GPU one of a hundred kept tokens may be another one, and its row is then not compared; on a CPU none may."""
+    made = bench(ADAV)
+    entry = next(entry for entry in made.entries if entry.provider.name == "ours")
+    prompts = made.prompts(2)
+    made.right(prompts, 2)
+    answer, truth = (provider.answer(prompts, 2, logits=True) for provider in (entry.provider, entry.reference))
+    same, other = torch.arange(100), torch.arange(1, 101)
+
+    def wrong(device, ours, theirs, row):
+        made.device = device
+        truth.kept, answer.kept = [same, same], [ours, theirs]
+        moved = dataclasses.replace(answer, logits=answer.logits.clone())
+        moved.logits[row] += 1.0
+        return made._wrong(entry, moved, truth, prompts, 2)
+
+    assert wrong("cuda", same, other, row=1) is None, "the row that read something else is not compared"
+    assert "its logits are up to 1.0e+00" in wrong("cuda", same, other, row=0)
+    assert wrong("cpu", same, other, row=1) == "it keeps other vision tokens than upstream"
+    many = torch.arange(10, 110)
+    assert wrong("cuda", same, many, row=1) == "it keeps other vision tokens than upstream"
+    assert wrong("cuda", same, same.flip(0), row=1) == "it keeps other vision tokens than upstream"
+
+
 def test_the_ceiling_by_hand():
     # Two layers, ten entries each after prefill, 4 bytes an entry; three rows, two steps, weights of 1,000 bytes. The
     # steps read 11 and 12 entries in each layer: 1,000 + 3 x 4 x (22 + 24) / 2 = 1,276 bytes in the mean.
@@ -220,6 +412,22 @@ def test_real_shapes(name, patches, gigabytes):
     assert prompts.image.candidates == patches and prompts.image.newlines == (48 if patches > 576 else 0)
 
 
+def test_products_of_a_step():
+    """Weights that one input is multiplied with are one product where they lie behind one another, as in the engine."""
+    model = random_model(PRESETS["tiny"].model_config(), "cpu", torch.float32, seed=0)
+    apart = _products(model)
+    assert len(apart) == 4 * 7 + 1 and sum(w.nbytes for w in apart) < decode_weight_bytes(model)
+    merge_projections(model)
+    joined = _products(model)
+    assert len(joined) == 4 * 4 + 1
+    assert torch.equal(joined[0], torch.cat(apart[:3])) and torch.equal(joined[-1], model.lm_head.weight)
+    assert 0 < bare_step(model, 2) < 1
+
+
+def test_bandwidths():
+    assert copy_bandwidth("cpu") > 1e8 and read_bandwidth("cpu") > 1e8
+
+
 def test_transformers_gets_our_tensors_and_a_whole_tower():
     model = random_model(PRESETS["tiny"].model_config(newline=True), "cpu", torch.float32, seed=0)
     reference = share_weights(model)
@@ -268,6 +476,7 @@ def test_bad_arguments(tmp_path, capsys):
         (["--config", "method=adav overall_tokens=0"], '"overall_tokens" is 0, allowed is a whole number'),
         (["--batches", "0"], "--batches is 0, allowed is at least 1"),
         (["--layers", "-1"], "--layers is -1, allowed is at least 1"),
+        (["--check-batch", "0"], "--check-batch is 0, allowed is at least 1"),
         (["--table", str(tmp_path / "none.csv")], "none.csv: cannot be read"),
     ):
         with pytest.raises(SystemExit) as stop:
