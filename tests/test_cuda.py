@@ -65,10 +65,10 @@ class Loaded:
     model: torch.nn.Module
 
     @classmethod
-    def random(cls, kv_heads: int, dtype: torch.dtype = torch.float32, layers: int = 3):
+    def random(cls, kv_heads: int, dtype: torch.dtype = torch.float32, layers: int = 3, device: str = DEVICE):
         # Head size 64, as the kernels' cases have it; 5 tiles of 16 patches and 8 newline tokens.
         preset = Preset(56, (64, 3, 4, 128), (256, layers, 4, 320), 200, (9, 7), kv_heads=kv_heads)
-        model = random_model(preset.model_config(newline=True), DEVICE, dtype, seed=0)
+        model = random_model(preset.model_config(newline=True), device, dtype, seed=0)
         make_fast(model)
         merge_projections(model)  # which make_fast does on a GPU alone
         return cls(preset, model)
@@ -195,14 +195,15 @@ def test_engine_is_transformers_generate(loaded, name):
     assert len(kinds(engine)) == 1
 
 
-def test_captured_tower_is_plain(grouped):
-    """One tower captured per number of tiles, for one engine after another: each image has its own features."""
-    expected = [grouped.request("adav", 2, seed).inputs_embeds for seed in range(4)]
-    engine = grouped.engine()
-    found = [grouped.request("adav", 2, seed).inputs_embeds for seed in range(4)]
+def test_captured_tower_is_plain(captures):
+    """Captured when a number of tiles comes again; every image still has its own features."""
+    loaded = Loaded.random(kv_heads=4, layers=1)
+    expected = [loaded.request("adav", 2, seed).inputs_embeds for seed in range(4)]
+    engine = loaded.engine()
+    found = [loaded.request("adav", 2, seed).inputs_embeds for seed in range(4)]
+    assert len(captures.graphs) == 1 and engine.captured_bytes() > 0
     for mine, theirs in zip(found, expected, strict=True):
-        assert float((mine - theirs).abs().max()) < 1e-5
-    assert engine.captured_bytes() and not engine.captured_sets()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 def test_draws_and_ends(grouped):
@@ -255,7 +256,7 @@ def test_short_answers_capture_no_steps(grouped, captures):
         assert kinds(engine) == expected, new
 
 
-NODES = {"full": 11, "h2o": 17, "avl, core": 17, "avl and text": 17}
+NODES = {"full": 10, "h2o": 11, "avl, core": 11, "avl and text": 12}
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -263,10 +264,9 @@ def test_nodes_per_layer(name):
     """How much a GPU launches for a layer of a decode step: the difference of a model with two layers more."""
     nodes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "DEVICE", "cpu")
         install(patch)
         for layers in (2, 4):
-            loaded = Loaded.random(kv_heads=2, layers=layers)
+            loaded = Loaded.random(kv_heads=2, layers=layers, device="cpu")
             prepared, engine = loaded.request(name, 2), loaded.engine()
             for _ in range(2):
                 tokens(engine, prepared)
@@ -356,23 +356,6 @@ def cache_bytes(cache):
     """A copy of what a step reads, bit by bit: what stands in free slots is anything, NaN included."""
     names = ("keys", "values", "front_len", "core", "text", "text_len")
     return [getattr(layer, name).clone().view(torch.uint8) for layer in cache.layers for name in names]
-
-
-def test_a_step_on_the_cache_of_an_earlier_request(grouped):
-    """It is refused before it has changed anything of the request that has the storage now."""
-    prepared, engine = grouped.request("full", 2), grouped.engine()
-    expected = grouped.plain(prepared)
-    earlier = [engine.generate(prepared, Sampling(NEW)).cache for _ in range(2)][-1]
-    generation = engine.stream(prepared, Sampling(NEW))
-    for _ in range(4):
-        next(generation)
-    before = [*cache_bytes(generation.cache), generation.cache.tensors.positions.clone()]
-    with pytest.raises(UserError, match="went to a later request"), torch.inference_mode():
-        earlier.begin_step(1)
-        grouped.model.decode_step(torch.tensor([3, 3], device=DEVICE), earlier)
-    after = [*cache_bytes(generation.cache), generation.cache.tensors.positions]
-    assert all(map(torch.equal, after, before))
-    assert advance_in_turns(generation) == [expected]
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -515,18 +498,24 @@ def test_captured_sets_stay_within_the_bound(grouped, monkeypatch):
     others = unbounded.captured_bytes() - sum(sizes.values())
     # The second is the third set's and its prefill's bytes, which are those of the first two: prefills grow with the rows.
     for bound, left in ((0, [[1], [2], [3], [1]]), (sizes[3] + others // 2, [[1], [1, 2], [1, 2, 3], [3, 1]])):
-        engine = grouped.engine(graph_bytes=bound)
-        prefill, idle, found = engine.prefill, [], []
-
-        def watched(prepared, cache, engine=engine, prefill=prefill, idle=idle):
-            lent = [kept.nbytes for kept in engine.captured_sets() if kept.cache is cache]
-            idle.append(engine.captured_bytes() - sum(lent))
-            return prefill(prepared, cache)
-
-        monkeypatch.setattr(engine, "prefill", watched)
+        engine, found = grouped.engine(graph_bytes=bound), []
+        idle = idle_bytes(engine, monkeypatch)
         for rows in (1, 2, 3, 1):
             for _ in range(2):
                 assert tokens(engine, requests[rows]) == expected[rows]
             found.append([kept.cache.layout.batch for kept in engine.captured_sets()])
         assert len(idle) == 8 and max(idle) <= bound
         assert found == left
+
+
+def idle_bytes(engine, monkeypatch):
+    """A list that grows with every prefill: bytes of what is captured, less the storage that the prefill goes into."""
+    prefill, found = engine.prefill, []
+
+    def watched(prepared, cache):
+        lent = [kept.nbytes for kept in engine.captured_sets() if kept.cache is cache]
+        found.append(engine.captured_bytes() - sum(lent))
+        return prefill(prepared, cache)
+
+    monkeypatch.setattr(engine, "prefill", watched)
+    return found
