@@ -358,6 +358,23 @@ def cache_bytes(cache):
     return [getattr(layer, name).clone().view(torch.uint8) for layer in cache.layers for name in names]
 
 
+def test_a_step_on_the_cache_of_an_earlier_request(grouped):
+    """It is refused before it has changed anything of the request that has the storage now."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    expected = grouped.plain(prepared)
+    earlier = [engine.generate(prepared, Sampling(NEW)).cache for _ in range(2)][-1]
+    generation = engine.stream(prepared, Sampling(NEW))
+    for _ in range(4):
+        next(generation)
+    before = [*cache_bytes(generation.cache), generation.cache.tensors.positions.clone()]
+    with pytest.raises(UserError, match="went to a later request"), torch.inference_mode():
+        earlier.begin_step(1)
+        grouped.model.decode_step(torch.tensor([3, 3], device=DEVICE), earlier)
+    after = [*cache_bytes(generation.cache), generation.cache.tensors.positions]
+    assert all(map(torch.equal, after, before))
+    assert advance_in_turns(generation) == [expected]
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +502,18 @@ def test_release(grouped):
     for _ in range(3):
         assert [tokens(engine, prepared) for prepared in requests] == expected
     assert len(engine.captured_sets()) == 2
+
+
+def test_an_engine_that_is_dropped_takes_everything_with_it(grouped):
+    """Nothing of the model, the vision tower above all, holds on to what the engine has captured."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    for _ in range(2):
+        tokens(engine, prepared)
+    held = [weakref.ref(part) for kept in engine.captured_sets() for part in (kept, kept.cache.tensors)]
+    del engine
+    gc.collect()
+    assert len(held) == 2 and all(part() is None for part in held)
+    torch.testing.assert_close(grouped.request("full", 2).inputs_embeds, prepared.inputs_embeds, rtol=0, atol=1e-5)
 
 
 def test_captured_sets_stay_within_the_bound(grouped, monkeypatch):
