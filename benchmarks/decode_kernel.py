@@ -1,6 +1,6 @@
 """Time of one decoding step's attention when only part of the KV cache is read: our kernel against three ways without it.
 
-    python benchmarks/decode_kernel.py [--preset gpu] [--shape vicuna-7b] [--dtype float16] [--output FILE.csv]
+    python benchmarks/decode_kernel.py [--preset gpu] [--shape vicuna-7b] [--dtype bfloat16] [--output FILE.csv]
 
 A row of the cache stores a prefix, N image tokens and some text; a step reads the prefix, a share of the image tokens (A-VL's
 core) and the text. One layer, one query per row. Providers:
@@ -13,7 +13,7 @@ core) and the text. One layer, one query per row. Providers:
 The baselines get flat row numbers and masks ready-made, and the query heads of a KV head as rows of one problem, which is
 the fastest that SDPA can have. bytes are those of keys and values that a provider has to move: listed rows for ours, three
 times as many for index_select (read, written, read), stored rows for the other two. They are set against the measured
-bandwidth of a copy (bytes read plus bytes written).
+bandwidth of a copy (bytes read plus bytes written); what reading alone reaches is in a column beside it.
 
 Calls rotate over so many copies of the cache that none is still in the processor's cache when its turn comes again. On a GPU, us is
 one call from Python with its launches, between two events; graph_us is one call of a CUDA graph that holds a call per copy, so
@@ -37,8 +37,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from decode_providers import Case, Provider, Step, error, providers
-from memory import copy_bandwidth
-from record import RESULTS, how, write_csv
+from memory import copy_bandwidth, read_bandwidth
+from record import RESULTS, how, pick, write_csv
 from torch import Tensor
 
 from llava.errors import UserError, exits_cleanly
@@ -199,15 +199,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--splits", type=int, help="programs per sequence, in place of the kernel's choice")
     parser.add_argument("--tuning", nargs=3, type=int, metavar=("BLOCK", "WARPS", "STAGES"), help="likewise")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    parser.add_argument("--dtype", choices=TOLERANCE, help="default: float16 on a GPU")
+    parser.add_argument("--dtype", choices=TOLERANCE, help="default: bfloat16 on a GPU")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/decode_kernel-<preset>-<shape>-<dtype>.csv"
     )
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device, args.dtype = pick(args.device, args.dtype)
     args.preset = args.preset or ("gpu" if args.device == "cuda" else "cpu")
-    args.dtype = args.dtype or ("float16" if args.device == "cuda" else "float32")
     for name in ("batches", "tokens", "shares", "repeats"):
         setattr(args, name, getattr(args, name) or getattr(PRESETS[args.preset], name))
     if min(*args.batches, *args.tokens, args.repeats, args.splits or 1, *(args.tuning or [1])) < 1:
@@ -223,8 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     made = {**how(args, "decode_kernel.py", args.device), "triton": triton_version()}
     output = args.output or RESULTS / f"decode_kernel-{args.preset}-{args.shape}-{args.dtype}.csv"
-    copy_gb = copy_bandwidth(args.device) / 1e9
-    print(f"{made['device']}, {args.dtype}, torch {made['torch']}, a copy moves {copy_gb:,.0f} GB/s")
+    copy_gb, read_gb = copy_bandwidth(args.device) / 1e9, read_bandwidth(args.device) / 1e9
+    made["read_gb_per_s"] = round(read_gb, 1)
+    print(
+        f"{made['device']}, {args.dtype}, torch {made['torch']}, a copy moves {copy_gb:,.0f} GB/s, reading {read_gb:,.0f}"
+    )
     rows, wrong = [], []
     for batch, tokens, share in progress_bar(
         "measuring", [*product(args.batches, args.tokens, args.shares)], unit=" cases"

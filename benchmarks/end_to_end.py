@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                                               # the `cpu` preset, minutes on two cores
     python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b                 # real shapes, bfloat16, on a GPU
+    python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b --quick --batches 8 --append     # a batch more
     python benchmarks/end_to_end.py --config "method=none" --config "method=fastv overall_tokens=288"
     python benchmarks/end_to_end.py --table benchmarks/results/end_to_end-cpu-cpu.csv      # into docs/performance.md
 
@@ -16,7 +17,9 @@ Before anything is timed, a provider's answers are compared: with every token ke
 tokens selected against the published way, which has to keep the same ones; and the bytes of every KV cache with those
 predicted. In float32 the logits of the first token are compared, and all tokens where nothing is left unread in
 decoding; in half precision a float32 twin with fewer layers is compared like that, and the logits to within the dtype's
-noise. What is wrong gets no row, and the exit code is 1. Providers take turns in every repetition; figures are medians.
+noise. What is wrong gets no row, and the exit code is 1. Whoever is timed has answered at least twice before. On a CPU
+providers take turns in every repetition; on a GPU each has the memory to itself. Figures are medians. A provider that
+runs out of memory has a row that says so, and the others go on.
 """
 
 from __future__ import annotations
@@ -26,15 +29,15 @@ import json
 import shlex
 import statistics
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from end_to_end_bench import Bench, Entry
-from end_to_end_report import DOCUMENT, draw, fill, read_csv, show
-from memory import ceiling, step_bytes
+from end_to_end_report import DOCUMENT, draw, fill, read_rows, show
+from memory import ceiling, free_memory, step_bytes
 from providers import PROVIDERS
-from record import RESULTS, how, write_csv
+from record import RESULTS, how, pick, read_text, write_csv
 from shapes import PRESETS, Prompts
 
 from llava.config import AdaVConfig, ConfigError, method_class
@@ -46,7 +49,15 @@ STAGES = ("vision_tower", "projector", "selection")
 # Batches and new tokens by preset, where they are not given; the issue's for real shapes, minutes for the others.
 SIZES = {"cpu": ([1], [32]), "tiny": ([1, 2], [4])}
 REAL = ([1, 8, 32], [64, 512])
+QUICK = {"new_tokens": [64], "repeats": 3, "check_batch": 2}  # of --quick, where flags do not say otherwise
 TWIN = (2, 8)  # LLM layers and new tokens of the float32 model that half precision is checked by
+# Columns that are empty where an answer has one token, and all that are where it did not fit into memory.
+DECODING = [f"tokens_per_s{end}" for end in ("", "_min", "_max")]
+DECODING += ["step_ms", "overhead_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s", "read_gb_per_s", "weights_of_copy"]
+DECODING += ["ceiling_tokens_per_s", "of_ceiling"]
+FIGURES = [f"ttft_ms{end}" for end in ("", "_min", "_max")] + [f"{stage}_ms" for stage in (*STAGES, "prefill")]
+FIGURES += [*DECODING, "kv_mb", "peak_mb"]
+OUT_OF_MEMORY = "out of memory"
 
 
 def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: int) -> list[dict]:
@@ -59,6 +70,7 @@ def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: in
             "provider": entry.provider.name,
             "name": entry.label,
             "config": _settings(config),
+            "status": OUT_OF_MEMORY if entry.out_of_memory else "measured",
             "layers": prompts.shape.layers,
             "batch": batch,
             "at_once": at_once,
@@ -66,33 +78,46 @@ def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: in
             "vision_tokens": prompts.image.tokens,
             "layer_mean_tokens": round(cost.layer_mean, 1),
             "text_tokens": sum(prompts.text),
-            **_spread("ttft_ms", [1e3 * answer.first for answer in entry.answers]),
         }
-        for stage in STAGES:
-            row[f"{stage}_ms"] = _median([1e3 * answer.stages.get(stage, 0.0) for answer in entry.answers])
-        row["prefill_ms"] = _median([1e3 * (a.first - sum(a.stages.values())) for a in entry.answers])
-        row |= _decoding(entry, bench, cost, at_once)
-        row["kv_mb"] = round(entry.answers[0].kv / 1e6, 2)
-        row["peak_mb"] = round(max(entry.peaks) / 1e6, 1) or ""
+        row |= dict.fromkeys(FIGURES, "") if entry.out_of_memory else _figures(entry, bench, cost, at_once)
         row["compared_with"] = entry.reference.name if entry.reference else ""
         row["same_tokens"] = "" if entry.same_tokens is None else round(entry.same_tokens, 4)
-        rows.append(row)
-    plain = next((row for row in rows if row["provider"] == "transformers"), None)
+        rows.append(row | {"ttft_speedup": "", "decode_speedup": ""})  # with_speedups knows the other rows
+    return rows
+
+
+def _figures(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
+    """What was measured of one entry, in the order of FIGURES."""
+    row = _spread("ttft_ms", [1e3 * answer.first for answer in entry.answers])
+    for stage in STAGES:
+        row[f"{stage}_ms"] = _median([1e3 * answer.stages.get(stage, 0.0) for answer in entry.answers])
+    row["prefill_ms"] = _median([1e3 * (a.first - sum(a.stages.values())) for a in entry.answers])
+    row |= _decoding(entry, bench, cost, at_once)
+    row["kv_mb"] = round(entry.answers[0].kv / 1e6, 2)
+    row["peak_mb"] = round(max(entry.peaks) / 1e6, 1) or ""
+    return row
+
+
+def with_speedups(rows: list[dict]) -> list[dict]:
+    """Each row with how many times as fast it is as transformers at the same batch and length: an empty cell where there
+    is nothing to compare with. Cells may be text."""
+
+    def cell(row):
+        return int(row["batch"]), int(row["new_tokens"])
+
+    plain = {cell(row): row for row in rows if row["provider"] == "transformers"}
     for row in rows:
+        other = plain.get(cell(row), {})
         for name, figure, better in (("ttft", "ttft_ms", -1), ("decode", "tokens_per_s", 1)):
-            known = plain is not None and plain[figure] != ""
-            row[f"{name}_speedup"] = round((row[figure] / plain[figure]) ** better, 3) if known else ""
+            known = other.get(figure, "") != "" and row[figure] != ""
+            row[f"{name}_speedup"] = round((float(row[figure]) / float(other[figure])) ** better, 3) if known else ""
     return rows
 
 
 def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
     """Speed of decoding, and what is the most that memory allows."""
     batch, steps = entry.answers[0].tokens.shape[0], entry.answers[0].tokens.shape[1] - 1
-    row = dict.fromkeys(
-        [f"tokens_per_s{end}" for end in ("", "_min", "_max")]
-        + ["step_ms", "overhead_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s", "ceiling_tokens_per_s", "of_ceiling"],
-        "",
-    )
+    row = dict.fromkeys(DECODING, "")
     if not steps:
         return row
     rates = [batch * steps / answer.decode for answer in entry.answers]
@@ -106,6 +131,8 @@ def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
         "mb_per_step": round(read / 1e6, 1),
         "gb_per_s": round(read * rate / at_once / 1e9, 2),
         "copy_gb_per_s": round(bench.bandwidth / 1e9, 2),
+        "read_gb_per_s": round(bench.reading / 1e9, 2),
+        "weights_of_copy": round(bench.weights * rate / at_once / bench.bandwidth, 4),
         "ceiling_tokens_per_s": round(most, 2),
         "of_ceiling": round(rate / most, 4),
     }
@@ -174,28 +201,95 @@ def twin_complaints(args: argparse.Namespace, configs: dict[str, AdaVConfig]) ->
 def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
     """Measure every batch and length, write what there is after each, and return what was wrong."""
     dtype = getattr(torch, args.dtype)
-    refused = {} if dtype == torch.float32 else twin_complaints(args, configs)
+    earlier = _earlier(args) if args.append else []
+    refused = {} if dtype == torch.float32 or args.no_twin else twin_complaints(args, configs)
+    free_memory(args.device)  # the twin's
     bench = Bench(PRESETS[args.preset], args.layers, args.device, dtype, args.seed, args.providers, configs)
     bench.entries = [entry for entry in bench.entries if entry.key not in refused]
     complaints = [f"{provider} ({label}): {why}, so it gets no time" for (provider, label), why in refused.items()]
     rows, made = [], how(args, "end_to_end.py", args.device)
     print(f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}", flush=True)
+    checks = Checks(bench, args.check_batch)
     for batch in args.batches:
         prompts = bench.prompts(batch)
         for new_tokens in args.new_tokens:
-            entries, wrong = bench.right(prompts, new_tokens)
+            entries, wrong = checks(entries_of(bench, batch, args.quick), prompts, new_tokens)
             wrong += bench.measure(entries, prompts, new_tokens, args.repeats)
             print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
             complaints += wrong
-            rows += rows_of(entries, bench, prompts, new_tokens)
+            rows += [row | made for row in rows_of(entries, bench, prompts, new_tokens)]
             if rows:
-                write_csv(args.output, rows, made)
+                write_csv(args.output, with_speedups(merged(earlier, rows)))
     if rows:
-        written = read_csv(args.output)
+        written = read_rows(args.output)
         draw(written, args.plot)
-        print(f"a copy moves up to {bench.bandwidth / 1e9:,.1f} GB/s (read plus written)\n")
+        print(f"a copy moves up to {bench.bandwidth / 1e9:,.1f} GB/s (read plus written)")
+        print(f"reading alone goes at up to {bench.reading / 1e9:,.1f} GB/s\n")
         print(f"{show(written)}\n\n{args.output}\n{args.plot}")
     return complaints
+
+
+def entries_of(bench: Bench, batch: int, quick: bool) -> list[Entry]:
+    """Who is timed at a batch: quick leaves out who answers one row after another."""
+    return [entry for entry in bench.entries if batch == 1 or entry.provider.side_by_side or not quick]
+
+
+class Checks:
+    """Compares entries before they are timed, each once for every number of rows and new tokens.
+
+    rows: that are compared; None: as many as are timed, but two at most where an entry is compared with a provider that
+    answers row by row and is not timed itself.
+    """
+
+    def __init__(self, bench: Bench, rows: int | None):
+        self.bench, self.rows = bench, rows
+        self._right: dict[tuple, Entry] = {}
+        self._seen: set[tuple] = set()
+
+    def __call__(self, entries: list[Entry], prompts: Prompts, new_tokens: int) -> tuple[list[Entry], list[str]]:
+        """(those that may be timed, each as a new entry; what is wrong with the others that were compared just now)."""
+        rows = self._rows(entries, len(prompts.ids))
+        keys = {(rows, new_tokens, *entry.key): entry for entry in entries}
+        new = [entry for key, entry in keys.items() if key not in self._seen]
+        some = prompts if rows == len(prompts.ids) else self.bench.prompts(rows)
+        right, complaints = self.bench.right(some, new_tokens, new) if new else ([], [])
+        self._seen |= keys.keys()
+        self._right |= {(rows, new_tokens, *entry.key): entry for entry in right}
+        found = [self._right[key] for key in keys if key in self._right]
+        return [replace(entry, answers=list(entry.answers), peaks=[]) for entry in found], complaints
+
+    def _rows(self, entries: list[Entry], batch: int) -> int:
+        if self.rows is not None:
+            return min(self.rows, batch)
+        timed = {id(entry.provider) for entry in entries}
+        others = (entry.reference for entry in entries if entry.reference and id(entry.reference) not in timed)
+        return batch if all(other.side_by_side for other in others) else min(2, batch)
+
+
+def merged(earlier: list[dict], rows: list[dict]) -> list[dict]:
+    """Earlier rows of a file and new ones, by batch and length. A new one takes the place of that of the same provider,
+    configuration, batch and length."""
+
+    def key(row):
+        return row["provider"], row["config"], int(row["batch"]), int(row["new_tokens"])
+
+    new = {key(row) for row in rows}
+    both = [dict(row) for row in earlier if key(row) not in new] + [dict(row) for row in rows]
+    return sorted(both, key=lambda row: key(row)[2:])
+
+
+def _earlier(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the file that --append adds to; none where it is not there yet."""
+    if not args.output.exists():
+        return []
+    rows = read_text(args.output, "ttft_ms")
+    for name in ("preset", "dtype"):
+        for row in rows:
+            if row[name] != getattr(args, name):
+                raise UserError(
+                    f'{args.output}: --append found rows with {name} "{row[name]}", allowed is "{getattr(args, name)}", as now'
+                )
+    return rows
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, AdaVConfig]]:
@@ -211,7 +305,15 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
     )
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 32; presets cpu 1, tiny 1 2")
     parser.add_argument("--new-tokens", nargs="+", type=int, help="default: 64 512; presets cpu 32, tiny 4")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="default: 5")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="64 new tokens, 3 repeats, comparisons on 2 rows, the published way at batch 1 alone",
+    )
+    parser.add_argument("--check-batch", type=int, metavar="N", help="compare on N rows, however many are timed")
+    parser.add_argument("--no-twin", action="store_true", help="half precision without the comparison in float32")
+    parser.add_argument("--append", action="store_true", help="add to --output; the same cells are replaced")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
@@ -224,17 +326,18 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: docs/performance.md")
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
+    for name, value in QUICK.items() if args.quick else ():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.repeats = 5 if args.repeats is None else args.repeats
     batches, new_tokens = SIZES.get(args.preset, REAL)
     args.batches, args.new_tokens = args.batches or batches, args.new_tokens or new_tokens
-    counts = [("--repeats", args.repeats), ("--layers", args.layers)]
+    counts = [("--repeats", args.repeats), ("--layers", args.layers), ("--check-batch", args.check_batch)]
     counts += [("--batches", n) for n in args.batches] + [("--new-tokens", n) for n in args.new_tokens]
     for flag, count in counts:
         if count is not None and count < 1:
             raise UserError(f"{flag} is {count}, allowed is at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but this torch sees no GPU")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.device, args.dtype = pick(args.device, args.dtype)
     name = f"end_to_end-{args.preset}-{args.device}"
     args.output = args.output or RESULTS / f"{name}.csv"
     args.plot = args.plot or DOCUMENT.parent / f"{name}.png"

@@ -6,14 +6,22 @@ import gc
 from dataclasses import dataclass, field, replace
 
 import torch
-from memory import Peak, bare_step, copy_bandwidth, decode_weight_bytes
+from memory import Peak, bare_step, copy_bandwidth, decode_weight_bytes, free_memory, read_bandwidth
 from providers import Answer, Models, Ours, OursByEngine, Provider, Transformers, Upstream
 from shapes import Preset, Prompts, random_model
+from torch import Tensor
 
 from llava.config import AdaVConfig
 from llava.eval.flops import Cost, allocated_kv_bytes, predict
 from llava.eval.self_check import FLOAT32_LIMIT, HALF_LIMITS
 from llava.progress import progress_bar
+
+# Other vision tokens that the float32 models may keep on a GPU. Its kernels sum in another order for every shape and
+# backend, so that a near tie at the edge of a list may go either way; on a CPU it does not.
+OTHER_TOKENS = 0.02
+# Untimed answers after the check. On a GPU the first of a shape compiles kernels and sets up libraries, the second
+# captures graphs, and what the check had captured has been let go of.
+WARM_UPS = {"cpu": 1, "cuda": 2}
 
 
 @dataclass
@@ -21,6 +29,8 @@ class Entry:
     """One line of the table: a provider under a configuration, the provider it is compared with, and its answers.
 
     same_as: a provider that has to give the very same tokens under every cache policy (the engine's generate()).
+    out_of_memory: whether an answer did not fit; there are none then. checked: the tokens that every timed answer has to
+    have in float32; None for what is not timed.
     """
 
     provider: Provider
@@ -30,6 +40,8 @@ class Entry:
     answers: list[Answer] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     same_tokens: float | None = None
+    out_of_memory: bool = False
+    checked: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -43,9 +55,9 @@ class Entry:
 class Bench:
     """A model with random weights, and who answers with it under which configurations.
 
-    providers: names; configs: by what they are called. `entries` are the lines of the table; `bandwidth` is the fastest
-    copy so far, in bytes per second, tried before every repetition; `bare` has, by rows at once, the seconds of the fastest
-    pass over a decode step's products alone.
+    providers: names; configs: by what they are called. `entries` are the lines of the table; `bandwidth` and `reading` are
+    the fastest copy and the fastest pass of reading alone so far, in bytes per second; `bare` has, by rows at once, the
+    seconds of the fastest pass over a decode step's products alone.
     """
 
     def __init__(
@@ -54,7 +66,7 @@ class Bench:
         self.preset, self.device, self.dtype, self.seed = preset, device, dtype, seed
         model = random_model(preset.model_config(newline=True, layers=layers), device, dtype, seed)
         self.models = Models(model)
-        self.weights, self.bandwidth = decode_weight_bytes(model), 0.0
+        self.weights, self.bandwidth, self.reading = decode_weight_bytes(model), 0.0, 0.0
         self.bare: dict[int, float] = {}
         self.entries = self._entries(providers, configs)
 
@@ -83,27 +95,57 @@ class Bench:
     def cost(self, config: AdaVConfig, prompts: Prompts) -> Cost:
         return predict(prompts.shape, config, [prompts.image], sum(prompts.text), [prompts.text[1]])
 
+    def release(self) -> None:
+        """Let go of what providers keep between answers, and of what nobody holds any more."""
+        for entry in self.entries:
+            entry.provider.release()
+        free_memory(self.device)
+
+    def _answer(self, provider: Provider, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer | None:
+        """None where it does not fit into memory."""
+        try:
+            return provider.answer(prompts, new_tokens, logits)
+        except torch.OutOfMemoryError:
+            pass
+        # Behind the except: the traceback of the error held the tensors of the failed attempt.
+        self.release()
+        return None
+
     @torch.inference_mode()
-    def right(self, prompts: Prompts, new_tokens: int) -> tuple[list[Entry], list[str]]:
-        """Entries whose answers are right, with each one's first answer, and what is wrong with the others."""
-        truths: dict[int, Answer] = {}
+    def right(self, prompts: Prompts, new_tokens: int, entries=None) -> tuple[list[Entry], list[str]]:
+        """Entries whose answers are right, with each one's first answer, and what is wrong with the others. Those that run
+        out of memory are among the former, without an answer. entries: all unless given."""
+        truths: dict[int, Answer | None] = {}
         right, complaints = [], []
-        for entry in progress_bar("checking", self.entries, unit=" providers"):
-            answer = entry.provider.answer(prompts, new_tokens, logits=True)
-            truths[id(entry.provider)] = answer
-            for other in (entry.reference, entry.same_as):
-                if other is not None and id(other) not in truths:
-                    truths[id(other)] = other.answer(prompts, new_tokens, logits=True)
-            wrong = self._wrong(entry, answer, truths.get(id(entry.reference)), prompts, new_tokens)
-            if entry.same_as is not None and self.dtype == torch.float32 and wrong is None:
-                same = answer.tokens == truths[id(entry.same_as)].tokens
-                if not same.all():
-                    wrong = f"{1 - same.float().mean():.0%} of its tokens are not those of {entry.same_as.name}"
+        for entry in progress_bar("checking", self.entries if entries is None else entries, unit=" providers"):
+            for provider in (entry.provider, entry.reference, entry.same_as):
+                if provider is not None and id(provider) not in truths:
+                    truths[id(provider)] = self._answer(provider, prompts, new_tokens, logits=True)
+            answer = truths[id(entry.provider)]
+            wrong = self._complaint(entry, answer, truths, prompts, new_tokens)
             if wrong:
                 complaints.append(f"{entry.name}: {wrong}, so it gets no time")
             else:
-                right.append(replace(entry, answers=[answer], peaks=[]))
+                answers = [] if answer is None else [answer]
+                right.append(replace(entry, answers=answers, peaks=[], out_of_memory=answer is None))
+            self.release()
         return right, complaints
+
+    def _complaint(self, entry: Entry, answer: Answer | None, truths: dict, prompts: Prompts, new_tokens: int):
+        """What is wrong with an answer, of all that can be; None where nothing is, or where there is no answer."""
+        if answer is None:
+            return None
+        for other in (entry.reference, entry.same_as):
+            if other is not None and truths[id(other)] is None:
+                return (
+                    f"{other.name}, which it is compared with, runs out of memory (--check-batch compares fewer rows)"
+                )
+        wrong = self._wrong(entry, answer, truths.get(id(entry.reference)), prompts, new_tokens)
+        if wrong is None and entry.same_as is not None and self.dtype == torch.float32:
+            same = answer.tokens == truths[id(entry.same_as)].tokens
+            if not same.all():
+                return f"{1 - same.float().mean():.0%} of its tokens are not those of {entry.same_as.name}"
+        return wrong
 
     def _wrong(
         self, entry: Entry, answer: Answer, truth: Answer | None, prompts: Prompts, new_tokens: int
@@ -124,38 +166,110 @@ class Bench:
         other = entry.reference.name
         exact = self.dtype == torch.float32
         entry.same_tokens = float((answer.tokens == truth.tokens).float().mean())
-        pairs = zip(answer.kept, truth.kept, strict=True) if truth.kept is not None else ()
-        same_kept = all(torch.equal(ours, theirs) for ours, theirs in pairs)
-        if exact and not same_kept:
+        alike, apart = _same_choices(answer, truth)
+        if exact and apart > (OTHER_TOKENS if self.device == "cuda" else 0):
             return f"it keeps other vision tokens than {other}"
-        apart = answer.logits - truth.logits
-        if exact and float(apart.abs().max()) > FLOAT32_LIMIT:
-            return f"its logits are up to {float(apart.abs().max()):.1e} from those of {other}, allowed is {FLOAT32_LIMIT:g}"
-        if exact and config.cache_policy == "full" and entry.same_tokens < 1:
-            return f"{1 - entry.same_tokens:.0%} of its tokens are not those of {other}"
-        spread = truth.logits - truth.logits.mean(dim=-1, keepdim=True)
+        if not alike.any():
+            return None  # the LLM read something else in every row
+        return self._unlike(
+            (answer.logits[alike], answer.tokens[alike]), (truth.logits[alike], truth.tokens[alike]), other, config
+        )
+
+    def _unlike(self, ours, theirs, other: str, config: AdaVConfig) -> str | None:
+        """Whether logits and tokens of the same prompts and the same vision tokens are further apart than they may be."""
+        (logits, tokens), (expected, expected_tokens) = ours, theirs
+        apart = logits - expected
+        if self.dtype == torch.float32:
+            if float(apart.abs().max()) > FLOAT32_LIMIT:
+                return f"its logits are up to {float(apart.abs().max()):.1e} from those of {other}, allowed is {FLOAT32_LIMIT:g}"
+            same = float((tokens == expected_tokens).float().mean())
+            if config.cache_policy == "full" and same < 1:
+                return f"{1 - same:.0%} of its tokens are not those of {other}"
+            return None
+        spread = expected - expected.mean(dim=-1, keepdim=True)
         relative = float(apart.square().mean().sqrt() / spread.square().mean().sqrt())
-        if not exact and same_kept and relative > HALF_LIMITS[self.dtype]:
+        if relative > HALF_LIMITS[self.dtype]:
             return f"its logits are {relative:.1%} of their spread from those of {other}, allowed is {HALF_LIMITS[self.dtype]:.0%}"
         return None
 
     @torch.inference_mode()
     def measure(self, entries: list[Entry], prompts: Prompts, new_tokens: int, repeats: int) -> list[str]:
-        """Time the entries in turns, and say which of them answered otherwise than before."""
-        complaints = []
-        checked = {entry.key: entry.answers.pop() for entry in entries}
-        for repeat in progress_bar("measuring", range(repeats), unit=" repetitions"):
-            self.bandwidth = max(self.bandwidth, copy_bandwidth(self.device))
-            for rows in {len(prompts.ids) if entry.provider.side_by_side else 1 for entry in entries}:
-                passed = bare_step(self.models.ours, rows)
-                self.bare[rows] = min(passed, self.bare.get(rows, passed))
-            for entry in list(entries):
-                gc.collect()
-                peak = Peak(self.device)
-                answer = entry.provider.answer(prompts, new_tokens)
-                entry.peaks.append(peak.bytes() or 0)
-                entry.answers.append(answer)
-                if self.dtype == torch.float32 and not torch.equal(answer.tokens, checked[entry.key].tokens):
-                    complaints.append(f"{entry.name}: repetition {repeat + 1} gave other tokens, so it gets no time")
-                    entries.remove(entry)
+        """Time the entries, and say which of them answered otherwise than before.
+
+        On a CPU they take turns in every repetition, so that a machine that slows down slows all of them. On a GPU what an
+        engine keeps would then be in the others' memory: there each has its repetitions after one another.
+        """
+        complaints: list[str] = []
+        timed = [entry for entry in entries if not entry.out_of_memory]
+        alone = self.device == "cuda"
+        with progress_bar("measuring", total=repeats * len(timed), unit=" answers") as shown:
+            for group in [[entry] for entry in timed] if alone else [timed]:
+                self._yardsticks(group, prompts)
+                for entry in list(group):
+                    complaints += self._warm_up(entry, prompts, new_tokens)
+                for repeat in range(repeats):
+                    if repeat and not alone:
+                        self._yardsticks(group, prompts)
+                    for entry in [entry for entry in group if entry.checked is not None]:
+                        complaints += self._repeat(entry, prompts, new_tokens, repeat + 1)
+                        shown.update()
+                self.release()
+        entries[:] = [entry for entry in entries if entry.out_of_memory or entry.checked is not None]
         return complaints
+
+    def _yardsticks(self, entries: list[Entry], prompts: Prompts) -> None:
+        """What the speed of decoding is set against."""
+        self.bandwidth = max(self.bandwidth, copy_bandwidth(self.device))
+        self.reading = max(self.reading, read_bandwidth(self.device))
+        for rows in {len(prompts.ids) if entry.provider.side_by_side else 1 for entry in entries}:
+            passed = bare_step(self.models.ours, rows)
+            self.bare[rows] = min(passed, self.bare.get(rows, passed))
+        free_memory(self.device)
+
+    def _warm_up(self, entry: Entry, prompts: Prompts, new_tokens: int) -> list[str]:
+        """Answers that are not timed. The tokens of the check, or of the first where that was on other rows, are those of
+        every answer to come."""
+        checked = entry.answers.pop().tokens
+        entry.checked = checked if len(checked) == len(prompts.ids) else None
+        for _ in range(WARM_UPS[self.device]):
+            answer = self._answer(entry.provider, prompts, new_tokens)
+            if answer is None:
+                entry.out_of_memory, entry.checked = True, None
+                return []
+            if entry.checked is None:
+                entry.checked = answer.tokens
+            elif self._differs(entry, answer):
+                return self._refuse(entry, "its answer after the check")
+        return []
+
+    def _repeat(self, entry: Entry, prompts: Prompts, new_tokens: int, number: int) -> list[str]:
+        gc.collect()
+        peak = Peak(self.device)
+        answer = self._answer(entry.provider, prompts, new_tokens)
+        if answer is None:
+            entry.out_of_memory, entry.checked = True, None
+            entry.answers.clear()
+            return []
+        entry.peaks.append(peak.bytes() or 0)
+        entry.answers.append(answer)
+        return self._refuse(entry, f"repetition {number}") if self._differs(entry, answer) else []
+
+    def _differs(self, entry: Entry, answer: Answer) -> bool:
+        return self.dtype == torch.float32 and not torch.equal(answer.tokens, entry.checked)
+
+    @staticmethod
+    def _refuse(entry: Entry, what: str) -> list[str]:
+        entry.checked = None
+        return [f"{entry.name}: {what} gave other tokens, so it gets no time"]
+
+
+def _same_choices(answer: Answer, truth: Answer) -> tuple[Tensor, float]:
+    """([B] bool: rows in which the same vision tokens were kept, the share of tokens that were not)."""
+    if truth.kept is None:
+        return torch.ones(len(answer.tokens), dtype=torch.bool), 0.0
+    pairs = list(zip(answer.kept, truth.kept, strict=True))
+    others = [int((~torch.isin(ours, theirs)).sum()) for ours, theirs in pairs]
+    alike = torch.tensor([torch.equal(ours, theirs) for ours, theirs in pairs])
+    apart = sum(others) / max(1, sum(len(ours) for ours, _ in pairs))
+    # Rows with as many tokens of which none is another one, but in another order or number, are not alike either.
+    return alike, apart if any(others) or alike.all() else 1.0

@@ -1,6 +1,6 @@
 """Questions per second: the worker at its defaults against the loop that evaluations of LLaVA forks are made of.
 
-    python benchmarks/eval_throughput.py [--pictures 8] [--tokens K] [--repeats 5] [--output FILE.csv]
+    python benchmarks/eval_throughput.py [--pictures 8] [--tokens K] [--repeats 5] [--device cuda] [--output FILE.csv]
 
 The upstream loop, written down here from what it does: one question at a time; for each, its image is decoded and cut
 into tiles, the vision tower runs eagerly through all of its layers and hands out the attention map of every one of them
@@ -8,8 +8,9 @@ into tiles, the vision tower runs eagerly through all of its layers and hands ou
 it: batches, each picture decoded and encoded once for all of its questions, SDPA, one [CLS] row. Both choose tokens by
 the same code under the same configuration, both write an answer line per question, neither counts loading.
 
-The pictures are the demo's, eight questions each (POPE asks 18 of a picture, GQA 30, MME 2). Answers must be the same, else no figure is
-given. Loops take turns in every repetition, so that a machine that slows down slows both; figures are medians.
+The pictures are the demo's, eight questions each (POPE asks 18 of a picture, GQA 30, MME 2). Answers must be the same (in
+half precision 95 % of them), else no figure is given. Loops take turns in every repetition, so that a machine that slows down
+slows both; figures are medians.
 
 What bounds the ratio: tokens are selected for each question, so the LLM's prefill is nobody's to share, and on a CPU, whose
 matrix products run at full speed at batch 1 already, a batch does not make it cheaper. Questions share what comes before it.
@@ -20,22 +21,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
-import io
 import json
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from PIL import Image
+from record import RESULTS, how, pick, write_csv
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import logging as transformers_logging
 
@@ -46,8 +43,7 @@ from llava.demo.scenes import draw_scene, scene_rng
 from llava.demo.vocabulary import QUESTION_TYPES
 from llava.errors import exits_cleanly
 from llava.eval.arguments import Parser, positive
-from llava.eval.environment import commit, environment
-from llava.eval.files import REPOSITORY, write_atomically
+from llava.eval.files import REPOSITORY
 from llava.eval.launch import BATCH_SIZE
 from llava.eval.loaded_shard import LoadedShard
 from llava.eval.run import Generation
@@ -56,9 +52,10 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.progress import progress_bar
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
 FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2
+# The share of answers that may differ in half precision, where a batch is summed in another order than a single question.
+OTHER_ANSWERS = 0.05
 
 
 class EagerTower(torch.nn.Module):
@@ -124,8 +121,9 @@ class Upstream:
             for sample in self.spec["samples"]:
                 image = Image.open(Path(self.spec["image_folder"]) / sample["image"]).convert("RGB")
                 pixels = process_images([image], shard.image_processor, shard.model.config)
+                pixels = [one.to(shard.device, shard.model.dtype) for one in pixels]
                 prompt = single_turn(conversation, "<image>\n" + sample["prompt"])
-                ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None]
+                ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None].to(shard.device)
                 prepared = shard.model.prepare(ids, pixels, [image.size], config=self.config)
                 start = time.perf_counter()
                 output = shard.model.generate(
@@ -156,14 +154,15 @@ class Worker:
         return [rows[tuple(sample["key"])]["answer"] for sample in self.spec["samples"]]
 
 
-def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of every repetition per loop, after one that warms up. Exits where the answers differ: it would be the time of something else."""
+def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of every repetition per loop, after one that warms up. Exits where more than a share `may_differ` of the
+    answers differ: it would be the time of something else."""
     warm = progress_bar("warming up", loops.items(), unit=" loops")
     answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in warm}
     first, *others = answers.values()
     for other in others:
         differ = sum(a != b for a, b in zip(first, other, strict=True))
-        if differ:
+        if differ > may_differ * len(first):
             sys.exit(f"{differ} of {len(first)} answers differ between {' and '.join(answers)}, so no figure is given")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
@@ -173,7 +172,8 @@ def measure(loops: dict, repeats: int, folder: Path) -> dict[str, list[float]]:
             start = time.perf_counter()
             again = loop.run(folder / f"{name}-{repeat}.jsonl")
             seconds[name].append(time.perf_counter() - start)
-            if again != first:
+            differ = sum(a != b for a, b in zip(again, first, strict=True))
+            if differ > may_differ * len(first):
                 sys.exit(f"{name} answers otherwise in repetition {repeat + 1}, so no figure is given")
     return seconds
 
@@ -202,8 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"of the worker ({BATCH_SIZE})")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--output", type=Path, default=RESULTS / "eval_throughput-cpu.csv")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/eval_throughput-<device>.csv")
     args = parser.parse_args(argv)
+    args.given, args.preset = sys.argv[1:] if argv is None else argv, CHECKPOINT.name
+    args.device, args.dtype = pick(args.device, args.dtype)
+    args.output = args.output or RESULTS / f"eval_throughput-{args.device}.csv"
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
@@ -216,16 +221,17 @@ def main(argv: list[str] | None = None) -> None:
             "checkpoint": str(CHECKPOINT),
             "model_base": None,
             "config": config.to_dict(),
-            **asdict(Generation(MAX_NEW_TOKENS)),
+            **asdict(Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)),
             "batch_size": args.batch_size,
             "image_folder": str(folder),
             "samples": samples,
         }
         shard = LoadedShard(spec)
         tower = EagerTower(shard.model.get_vision_tower(), shard.model.config.vision)
+        tower.to(shard.device, shard.model.dtype)
         loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}
-        rows = rows_of(measure(loops, args.repeats, folder), loops, len(samples))
-    machine = environment()
+        seconds = measure(loops, args.repeats, folder, 0.0 if args.dtype == "float32" else OTHER_ANSWERS)
+        rows = rows_of(seconds, loops, len(samples))
     made = {
         "checkpoint": CHECKPOINT.name,
         "method": config.method,
@@ -233,23 +239,9 @@ def main(argv: list[str] | None = None) -> None:
         "pictures": args.pictures,
         "questions": len(samples),
         "batch_size": args.batch_size,
-        "repeats": args.repeats,
-        "device": machine["cpu"],
-        "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "commit": commit(),
-        "command": shlex.join(["python", "benchmarks/eval_throughput.py", *(sys.argv[1:] if argv is None else argv)]),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **how(args, "eval_throughput.py", args.device),
     }
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0], *made], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **made} for row in rows)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output, text.getvalue())
+    write_csv(args.output, rows, made)
     lines = [("loop", "questions/s", "slowest", "fastest", "of upstream", "in the LLM")]
     for row in rows:
         speeds = (f"{row[f'questions_per_second{end}']:.1f}" for end in ("", "_min", "_max"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,24 +21,52 @@ def cache_bytes(device: str) -> int:
         return 32 << 20
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read plus written, of copying four times what the processor's cache holds, at least 256 MiB.
+def fastest(run: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of ten calls: between two events on a GPU, which leaves launching out, else by the clock."""
+    if device != "cuda":
+        samples = []
+        for _ in range(10):
+            start = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - start)
+        return min(samples)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(10)]
+    for start, end in pairs:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return min(start.elapsed_time(end) for start, end in pairs) / 1e3
 
-    The fastest of ten: a ceiling is what memory can do when nobody else asks it. (A CPU may also read what it is about
-    to overwrite; that is not counted, so one that only reads can pass this speed.)
+
+def _block(device: str) -> torch.Tensor:
+    """float32 numbers that fill 2 GiB of a GPU; of a CPU four times its cache, at least 256 MiB."""
+    size = 2 << 30 if device == "cuda" else max(256 << 20, 4 * cache_bytes(device))
+    return torch.ones(size // 4, dtype=torch.float32, device=device)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read plus written, of a copy: the fastest of ten.
+
+    A ceiling is what memory can do when nobody else asks it. (A CPU may also read what it is about to overwrite; that is
+    not counted, so one that only reads can pass this speed.)
     """
-    source = torch.ones(max(256 << 20, 4 * cache_bytes(device)), dtype=torch.uint8, device=device)
+    source = _block(device)
     target = torch.zeros_like(source)
-    samples = []
-    for _ in range(10):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        samples.append(time.perf_counter() - start)
-    return 2 * source.numel() / min(samples)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes per second of reading alone, which is what decoding does: a sum over the block, the fastest of ten."""
+    source = _block(device)
+    return source.nbytes / fastest(source.sum, device)
+
+
+def free_memory(device: str) -> None:
+    """Collect what nobody holds any more, and give its memory back to the device."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Peak:
@@ -75,22 +104,44 @@ def decode_weight_bytes(model) -> int:
 def bare_step(model, batch: int) -> float:
     """Seconds of a decode step's products with weights alone, no attention and nothing between them: the fastest of ten.
 
-    What a step takes beyond it is the overhead: KV cache, norms, rotation, and the host where it is waited for.
+    What a step takes beyond it is the overhead: KV cache, norms, rotation, and the host where it is waited for. On a GPU the
+    products are one CUDA graph, as the engine's steps are.
     """
-    parts = (model.model.layers, model.lm_head)
-    weights = [linear.weight for part in parts for linear in part.modules() if isinstance(linear, torch.nn.Linear)]
+    weights = _products(model)
     inputs = {weight.shape[1]: weight.new_ones(batch, weight.shape[1]) for weight in weights}
-    cuda, samples = weights[0].is_cuda, []
-    for _ in range(10):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def step():
         for weight in weights:
             torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        if cuda:
-            torch.cuda.synchronize()
-        samples.append(time.perf_counter() - start)
-    return min(samples)
+
+    if not weights[0].is_cuda:
+        return fastest(step, "cpu")
+    step()  # sets up cuBLAS, which must not happen under capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return fastest(graph.replay, "cuda")
+
+
+def _products(model) -> list[torch.Tensor]:
+    """Weights that a decode step multiplies with, in their order. Those that lie behind one another in one allocation and
+    read the same input (merge_projections) are one: a step takes one product for them."""
+    joined: list[torch.Tensor] = []
+    for part in (model.model.layers, model.lm_head):
+        for linear in part.modules():
+            if isinstance(linear, torch.nn.Linear):
+                weight = linear.weight.detach()
+                if joined and _follows(joined[-1], weight):
+                    last = joined.pop()
+                    shape = (len(last) + len(weight), weight.shape[1])
+                    weight = last.as_strided(shape, last.stride(), last.storage_offset())
+                joined.append(weight)
+    return joined
+
+
+def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return same and first.stride() == second.stride() and second.data_ptr() == first.data_ptr() + first.nbytes
 
 
 def step_bytes(weights: int, kv: Sequence[int], batch: int) -> float:

@@ -86,6 +86,9 @@ class Provider(ABC):
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         """Greedy answers of exactly `new_tokens` tokens. logits: also give those of the first token."""
 
+    def release(self) -> None:  # noqa: B027 (most keep nothing)
+        """Let go of what is kept from one answer to the next."""
+
 
 class Ours(Provider):
     """This repository's model: prepare() and transformers' generate() around our decoder."""
@@ -132,6 +135,9 @@ class OursByEngine(Provider):
             logits=of_first,
             kept=[selection.indices.cpu() for row in prepared.selections for selection in row],
         )
+
+    def release(self) -> None:
+        self.engine.release()
 
 
 class Transformers(Provider):

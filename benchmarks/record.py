@@ -1,4 +1,4 @@
-"""What every benchmark writes: rows of figures, each with how they were made, in one CSV schema."""
+"""What every benchmark writes: rows of figures, each with how they were made, in one CSV schema; and how they are read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
+from llava.errors import UserError
 from llava.eval.environment import commit, environment
 from llava.eval.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# Columns whose cells are words even where they look like numbers: a commit 4156e43, a Python 3.10.
+WORDS = ("commit", "python", "torch", "transformers", "triton", "name")
 
 
 def how(args: argparse.Namespace, script: str, device: str) -> dict:
@@ -25,6 +28,7 @@ def how(args: argparse.Namespace, script: str, device: str) -> dict:
     return {
         "preset": args.preset,
         "repeats": args.repeats,
+        "backend": device,
         "device": torch.cuda.get_device_name() if device == "cuda" else machine["cpu"],
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
@@ -37,11 +41,48 @@ def how(args: argparse.Namespace, script: str, device: str) -> dict:
     }
 
 
-def write_csv(file: Path, rows: list[dict], made: dict) -> None:
-    """The columns of `rows`, then those of `made`, the same in every row."""
+def pick(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """(device, dtype) as given; else the GPU where there is one, and bfloat16 on a GPU, float32 on a CPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but this torch sees no GPU")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, dtype or ("bfloat16" if device == "cuda" else "float32")
+
+
+def write_csv(file: Path, rows: list[dict], made: dict | None = None) -> None:
+    """The columns of all `rows`, in the order in which they first come, then those of `made`, the same in every row."""
+    rows = [{**row, **(made or {})} for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0], *made], lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, **made} for row in rows)
+    writer.writerows(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text.getvalue())
+
+
+def read_text(path: Path, column: str) -> list[dict[str, str]]:
+    """Rows of a results file that has a `column`, as text."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not rows or column not in rows[0]:
+        raise UserError(f"{path}: found no rows with a column {column}, allowed is what the benchmarks write")
+    return rows
+
+
+def read_csv(path: Path, column: str) -> list[dict]:
+    """As read_text, with numbers where a cell is one and None where it is empty."""
+    return [{name: _value(name, cell) for name, cell in row.items()} for row in read_text(path, column)]
+
+
+def _value(name: str, cell: str | None):
+    if not cell:
+        return None
+    if name in WORDS:
+        return cell
+    try:
+        return float(cell)
+    except ValueError:
+        return cell

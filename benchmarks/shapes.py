@@ -10,6 +10,7 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import tile_plan
+from llava.model.builder import make_fast
 from llava.model.language_model.llava_config import LlavaLlamaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
@@ -79,10 +80,13 @@ PRESETS = {
 
 
 def random_model(config: LlavaLlamaConfig, device: str, dtype: torch.dtype, seed: int) -> LlavaLlamaForCausalLM:
-    """Made on the device and in the dtype it is used in: the largest would not fit anywhere in float32."""
+    """Made on the device and in the dtype it is used in: the largest would not fit anywhere in float32. What loading a
+    checkpoint does to be fast on a GPU is done here too."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return LlavaLlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        model = LlavaLlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    make_fast(model)
+    return model
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def throughput():
 
 def test_both_loops_answer_alike_and_are_told_apart(throughput, tmp_path, capsys):
     output = tmp_path / "results" / "throughput.csv"
-    throughput.main(["--pictures", "1", "--repeats", "2", "--tokens", "58", "--output", str(output)])
+    throughput.main(["--device", "cpu", "--pictures", "1", "--repeats", "2", "--tokens", "58", "--output", str(output)])
     upstream, worker = csv.DictReader(output.open())
     assert (upstream["loop"], worker["loop"]) == ("upstream", "worker") and upstream["of_upstream"] == "1.0"
     for row in (upstream, worker):

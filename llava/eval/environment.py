@@ -43,7 +43,12 @@ def torch_is_for_cpu() -> bool:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+" where files differ from it; None outside a repository."""
+    """The repository's commit, with "+" where files differ from it; None outside a repository.
+
+    The environment variable ADAV_COMMIT goes first, for copies of the files that come without their repository.
+    """
+    if given := os.environ.get("ADAV_COMMIT"):
+        return given
     if not (REPOSITORY / ".git").exists():
         return None
     head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]).strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -74,16 +75,16 @@ class LoadedShard:
         files = self.images_of(spec, names, config)
         reader = ImageReader(files, self.image_workers)
         while samples and not stopping.is_set():
-            try:
+            rows = None
+            with suppress(torch.OutOfMemoryError):
                 rows = self.answer(samples[:size], config, conversation, spec, reader)
-            except torch.OutOfMemoryError:
+            if rows is None:
+                # The error and its traceback, which hold the tensors of the batch, are gone by now.
                 if size == 1:
-                    raise UserError(
-                        "the GPU has too little memory for one sample; use fewer tokens or --dtype float16"
-                    ) from None
+                    raise UserError("the GPU has too little memory for one sample; use fewer tokens or --dtype float16")
                 size = (min(size, len(samples)) + 1) // 2
                 self.recent = RecentImages(RECENT_BYTES)
-                torch.cuda.empty_cache()
+                self.engine.release()
                 print(f"out of GPU memory, going on with batches of {size}", file=sys.stderr)
                 continue
             answers.append(rows)
@@ -136,7 +137,7 @@ class LoadedShard:
         """Images of a batch by name, each decoded and encoded at most once; and why those that are missing are."""
         encoded, errors, new = {}, {}, {}
         encoding = self.model.encoding(config)
-        with clock.stage("image_decode"):
+        with clock.stage("image_decode", on_host=True):
             for name in names:
                 try:
                     key = (_stamp(folder / name), encoding)
@@ -163,8 +164,7 @@ class LoadedShard:
         """Pixels through the vision tower and, where need be, the projector."""
         if not images:
             return []
-        pixels = [image.pixels.to(self.device, self.model.dtype) for image in images]
-        return self.model.encode(pixels, [image.size for image in images], config, clock)
+        return self.model.encode([image.pixels for image in images], [image.size for image in images], config, clock)
 
     @torch.inference_mode()
     def splice(
@@ -173,9 +173,7 @@ class LoadedShard:
         """The PreparedPrompt of a batch; images: flat, in order, one for each sample that has one."""
         conversation = conversation or default_conv_mode(self.model.config, self.tokenizer)
         input_ids, mask = left_pad([self._token_ids(sample, conversation) for sample in samples], self.engine.pad)
-        return self.model.prepare(
-            input_ids.to(self.device), attention_mask=mask.to(self.device), config=config, encoded=images
-        )
+        return self.model.prepare(input_ids, attention_mask=mask, config=config, encoded=images)
 
     def prepare(
         self, samples: list[dict], images: list[Image.Image], config: AdaVConfig, conversation: str | None = None

@@ -144,9 +144,7 @@ class LoadedModel:
         encoded, reused = self._encoded(pictures, config)
         images = [encoded[picture.digest] for picture in pictures]
         ids, mask = left_pad([job.ids for job in jobs], self.engine.pad)
-        prepared = self.model.prepare(
-            ids.to(self.device), attention_mask=mask.to(self.device), config=config, encoded=images
-        )
+        prepared = self.model.prepare(ids, attention_mask=mask, config=config, encoded=images)
         counts = [ImageCounts.of(image.plan, self.shape.side) for image in images]
         costs = predicted(prepared, counts, self.shape, config)
         plans = iter([image.plan for image in images])
@@ -183,8 +181,7 @@ class LoadedModel:
         new = [picture for digest, picture in wanted.items() if digest not in known]
         made = []
         if new:
-            pixels = [picture.pixels.to(self.device, self.model.dtype) for picture in new]
-            made = self.model.encode(pixels, [picture.size for picture in new], config)
+            made = self.model.encode([picture.pixels for picture in new], [picture.size for picture in new], config)
         for picture, image in zip(new, made, strict=True):
             self._recent.put((picture.digest, encoding), image)
         return known | {picture.digest: image for picture, image in zip(new, made, strict=True)}, set(known)
@@ -192,8 +189,7 @@ class LoadedModel:
     def free_memory(self) -> None:
         """After a failure: let go of what can be made again."""
         self._recent = RecentImages(self._recent.capacity)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.engine.release()
 
     def _measured(
         self, prepared: PreparedPrompt, generation: BatchGeneration, row: int, plans: list[TilePlan], costs: list

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# One run on a GPU, in two commands of about five minutes each on an H100, ten at the most:
+#
+#   bash benchmarks/gpu.sh a      tests on the GPU, decode kernel, profile
+#   bash benchmarks/gpu.sh b      end to end at batches 1, 8 and 32; every method's prefill where time is left
+#   python benchmarks/fill_performance.py "$OUT"      tables and plots of docs/performance.md
+#
+# Each part has its own time limit and writes its CSVs into $OUT as it goes. docs/performance.md says what is measured.
+#   OUT           folder for results and logs (/tmp/gpu-out)         PY            Python (python3)
+#   PRESET        sizes of the model (llava-v1.6-vicuna-7b)           KERNEL        preset of decode_kernel.py (gpu)
+#   KERNEL_DTYPE  its flags for the dtype (--dtype bfloat16)          PROFILE       more flags for gpu_profile.py
+#   XDIST         how the tests are spread (-n 6)                     SITE          folder of packages that are not installed
+#   ADAV_EMULATE  1: CUDA graphs are emulated in the tests            ADAV_COMMIT   the commit, where there is no .git
+# Without a GPU, to try it out:
+#   ADAV_EMULATE=1 XDIST= PRESET=tiny KERNEL=tiny KERNEL_DTYPE= OUT=out PY=.venv/bin/python bash benchmarks/gpu.sh a
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+export PYTHONPATH="${SITE:+$SITE:}$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+OUT="${OUT:-/tmp/gpu-out}" PY="${PY:-python3}" PRESET="${PRESET:-llava-v1.6-vicuna-7b}" KERNEL="${KERNEL:-gpu}"
+# Tiny models do not gain by more threads than one: those would only wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$([ "$PRESET" = tiny ] && echo 1 || echo 8)}"
+mkdir -p "$OUT" || exit
+logs="$(mktemp -d)" && trap 'rm -rf "$logs"' EXIT
+
+part() { # seconds, name, lines that are shown, command ...
+  local limit=$1 name=$2 lines=$3 start=$SECONDS code
+  shift 3
+  echo "== $name"
+  timeout -k 5 "$limit" "$@" > "$logs/$name" 2>&1
+  code=$?
+  tail -n "$lines" "$logs/$name"
+  { echo "== $name: exit code $code, $((SECONDS - start)) s"; cat "$logs/$name"; } >> "$OUT/log-$stage.txt"
+  echo "== $name: exit code $code"
+  [ "$code" = 0 ] || failed=1
+}
+
+stage="${1:-}" failed=0
+case "$stage" in a | b) ;; *) echo 'error: benchmarks/gpu.sh takes one word, allowed are "a" and "b"' >&2; exit 2 ;; esac
+: > "$OUT/log-$stage.txt"
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader 2> /dev/null
+if [ "$stage" = a ]; then
+  # shellcheck disable=SC2086 # variables hold any number of words
+  part 200 tests 12 "$PY" -m pytest -q ${XDIST--n 6} -p no:cacheprovider -m "not long" \
+    tests/test_decode_kernel.py tests/test_fused_kernels.py tests/test_cuda.py
+  # shellcheck disable=SC2086
+  part 100 kernel 70 "$PY" benchmarks/decode_kernel.py --preset "$KERNEL" ${KERNEL_DTYPE---dtype bfloat16} \
+    --shares 0.3 0.1 --repeats 10 --output "$OUT/decode_kernel.csv"
+  # shellcheck disable=SC2086
+  part 200 profile 130 "$PY" benchmarks/gpu_profile.py --preset "$PRESET" --out "$OUT" ${PROFILE-}
+else
+  # Memory that was given back can then be used again in any size: a batch of 32 needs nearly all there is.
+  export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
+  # generate() is transformers' here, and the published way's at the same tokens; `ours` is compared and not timed.
+  part 420 end_to_end 40 "$PY" benchmarks/end_to_end.py --preset "$PRESET" --quick --batches 1 8 32 \
+    --providers transformers upstream engine --config method=none --config "method=adav overall_tokens=144" \
+    --config "A-VL, interval 16: method=none vision_adaptive_attention=true vision_adaptive_attention_compute_rate=0.89 vision_adaptive_attention_update_interval=16" \
+    --output "$OUT/end_to_end.csv" --plot "$OUT/end_to_end.png"
+  left=$((540 - SECONDS))
+  if [ "$left" -gt 60 ]; then
+    part "$left" prefill 40 "$PY" benchmarks/prefill.py --preset "$PRESET" --shares 0.05 --repeats 3 \
+      --output "$OUT/prefill.csv"
+  else
+    echo "== prefill: left out, $left s were left"
+  fi
+fi
+exit "$failed"

@@ -1,0 +1,54 @@
+"""The one way in which tables and plots get into a page: between a pair of marks that stand in it already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval.files import REPOSITORY, write_atomically
+
+DOCUMENT = REPOSITORY / "docs" / "performance.md"
+
+
+def put(document: Path, name: str, body: str) -> None:
+    """Replace what stands in `document` between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{document}: cannot be read ({error})") from None
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"{document}: found no one place for this table, allowed is one {begin} and after it one {end}")
+    before, after = text[: text.index(begin)], text[text.index(end) + len(end) :]
+    write_atomically(document, f"{before}{begin}\n{body}\n{end}{after}")
+
+
+def picture(document: Path, name: str, what: str) -> str:
+    """A line that shows the plot NAME.png, where it lies beside the document; else nothing."""
+    plot = document.with_name(f"{name}.png")
+    return f"\n\n![{what}]({plot.name})" if plot.exists() else ""
+
+
+def made(rows: list[dict]) -> str:
+    """How the rows of a file were made, as one line without an end: commands, commit, time, hardware, versions. All but the
+    commands are those of the first row."""
+    row, commands = rows[0], dict.fromkeys(f"`{row['command']}`" for row in rows)
+    return (
+        f"{' and '.join(commands)} at commit {str(row['commit'])[:12]}, {row['written']}: {row['device']}, "
+        f"{row['threads']:.0f} threads, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
+    )
+
+
+def bandwidths(rows: list[dict]) -> str:
+    """What memory did in the run, to go on with behind made()."""
+    figures = (("a copy moves", "copy_gb_per_s"), ("reading alone goes at", "read_gb_per_s"))
+    known = ((what, [row[name] for row in rows if row.get(name) is not None]) for what, name in figures)
+    return "".join(f", {what} {max(values):,.1f} GB/s" for what, values in known if values)
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
