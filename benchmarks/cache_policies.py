@@ -29,21 +29,22 @@ import torch
 import transformers
 from torch.nn.functional import kl_div, log_softmax
 
+from llava.common.command_line import positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.find_checkpoint import find_checkpoint
+from llava.common.machine import commit
+from llava.common.progress import progress_bar
+from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import positive
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import find_checkpoint
-from llava.eval.environment import commit
-from llava.eval.image_reader import read_image
 from llava.eval.launch import DATA_ROOT
-from llava.eval.loaded_shard import LoadedShard
-from llava.eval.run import Generation, Run
-from llava.eval.tables import markdown_table
-from llava.model.kv_cache import Caching, make_policy
-from llava.model.kv_cache.base import RowSpans
-from llava.model.prepared import PreparedPrompt
-from llava.progress import progress_bar
+from llava.eval.runs.answer_shard import LoadedShard
+from llava.eval.runs.image_reader import read_image
+from llava.eval.runs.run import Generation, Run
+from llava.methods.kv_cache import make_policy
+from llava.methods.kv_cache.base import RowSpans
+from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.prepared import PreparedPrompt
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 64, 20

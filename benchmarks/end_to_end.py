@@ -40,9 +40,9 @@ from providers import PROVIDERS
 from record import RESULTS, how, pick, read_text, write_csv
 from shapes import PRESETS, Prompts
 
+from llava.common.errors import UserError, exits_cleanly
 from llava.config import AdaVConfig, ConfigError, method_class
-from llava.errors import UserError, exits_cleanly
-from llava.eval.flops import Cost
+from llava.costs.flops import Cost
 
 CONFIGS = ("method=none", "method=adav overall_tokens=144")
 STAGES = ("vision_tower", "projector", "selection")

@@ -4,7 +4,7 @@
 
 The upstream loop, written down here from what it does: one question at a time; for each, its image is decoded and cut
 into tiles, the vision tower runs eagerly through all of its layers and hands out the attention map of every one of them
-(`output_attentions=True`), and `generate` runs at batch 1. The worker is llava.eval.loaded_shard as the launcher starts
+(`output_attentions=True`), and `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as the launcher starts
 it: batches, each picture decoded and encoded once for all of its questions, SDPA, one [CLS] row. Both choose tokens by
 the same code under the same configuration, both write an answer line per question, neither counts loading.
 
@@ -36,21 +36,21 @@ from record import RESULTS, how, pick, write_csv
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import logging as transformers_logging
 
+from llava.common.command_line import Parser, positive
+from llava.common.errors import exits_cleanly
+from llava.common.files import REPOSITORY
+from llava.common.progress import progress_bar
+from llava.common.text_table import columns
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.demo.questions import ask
-from llava.demo.scenes import draw_scene, scene_rng
-from llava.demo.vocabulary import QUESTION_TYPES
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser, positive
-from llava.eval.files import REPOSITORY
 from llava.eval.launch import BATCH_SIZE
-from llava.eval.loaded_shard import LoadedShard
-from llava.eval.run import Generation
-from llava.eval.tables import columns
+from llava.eval.runs.answer_shard import LoadedShard
+from llava.eval.runs.run import Generation
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.progress import progress_bar
+from llava.shapes.questions import ask
+from llava.shapes.scenes import draw_scene, scene_rng
+from llava.shapes.vocabulary import QUESTION_TYPES
 
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
 FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2

@@ -25,13 +25,13 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, StoppingCriteria, St
 
 from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.transformers_reference import share_weights
+from llava.integrations.transformers.reference import share_weights
+from llava.methods.before_llm import select
+from llava.methods.inside_llm import DROPPERS
 from llava.mm_utils import tile_plan
-from llava.model.engine import MULTIPLE, Engine
-from llava.model.prepared import StageClock
-from llava.model.sampling import Sampling
-from llava.model.token_dropping import DROPPERS
-from llava.model.token_selection import select
+from llava.model.decoding.engine import MULTIPLE, Engine
+from llava.model.decoding.prepared import StageClock
+from llava.model.decoding.sampling import Sampling
 
 
 @dataclass

@@ -17,9 +17,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llava.errors import UserError, exits_cleanly
-from llava.model.token_dropping import dropper_names
-from llava.model.token_selection import selector_names
+from llava.common.errors import UserError, exits_cleanly
+from llava.methods.before_llm import selector_names
+from llava.methods.inside_llm import dropper_names
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "adav_configs.json"
 
@@ -35,8 +35,8 @@ def method_names() -> tuple[str, ...]:
 
 def method_class(name: str) -> type:
     """The selector or dropper of that name (imports torch)."""
-    from llava.model.token_dropping import DROPPERS
-    from llava.model.token_selection import SELECTORS
+    from llava.methods.before_llm import SELECTORS
+    from llava.methods.inside_llm import DROPPERS
 
     return DROPPERS[name] if name in DROPPERS else SELECTORS[name]
 
@@ -82,7 +82,7 @@ OPTIONAL_SHARE = Rule("a number from 0 to 1, or null", lambda v: v is None or SH
 OBJECT = Rule("an object of method options", lambda v: isinstance(v, dict))
 
 # Options of methods and of the image path, by name. A method's own dataclass says which of them it takes
-# (llava.model.token_selection); what a value may be is said here, once, so that it is checked without torch.
+# (llava.methods.before_llm); what a value may be is said here, once, so that it is checked without torch.
 OPTION_RULES: dict[str, Rule] = {
     "min_share": Rule("a number from 0 to 0.5", lambda v: _is_number(v) and 0 <= v <= 0.5),
     "temperature": Rule("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
@@ -275,7 +275,7 @@ class AdaVConfig:
 
     @property
     def cache_policy(self) -> str:
-        """The name of the KV cache's policy (llava.model.kv_cache): H2O's switches take the place of A-VL's."""
+        """The name of the KV cache's policy (llava.methods.kv_cache): H2O's switches take the place of A-VL's."""
         if self.all_use_h2o or self.h2o_heavy_share is not None:
             return "h2o"
         return "avl" if self.vision_adaptive_attention or self.text_pruning_flag else "full"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
 from llava.eval.benchmarks import vqav2
 from llava.eval.score import answers_by_id
 

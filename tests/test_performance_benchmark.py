@@ -11,9 +11,9 @@ import pytest
 from page import DOCUMENT, put
 from record import read_csv, write_csv
 
-from llava.errors import UserError
-from llava.eval.environment import commit
-from llava.eval.files import REPOSITORY
+from llava.common.errors import UserError
+from llava.common.files import REPOSITORY
+from llava.common.machine import commit
 
 EMPTY = "nothing yet"
 MADE = {

@@ -14,19 +14,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
+from llava.common.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.common.find_checkpoint import find_checkpoint
+from llava.common.machine import cores
+from llava.common.progress import progress_bar
+from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import find_checkpoint
-from llava.eval.environment import cores
-from llava.eval.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.eval.benchmarks.questions import Sample
 from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
-from llava.eval.run import Generation, Run
-from llava.eval.samples import Sample
-from llava.eval.shards import Interrupted, ShardFailure, device_groups
-from llava.eval.tables import markdown_table
-from llava.progress import progress_bar
+from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 
 FOLDER = REPOSITORY / "playground" / "demo"
 CAVEAT = """\
@@ -95,10 +95,10 @@ def draw(runs: dict[str, Run]) -> Path:
 
     The question is the first one that the whole model answers rightly.
     """
-    from llava.eval.image_reader import read_image
-    from llava.eval.loaded_shard import LoadedShard
+    from llava.eval.runs.answer_shard import LoadedShard
+    from llava.eval.runs.image_reader import read_image
     from llava.mm_utils import tile_plan
-    from llava.serve.overlay import draw_overlay
+    from llava.overlay.page import draw_overlay
 
     first = next(iter(runs.values()))
     answers = {label: _answers(run) for label, run in runs.items()}

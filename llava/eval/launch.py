@@ -3,7 +3,7 @@
     python -m llava.eval.launch BENCHMARK|all [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
 
 The scripts below scripts/ are this command with a family; "all" are the seven benchmarks of the published table, answered by
-the same processes and printed as that table. Under torchrun each rank takes its share (llava.eval.ranks).
+the same processes and printed as that table. Under torchrun each rank takes its share (llava.eval.runs.machines).
 The same command goes on after any interruption, also with another number of shards or ranks.
 A single process imports no torch: whatever is wrong with the input shows before a model is loaded.
 Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
@@ -21,20 +21,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava.common.command_line import Parser, existing_folder, positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import REPOSITORY
+from llava.common.find_checkpoint import find_checkpoint
+from llava.common.machine import code_digest, commit
 from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.conversation import get_conversation
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, existing_folder, positive
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import find_checkpoint
-from llava.eval.describe import describe_plan, describe_run
-from llava.eval.division import Subset, divide, useful_shards
-from llava.eval.environment import code_digest, commit
-from llava.eval.files import REPOSITORY
-from llava.eval.published import TABLE
-from llava.eval.ranks import Ranks
-from llava.eval.run import Generation, Run
-from llava.eval.shards import Interrupted, ShardFailure, device_groups, run_shards
+from llava.eval.results.published import TABLE
+from llava.eval.runs.describe import describe_plan, describe_run
+from llava.eval.runs.division import Subset, divide, useful_shards
+from llava.eval.runs.machines import Ranks
+from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups, run_shards
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+from llava.common.command_line import Parser, existing_folder
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import REPOSITORY, write_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, existing_folder
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
-from llava.eval.files import REPOSITORY, write_json
-from llava.eval.samples import Sample, read_lines
+from llava.eval.benchmarks.questions import Sample, read_lines
 
 
 def read_answers(path: Path) -> list[dict]:

@@ -20,13 +20,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import digest_of, read_json, write_atomically
+from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.files import digest_of, read_json, write_atomically
-from llava.eval.published import COLUMNS, TABLE, PublishedRow, average, published_models, published_rows
-from llava.eval.tables import markdown_table
+from llava.eval.results.published import COLUMNS, TABLE, PublishedRow, average, published_models, published_rows
 
 HEAD = ("method", "tokens", *(column.replace("_", "-") for column in COLUMNS.values()), "average")
 

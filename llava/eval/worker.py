@@ -16,8 +16,8 @@ import sys
 import threading
 import warnings
 
-from llava.errors import exits_cleanly
-from llava.eval.files import read_json
+from llava.common.errors import exits_cleanly
+from llava.common.files import read_json
 
 STOPPED = 143
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.watch_stdin:
         _end_with_the_launcher()
     specs = [read_json(path) for path in args.specs]
-    from llava.eval.loaded_shard import LoadedShard
+    from llava.eval.runs.answer_shard import LoadedShard
 
     # The launcher passes these on; whatever else is printed goes to the shard's log.
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -11,16 +11,16 @@ from functools import partial
 
 import torch
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig, method_class
 from llava.conversation import default_conv_mode, turn_markers
-from llava.errors import UserError
+from llava.methods.inside_llm import dropper_names
+from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.model.checkpoint import Checkpoint
-from llava.model.language_model.decode_step import merge_projections
+from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
-from llava.model.token_dropping import dropper_names
-from llava.model.token_dropping.prefill_filter import PrefillFilter
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaNextConfig
 from transformers.utils import logging
 
-from llava.errors import UserError, first_line
-from llava.hub import checkpoint_folder
+from llava.common.errors import UserError, first_line
+from llava.common.hub import checkpoint_folder
 from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistralConfig
 
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}

@@ -16,18 +16,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.errors import UserError
+from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
+from llava.methods.before_llm.base import TokenPlaces
+from llava.methods.inside_llm import dropper_names
+from llava.methods.inside_llm.prefill_filter import PrefillFilter
+from llava.methods.kv_cache import make_policy
+from llava.methods.kv_cache.base import RowSpans
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.dropping import Dropping
+from llava.model.decoding.generation import LlavaGeneration, check_cache
+from llava.model.decoding.prepared import PreparedPrompt, StageClock
 from llava.model.encoded_images import EncodedImage
-from llava.model.generation import LlavaGeneration, check_cache
-from llava.model.kv_cache import make_policy
-from llava.model.kv_cache.base import RowSpans
-from llava.model.kv_cache.cache import Caching
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.prepared import PreparedPrompt, StageClock
 from llava.model.prompt_rows import (
     Row,
     embed,
@@ -39,11 +45,6 @@ from llava.model.prompt_rows import (
     real_tokens,
     splice,
 )
-from llava.model.text_tower import ClipTextTower
-from llava.model.token_dropping import Dropping, dropper_names
-from llava.model.token_dropping.prefill_filter import PrefillFilter
-from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
-from llava.model.token_selection.base import TokenPlaces
 from llava.model.transfer import to_device, to_host
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig, method_names
-from llava.errors import UserError
 
 if TYPE_CHECKING:  # torch comes with them, which nobody should wait for who mistyped a flag
-    from llava.model.sampling import Sampling
-    from llava.serve.request import Request, Turn
+    from llava.model.decoding.sampling import Sampling
+    from llava.serve.service.request import Request, Turn
 
 COMMANDS = {
     "/image": ("PATH", "show a picture with the next question; again for several"),
@@ -61,7 +61,7 @@ class Chat:
 
     def request(self, text: str, sampling: Sampling) -> Request:
         """The whole conversation with `text` as its next question."""
-        from llava.serve.request import Request, Turn
+        from llava.serve.service.request import Request, Turn
 
         self._asked = Turn("user", text, tuple(self.pictures))
         return Request((*self.turns, self._asked), self.config, sampling)
@@ -69,7 +69,7 @@ class Chat:
     def answered(self, text: str) -> bool:
         """The question of the last request and its answer are part of the conversation from now on; not so, and False,
         where the answer is empty, which no template has a place for."""
-        from llava.serve.request import Turn
+        from llava.serve.service.request import Turn
 
         if not text.strip():
             return False

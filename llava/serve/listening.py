@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 
-from llava.errors import UserError
+from llava.common.errors import UserError
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -6,15 +6,15 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from llava.common.command_line import positive
+from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.config import AdaVConfig, add_config_flags, config_overrides
-from llava.demo.tokenizer import is_demo_vocabulary
-from llava.eval.arguments import positive
-from llava.eval.checkpoints import EvalCheckpoint, find_checkpoint
 from llava.eval.demo import SCENES
+from llava.shapes.tokenizer import is_demo_vocabulary
 
 if TYPE_CHECKING:
-    from llava.model.sampling import Sampling
-    from llava.serve.service import Service
+    from llava.model.decoding.sampling import Sampling
+    from llava.serve.service.service import Service
 
 DEMO = SCENES[-1]  # several tiles
 DEMO_ANSWER = 16  # new tokens: its answers are one word
@@ -55,7 +55,7 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
 
 def sampling(args: argparse.Namespace) -> Sampling:
     """How answers are decoded; UserError for values that cannot be."""
-    from llava.model.sampling import Sampling
+    from llava.model.decoding.sampling import Sampling
 
     most = args.max_new_tokens or (DEMO_ANSWER if args.model_path is None else 512)
     return Sampling(most, args.temperature, args.top_p, args.seed)
@@ -68,7 +68,7 @@ def checkpoint_of(args: argparse.Namespace) -> EvalCheckpoint:
 
 def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfig, **limits) -> Service:
     """A service of the checkpoint; limits: its keyword arguments. UserError for whatever is wrong with it."""
-    from llava.serve.service import Service
+    from llava.serve.service.service import Service
 
     return Service.load(checkpoint.folder, model_base=args.model_base, config=config, dtype=args.dtype, **limits)
 

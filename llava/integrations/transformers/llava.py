@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from llava.common.errors import UserError
 from llava.config import method_class
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import UserError
 from llava.integrations.transformers.base import Compression
 from llava.integrations.transformers.shared_weights import on_weights_of
 from llava.mm_utils import left_pad

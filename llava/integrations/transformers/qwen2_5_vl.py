@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from llava.common.errors import UserError
 from llava.config import method_class
 from llava.conversation import turn_markers
-from llava.errors import UserError
 from llava.integrations.transformers.base import Compression
 from llava.integrations.transformers.qwen_prompts import QwenPrompts
-from llava.model.token_dropping import dropper_names
+from llava.methods.inside_llm import dropper_names
 
 NAME = "Qwen2.5-VL"
 

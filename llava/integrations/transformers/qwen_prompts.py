@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig, method_class
 from llava.constants import IGNORE_INDEX
-from llava.errors import UserError
 from llava.integrations.transformers.received_attention import QwenSaliency
+from llava.methods.before_llm import ImageTokens, Selection, select_all
 from llava.model.llava_arch import sample_key
 from llava.model.prompt_rows import turn_around
-from llava.model.token_selection import ImageTokens, Selection, select_all
 
 
 class QwenPrompts:

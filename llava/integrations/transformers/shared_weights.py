@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig, method_class
-from llava.errors import UserError
 from llava.model.builder import MODEL_CLASSES, check_config
 from llava.model.checkpoint import Checkpoint
 
