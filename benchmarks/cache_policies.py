@@ -37,10 +37,9 @@ from llava.common.progress import progress_bar
 from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.launch import DATA_ROOT
 from llava.eval.runs.answer_shard import LoadedShard
 from llava.eval.runs.image_reader import read_image
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.run import DATA_ROOT, Generation, Run
 from llava.methods.kv_cache import make_policy
 from llava.methods.kv_cache.base import RowSpans
 from llava.model.decoding.adaptive_cache import Caching

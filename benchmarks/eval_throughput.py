@@ -43,9 +43,8 @@ from llava.common.progress import progress_bar
 from llava.common.text_table import columns
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.eval.launch import BATCH_SIZE
 from llava.eval.runs.answer_shard import LoadedShard
-from llava.eval.runs.run import Generation
+from llava.eval.runs.run import BATCH_SIZE, Generation
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.shapes.questions import ask

@@ -7,7 +7,7 @@ from llava.common.command_line import Parser
 from llava.common.errors import exits_cleanly
 from llava.common.files import write_rows
 from llava.eval.benchmarks import seed
-from llava.eval.score import answers_by_id
+from llava.eval.benchmarks.answer_file import answers_by_id
 from llava.eval.scoring.annotations import read_part, told_when_malformed
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from llava.common.command_line import Parser
 from llava.common.errors import exits_cleanly
 from llava.eval.benchmarks import vizwiz
+from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.questions import read_questions
-from llava.eval.score import match, read_answers
 
 
 @exits_cleanly

@@ -77,3 +77,20 @@ def read_json(path: Path):
 def digest_of(value) -> str:
     """Ten hex digits that differ wherever two JSON values differ."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def repair(path: Path) -> None:
+    """Cut a torn last line off, so that the next row starts on a line of its own."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)

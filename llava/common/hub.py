@@ -6,7 +6,11 @@ Imports no torch.
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
 
 from llava.common.errors import UserError, first_line
 
@@ -58,3 +62,21 @@ def _fetch(name: str, weights: bool) -> Path:
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet_loading():
+    """transformers reports weights that it did not find, which are loaded afterwards or refused here; no alarm for those.
+
+    It draws its loading bar into log files too: a log gets none.
+    """
+    verbosity, bar = logging.get_verbosity(), not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
+    if bar:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -11,6 +11,7 @@ import torch
 from llava.config import AdaVConfig
 from llava.costs.flops import Cost, predict
 from llava.costs.model_shape import ImageCounts, ModelShape
+from llava.methods.inside_llm.plan import layer_mean
 from llava.model.decoding.adaptive_cache import AdaptiveCache
 from llava.model.decoding.prepared import PreparedPrompt
 
@@ -61,3 +62,15 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         found["peak_cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found
+
+
+def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
+    """Per image of a row: vision tokens left after the last cut, and those that a layer sees in the mean over layers."""
+    dropping, selections = prepared.dropping, prepared.selections[row]
+    if dropping is None:
+        kept = [len(selection.indices) for selection in selections]
+        return {"kept": kept, "layer_mean": kept}
+    return {
+        "kept": [dropping.left(row, image) for image in range(len(selections))],
+        "layer_mean": [round(layer_mean(dropping.schedule(row, image)), 4) for image in range(len(selections))],
+    }

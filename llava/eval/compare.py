@@ -24,10 +24,10 @@ from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.machine import cores
 from llava.config import AdaVConfig, method_names
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
 from llava.eval.results.compare_rows import Cell, rows_of
 from llava.eval.results.compare_table import CAVEAT, markdown, read_rows, write_rows
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.evaluate import carry_out
+from llava.eval.runs.run import DATA_ROOT, OUTPUT, Generation, Run
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 
 FOLDER = REPOSITORY / "playground" / "compare"

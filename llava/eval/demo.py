@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava.common.command_line import Parser
@@ -24,9 +23,10 @@ from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.questions import Sample
-from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.evaluate import carry_out
+from llava.eval.runs.run import DATA_ROOT, OUTPUT, Generation, Run
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
+from llava.shapes.checkpoints import SCENES, Scene
 
 FOLDER = REPOSITORY / "playground" / "demo"
 CAVEAT = """\
@@ -34,25 +34,6 @@ How to read it: text-guided selection (adav) is flattered here. The demo checkpo
 similarity between patches and words that it reads; no real LLaVA was. The table shows that the pipeline works and
 what pruning costs on this task; it is no evidence for one method over another on real data. The demo models know some
 seventy words about drawn shapes: on a photograph, or asked freely, they answer nonsense."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is measured on one checkpoint. questions and batch keep the whole demo at about two minutes on two cores."""
-
-    checkpoint: str
-    tokens: int
-    questions: int
-    batch: int
-    settings: dict[str, dict]  # label -> what overrides the default configuration
-
-
-_METHODS = {name: {"method": name} for name in ("none", "random", "fastervlm", "adav")}
-_PUBLIC = {"adav, compat=public": {"method": "adav", "options": {"compat": "public"}}}
-SCENES = (
-    Scene("playground/llava-shapes-v1.5", 14, 800, 32, _METHODS),
-    Scene("playground/llava-shapes-v1.6", 58, 400, 16, _METHODS | _PUBLIC),
-)
 
 
 def make_runs(scene: Scene, output: Path, limit: int | None = None, device: str = "cpu") -> dict[str, Run]:

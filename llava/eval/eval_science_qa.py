@@ -15,7 +15,7 @@ from llava.common.errors import exits_cleanly
 from llava.common.files import write_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.benchmarks import sqa
-from llava.eval.score import read_answers
+from llava.eval.benchmarks.answer_file import read_answers
 
 
 def had_image(row: dict) -> bool:

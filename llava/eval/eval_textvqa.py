@@ -12,7 +12,7 @@ from pathlib import Path
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly
 from llava.eval.benchmarks import textvqa
-from llava.eval.score import read_answers
+from llava.eval.benchmarks.answer_file import read_answers
 from llava.eval.scoring.annotations import read_part
 
 

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaNextConfig
-from transformers.utils import logging
 
 from llava.common.errors import UserError, first_line
-from llava.common.hub import checkpoint_folder
+from llava.common.hub import checkpoint_folder, quiet_loading
 from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistralConfig
 
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
@@ -344,24 +342,6 @@ def _fill(model, weights: dict, where: Path) -> set[str]:
     if unknown:
         raise UserError(f"{where}: {len(unknown)} weights have no place in the model, among them {unknown[0]}")
     return set(weights)
-
-
-@contextmanager
-def quiet_loading():
-    """transformers reports weights that it did not find, which are loaded afterwards or refused here; no alarm for those.
-
-    It draws its loading bar into log files too: a log gets none.
-    """
-    verbosity, bar = logging.get_verbosity(), not sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    logging.set_verbosity(max(verbosity, logging.ERROR))
-    if bar:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _tower_config(folder: Path) -> dict:

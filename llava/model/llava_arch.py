@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.common.errors import UserError
+from llava.common.transfer import to_device, to_host
 from llava.config import AdaVConfig, method_class
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
@@ -45,7 +46,6 @@ from llava.model.prompt_rows import (
     real_tokens,
     splice,
 )
-from llava.model.transfer import to_device, to_host
 
 
 class LlavaMetaModel:

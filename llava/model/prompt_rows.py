@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
+from llava.common.transfer import to_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import Selection
 from llava.model.decoding.dropping import PromptRow
 from llava.model.decoding.prepared import PreparedPrompt
-from llava.model.transfer import to_device
 
 
 @dataclass

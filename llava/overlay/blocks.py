@@ -10,6 +10,8 @@ from PIL import Image
 from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SMALL, line_height, text_block
 from llava.overlay.views import DARK, HEAT, OUTLINE, PADDING, PADDING_LINE, heat_color
 
+PANEL, ROOM = 300, 460  # pixels: the least width of a panel; views stand beside each other where so much is enough
+STAGE = 0.42  # size of a view of one stage or step, against full size
 GAP = 14  # pixels between things
 CLOSE = 5  # between things that belong together
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from llava.overlay.blocks import beside, flowed, framed, grid, legend, stacked
+from llava.overlay.blocks import ROOM, STAGE, beside, flowed, framed, grid, legend, stacked
 from llava.overlay.lettering import FAINT, INK, LARGE, SIZE, SMALL, text_block
-from llava.overlay.page import ROOM, STAGE
 from llava.overlay.views import ABSENT, CLASS_COLORS, CORE, MINOR, SECONDARY, class_views, places_of
 
 if TYPE_CHECKING:

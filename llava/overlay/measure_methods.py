@@ -15,9 +15,8 @@ from llava.common.machine import environment
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import default_conv_mode, single_turn
-from llava.costs.measure import kv_bytes, predicted
+from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts, ModelShape
-from llava.eval.runs.answer_shard import vision_tokens
 from llava.methods.before_llm import Selection
 from llava.mm_utils import TilePlan, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model

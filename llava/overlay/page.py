@@ -21,6 +21,9 @@ from PIL import Image
 
 from llava.overlay.blocks import (
     GAP,
+    PANEL,
+    ROOM,
+    STAGE,
     beside,
     flowed,
     framed,
@@ -47,8 +50,6 @@ if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
     from llava.mm_utils import TilePlan
 
-PANEL, ROOM = 300, 460  # pixels: the least width of a panel; views stand beside each other where so much is enough
-STAGE = 0.42  # size of a view of one stage or step, against full size
 MOST_STAGES = 12  # views in a row of stages; of more cuts these are drawn, evenly spread
 TEXT_COLOR, SALIENCY_COLOR = (0, 130, 140), (215, 105, 20)
 
@@ -240,9 +241,3 @@ def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: 
     if "twice" in words:
         entries.append(("", "twice: patches that the method feeds to the LLM a second time"))
     return entries
-
-
-if __name__ == "__main__":
-    from llava.serve.overlay import main
-
-    main()

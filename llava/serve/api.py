@@ -21,8 +21,8 @@ from pathlib import Path
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.config import AdaVConfig, add_config_flags, config_overrides
-from llava.serve.listening import listen, port_number, shown_host
 from llava.serve.service.image_input import ImageLimits
+from llava.serve.service.listening import listen, port_number, shown_host
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -185,3 +185,7 @@ def past_the_end(looks: dict, steps: int) -> str:
     if shortest > steps:
         return ""
     return f"For the KV cache, decoding went on past the end of answers ({shortest} tokens), so that {steps} steps can be seen."
+
+
+if __name__ == "__main__":
+    main()

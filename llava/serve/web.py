@@ -20,9 +20,9 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.serve.listening import listen, port_number, shown_host
 from llava.serve.service.image_input import ImageLimits, picture_from_file
-from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+from llava.serve.service.listening import listen, port_number, shown_host
+from llava.serve.service.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
 from llava.serve.web_page.cards import MOST
 
 EXAMPLES = 6

@@ -11,7 +11,7 @@ from benchmark_data import MAKERS, WORDS, make_benchmark, write_json, write_rows
 from llava.common.errors import UserError
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.eval.benchmarks import BENCHMARKS, mmbench, mme, pope, sqa, textvqa
-from llava.eval.score import score_file
+from llava.eval.benchmarks.answer_file import score_file
 from llava.eval.scoring.multiple_choice import option_letter
 
 SPLITS = [(name, split) for name in MAKERS for split in BENCHMARKS[name].splits]

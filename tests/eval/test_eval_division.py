@@ -6,7 +6,8 @@ from itertools import groupby
 import pytest
 
 from llava.eval.benchmarks.questions import Sample
-from llava.eval.runs.division import Subset, by_image, divide, useful_shards
+from llava.eval.benchmarks.subset import Subset
+from llava.eval.runs.division import by_image, divide, useful_shards
 
 
 def sample(line, image, question_id=None):

@@ -9,13 +9,14 @@ from benchmark_data import make_benchmark
 from eval_data import SPLIT, environment, make_folder_only_checkpoint, make_vqav2, write_rows
 
 from llava.common.errors import UserError
+from llava.common.files import repair
 from llava.common.find_checkpoint import find_checkpoint
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.questions import check_images, read_questions
-from llava.eval.runs.division import Subset
+from llava.eval.benchmarks.subset import Subset
 from llava.eval.runs.run import Generation, Run
-from llava.eval.runs.shard_answers import AnswerFile, collect, merge, repair
+from llava.eval.runs.shard_answers import AnswerFile, collect, merge
 from llava.eval.runs.shard_progress import Progress
 
 

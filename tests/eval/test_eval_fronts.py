@@ -10,8 +10,8 @@ from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval import run_llava
 from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.benchmarks.answer_file import score_file
 from llava.eval.runs import llava_commands as front
-from llava.eval.score import score_file
 
 ROW = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 

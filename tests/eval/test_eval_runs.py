@@ -17,7 +17,7 @@ from eval_data import REPOSITORY, SPLIT, command, environment, launch, make_vqav
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.launch import FAMILIES
+from llava.eval.runs.run import FAMILIES
 
 QUESTIONS = 72
 

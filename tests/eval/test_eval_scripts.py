@@ -12,8 +12,8 @@ from benchmark_data import MAKERS, make_benchmark
 from eval_data import REPOSITORY, environment
 
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.launch import FAMILIES
 from llava.eval.results.published import TABLE
+from llava.eval.runs.run import FAMILIES
 
 CHECKPOINT = "playground/llava-shapes-v1.5"
 QUESTIONS = 8

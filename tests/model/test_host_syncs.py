@@ -12,9 +12,10 @@ from shapes import PRESETS, Prompts, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llava.common import transfer
 from llava.config import AdaVConfig
 from llava.methods.before_llm import adav_cover, base, greedy, random, selector_names, tiles, two_lists, visionzip
-from llava.model import llava_arch, prompt_rows, transfer
+from llava.model import llava_arch, prompt_rows
 
 aten = torch.ops.aten
 # What gives the host a number, or a tensor whose size depends on numbers.

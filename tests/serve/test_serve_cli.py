@@ -17,7 +17,7 @@ from serve_cases import coloured_pictures, ended_by
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.serve.chat import COMMANDS, Chat, Leave
+from llava.serve.terminal.chat import COMMANDS, Chat, Leave
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = str(REPOSITORY / "playground" / "llava-shapes-v1.5")

@@ -11,7 +11,7 @@ from test_benchmarks import right_answer
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.runs.division import Subset
+from llava.eval.benchmarks.subset import Subset
 from llava.eval.runs.run import Generation, Run
 from llava.eval.runs.shard_answers import AnswerFile
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from llava.common.errors import UserError
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.eval.benchmarks.questions import Sample, check_images, read_questions
-from llava.eval.runs.division import Subset
+from llava.eval.benchmarks.subset import Subset
 from llava.eval.scoring.verdicts import Verdict
 
 

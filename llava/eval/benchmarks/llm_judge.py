@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import digest_of, told_when_unwritable
+from llava.common.files import digest_of, repair, told_when_unwritable
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.questions import read_lines
-from llava.eval.runs.shard_answers import repair
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # a reply that is no score is asked for again, a little warmer each time
 BUSY = (429, 500, 502, 503, 504)

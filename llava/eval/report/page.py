@@ -15,9 +15,9 @@ from llava.eval.report.records import records
 from llava.eval.report.runs import RecordedRun
 from llava.eval.results.plots import short_number
 from llava.eval.results.published import COLUMNS
+from llava.eval.results.published_table import HEAD, by_checkpoint, cells, collect
 from llava.eval.scoring.annotations import SHORT_ANSWER
 from llava.eval.scoring.bootstrap import LEVEL, RESAMPLES
-from llava.eval.table import HEAD, by_checkpoint, cells, collect
 
 TEXT = 600  # characters of an answer or a question that are shown
 

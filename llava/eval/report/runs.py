@@ -10,12 +10,12 @@ from pathlib import Path
 from llava.common.errors import UserError
 from llava.common.files import digest_of, read_json
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
+from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.questions import Sample
+from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
-from llava.eval.runs.division import Subset
-from llava.eval.score import match, read_answers
+from llava.eval.results.published_table import label_of
 from llava.eval.scoring.verdicts import Verdict, headline
-from llava.eval.table import label_of
 
 _NEEDED = (
     *("benchmark", "split", "asked", "tokens", "checkpoint", "configuration", "generation", "question_file"),

@@ -17,11 +17,10 @@ from llava.common.files import digest_of
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import default_conv_mode, single_turn
-from llava.costs.measure import kv_bytes, peak_memory, predicted
+from llava.costs.measure import kv_bytes, peak_memory, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts, ModelShape
 from llava.eval.runs.image_reader import ImageFiles, ImageReader, Pixels, UnreadableImage
 from llava.eval.runs.shard_answers import AnswerFile
-from llava.methods.inside_llm.plan import layer_mean
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.engine import Engine
@@ -203,18 +202,6 @@ def _sampling(spec: dict, sample: dict) -> Sampling:
         return Sampling(spec["max_new_tokens"])
     seed = int(digest_of([spec["seed"], sample["key"]]), 16)
     return Sampling(spec["max_new_tokens"], spec["temperature"], spec["top_p"] or 1.0, seed)
-
-
-def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
-    """Per image of a row: vision tokens left after the last cut, and those that a layer sees in the mean over layers."""
-    dropping, selections = prepared.dropping, prepared.selections[row]
-    if dropping is None:
-        kept = [len(selection.indices) for selection in selections]
-        return {"kept": kept, "layer_mean": kept}
-    return {
-        "kept": [dropping.left(row, image) for image in range(len(selections))],
-        "layer_mean": [round(layer_mean(dropping.schedule(row, image)), 4) for image in range(len(selections))],
-    }
 
 
 def _stamp(path: Path) -> tuple:

@@ -19,16 +19,50 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import digest_of, read_json, told_when_unwritable, write_atomically, write_json
+from llava.common.files import (
+    REPOSITORY,
+    digest_of,
+    read_json,
+    repair,
+    told_when_unwritable,
+    write_atomically,
+    write_json,
+)
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.common.machine import commit, environment
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import Benchmark
 from llava.eval.benchmarks.questions import Sample
-from llava.eval.runs.division import Subset, by_image
+from llava.eval.benchmarks.subset import Subset
+from llava.eval.runs.division import by_image
 from llava.eval.runs.locks import hold_folder
 from llava.eval.runs.run_summary import summarise
-from llava.eval.runs.shard_answers import collect, merge, remove_answers, repair
+from llava.eval.runs.shard_answers import collect, merge, remove_answers
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint, and the conversation template it was trained with where its files may leave that open."""
+
+    checkpoint: str
+    conversation: str | None = None
+
+
+FAMILIES = {
+    "demo": Family("playground/llava-shapes-v1.5"),
+    "v1_5": Family("liuhaotian/llava-v1.5-7b"),
+    "v1_6": Family("liuhaotian/llava-v1.6-vicuna-7b"),
+    "v1_6_34B": Family("liuhaotian/llava-v1.6-34b", "chatml_direct"),
+}
+
+
+DATA_ROOT = REPOSITORY / "playground" / "data" / "eval"
+
+
+OUTPUT = REPOSITORY / "runs"
+
+
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)

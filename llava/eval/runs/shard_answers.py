@@ -33,23 +33,6 @@ class AnswerFile:
         os.close(self._file)
 
 
-def repair(path: Path) -> None:
-    """Cut a torn last line off, so that the next row starts on a line of its own."""
-    with open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-
-
 def read_rows(path: Path) -> list[dict]:
     """The complete rows of one shard's file; a torn last line is not among them."""
     data = Path(path).read_bytes()

@@ -31,7 +31,7 @@ from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import default_conv_mode, get_conversation, single_turn
-from llava.eval.runs.answer_shard import vision_tokens
+from llava.costs.measure import vision_tokens
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 

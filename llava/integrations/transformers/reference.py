@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from llava.common.errors import UserError
-from llava.model.checkpoint import Checkpoint, quiet_loading
+from llava.common.hub import quiet_loading
+from llava.model.checkpoint import Checkpoint
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 

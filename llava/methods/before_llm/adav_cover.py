@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.common.transfer import to_host
 from llava.methods.before_llm.adav import best_split, sure_of
 from llava.methods.before_llm.base import ImageTokens, Selection, check_option, is_number, take
 from llava.methods.before_llm.coverage import Coverage
 from llava.methods.before_llm.greedy import GreedySelector, Problem
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.similarity import cosine_matrix
-from llava.model.transfer import to_host
 
 # Best mean over both demo checkpoints and 25, 10 and 5 % of the tokens on 600 validation questions each, and no better than
 # AdaV within their noise: 0.8414, against 0.8408 at 0 (AdaV), 0.8397 at 0.5 and 0.8253 at 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
-from llava.model.transfer import to_device, to_host
+from llava.common.transfer import to_device, to_host
 
 
 class TokenPlaces:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector
-from llava.model.transfer import to_device
 
 ENTRIES = 1 << 26  # of the similarities of the images that choose together: 256 MB
 

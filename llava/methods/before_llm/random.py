@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
+from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
-from llava.model.transfer import to_device
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens
-from llava.model.transfer import to_device
 
 
 def split_evenly(budget: int, room: list[int]) -> list[int]:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava.common.transfer import to_device, to_host
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector, check_option, lowest_index_topk
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.similarity import unit_rows
 from llava.methods.before_llm.tiles import members_of_tiles, split_evenly
-from llava.model.transfer import to_device, to_host
 
 PUBLISHED = (54, 10)  # dominant, [CLS] among them, and contextual tokens of a tile
 

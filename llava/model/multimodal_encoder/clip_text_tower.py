@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from llava.common.errors import UserError, first_line
-from llava.common.hub import checkpoint_folder
-from llava.model.checkpoint import quiet_loading
+from llava.common.hub import checkpoint_folder, quiet_loading
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from llava.common.errors import UserError
 from llava.config import AdaVConfig, method_class
 from llava.conversation import default_conv_mode
-from llava.costs.measure import kv_bytes, predicted
+from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts, ModelShape
-from llava.eval.runs.answer_shard import vision_tokens
 from llava.methods.before_llm import ImageTokens
 from llava.methods.inside_llm import dropper_names
 from llava.methods.inside_llm.prefill_filter import PrefillFilter

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava.overlay.page import draw_stages, has_scores, score_maps
 from llava.overlay.views import kept_views
-from llava.serve.cost_text import duration, rate, size
+from llava.serve.service.cost_text import duration, rate, size
 from llava.serve.service.reply import Answered, KeptTokens
 
 MOST = 3  # configurations beside each other

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llava.common.command_line import positive
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.config import AdaVConfig, add_config_flags, config_overrides
-from llava.eval.demo import SCENES
+from llava.shapes.checkpoints import SCENES
 from llava.shapes.tokenizer import is_demo_vocabulary
 
 if TYPE_CHECKING:
