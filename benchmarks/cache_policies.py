@@ -40,7 +40,6 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.runs.answer_shard import LoadedShard
 from llava.eval.runs.image_reader import read_image
 from llava.eval.runs.run import DATA_ROOT, Generation, Run
-from llava.methods.kv_cache import make_policy
 from llava.methods.kv_cache.base import RowSpans
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.prepared import PreparedPrompt
@@ -103,7 +102,7 @@ def decode(model, prepared: PreparedPrompt, config: AdaVConfig, embeds: torch.Te
         RowSpans(own, [(start - length + own, count) for start, count in images])
         for own, images in zip(prepared.lengths, prepared.image_spans, strict=True)
     ]
-    policy, layers = make_policy(config), model.config.num_hidden_layers
+    policy, layers = config.make_cache_policy(), model.config.num_hidden_layers
     caching = Caching(policy, layers, spans, prepared.position_ids[:, -1:] + 1)
     cache = caching.cache(embeds.shape[1])
     inputs = {"past_key_values": cache, "caching": caching}

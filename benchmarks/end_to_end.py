@@ -41,7 +41,7 @@ from record import RESULTS, how, pick, read_text, write_csv
 from shapes import PRESETS, Prompts
 
 from llava.common.errors import UserError, exits_cleanly
-from llava.config import AdaVConfig, ConfigError, method_class
+from llava.config import AdaVConfig, ConfigError
 from llava.costs.flops import Cost
 
 CONFIGS = ("method=none", "method=adav overall_tokens=144")
@@ -172,7 +172,7 @@ def read_config(text: str) -> tuple[str, AdaVConfig]:
 
 def _name(config: AdaVConfig) -> str:
     parts = [config.method]
-    if getattr(method_class(config.method), "uses_budget", True):
+    if config.method_class.uses_budget:
         parts.append(str(config.overall_tokens))
     parts += [f"+ {config.cache_policy}"] * (config.cache_policy != "full") + ["+ filter"] * config.prefill_filter_flag
     return " ".join(parts)

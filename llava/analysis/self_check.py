@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly, first_line
-from llava.config import AdaVConfig, method_class
+from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import default_conv_mode, single_turn
 from llava.integrations.transformers.reference import build_reference, kind_of
@@ -152,7 +152,7 @@ def _report_method(args, model, tokenizer, pixels: Tensor, ids: list[int], image
     per_tile = [int((tile == number).sum()) for number in range(len(pixels[0]) if pixels.dim() == 5 else 1)]
     say("method", f"{args.method} keeps {len(survivors)} of {selection.total} tokens, in tiles {per_tile}")
     say("its answer", repr(tokenizer.decode(tokens[0], skip_special_tokens=True).strip()))
-    if not method_class(args.method).uses_budget:
+    if not config.make_method().uses_budget:
         return True
     whole = model.prepare(torch.tensor([ids]), pixels, [image.size]).selections[0][0]
     candidates = whole.total if dropping else int((whole.tile >= 0).sum())

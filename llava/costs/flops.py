@@ -23,12 +23,11 @@ from dataclasses import dataclass, field
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.text_table import columns
-from llava.config import AdaVConfig, add_config_flags, config_overrides, method_class
+from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.costs.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, SelectorCase, cache_cost, together
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
-from llava.methods.inside_llm import DROPPERS, Dropper, make_dropper
+from llava.methods.inside_llm import DROPPERS, Dropper
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
-from llava.methods.kv_cache import make_policy
 from llava.methods.kv_cache.base import Counts, LayerPlan, rounded_up
 from llava.mm_utils import tile_plan
 
@@ -155,12 +154,11 @@ def predict(
     the configuration asks for. logits: see language_model.
     """
     drops = config.method in DROPPERS
-    method = method_class(config.method)
-    options = config.options_of(method)
+    method, options = config.make_method(), config.method_options
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     if drops:
-        dropper, price, costs = make_dropper(config.method, **options), DROPPER_COSTS[config.method], []
+        dropper, price, costs = method, DROPPER_COSTS[config.method], []
     else:
         dropper, price = PrefillFilter.of(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
@@ -177,7 +175,7 @@ def predict(
     late = not method.reads_features
     rows = [n if late and n < image.candidates else image.candidates for image, n in zip(images, kept, strict=True)]
     projected = sum(rows) if method.needs_image else 0
-    policy = make_policy(config)
+    policy = config.make_cache_policy()
     behind = words[0] if images else 0  # text behind the first image's start
     held = [Counts(text_tokens - behind, attended, behind, sum(kept)) for attended, _ in seen]
     choosing = together(cache_cost(shape, policy, counts) for counts in held)

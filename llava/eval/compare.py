@@ -22,13 +22,14 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import REPOSITORY, told_when_unwritable, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.machine import cores
-from llava.config import AdaVConfig, method_names
+from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results.compare_rows import Cell, rows_of
 from llava.eval.results.compare_table import CAVEAT, markdown, read_rows, write_rows
 from llava.eval.runs.evaluate import carry_out
 from llava.eval.runs.run import DATA_ROOT, OUTPUT, Generation, Run
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
+from llava.methods.index import method_names
 
 FOLDER = REPOSITORY / "playground" / "compare"
 CHECKPOINTS = "playground/llava-shapes-v1.5,playground/llava-shapes-v1.6"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly
-from llava.config import method_names
+from llava.methods.index import method_names
 from llava.serve.service.cost_text import cost_line
 from llava.serve.service.image_input import ImageLimits, picture_from_file
 from llava.serve.service.reply import Failed

@@ -11,7 +11,6 @@ from llava.kernels.evict import evict
 from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm.plan import Cut
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
-from llava.methods.kv_cache import make_policy
 from llava.methods.kv_cache.avl import AVL
 from llava.methods.kv_cache.base import Budget, Counts, RowSpans
 from llava.methods.kv_cache.full import Full
@@ -151,12 +150,12 @@ def test_a_step_scores_as_a_longer_prompt_would(scorer, chunk):
 
 
 def test_budgets():
-    published = make_policy(AdaVConfig(**text("h2o", minimum=8)))
+    published = AdaVConfig(**text("h2o", minimum=8)).make_cache_policy()
     # 25 text tokens of the prompt: 60 % are 15, 70 % of which are heavy. 26: 15.6.
     assert published.budget(25, 25) == Budget(15, 5) and published.budget(25, 26) == Budget(16, 5)
     assert published.budget(25, 4) == Budget(8, 3), "a minimum"
-    assert make_policy(AdaVConfig(**text("history"))).budget(25, 25) == Budget(15, 7)
-    assert make_policy(AdaVConfig(**text("direct"))).budget(25, 25) == Budget(15, 0)
+    assert AdaVConfig(**text("history")).make_cache_policy().budget(25, 25) == Budget(15, 7)
+    assert AdaVConfig(**text("direct")).make_cache_policy().budget(25, 25) == Budget(15, 0)
     assert H2O().budget(96, 96) == Budget(48, 36) and H2O().budget(96, 119) == Budget(58, 44)
     assert H2O(0.1, 0.2).budget(96, 96) == H2O(0.1, 0.2).budget(96, 500) == Budget(28, 19)
 
@@ -165,7 +164,7 @@ def test_plans_by_hand():
     counts = Counts(before=7, image=64, after=25, entered=64)
     plan = Full().plan(counts)
     assert [plan.stored(s) for s in (0, 5)] == [96, 101] and plan.read(1) == 97 and plan.slots(24) == 120
-    plan = make_policy(AdaVConfig(**vision(0.5, 0.7, 3), **text("h2o", minimum=8))).plan(counts)
+    plan = AdaVConfig(**vision(0.5, 0.7, 3), **text("h2o", minimum=8)).make_cache_policy().plan(counts)
     assert (plan.front, plan.image, plan.core, plan.prompt) == (7, 32, 19, 25)
     # Text: 15 after prefill, 16 after a step (60 % of 26 are 15.6), 29 after 24 (of 49).
     assert [plan.text(s) for s in (0, 1, 2, 24)] == [15, 16, 16, 29]
@@ -173,10 +172,10 @@ def test_plans_by_hand():
     assert [plan.read(s) for s in (1, 2, 3)] == [7 + 19 + 16, 7 + 19 + 17, 7 + 32 + 17]
     assert plan.slots(24) == 7 + 32 + 30 and plan.slots(0) == 54
     # No core: what stays of the image is read like the text before it.
-    plan = make_policy(AdaVConfig(**vision(0.6, 0.8, -1))).plan(counts)
+    plan = AdaVConfig(**vision(0.6, 0.8, -1)).make_cache_policy().plan(counts)
     assert (plan.front, plan.image, plan.read(3)) == (32, 0, 32 + 28)
     # Shares are of what entered the LLM; a layer that holds less keeps what it holds.
-    plan = make_policy(AdaVConfig(**vision(0.5, 0.7, 3))).plan(counts._replace(image=20))
+    plan = AdaVConfig(**vision(0.5, 0.7, 3)).make_cache_policy().plan(counts._replace(image=20))
     assert (plan.image, plan.core) == (20, 19)
     plan = H2O().plan(counts)
     assert plan.front == plan.image == 0 and plan.stored() == 48 and plan.stored(23) == 58
@@ -193,12 +192,12 @@ def test_counts_do_not_lose_one_to_floating_point():
 
 
 def test_switches_pick_the_policy():
-    assert isinstance(make_policy(AdaVConfig()), Full) and isinstance(make_policy(AdaVConfig(**FILTER)), Full)
-    assert make_policy(AdaVConfig(**vision(0.5, 0.7, 3))) == AVL(rate=0.5, compute_rate=0.7, interval=3)
-    text_alone = make_policy(AdaVConfig(**text("history", minimum=5), text_heavy_share=0.6))
+    assert isinstance(AdaVConfig().make_cache_policy(), Full) and isinstance(AdaVConfig(**FILTER).make_cache_policy(), Full)
+    assert AdaVConfig(**vision(0.5, 0.7, 3)).make_cache_policy() == AVL(rate=0.5, compute_rate=0.7, interval=3)
+    text_alone = AdaVConfig(**text("history", minimum=5), text_heavy_share=0.6).make_cache_policy()
     assert text_alone == AVL(text_rule="history", text_rate=0.4, text_minimum=5, heavy=0.6)
-    assert make_policy(AdaVConfig(all_use_h2o=True, **vision(0.5, 0.7, 3))) == H2O(), "in place of A-VL"
-    assert make_policy(AdaVConfig(h2o_heavy_share=0.1, h2o_recent_share=0.2)) == H2O(0.1, 0.2)
+    assert AdaVConfig(all_use_h2o=True, **vision(0.5, 0.7, 3)).make_cache_policy() == H2O(), "in place of A-VL"
+    assert AdaVConfig(h2o_heavy_share=0.1, h2o_recent_share=0.2).make_cache_policy() == H2O(0.1, 0.2)
 
 
 @pytest.mark.parametrize(

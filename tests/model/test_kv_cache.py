@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.methods.kv_cache import CACHES, cache_names, make_policy
+from llava.methods.kv_cache import CACHES, cache_names
 from llava.mm_utils import left_pad, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.adaptive_cache import AdaptiveCache
@@ -123,7 +123,7 @@ def test_every_policy_has_its_rows():
     for case, (policy, _) in CASES.items():
         for front in FRONTS:
             config = setting(case, front)
-            assert config.cache_policy == policy and type(make_policy(config)) is CACHES[policy]
+            assert config.cache_policy == policy and type(config.make_cache_policy()) is CACHES[policy]
 
 
 @pytest.mark.parametrize("front", FRONTS)

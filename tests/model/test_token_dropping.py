@@ -18,12 +18,13 @@ from tiny_checkpoints import build_reference, make_image, save_llava_hf
 
 from llava.common.errors import UserError
 from llava.common.find_checkpoint import find_checkpoint
-from llava.config import AdaVConfig, method_names
+from llava.config import AdaVConfig
 from llava.constants import IGNORE_INDEX
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.runs.answer_shard import LoadedShard
 from llava.eval.runs.run import Generation, Run
 from llava.eval.runs.run_summary import summarise
+from llava.methods.index import method_names
 from llava.methods.inside_llm import DROPPERS, dropper_names, make_dropper
 from llava.methods.inside_llm.fitprune_tables import Table, write_table
 from llava.methods.inside_llm.plan import layer_mean

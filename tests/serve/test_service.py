@@ -9,8 +9,9 @@ from serve_cases import wait_for
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
 
 from llava.common.errors import UserError
-from llava.config import AdaVConfig, method_names
+from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
+from llava.methods.index import method_names
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.engine import Engine

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from llava.config import method_names
 from llava.eval.results.compare_table import summary
 from llava.eval.results.plots import FAINT, INK, log_ticks, look, panels, save, style
+from llava.methods.index import method_names
 
 _SPREAD = 0.26  # of x, by which the methods are moved apart where they have bars
 CAPTION = (

@@ -1,7 +1,6 @@
 """Which keys and values are stored and read during decoding: one file per policy, chosen by the configuration.
 
-    from llava.methods.kv_cache import CACHES, make_policy
-    policy = make_policy(config)                       # full, avl or h2o, as the switches of adav_configs.json say
+    policy = config.make_cache_policy()                # full, avl or h2o, as the switches of adav_configs.json say
     policy.plan(counts).stored(step=64)                # entries of one layer after 64 decode steps
 
 Importing this package imports no torch. CACHES and the classes are imported when they are first asked for.
@@ -16,10 +15,9 @@ from typing import TYPE_CHECKING
 from llava.methods.lazy_names import LazyNames
 
 if TYPE_CHECKING:
-    from llava.config import AdaVConfig
     from llava.methods.kv_cache.base import CachePolicy
 
-__all__ = ["CACHES", "CachePolicy", "cache_names", "make_policy"]
+__all__ = ["CACHES", "CachePolicy", "cache_names"]
 
 # policy name -> file and class. A new policy is one file and one line here.
 _CLASSES = {
@@ -38,8 +36,3 @@ __getattr__ = _names = LazyNames(__name__, "CACHES", _CLASSES, _OTHERS)
 def cache_names() -> tuple[str, ...]:
     """Names of all policies, without importing torch; what a user added to CACHES is included."""
     return _names.names()
-
-
-def make_policy(config: AdaVConfig) -> CachePolicy:
-    """The policy that the configuration's switches ask for, with its settings: config.cache_policy names it."""
-    return _names.table()[config.cache_policy].of(config)

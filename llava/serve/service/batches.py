@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.common.errors import UserError
-from llava.config import AdaVConfig, method_class
+from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode
 from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts, ModelShape
@@ -102,11 +102,10 @@ class LoadedModel:
 
     def check(self, config: AdaVConfig) -> None:
         """UserError where a configuration does not go with this checkpoint."""
-        method = method_class(config.method)
-        config.refuse_misfits(method)
-        chosen = method(**config.options_of(method))
+        config.check_method_options()
+        method = config.make_method()
         if config.method in dropper_names():
-            chosen.check(self.model.config)
+            method.check(self.model.config)
         prefill_filter = PrefillFilter.of(config)
         if prefill_filter is not None:
             prefill_filter.check(self.model.config)
@@ -114,14 +113,14 @@ class LoadedModel:
     def longest(self, plan: TilePlan, config: AdaVConfig) -> int:
         """Positions that an image takes in the LLM at most."""
         order = merge_order(plan, self.shape.side)
-        method = method_class(config.method)
+        method = config.make_method()
         if not method.needs_image:
             return 0
         if config.method in dropper_names() or not method.uses_budget or config.option("positions") == "original":
             return len(order)
         tile = order.div(self.shape.tile_patches, rounding_mode="floor").masked_fill(order == NEWLINE, -1)
         outline = ImageTokens(order.new_empty((len(order), 0)), order, tile, order, order)
-        budget = method(**config.options_of(method)).tokens(outline, config.overall_tokens)
+        budget = method.tokens(outline, config.overall_tokens)
         return budget if budget < len(outline.patches) else len(order)
 
     def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:

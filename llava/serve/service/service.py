@@ -19,7 +19,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from llava.common.errors import UserError, first_line
-from llava.config import OPTION_RULES, AdaVConfig
+from llava.config import AdaVConfig
+from llava.methods.options import OPTION_RULES
 from llava.serve.service.reply import Answered, Failed, KeptTokens, Reply
 from llava.serve.service.request import Request, Turn
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from llava.common.errors import UserError
-from llava.config import AdaVConfig, method_names
+from llava.config import AdaVConfig
+from llava.methods.index import method_names
 
 if TYPE_CHECKING:  # torch comes with them, which nobody should wait for who mistyped a flag
     from llava.model.decoding.sampling import Sampling

@@ -17,7 +17,8 @@ import gradio as gr
 from PIL import Image
 
 from llava.common.errors import UserError, first_line
-from llava.config import AdaVConfig, method_names
+from llava.config import AdaVConfig
+from llava.methods.index import method_names
 from llava.model.decoding.sampling import Sampling
 from llava.serve.service.image_input import ImageLimits, picture_from_file
 from llava.serve.service.reply import Reply
