@@ -79,10 +79,6 @@ class EagerTower(torch.nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
     def forward(self, pixel_values, wanted=()):
         out = self.model(pixel_values, output_hidden_states=True, output_attentions=True)
         assert len(out.attentions) == self.model.config.num_hidden_layers
