@@ -17,7 +17,12 @@ from PIL import Image
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.model.decoding.sampling import Sampling
-from llava.serve.service.image_input import ImageLimits, ImageRefused, picture_from_data_url, picture_from_folders
+from llava.serve.service.image_input import (
+    ImageLimits,
+    ImageRefused,
+    picture_from_data_url,
+    picture_from_folders,
+)
 from llava.serve.service.reply import Failed
 from llava.serve.service.request import PromptTooLong, Request, Turn
 from llava.serve.service.service import Busy, Closed
