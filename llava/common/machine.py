@@ -59,10 +59,12 @@ def commit() -> str | None:
 
 
 def code_digest() -> str:
-    """Changes with the source that answers depend on: configuration, prompts, images, model, kernels."""
+    """Changes with the source that answers depend on: configuration, prompts, images, methods, model, kernels."""
     seen = hashlib.sha256()
     package = REPOSITORY / "llava"
-    for path in sorted([*package.glob("*.py"), *package.glob("model/**/*.py"), *package.glob("kernels/*.py")]):
+    folders = ("common", "methods", "model", "inference", "kernels")
+    paths = [*package.glob("*.py"), *(path for folder in folders for path in package.glob(f"{folder}/**/*.py"))]
+    for path in sorted([*paths, package / "eval" / "runs" / "answer_shard.py"]):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]
 

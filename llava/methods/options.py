@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from llava.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,14 @@ OPTION_RULES: dict[str, Rule] = {
 
 # Options that every method takes: they steer the path around the selector, not the selector.
 COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
+
+
+def check_options(method) -> None:
+    """UserError where an option of a method, which is a dataclass whose fields are its options, is out of its range.
+
+    A default needs no check: None means that the option is not set.
+    """
+    for option in fields(method):
+        value, rule = getattr(method, option.name), OPTION_RULES.get(option.name)
+        if rule is not None and value is not option.default and not rule.test(value):
+            raise UserError(f"option {option.name!r} is {value!r}, allowed is {rule.allowed}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llava.common.errors import UserError
 from llava.methods.before_llm.adav_public import keep_public
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, is_number, lowest_index_topk, take
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.two_lists import TwoLists, unions_of_best
 
@@ -61,14 +59,6 @@ class AdaV(Selector):
     min_share: float = 0.25
     temperature: float = 0.01
     compat: str | None = None
-
-    def __post_init__(self):
-        if not is_number(self.min_share) or not 0 <= self.min_share <= 0.5:
-            raise UserError(f"option 'min_share' is {self.min_share!r}, allowed is a number from 0 to 0.5")
-        if not is_number(self.temperature) or not 0 < self.temperature < math.inf:
-            raise UserError(f"option 'temperature' is {self.temperature!r}, allowed is a number above 0")
-        if self.compat not in (None, "public"):
-            raise UserError(f"option 'compat' is {self.compat!r}, allowed is 'public' or nothing")
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return self.keep_all([image], [text], [budget])[0]

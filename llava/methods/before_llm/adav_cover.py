@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.common.transfer import to_host
 from llava.methods.before_llm.adav import best_split, sure_of
-from llava.methods.before_llm.base import ImageTokens, Selection, check_option, is_number, take
+from llava.methods.before_llm.base import ImageTokens, Selection, take
 from llava.methods.before_llm.coverage import Coverage
 from llava.methods.before_llm.greedy import GreedySelector, Problem
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
@@ -82,14 +82,6 @@ class AdaVCover(GreedySelector):
     min_share: float = 0.25
     temperature: float = 0.01
     strength: float = STRENGTH
-
-    def __post_init__(self):
-        good = is_number(self.min_share) and 0 <= self.min_share <= 0.5
-        check_option("min_share", self.min_share, good, "a number from 0 to 0.5")
-        good = is_number(self.temperature) and 0 < self.temperature < float("inf")
-        check_option("temperature", self.temperature, good, "a number above 0")
-        good = is_number(self.strength) and 0 <= self.strength < float("inf")
-        check_option("strength", self.strength, good, "a number of at least 0")
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         patches, saliency = image.patches, patch_saliency(image)

@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from llava.common.errors import UserError
 from llava.common.transfer import to_device, to_host
+from llava.methods.options import check_options
 
 
 class TokenPlaces:
@@ -206,6 +206,9 @@ class Selector(ABC):
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
     tower_states: tuple[str, ...] = ()  # what `keep` reads of ImageTokens.tower, by the names of its fields
 
+    def __post_init__(self):
+        check_options(self)
+
     def tokens(self, image: ImageTokens, budget: int) -> int:
         """How many tokens are kept of `image` where `budget` were asked for: as many, unless an option says otherwise."""
         return budget
@@ -229,17 +232,6 @@ def lowest_index_topk(scores: Tensor, k: int) -> Tensor:
     torch.topk promises nothing about ties, and half-precision scores tie often.
     """
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-def is_number(value) -> bool:
-    """Whether an option's value is a number (JSON's true and false are not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_option(name: str, value, good: bool, allowed: str) -> None:
-    """UserError for an option's value that is not `good`."""
-    if not good:
-        raise UserError(f"option {name!r} is {value!r}, allowed is {allowed}")
 
 
 def take(image: ImageTokens, indices: Tensor, **report) -> Selection:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava.methods.before_llm.base import ImageTokens, check_option, is_number, take
+from llava.common.errors import UserError
+from llava.methods.before_llm.base import ImageTokens, take
 from llava.methods.before_llm.greedy import GreedySelector, Problem
 from llava.methods.before_llm.scores import max_cosine
 from llava.methods.before_llm.similarity import cosine_matrix
@@ -75,12 +76,9 @@ class CDPruner(GreedySelector):
     theta: float | None = None
 
     def __post_init__(self):
-        good = self.relevance in (None, "clip", "embeddings")
-        check_option("relevance", self.relevance, good, "'clip' or 'embeddings'")
-        good = self.relevance != "clip" or self.text_tower is not None
-        check_option("text_tower", self.text_tower, good, "a CLIP checkpoint where 'relevance' is 'clip'")
-        good = self.theta is None or (is_number(self.theta) and 0 <= self.theta < 1)
-        check_option("theta", self.theta, good, "a number from 0 to below 1")
+        super().__post_init__()
+        if self.relevance == "clip" and self.text_tower is None:
+            raise UserError("option 'text_tower' is None, allowed is a CLIP checkpoint where 'relevance' is 'clip'")
 
     @property
     def tower_states(self) -> tuple[str, ...]:

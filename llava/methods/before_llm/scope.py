@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava.methods.before_llm.base import ImageTokens, check_option, is_number, take
+from llava.methods.before_llm.base import ImageTokens, take
 from llava.methods.before_llm.coverage import Coverage
 from llava.methods.before_llm.greedy import GreedySelector, Problem
 from llava.methods.before_llm.scores import patch_saliency
@@ -46,10 +46,6 @@ class Scope(GreedySelector):
     tower_states = ("hidden",)
 
     alpha: float = 1.0
-
-    def __post_init__(self):
-        good = is_number(self.alpha) and 0 <= self.alpha < float("inf")
-        check_option("alpha", self.alpha, good, "a number of at least 0")
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
         members, real, sizes = members_of_tiles(image)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava.common.errors import UserError
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, is_number, lowest_index_topk, take
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
 from llava.methods.before_llm.scores import patch_saliency, text_to_image
 
 
@@ -17,10 +16,6 @@ class T2I(Selector):
     """
 
     temperature: float = 0.01
-
-    def __post_init__(self):
-        if not is_number(self.temperature) or not 0 < self.temperature < float("inf"):
-            raise UserError(f"option 'temperature' is {self.temperature!r}, allowed is a number above 0")
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         score = text_to_image(image, text, self.temperature) if len(text) else patch_saliency(image)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava.common.errors import UserError
 from llava.common.transfer import to_device, to_host
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, check_option, lowest_index_topk
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.similarity import unit_rows
 from llava.methods.before_llm.tiles import members_of_tiles, split_evenly
@@ -59,12 +60,11 @@ class VisionZip(Selector):
     contextual: int | None = None
 
     def __post_init__(self):
-        for name, least in (("dominant", 1), ("contextual", 0)):
-            value = getattr(self, name)
-            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
-            check_option(name, value, good, f"a whole number of at least {least}")
-        together = (self.dominant is None) == (self.contextual is None)
-        check_option("contextual", self.contextual, together, "a count exactly where 'dominant' is one")
+        super().__post_init__()
+        if (self.dominant is None) != (self.contextual is None):
+            raise UserError(
+                f"option 'contextual' is {self.contextual!r}, allowed is a count exactly where 'dominant' is one"
+            )
 
     def tokens(self, image: ImageTokens, budget: int) -> int:
         if self.dominant is None:
