@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,8 +43,9 @@ from llava.common.progress import progress_bar
 from llava.common.text_table import columns
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.eval.runs.answer_shard import LoadedShard
-from llava.eval.runs.run import BATCH_SIZE, Generation
+from llava.eval.runs.answer_shard import ShardAnswerer
+from llava.eval.runs.run import BATCH_SIZE
+from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.shapes.questions import ask
@@ -85,7 +86,7 @@ class EagerTower(torch.nn.Module):
         return out.hidden_states[self.layer][:, 1:], rows.mean(dim=1), {}
 
 
-def make_questions(folder: Path, pictures: int) -> list[dict]:
+def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
     """Samples as the launcher orders them: pictures drawn into `folder`, PER_PICTURE questions after one another."""
     samples = []
     for index in progress_bar("drawing", range(pictures), unit=" pictures"):
@@ -95,16 +96,16 @@ def make_questions(folder: Path, pictures: int) -> list[dict]:
             category = QUESTION_TYPES[n % len(QUESTION_TYPES)]
             rng = scene_rng(FAMILY, "test", index, stream=1 + n // len(QUESTION_TYPES))
             question = ask(scene, category, rng) or ask(scene, "exists", rng)
-            samples.append({"key": [index, n], "image": name, "prompt": question.text})
+            samples.append(OrderedSample((index, n), name, question.text))
     return samples
 
 
 class Upstream:
     """One question at a time, everything anew for each."""
 
-    def __init__(self, shard: LoadedShard, tower: EagerTower, spec: dict):
+    def __init__(self, shard: ShardAnswerer, tower: EagerTower, spec: WorkOrder):
         self.shard, self.tower, self.spec = shard, tower, spec
-        self.config = AdaVConfig(**spec["config"])
+        self.config = spec.config
         self.llm_seconds = 0.0
 
     @contextlib.contextmanager
@@ -121,11 +122,11 @@ class Upstream:
         shard, answers = self.shard, []
         conversation = default_conv_mode(shard.model.config, shard.tokenizer)
         with self._eager(), open(file, "w") as out:
-            for sample in self.spec["samples"]:
-                image = Image.open(Path(self.spec["image_folder"]) / sample["image"]).convert("RGB")
+            for sample in self.spec.samples:
+                image = Image.open(self.spec.image_folder / sample.image).convert("RGB")
                 pixels = process_images([image], shard.image_processor, shard.model.config)
                 pixels = [one.to(shard.device, shard.model.dtype) for one in pixels]
-                prompt = single_turn(conversation, "<image>\n" + sample["prompt"])
+                prompt = single_turn(conversation, "<image>\n" + sample.prompt)
                 ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None].to(shard.device)
                 prepared = shard.model.prepare(ids, pixels, [image.size], config=self.config)
                 start = time.perf_counter()
@@ -133,12 +134,12 @@ class Upstream:
                     prepared=prepared,
                     do_sample=False,
                     num_beams=1,
-                    max_new_tokens=self.spec["max_new_tokens"],
+                    max_new_tokens=self.spec.generation.max_new_tokens,
                     pad_token_id=shard.engine.pad,
                 )
                 self.llm_seconds += time.perf_counter() - start
                 answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())
-                out.write(json.dumps({"key": sample["key"], "text": answers[-1]}) + "\n")
+                out.write(json.dumps({"key": list(sample.key), "text": answers[-1]}) + "\n")
                 out.flush()
         return answers
 
@@ -146,15 +147,15 @@ class Upstream:
 class Worker:
     """The project's worker."""
 
-    def __init__(self, shard: LoadedShard, spec: dict):
+    def __init__(self, shard: ShardAnswerer, spec: WorkOrder):
         self.shard, self.spec = shard, spec
         self.llm_seconds = 0.0
 
     def run(self, file: Path) -> list[str]:
-        self.shard.run({**self.spec, "answers": str(file)}, threading.Event())
+        self.shard.run(replace(self.spec, answers=file), threading.Event())
         rows = {tuple(row["key"]): row for row in map(json.loads, file.read_text().splitlines())}
         self.llm_seconds += sum(row["seconds"][stage] for row in rows.values() for stage in ("prefill", "decode"))
-        return [rows[tuple(sample["key"])]["answer"] for sample in self.spec["samples"]]
+        return [rows[sample.key]["answer"] for sample in self.spec.samples]
 
 
 def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) -> dict[str, list[float]]:
@@ -220,16 +221,10 @@ def main(argv: list[str] | None = None) -> None:
         samples = make_questions(folder, args.pictures)
         budget = {"overall_tokens": args.tokens} if args.tokens else {}
         config = AdaVConfig.load(REPOSITORY / "adav_configs.json", **budget)
-        spec = {
-            "checkpoint": str(CHECKPOINT),
-            "model_base": None,
-            "config": config.to_dict(),
-            **asdict(Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)),
-            "batch_size": args.batch_size,
-            "image_folder": str(folder),
-            "samples": samples,
-        }
-        shard = LoadedShard(spec)
+        generation = Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)
+        answers = folder / "answers.jsonl"
+        spec = WorkOrder(str(CHECKPOINT), None, config, generation, args.batch_size, folder, answers, tuple(samples))
+        shard = ShardAnswerer(spec)
         tower = EagerTower(shard.model.get_vision_tower(), shard.model.config.vision)
         tower.to(shard.device, shard.model.dtype)
         loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}

@@ -29,8 +29,8 @@ from llava.common.find_checkpoint import find_checkpoint
 from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.eval.benchmarks.questions import check_images, read_questions
-from llava.eval.runs.answer_shard import LoadedShard
 from llava.eval.runs.image_reader import UnreadableImage, read_image
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm.base import Choice, Dropper, ImageSlots
 from llava.methods.inside_llm.fitprune import shares
@@ -176,7 +176,7 @@ def passes() -> int:
     return 2 + math.ceil(math.log2(1 / WIDTH))
 
 
-def prepare(shard: LoadedShard, args: argparse.Namespace) -> list:
+def prepare(loaded: LoadedCheckpoint, args: argparse.Namespace) -> list:
     """The questions with an image, ready for the LLM with every image token in place."""
     path = Path(args.questions)
     samples = [sample for sample in read_questions(path) if sample.image is not None][: args.limit]
@@ -191,9 +191,7 @@ def prepare(shard: LoadedShard, args: argparse.Namespace) -> list:
             image = read_image(Path(args.images) / sample.image)
         except UnreadableImage as error:
             raise UserError(f'{path}, line {sample.line}: image "{sample.image}" cannot be read ({error})') from None
-        prompts.append(
-            shard.prepare([{"image": sample.image, "prompt": sample.prompt}], [image], whole, args.conv_mode)
-        )
+        prompts.append(loaded.prepare([sample.prompt], [image], whole, args.conv_mode))
     return prompts
 
 
@@ -221,18 +219,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--limit is {args.limit}, allowed is a whole number of at least 1")
     checkpoint = find_checkpoint(args.checkpoint)
     base = find_checkpoint(args.model_base) if args.model_base else None
-    spec = {
-        "checkpoint": str(checkpoint.folder),
-        "model_base": base and str(base.folder),
-        "config": AdaVConfig(method="none").to_dict(),
-        "device": args.device,
-        "dtype": args.dtype,
-    }
-    shard = LoadedShard(spec)
-    prompts = prepare(shard, args)
-    config = shard.model.config
+    loaded = LoadedCheckpoint(
+        str(checkpoint.folder),
+        base and str(base.folder),
+        AdaVConfig(method="none"),
+        device=args.device,
+        dtype=args.dtype,
+        purpose="a fit",
+    )
+    prompts = prepare(loaded, args)
+    config = loaded.model.config
     with torch.inference_mode(), progress_bar("prefills", total=passes() * len(prompts)) as progress:
-        drops, tokens, alpha = fit(shard.model, prompts, args.ratio, progress)
+        drops, tokens, alpha = fit(loaded.model, prompts, args.ratio, progress)
     sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     table = Table(checkpoint.short_name, args.ratio, tokens, sizes, drops)
     if not 0 < sum(drops) < tokens:

@@ -40,7 +40,7 @@ def parser(prog: str, description: str, limit: int) -> Parser:
 
 
 def prompts(args: Namespace) -> Iterator[tuple]:
-    """(LoadedShard, Sample, PreparedPrompt) for each question with an image; all files are checked first."""
+    """(LoadedCheckpoint, Sample, PreparedPrompt) for each question with an image; all files are checked first."""
     samples = [sample for sample in read_questions(args.questions)[: args.limit] if sample.image is not None]
     if not samples:
         raise UserError(f"{args.questions}: has no question with an image among its first {args.limit}")
@@ -51,21 +51,11 @@ def prompts(args: Namespace) -> Iterator[tuple]:
         from llava.conversation import get_conversation
 
         get_conversation(args.conv_mode)
-    import torch
-
-    from llava.eval.runs.answer_shard import LoadedShard
     from llava.eval.runs.image_reader import UnreadableImage, read_image
+    from llava.inference.loaded_checkpoint import LoadedCheckpoint
 
     config = AdaVConfig(method="none")
-    shard = LoadedShard(
-        {
-            "checkpoint": args.checkpoint,
-            "model_base": args.model_base,
-            "config": config.to_dict(),
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "dtype": args.dtype,
-        }
-    )
+    loaded = LoadedCheckpoint(args.checkpoint, args.model_base, config, dtype=args.dtype, purpose="an analysis")
     for sample in progress_bar("prompts", samples, unit=" questions"):
         try:
             image = read_image(args.images / sample.image)
@@ -73,8 +63,7 @@ def prompts(args: Namespace) -> Iterator[tuple]:
             raise UserError(
                 f'{args.questions}, line {sample.line}: image "{sample.image}" cannot be read ({error})'
             ) from None
-        row = {"image": sample.image, "prompt": sample.prompt}
-        yield shard, sample, shard.prepare([row], [image], config, args.conv_mode)
+        yield loaded, sample, loaded.prepare([sample.prompt], [image], config, args.conv_mode)
 
 
 def top_share(values: np.ndarray, share: float) -> np.ndarray:

@@ -27,7 +27,8 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results.compare_rows import Cell, rows_of
 from llava.eval.results.compare_table import CAVEAT, markdown, read_rows, write_rows
 from llava.eval.runs.evaluate import carry_out
-from llava.eval.runs.run import DATA_ROOT, OUTPUT, Generation, Run
+from llava.eval.runs.run import DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 from llava.methods.index import method_names
 

@@ -24,7 +24,8 @@ from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.runs.evaluate import carry_out
-from llava.eval.runs.run import DATA_ROOT, OUTPUT, Generation, Run
+from llava.eval.runs.run import DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 from llava.shapes.checkpoints import SCENES, Scene
 
@@ -76,25 +77,27 @@ def draw(runs: dict[str, Run]) -> Path:
 
     The question is the first one that the whole model answers rightly.
     """
-    from llava.eval.runs.answer_shard import LoadedShard
     from llava.eval.runs.image_reader import read_image
+    from llava.inference.loaded_checkpoint import LoadedCheckpoint
     from llava.mm_utils import tile_plan
     from llava.overlay.page import draw_overlay
 
     first = next(iter(runs.values()))
     answers = {label: _answers(run) for label, run in runs.items()}
     sample = _first_right(first.samples, answers["none"], first)
-    shard = LoadedShard(first.order(0, [], 1))
+    generation = first.generation
+    loaded = LoadedCheckpoint(
+        str(first.checkpoint.folder), config=first.config, device=generation.device, dtype=generation.dtype
+    )
     image = read_image(first.benchmark.image_folder / sample.image)
     official = {label: run for label, run in runs.items() if run.config.option("anyres") == "official"}
     selections = {
-        label: shard.prepare([{"image": sample.image, "prompt": sample.prompt}], [image], run.config).selections[0][0]
-        for label, run in official.items()
+        label: loaded.prepare([sample.prompt], [image], run.config).selections[0][0] for label, run in official.items()
     }
     picture = draw_overlay(
         image,
-        tile_plan(image.size, shard.model.config),
-        shard.model.get_vision_tower().num_patches_per_side,
+        tile_plan(image.size, loaded.model.config),
+        loaded.model.get_vision_tower().num_patches_per_side,
         selections,
         {label: answers[label][sample.key] for label in official},
         title=sample.text.splitlines()[0],

@@ -28,7 +28,8 @@ from llava.eval.results.published import TABLE
 from llava.eval.runs.describe import describe_plan, describe_run
 from llava.eval.runs.evaluate import answered_or_exit, carry_out_share
 from llava.eval.runs.machines import Ranks
-from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, FAMILIES, OUTPUT, Generation, Run
+from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, FAMILIES, OUTPUT, Run
+from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
 
 

@@ -431,7 +431,8 @@ class _Layout(TokenPlaces):
 @lru_cache(maxsize=64)
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
     """side: patches per side of a tile; tiles: how many there are."""
-    return _Layout(merge_order(plan, side, tiles), side)
+    with torch.inference_mode(False):  # a later request may train
+        return _Layout(merge_order(plan, side, tiles), side)
 
 
 def _no_tokens(words: Tensor) -> Selection:

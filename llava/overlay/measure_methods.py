@@ -13,14 +13,11 @@ from PIL import Image
 from llava.common.errors import UserError
 from llava.common.machine import environment
 from llava.config import AdaVConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import default_conv_mode, single_turn
 from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts, ModelShape
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.methods.before_llm import Selection
-from llava.mm_utils import TilePlan, process_images, tile_plan, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava.model.decoding.engine import Engine
+from llava.mm_utils import TilePlan, tile_plan
 from llava.model.decoding.sampling import Sampling
 from llava.overlay.cache_strip import CacheStates
 from llava.overlay.cache_trace import trace, traceable
@@ -85,23 +82,12 @@ class OverlayRun:
         device: str = "auto",
         dtype: str = "auto",
     ):
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device is cuda, but this torch sees no CUDA device; allowed here are cpu and auto")
-        self.tokenizer, self.model, processor, self.context = load_pretrained_model(
-            model_path, model_base, config=config, device_map="cpu" if device == "cpu" else "auto", torch_dtype=dtype
-        )
-        for part, found in (("tokenizer", self.tokenizer), ("image processor", processor)):
-            if found is None:
-                raise UserError(f"{model_path}: has no {part}, which a question needs")
-        self.engine = Engine(self.model, self.tokenizer)
-        self.image, anyres = image, config.option("anyres")
-        self.plan: TilePlan = tile_plan(image.size, self.model.config, anyres)
+        loaded = LoadedCheckpoint(model_path, model_base, config, device=device, dtype=dtype, purpose="a question")
+        self.model, self.engine, self.context, self.image = loaded.model, loaded.engine, loaded.context, image
+        self.plan: TilePlan = tile_plan(image.size, self.model.config, config.option("anyres"))
         self.side: int = self.model.get_vision_tower().num_patches_per_side
-        mode = conversation or default_conv_mode(self.model.config, self.tokenizer)
-        prompt = single_turn(mode, f"{DEFAULT_IMAGE_TOKEN}\n{question}")
-        self._ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")[None].to(self.engine.device)
-        (pixels,) = process_images([image], processor, self.model.config, anyres)
-        self._pixels = pixels.to(self.engine.device, self.model.dtype)
+        self._ids = loaded.token_ids(question, has_image=True, conversation=conversation)[None]
+        self._pixels = loaded.pixels(image, config).pixels.to(loaded.device, self.model.dtype)
 
     def looks(
         self,

@@ -33,11 +33,13 @@ def test_both_loops_answer_alike_and_are_told_apart(throughput, tmp_path, capsys
 
 def test_the_upstream_loop_runs_the_tower_for_every_question_and_materialises_all_maps(throughput, tmp_path):
     samples = throughput.make_questions(tmp_path, 1)
-    assert len(samples) == 8 and {sample["image"] for sample in samples} == {"0000.png"}
+    assert len(samples) == 8 and {sample.image for sample in samples} == {"0000.png"}
     config = throughput.AdaVConfig(overall_tokens=58)
-    spec = {"checkpoint": str(throughput.CHECKPOINT), "model_base": None, "config": config.to_dict(), "batch_size": 8}
-    spec |= throughput.asdict(throughput.Generation(2)) | {"image_folder": str(tmp_path), "samples": samples}
-    shard = throughput.LoadedShard(spec)
+    spec = throughput.WorkOrder(
+        *(str(throughput.CHECKPOINT), None, config, throughput.Generation(2), 8, tmp_path),
+        *(tmp_path / "answers.jsonl", tuple(samples)),
+    )
+    shard = throughput.ShardAnswerer(spec)
     ours = shard.model.get_vision_tower()
     tower, passes = throughput.EagerTower(ours, shard.model.config.vision), []
     tower.register_forward_hook(lambda *_: passes.append(1))

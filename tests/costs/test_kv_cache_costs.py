@@ -2,7 +2,7 @@
 
 import json
 import threading
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from cache_cases import CASES, setting
@@ -16,9 +16,10 @@ from llava.costs.flops import allocated_kv_bytes, predict
 from llava.costs.measure import kv_bytes, predicted
 from llava.costs.model_shape import ModelShape
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.runs.answer_shard import LoadedShard
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.answer_shard import ShardAnswerer
+from llava.eval.runs.run import Run
 from llava.eval.runs.run_summary import summarise
+from llava.eval.runs.work_order import Generation
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.engine import Engine
 from llava.model.decoding.sampling import Sampling
@@ -116,9 +117,9 @@ def test_a_shard_measures_a_policy(tmp_path, case):
     run.shards.mkdir(parents=True)
     rows = {}
     for size in (1, 5):
-        spec = {**run.order(0, run.samples, size), "answers": str(tmp_path / f"{size}.jsonl")}
-        LoadedShard(spec).run(spec, threading.Event())
-        rows[size] = [json.loads(line) for line in Path(spec["answers"]).read_text().splitlines()]
+        spec = replace(run.order(0, run.samples, size), answers=tmp_path / f"{size}.jsonl")
+        ShardAnswerer(spec).run(spec, threading.Event())
+        rows[size] = [json.loads(line) for line in spec.answers.read_text().splitlines()]
     for alone, together in zip(rows[1], rows[5], strict=True):
         for key in ("answer", "kept", "layer_mean", "prefill_flops", "kv_bytes_live", "kv_bytes_predicted"):
             assert alone[key] == together[key]

@@ -10,7 +10,7 @@ from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval import demo
 from llava.eval.benchmarks import shapes
-from llava.eval.runs.answer_shard import LoadedShard
+from llava.eval.runs.answer_shard import ShardAnswerer
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def carry_out(runs: dict) -> list[dict]:
     for run in runs.values():
         run.open(fresh=True)
         order = run.order(0, run.todo(), 6)
-        shard = shard or LoadedShard(order)
+        shard = shard or ShardAnswerer(order)
         shard.run(order, threading.Event())
         score = run.finish()
         reports.append(run.record({"answered": len(run.answered)}, score))

@@ -15,9 +15,10 @@ from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.questions import check_images, read_questions
 from llava.eval.benchmarks.subset import Subset
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.run import Run
 from llava.eval.runs.shard_answers import AnswerFile, collect, merge
 from llava.eval.runs.shard_progress import Progress
+from llava.eval.runs.work_order import Generation
 
 
 def test_the_launcher_imports_no_torch():

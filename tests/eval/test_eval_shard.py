@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.runs import answer_shard as loaded_shard
 from llava.eval.runs import worker_processes as shards
-from llava.eval.runs.answer_shard import LoadedShard
-from llava.eval.runs.image_reader import ImageReader
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.answer_shard import ShardAnswerer
+from llava.eval.runs.image_reader import ImageFiles, ImageReader
+from llava.eval.runs.run import Run
+from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 from llava.methods.before_llm import ImageTokens
 from llava.model.encoded_images import RECORD_BYTES, EncodedImage, RecentImages
 from llava.model.llava_arch import StageClock
@@ -36,17 +38,17 @@ def checkpoints(tmp_path_factory):
     return {"original": original, "llava-hf": save_llava_hf(model, folder / "hf")}
 
 
-def order(checkpoint, data, output, batch_size=4, **configuration) -> dict:
+def order(checkpoint, data, output, batch_size=4, **configuration) -> WorkOrder:
     """The work order of a whole run on one shard."""
     found = find_checkpoint(str(checkpoint))
     run = Run(BENCHMARKS["vqav2"](data, found), AdaVConfig(**configuration), found, Generation(12), output)
     run.shards.mkdir(parents=True, exist_ok=True)
-    return {**run.order(0, run.samples, batch_size), "answers": str(output / f"answers-{batch_size}.jsonl")}
+    return replace(run.order(0, run.samples, batch_size), answers=output / f"answers-{batch_size}.jsonl")
 
 
-def rows_of(shard: LoadedShard, spec: dict) -> list[dict]:
+def rows_of(shard: ShardAnswerer, spec: WorkOrder) -> list[dict]:
     shard.run(spec, threading.Event())
-    with open(spec["answers"]) as file:
+    with open(spec.answers) as file:
         return [json.loads(line) for line in file]
 
 
@@ -69,10 +71,10 @@ def said(rows: list[dict]) -> list[tuple]:
 )
 def test_answers_do_not_depend_on_the_batch(checkpoints, data, tmp_path, kind, method):
     specs = [order(checkpoints[kind], data, tmp_path, size, method=method, overall_tokens=9) for size in (1, 3, 7)]
-    shard = LoadedShard(specs[0])
+    shard = ShardAnswerer(specs[0])
     alone, three, all_at_once = (rows_of(shard, spec) for spec in specs)
     assert said(alone) == said(three) == said(all_at_once) and len(alone) == 7
-    assert [row["key"] for row in alone] == [sample["key"] for sample in specs[0]["samples"]]
+    assert [row["key"] for row in alone] == [list(sample.key) for sample in specs[0].samples]
     kept = {tuple(row["kept"]) for row in alone[:-1]}
     assert (
         kept == {(9,)} if method in ("random", "adav") else kept == {(0,)} if method == "no_image" else min(kept) > (9,)
@@ -106,11 +108,11 @@ def test_an_image_is_encoded_once_for_all_of_its_questions(checkpoints, data, tm
     """Seven questions about three images, in batches that an image straddles: the same as each for itself."""
     config = {"method": method, "overall_tokens": 12, "options": options}
     spec = order(checkpoints["original"], data, tmp_path, 4, **config)
-    names = [sample["image"] for sample in spec["samples"][:3]]
-    for n, sample in enumerate(spec["samples"]):
-        sample["image"] = names[n * 3 // 7]
-    alone = {**spec, "batch_size": 1, "answers": str(tmp_path / "alone.jsonl")}
-    shard = LoadedShard(spec)
+    names = [sample.image for sample in spec.samples[:3]]
+    samples = tuple(sample._replace(image=names[n * 3 // 7]) for n, sample in enumerate(spec.samples))
+    spec = replace(spec, samples=samples)
+    alone = replace(spec, batch_size=1, answers=tmp_path / "alone.jsonl")
+    shard = ShardAnswerer(spec)
     tiles, read = [], []
     shard.model.get_vision_tower().register_forward_pre_hook(lambda _, inputs: tiles.append(len(inputs[0])))
     shard.image_processor = counted(shard.image_processor, read)
@@ -141,12 +143,12 @@ def counted(processor, calls: list):
 
 def test_embedded_prompts_do_not_depend_on_sharing(checkpoints, data, tmp_path):
     spec = order(checkpoints["original"], data, tmp_path, method="adav", overall_tokens=9)
-    shard, config = LoadedShard(spec), AdaVConfig(**spec["config"])
-    samples = [{**sample, "image": "one"} for sample in spec["samples"]]
+    shard, config = ShardAnswerer(spec), spec.config
+    prompts = [sample.prompt for sample in spec.samples]
     picture = Image.effect_noise((60, 90), 80).convert("RGB")
-    (encoded,) = shard.encode([picture], config)
-    shared = shard.splice(samples, [encoded] * len(samples), config)
-    apart = shard.prepare(samples, [picture] * len(samples), config)
+    (encoded,) = shard.encode([shard.pixels(picture, config)], config)
+    shared = shard.splice(prompts, [encoded] * len(prompts), config)
+    apart = shard.prepare(prompts, [picture] * len(prompts), config)
     assert torch.equal(shared.attention_mask, apart.attention_mask)
     torch.testing.assert_close(shared.inputs_embeds, apart.inputs_embeds, rtol=0, atol=1e-6)
     for ours, theirs in zip(shared.selections, apart.selections, strict=True):
@@ -176,11 +178,12 @@ def test_recent_images_are_bounded_in_bytes():
 
 def test_a_picture_that_changed_is_encoded_anew(checkpoints, data, tmp_path):
     spec = order(checkpoints["original"], data, tmp_path, 1, method="cls", overall_tokens=9)
-    shard, config, folder = LoadedShard(spec), AdaVConfig(**spec["config"]), tmp_path / "images"
+    shard, config, folder = ShardAnswerer(spec), spec.config, tmp_path / "images"
     folder.mkdir()
 
     def encode(config):
-        reader = ImageReader(shard.images_of({"image_folder": folder}, ["a.png"], config), 0)
+        order = replace(spec, image_folder=folder, config=config, samples=(OrderedSample(("a",), "a.png", ""),))
+        reader = ImageReader(ImageFiles.of(order, shard), 0)
         return shard._encoded(["a.png"], folder, reader, config, StageClock(shard.device))
 
     for n, size in enumerate(((40, 40), (90, 30))):
@@ -189,28 +192,30 @@ def test_a_picture_that_changed_is_encoded_anew(checkpoints, data, tmp_path):
         assert not errors and encoded["a.png"].plan.image_size == size and len(shard.recent) == n + 1
     encode(config)
     assert len(shard.recent) == 2
-    other = AdaVConfig(**{**spec["config"], "options": {"anyres": "fastervlm"}})
+    other = config.replaced(options={"anyres": "fastervlm"})
     encode(other)
     assert len(shard.recent) == 3, "another preprocessing"
 
 
 def test_sampled_answers_depend_on_their_seed_and_on_nothing_else(checkpoints, data, tmp_path):
     spec = order(checkpoints["original"], data, tmp_path, 4, method="adav", overall_tokens=9)
-    drawn = {**spec, "temperature": 5.0, "seed": 1}
-    shard = LoadedShard(drawn)
+    drawn = replace(spec, generation=replace(spec.generation, temperature=5.0, seed=1))
+    shard = ShardAnswerer(drawn)
 
-    def answers(name, **changes):
-        rows = rows_of(shard, {**drawn, "answers": str(tmp_path / f"{name}.jsonl"), **changes})
+    def answers(name, samples=drawn.samples, **changes):
+        generation = replace(drawn.generation, **changes)
+        answers = tmp_path / f"{name}.jsonl"
+        rows = rows_of(shard, replace(drawn, answers=answers, samples=samples, generation=generation))
         return {tuple(row["key"]): row["answer"] for row in rows}
 
     first = answers("first")
-    assert first == answers("backwards", samples=drawn["samples"][::-1])
+    assert first == answers("backwards", samples=drawn.samples[::-1])
     assert first != answers("seed", seed=2) and first != answers("greedy", temperature=0.0)
 
 
 def test_out_of_memory_halves_the_batch(checkpoints, data, tmp_path, monkeypatch):
     spec = order(checkpoints["original"], data, tmp_path, 7)
-    shard = LoadedShard(spec)
+    shard = ShardAnswerer(spec)
     whole, room, tried = shard.answer, 2, []
 
     def answer(samples, *rest):
@@ -228,11 +233,11 @@ def test_out_of_memory_halves_the_batch(checkpoints, data, tmp_path, monkeypatch
 
 def test_a_stopped_shard_finishes_its_batch(checkpoints, data, tmp_path, monkeypatch):
     spec = order(checkpoints["original"], data, tmp_path, 2)
-    shard, stopping = LoadedShard(spec), threading.Event()
+    shard, stopping = ShardAnswerer(spec), threading.Event()
     whole = shard.answer
     monkeypatch.setattr(shard, "answer", lambda *args: stopping.set() or whole(*args))
     shard.run(spec, stopping)
-    with open(spec["answers"]) as file:
+    with open(spec.answers) as file:
         assert len(file.readlines()) == 2
 
 

@@ -5,7 +5,7 @@ import torch
 from test_eval_shard import checkpoints, data, order, rows_of, said  # noqa: F401 (fixtures)
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
 
-from llava.eval.runs.answer_shard import LoadedShard
+from llava.eval.runs.answer_shard import ShardAnswerer
 from llava.eval.runs.image_reader import ImageFiles, ImageReader, UnreadableImage
 from llava.model.builder import load_pretrained_model
 
@@ -37,5 +37,5 @@ def test_answers_are_those_of_reading_at_once(checkpoints, data, tmp_path):  # n
     rows = []
     for workers in (0, 2):
         spec = order(checkpoints["original"], data, tmp_path / str(workers), 3, method="adav", overall_tokens=9)
-        rows.append(rows_of(LoadedShard(spec, image_workers=workers), spec))
+        rows.append(rows_of(ShardAnswerer(spec, image_workers=workers), spec))
     assert said(rows[0]) == said(rows[1]) and len(rows[0]) == 7

@@ -6,6 +6,7 @@ A new method gets the whole matrix by adding its rows to CASES (dropping_cases.p
 import copy
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from llava.common.find_checkpoint import find_checkpoint
 from llava.config import AdaVConfig
 from llava.constants import IGNORE_INDEX
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.runs.answer_shard import LoadedShard
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.answer_shard import ShardAnswerer
+from llava.eval.runs.run import Run
 from llava.eval.runs.run_summary import summarise
+from llava.eval.runs.work_order import Generation
 from llava.methods.index import method_names
 from llava.methods.inside_llm import DROPPERS, dropper_names, make_dropper
 from llava.methods.inside_llm.fitprune_tables import Table, write_table
@@ -415,10 +417,10 @@ def test_a_shard_measures_what_lies_in_the_cache(tmp_path, name, options):
     run.shards.mkdir(parents=True)
     rows = {}
     for size in (1, 5):
-        spec = {**run.order(0, run.samples, size), "answers": str(tmp_path / f"{size}.jsonl")}
-        shard = LoadedShard(spec)
+        spec = replace(run.order(0, run.samples, size), answers=tmp_path / f"{size}.jsonl")
+        shard = ShardAnswerer(spec)
         shard.run(spec, threading.Event())
-        rows[size] = [json.loads(line) for line in Path(spec["answers"]).read_text().splitlines()]
+        rows[size] = [json.loads(line) for line in spec.answers.read_text().splitlines()]
     for alone, together in zip(rows[1], rows[5], strict=True):
         for key in ("answer", "kept", "total", "layer_mean", "kv_bytes_live", "kv_bytes_predicted"):
             assert alone[key] == together[key]

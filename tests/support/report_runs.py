@@ -12,8 +12,9 @@ from llava.common.find_checkpoint import EvalCheckpoint
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.subset import Subset
-from llava.eval.runs.run import Generation, Run
+from llava.eval.runs.run import Run
 from llava.eval.runs.shard_answers import AnswerFile
+from llava.eval.runs.work_order import Generation
 
 
 def wrong_answer(name: str, n: int) -> str:

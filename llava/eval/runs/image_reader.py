@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from llava.eval.runs.work_order import WorkOrder
+from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
 from llava.mm_utils import process_images
 
 # Images that each process is ahead of the model.
@@ -33,18 +34,6 @@ def read_image(path: Path) -> Image.Image:
         raise
     except Exception as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """An image as the vision tower takes it: pixels [3, H, W] or [T, 3, H, W], and (width, height) of the original."""
-
-    pixels: Tensor
-    size: tuple[int, int]
-
-    def pin_memory(self) -> Pixels:
-        """The same in pinned memory; DataLoader calls it where it is told to pin."""
-        return Pixels(self.pixels.pin_memory(), self.size)
 
 
 @dataclass
@@ -70,6 +59,13 @@ class ImageFiles(Dataset):
         image = read_image(self.folder / name)
         (pixels,) = process_images([image], self.image_processor, self.model_config, self.anyres)
         return Pixels(pixels, image.size)
+
+    @classmethod
+    def of(cls, order: WorkOrder, loaded: LoadedCheckpoint) -> ImageFiles:
+        """The images of a work order, as the checkpoint wants them. (The checkpoint itself does not go to other processes.)"""
+        names = list(dict.fromkeys(sample.image for sample in order.samples if sample.image is not None))
+        anyres = order.config.option("anyres")
+        return cls(order.image_folder, names, loaded.image_processor, loaded.model.config, anyres)
 
 
 class ImageReader:

@@ -31,8 +31,9 @@ from llava.eval.benchmarks.mmbench_cn import MMBenchCN
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.benchmarks.sqa import ScienceQA
 from llava.eval.runs.evaluate import answered_or_exit
-from llava.eval.runs.run import BATCH_SIZE, Generation, Run
+from llava.eval.runs.run import BATCH_SIZE, Run
 from llava.eval.runs.shard_answers import merge
+from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
 
 

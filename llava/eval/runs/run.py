@@ -11,7 +11,6 @@ runs/<benchmark>/<checkpoint>/<method>-<tokens>[-<split>][-subset<n>]-<digest>/
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -25,7 +24,6 @@ from llava.common.files import (
     read_json,
     repair,
     told_when_unwritable,
-    write_atomically,
     write_json,
 )
 from llava.common.find_checkpoint import EvalCheckpoint
@@ -38,6 +36,7 @@ from llava.eval.runs.division import by_image
 from llava.eval.runs.locks import hold_folder
 from llava.eval.runs.run_summary import summarise
 from llava.eval.runs.shard_answers import collect, merge, remove_answers
+from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 
 
 @dataclass(frozen=True)
@@ -63,23 +62,6 @@ OUTPUT = REPOSITORY / "runs"
 
 
 BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Settings of generation, beside the configuration.
-
-    conversation: None leaves it to the checkpoint. temperature: 0 is greedy; otherwise samples are drawn one by one, each
-    from its own `seed`, so that neither batches nor interruptions change an answer.
-    """
-
-    max_new_tokens: int
-    conversation: str | None = None
-    dtype: str = "auto"
-    device: str = "cpu"
-    temperature: float = 0.0
-    top_p: float | None = None
-    seed: int = 0
 
 
 class Run:
@@ -160,22 +142,22 @@ class Run:
         """Samples without an answer, those of one image together."""
         return by_image([sample for sample in self.samples if sample.key not in self.answered])
 
-    def order(self, shard: int, samples: list[Sample], batch_size: int) -> dict:
+    def order(self, shard: int, samples: list[Sample], batch_size: int) -> WorkOrder:
         """The work order of one shard: all that llava.eval.worker needs to know."""
-        return {
-            "checkpoint": str(self.checkpoint.folder),
-            "model_base": self.model_base and str(self.model_base.folder),
-            "config": self.config.to_dict(),
-            **asdict(self.generation),
-            "batch_size": batch_size,
-            "image_folder": str(Path(self.benchmark.image_folder).resolve()),
-            "answers": str(self.answers_of(shard).resolve()),
-            "samples": [{"key": list(s.key), "image": s.image, "prompt": s.prompt} for s in samples],
-        }
+        return WorkOrder(
+            checkpoint=str(self.checkpoint.folder),
+            model_base=self.model_base and str(self.model_base.folder),
+            config=self.config,
+            generation=self.generation,
+            batch_size=batch_size,
+            image_folder=Path(self.benchmark.image_folder).resolve(),
+            answers=self.answers_of(shard).resolve(),
+            samples=tuple(OrderedSample(sample.key, sample.image, sample.prompt) for sample in samples),
+        )
 
     def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
         path = self.order_of(shard)
-        write_atomically(path, json.dumps(self.order(shard, samples, batch_size)))
+        self.order(shard, samples, batch_size).write(path)
         return path
 
     def order_of(self, shard: int) -> Path:

@@ -30,10 +30,10 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import default_conv_mode, get_conversation, single_turn
+from llava.conversation import get_conversation, single_turn
 from llava.costs.measure import vision_tokens
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
 
 MAX_NEW_TOKENS = 1024  # of tasks that name no limit; lmms-eval's own for its llava_hf
 
@@ -87,23 +87,12 @@ class AdaVLlava(lmms):
         if conv_mode is not None:
             get_conversation(conv_mode)
         self.config = AdaVConfig.load(config, **typed(keys))
-        self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
-            pretrained,
-            model_base,
-            config=self.config,
-            device_map=self._placement(device, device_map),
-            torch_dtype=dtype,
+        loaded = LoadedCheckpoint(
+            pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
         )
-        for part, found in (("tokenizer", self.tokenizer), ("image processor", self.image_processor)):
-            if found is None:
-                raise UserError(f"{pretrained}: has no {part}, which an evaluation needs")
-        self.device = self.model.get_input_embeddings().weight.device
-        self.conv_mode = conv_mode or default_conv_mode(self.model.config, self.tokenizer)
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
-        pad = self.tokenizer.pad_token_id
-        self.pad = pad if pad is not None else min(self.ends, default=0)
+        self.tokenizer, self.model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
+        self.device, self.ends, self.pad = loaded.device, loaded.engine.ends, loaded.engine.pad
+        self.conv_mode = conv_mode or loaded.conversation
 
     def _placement(self, device: str | None, device_map: str | None):
         """device_map for the checkpoint."""

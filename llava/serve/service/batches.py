@@ -12,17 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.conversation import default_conv_mode
 from llava.costs.measure import kv_bytes, predicted, vision_tokens
-from llava.costs.model_shape import ImageCounts, ModelShape
+from llava.costs.model_shape import ImageCounts
+from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
 from llava.methods.before_llm import ImageTokens
 from llava.methods.inside_llm import dropper_names
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
-from llava.mm_utils import NEWLINE, TilePlan, left_pad, merge_order, process_images, tile_plan, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava.model.decoding.engine import BatchGeneration, Engine
+from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan, tokenizer_image_token
+from llava.model.decoding.engine import BatchGeneration
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.decoding.sampling import Sampling
 from llava.model.encoded_images import EncodedImage, RecentImages
@@ -34,12 +32,10 @@ LETTERS = 200
 
 
 @dataclass(frozen=True)
-class Picture:
+class Picture(Pixels):
     """One image of a request as the vision tower takes it. digest: of its content, so that equal ones are encoded once."""
 
     digest: bytes
-    pixels: Tensor
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -54,21 +50,12 @@ class Job:
     submitted: float
 
 
-class LoadedModel:
-    """A checkpoint with its engine. `job` may be called from any thread; `answer` belongs to one."""
+class BatchAnswerer(LoadedCheckpoint):
+    """A loaded checkpoint that answers requests in batches. `job` may be called from any thread; `answer` belongs to one."""
 
     def __init__(self, model_path, model_base, config: AdaVConfig, device_map, dtype, max_prompt_tokens, image_cache):
-        self.tokenizer, self.model, self.image_processor, context = load_pretrained_model(
-            model_path, model_base, config=config, device_map=device_map, torch_dtype=dtype
-        )
-        for part, found in (("tokenizer", self.tokenizer), ("image processor", self.image_processor)):
-            if found is None:
-                raise UserError(f"{model_path}: has no {part}, which a conversation needs")
-        self.device = self.model.get_input_embeddings().weight.device
-        self.engine = Engine(self.model, self.tokenizer)
-        self.shape = ModelShape.of(self.model.config)
-        self.template = default_conv_mode(self.model.config, self.tokenizer)
-        self.context, self.max_prompt_tokens = context, min(max_prompt_tokens or context - 1, context - 1)
+        super().__init__(model_path, model_base, config, device_map=device_map, dtype=dtype, purpose="a conversation")
+        self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self._recent = RecentImages(image_cache)
         # Reading a prompt changes settings of a tokenizer for a moment: its own copy, while the model's decodes.
         self._reader, self._reading = deepcopy(self.tokenizer), threading.Lock()
@@ -79,7 +66,7 @@ class LoadedModel:
     def job(self, request: Request, config: AdaVConfig, reply: Reply, submitted: float) -> Job:
         """A request made ready; UserError where it cannot be answered. Holds no PIL image."""
         self.check(config)
-        prompt = chat_prompt(self.template, request.turns)
+        prompt = chat_prompt(self.conversation, request.turns)
         if len(prompt) > LETTERS * self.max_prompt_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(prompt):,} letters, allowed are {self.max_prompt_tokens:,} tokens: "
@@ -127,8 +114,7 @@ class LoadedModel:
         image = image if image.mode == "RGB" else image.convert("RGB")
         digest = hashlib.blake2b(repr(image.size).encode(), digest_size=32)
         digest.update(image.tobytes())
-        (pixels,) = process_images([image], self.image_processor, self.model.config, config.option("anyres"))
-        return Picture(digest.digest(), pixels, image.size)
+        return Picture(**vars(self.pixels(image, config)), digest=digest.digest())
 
     # --- the model, in one thread -----------------------------------------------------------------------------------
 
@@ -141,8 +127,7 @@ class LoadedModel:
         pictures = [picture for job in jobs for picture in job.pictures]
         encoded, reused = self._encoded(pictures, config)
         images = [encoded[picture.digest] for picture in pictures]
-        ids, mask = left_pad([job.ids for job in jobs], self.engine.pad)
-        prepared = self.model.prepare(ids, attention_mask=mask, config=config, encoded=images)
+        prepared = self.prepare_ids([job.ids for job in jobs], images, config)
         counts = [ImageCounts.of(image.plan, self.shape.side) for image in images]
         costs = predicted(prepared, counts, self.shape, config)
         plans = iter([image.plan for image in images])
@@ -177,9 +162,7 @@ class LoadedModel:
         known = {digest: self._recent.get((digest, encoding)) for digest in wanted}
         known = {digest: image for digest, image in known.items() if image is not None}
         new = [picture for digest, picture in wanted.items() if digest not in known]
-        made = []
-        if new:
-            made = self.model.encode([picture.pixels for picture in new], [picture.size for picture in new], config)
+        made = self.encode(new, config)
         for picture, image in zip(new, made, strict=True):
             self._recent.put((picture.digest, encoding), image)
         return known | {picture.digest: image for picture, image in zip(new, made, strict=True)}, set(known)

@@ -47,7 +47,7 @@ class Closed(UserError):
 class Service:
     """One checkpoint and one Engine on a thread of its own.
 
-    model: a LoadedModel, which belongs to the service from now on. max_batch: requests that are answered together;
+    model: a BatchAnswerer, which belongs to the service from now on. max_batch: requests that are answered together;
     max_waiting: requests that may wait for their turn.
     """
 
@@ -85,9 +85,9 @@ class Service:
         max_prompt_tokens: None is all that the model's context holds. image_cache: bytes of encoded images that are kept
         for later requests about the same picture; with 0 no request is faster because of another.
         """
-        from llava.serve.service.batches import LoadedModel
+        from llava.serve.service.batches import BatchAnswerer
 
-        model = LoadedModel(model_path, model_base, config, device_map, dtype, max_prompt_tokens, image_cache)
+        model = BatchAnswerer(model_path, model_base, config, device_map, dtype, max_prompt_tokens, image_cache)
         return cls(model, config, max_batch, max_waiting)
 
     def __enter__(self) -> Service:
