@@ -582,7 +582,7 @@ def test_missing_tower_states_are_a_sentence(name, states):
         ("visionzip", {"contextual": 10}, ["contextual", "10", "dominant"]),
         ("visionzip", {"dominant": 0, "contextual": 1}, ["dominant", "0", "at least 1"]),
         ("visionzip", {"dominant": 2, "contextual": 1.5}, ["contextual", "1.5", "whole number"]),
-        ("cdpruner", {"relevance": "cosine"}, ["relevance", "'cosine'", "'clip'", "'embeddings'"]),
+        ("cdpruner", {"relevance": "cosine"}, ["relevance", "'cosine'", '"clip"', '"embeddings"']),
         ("cdpruner", {"relevance": "clip"}, ["text_tower", "None", "CLIP"]),
         ("cdpruner", {"theta": 1}, ["theta", "1", "below 1"]),
         ("scope", {"alpha": -1}, ["alpha", "-1", "at least 0"]),
