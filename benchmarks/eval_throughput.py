@@ -75,6 +75,10 @@ class EagerTower(torch.nn.Module):
         assert not unexpected and all(name.startswith(above) or "post_layernorm" in name for name in missing), missing
         self.num_patches_per_side, self.layer = tower.num_patches_per_side, tower.config.num_hidden_layers
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def forward(self, pixel_values, wanted=()):
         out = self.model(pixel_values, output_hidden_states=True, output_attentions=True)
         assert len(out.attentions) == self.model.config.num_hidden_layers

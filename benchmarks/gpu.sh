@@ -39,13 +39,13 @@ case "$stage" in a | b) ;; *) echo 'error: benchmarks/gpu.sh takes one word, all
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader 2> /dev/null
 if [ "$stage" = a ]; then
   # shellcheck disable=SC2086 # variables hold any number of words
-  part 200 tests 12 "$PY" -m pytest -q ${XDIST--n 6} -p no:cacheprovider -m "not long" \
+  part 280 tests 12 "$PY" -m pytest -q ${XDIST--n 6} -p no:cacheprovider -m "not long" \
     tests/test_decode_kernel.py tests/test_fused_kernels.py tests/test_cuda.py
   # shellcheck disable=SC2086
   part 100 kernel 70 "$PY" benchmarks/decode_kernel.py --preset "$KERNEL" ${KERNEL_DTYPE---dtype bfloat16} \
     --shares 0.3 0.1 --repeats 10 --output "$OUT/decode_kernel.csv"
   # shellcheck disable=SC2086
-  part 200 profile 130 "$PY" benchmarks/gpu_profile.py --preset "$PRESET" --out "$OUT" ${PROFILE-}
+  part 190 profile 130 "$PY" benchmarks/gpu_profile.py --preset "$PRESET" --out "$OUT" ${PROFILE-}
 else
   # Memory that was given back can then be used again in any size: a batch of 32 needs nearly all there is.
   export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"

@@ -321,6 +321,7 @@ def test_on_a_gpu_one_after_another(bench, monkeypatch):
     assert [len(entry.answers) for entry in right] == [3, 3]
 
 
+@torch.inference_mode()
 def test_near_ties_on_a_gpu(bench):
     """On a GPU one of a hundred kept tokens may be another one, and its row is then not compared; on a CPU none may."""
     made = bench(ADAV)

@@ -16,7 +16,9 @@ from llava.model.token_selection import SELECTORS
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 def test_every_method_has_its_row(tmp_path, capsys):
     output = tmp_path / "results" / "prefill.csv"
-    prefill.main(["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--repeats", "1", "--output", str(output)])
+    prefill.main(
+        ["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--repeats", "1", "--output", str(output)]
+    )
     rows = list(csv.DictReader(output.open()))
     names = [name for name in SELECTORS if SELECTORS[name].uses_budget] + list(DROPPERS)
     assert [(row["method"], row["overall_tokens"]) for row in rows] == [

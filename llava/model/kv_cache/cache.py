@@ -12,7 +12,7 @@ from llava.errors import UserError
 from llava.model.kv_cache.base import CachePolicy, Counts, LayerPlan, RowSpans
 from llava.model.kv_cache.contiguous import ContiguousLayer
 from llava.model.kv_cache.full import Full
-from llava.model.kv_cache.storage import LayerCache, Regions
+from llava.model.kv_cache.storage import GONE, LayerCache, Regions
 from llava.model.kv_cache.tensors import CacheLayout, CacheTensors
 
 
@@ -93,6 +93,7 @@ class AdaptiveCache(Cache):
         self.caching, self.limit, self._multiple = caching, steps, multiple
         self.steps = 0  # decode steps so far
         self._side: torch.cuda.Stream | None = None
+        self._gone = False  # whether the tensors went to a later request
         self.update_step = False  # whether the step at hand re-ranks the core
         self.length = 0  # tokens of the padded prompt
         self.rows: list[RowSpans] = []  # what the layer at hand sees of each row, while prefill goes on
@@ -124,12 +125,15 @@ class AdaptiveCache(Cache):
 
     def give_up_tensors(self) -> None:
         """The tensors go to another request: whatever is asked of this cache from now on is refused."""
+        self._gone = True
         for layer in self.layers:
             layer.drop_tensors()
 
     @property
     def tensors(self) -> CacheTensors | None:
         """The tensors of all layers after prefill; None where each layer has its own."""
+        if self._gone:
+            raise UserError(GONE)
         return self._parts[0] if len(self._parts) == 1 and self.caching.one_device else None
 
     @property
@@ -240,6 +244,8 @@ class AdaptiveCache(Cache):
     def advance(self) -> Tensor:
         """The device's part of the beginning of a step: every layer has one entry more -> [N, B, 1] positions of the new
         tokens, in each of the N ways in which layers count them (`numbering`)."""
+        if self._gone:
+            raise UserError(GONE)
         first, *others = (part.advance() for part in self._parts)
         return first
 

@@ -55,6 +55,10 @@ class _Entries(NamedTuple):
     scores: Tensor | None
 
 
+GONE = (
+    "the storage of this KV cache went to a later request of the same engine; read a cache before the next request, or "
+    "make the engine with graphs=False"
+)
 # The views that use_tensors binds, by name.
 TENSORS = (
     *("keys", "values", "front_len", "image_len", "core_len", "text_len", "image", "core", "text"),
@@ -100,10 +104,7 @@ class LayerCache(CacheLayerMixin):
 
     def __getattr__(self, name: str):
         if name in TENSORS and vars(self).get("_gone"):
-            raise UserError(
-                "the storage of this KV cache went to a later request of the same engine; read a cache before the next "
-                "request, or make the engine with graphs=False"
-            )
+            raise UserError(GONE)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def tensors(self) -> dict[str, Tensor]:
