@@ -433,6 +433,7 @@ class _Layout(TokenPlaces):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may next index what is trained
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
     """side: patches per side of a tile; tiles: how many there are."""
     return _Layout(merge_order(plan, side, tiles), side)
