@@ -1,5 +1,6 @@
-"""Saving a model whose projections are views of one weight (merge_projections, which loading does on a GPU): files are those
-of the model as it was loaded, byte for byte, and hold no weight twice."""
+"""Saving a model whose projections are views of one weight (merge_projections, which loading does on a GPU).
+
+Files are those of the model as it was loaded, byte for byte, and hold no weight twice."""
 
 import json
 import math
@@ -61,7 +62,7 @@ def lora(tmp_path_factory):
 
 
 def weights_in(folder) -> dict[str, torch.Tensor]:
-    """What the safetensors files of a folder hold. Each name is in one file, and each file no larger than its weights."""
+    """What the safetensors files of a folder hold: each name once, and no file more than its weights."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

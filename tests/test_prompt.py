@@ -70,7 +70,7 @@ def test_requested_is_kept_through_the_model(loaded, method):
 
 @pytest.mark.parametrize("method", BUDGETED + ["none"])
 def test_training_after_an_answer(loaded, method):
-    """What is kept of a tile plan was first made for an answer, in inference mode; gradients go through it all the same."""
+    """What is kept of a tile plan was made for an answer, in inference mode, and gradients go through it."""
     _, model, processor = loaded
     images, sizes = pixels(model, processor, SIZES[:1])
     ids = torch.tensor([[1, 9, IMAGE, 10, 11]])
