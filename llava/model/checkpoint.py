@@ -222,6 +222,9 @@ class Checkpoint:
                 )
         except Exception as error:  # torch, safetensors, pickle and transformers each raise their own
             raise UserError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
+        if hf:
+            # save_pretrained would undo HF_KEYS. Their patterns are no names, and the model's config.json is LLaVA's.
+            vars(model).pop("_weight_conversions", None)
         if info["unexpected_keys"]:
             unknown = sorted(info["unexpected_keys"])
             raise UserError(

@@ -203,7 +203,7 @@ def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """The tensor with a memory of its own: what ZeRO-3 has gathered are parts of one buffer."""
+    """The tensor with a memory of its own: what ZeRO-3 gathers and what merge_projections joins are parts of one buffer."""
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 

@@ -429,6 +429,7 @@ class _Layout(TokenPlaces):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may next index what is trained
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
     """side: patches per side of a tile; tiles: how many there are."""
     with torch.inference_mode(False):  # a later request may train

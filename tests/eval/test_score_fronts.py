@@ -4,7 +4,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import openpyxl
 import pytest
 from benchmark_data import make_benchmark, write_rows, yes_no
 
@@ -172,6 +171,7 @@ def test_convert_vizwiz(answers, tmp_path, capsys):
 
 
 def test_convert_mmbench(answers, tmp_path, capsys):
+    openpyxl = pytest.importorskip("openpyxl", reason="MMBench's upload is an .xlsx file")
     path = answers("mmbench", lambda i: "B", path="answers/run.jsonl")
     argv = ["--annotation-file", tmp_path / "data" / "mmbench" / "mmbench_dev_20230712.tsv"]
     argv += ["--result-dir", path.parent, "--upload-dir", tmp_path / "up", "--experiment", "run"]

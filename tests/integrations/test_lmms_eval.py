@@ -111,7 +111,7 @@ def test_the_command_line_of_avl(tasks, tmp_path):
 
     keys = {name: {"true": True}.get(value, value) for name, value in AVL.items()}
     config = AdaVConfig(method="none", text_init_cache=20, text_rule="h2o", text_heavy_share=0.7, **keys)
-    tokenizer, model, image_processor, _ = load_pretrained_model(CHECKPOINT, config=config)
+    tokenizer, model, image_processor, _ = load_pretrained_model(CHECKPOINT, config=config, device_map="cpu")
     for row, (picture, question) in zip(rows["adav_docvqa"], ASKED, strict=True):
         image = Image.open(tasks / "shapes" / "images" / picture).convert("RGB")
         prompt = single_turn("vicuna_v1", "<image>\n" + question)

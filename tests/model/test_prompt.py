@@ -12,6 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import single_turn
 from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
+from llava.model import llava_arch
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.prepared import StageClock
 
@@ -65,6 +66,20 @@ def test_requested_is_kept_through_the_model(loaded, method):
             assert len(kept.indices) == tokens and (kept.tile[~made] >= 0).all()
             assert SELECTORS[method].makes_tokens or not made.any()
             assert prepared.lengths == [4 + tokens] and prepared.image_spans == [[(2, tokens)]]
+
+
+@pytest.mark.parametrize("method", BUDGETED + ["none"])
+def test_training_after_an_answer(loaded, method):
+    """What is kept of a tile plan was made for an answer, in inference mode, and gradients go through it."""
+    _, model, processor = loaded
+    images, sizes = pixels(model, processor, SIZES[:1])
+    ids = torch.tensor([[1, 9, IMAGE, 10, 11]])
+    llava_arch._layout.cache_clear()
+    with torch.inference_mode():
+        model.prepare(ids, images, sizes, config=config(method))
+    prepared = model.prepare(ids, images, sizes, config=config(method))
+    (gradient,) = torch.autograd.grad(prepared.inputs_embeds.sum(), model.model.mm_projector[2].weight)
+    assert gradient.any()
 
 
 @pytest.mark.parametrize("method", BUDGETED + ["none", "no_image"])

@@ -120,6 +120,7 @@ def test_looks_agree_with_the_engine_and_the_plan(run):
 
 def ask(picture, output, *flags):
     required = ["--image", str(picture), "--question", QUESTION, "--model-path", CHECKPOINTS["v1.5"], "-o", str(output)]
+    required += ["--device", "cpu"]
     overlay_command.main([*required, "--repeats", "1", *flags])
 
 

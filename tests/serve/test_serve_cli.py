@@ -22,6 +22,7 @@ from llava.serve.terminal.chat import COMMANDS, Chat, Leave
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = str(REPOSITORY / "playground" / "llava-shapes-v1.5")
 COMMAND = [sys.executable, "-m", "llava.serve.cli"]
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 PATIENCE = 120  # seconds after which a process counts as stuck
 COST = re.compile(r"^\d+ of 144 vision tokens \| first token .* \| KV cache [\d.]+ kB$", re.M)
 
@@ -47,7 +48,7 @@ def piped(text, *flags):
     """(exit code, stdout, stderr) of the chat with `text` as its input."""
     command = [*COMMAND, "--model-path", MODEL, "--method", "none", "--max-new-tokens", "2", *flags]
     data = text if isinstance(text, bytes) else text.encode()
-    done = subprocess.run(command, input=data, capture_output=True, cwd=REPOSITORY, timeout=PATIENCE)
+    done = subprocess.run(command, input=data, capture_output=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=PATIENCE)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -115,6 +116,7 @@ def test_a_bad_start_is_one_sentence_and_exit_code_2(flags):
         input=b"hello\n",
         capture_output=True,
         cwd=REPOSITORY,
+        env=ENVIRONMENT,
         timeout=PATIENCE,
     )
     assert done.returncode == 2
@@ -140,7 +142,7 @@ class OnTerminal:
     def __init__(self, *flags):
         self.process, self.screen = None, ""
         self.master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "dumb"}
+        environment = ENVIRONMENT | {"TERM": "dumb"}
         self.process = subprocess.Popen(
             [*COMMAND, *flags], stdin=slave, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environment,
             preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0)),

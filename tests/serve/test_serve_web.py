@@ -45,7 +45,7 @@ class Server:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, cwd=REPOSITORY, text=True,
-                env=os.environ | {"TMPDIR": str(self.temporary)},
+                env=os.environ | {"TMPDIR": str(self.temporary), "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
         line = self.process.stdout.readline()  # the end of the process ends it too
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
@@ -477,7 +477,7 @@ def test_a_visitor_who_leaves_is_answered_no_further(pictures, talkative):
     from llava.serve.web_page.page import KEYS, build_page
 
     config = AdaVConfig(method="none")
-    with Service.load(talkative, config=config) as service:
+    with Service.load(talkative, config=config, device_map="cpu") as service:
         sizes = {"most_tokens": 144, "users": 1, "queue": 1}
         blocks = build_page(service, ImageLimits(), Sampling(1800), name="", caveat="", examples=[], **sizes)
         answer = next(function.fn for function in blocks.fns.values() if function.name == "answer")

@@ -67,7 +67,7 @@ def test_training_sees_what_evaluation_sees(trained, family):
     from llava.model.builder import load_pretrained_model
 
     folder = trained[0]
-    tokenizer, model, processor, _ = load_pretrained_model(folder / family)
+    tokenizer, model, processor, _ = load_pretrained_model(folder / family, device_map="cpu")
     mine = load_demo_model(folder / family, TINY)
     pinpoints = PINPOINTS if family == "v1.6" else None
     scene, questions = scene_questions(family, "test", 3)

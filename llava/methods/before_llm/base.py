@@ -25,7 +25,8 @@ class TokenPlaces:
     tile, row, column: int64 [N], as in ImageTokens. patches [P]: which tokens are patches, ascending. sizes: patches of
     each tile, up to the last tile that has one. members [T, M], real [T, M]: the patches of each tile, as indices into
     `patches`, in raster order; unpadding leaves tiles of different size, M is that of the largest, and `real` is False in
-    the padding, whose member is 0.
+    the padding, whose member is 0. A request for an answer may be the first to ask for them and a training step the next,
+    so all are made outside inference mode.
     """
 
     def __init__(self, tile: Tensor, row: Tensor, column: Tensor):
@@ -38,6 +39,7 @@ class TokenPlaces:
         return torch.bincount(self.tile[self.patches]).tolist()
 
     @cached_property
+    @torch.inference_mode(False)
     def members(self) -> Tensor:
         tile, row, column = (place[self.patches] for place in (self.tile, self.row, self.column))
         sizes = torch.bincount(tile)
@@ -49,6 +51,7 @@ class TokenPlaces:
         return members
 
     @cached_property
+    @torch.inference_mode(False)
     def real(self) -> Tensor:
         return torch.arange(max(self.sizes)) < torch.tensor(self.sizes)[:, None]
 
@@ -57,6 +60,7 @@ class TokenPlaces:
         tile, row, column = (place[self.patches] for place in (self.tile, self.row, self.column))
         return (tile * side + row) * side + column
 
+    @torch.inference_mode(False)
     def on(self, device: torch.device, name: str) -> Tensor:
         """One of the tensors above, on a device. It is sent there once."""
         key = name, device

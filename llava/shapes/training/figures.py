@@ -25,10 +25,10 @@ _BATCH = 32
 
 
 class Exam:
-    """A loaded checkpoint and one question file of the demo task, encoded once."""
+    """A loaded checkpoint, on the CPU, and one question file of the demo task, encoded once."""
 
     def __init__(self, checkpoint, folder, limit=None):
-        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(checkpoint)
+        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(checkpoint, device_map="cpu")
         folder = Path(folder)
         questions = _read_lines(folder / "questions.jsonl")[:limit]
         self.answers = [row["answer"] for row in _read_lines(folder / "labels.jsonl")[:limit]]
