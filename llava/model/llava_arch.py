@@ -432,8 +432,7 @@ class _Layout(TokenPlaces):
 @torch.inference_mode(False)  # what is kept may next index what is trained
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
     """side: patches per side of a tile; tiles: how many there are."""
-    with torch.inference_mode(False):  # a later request may train
-        return _Layout(merge_order(plan, side, tiles), side)
+    return _Layout(merge_order(plan, side, tiles), side)
 
 
 def _no_tokens(words: Tensor) -> Selection:

@@ -324,18 +324,3 @@ def test_unused_options_are_warned_about(tmp_path):
     save_llava_hf(build_reference("llava"), tmp_path)
     with pytest.warns(UserWarning, match='options.temperature is set, but method "cls"'):
         load_pretrained_model(tmp_path, config=config("cls", 5, temperature=0.1), device_map="cpu")
-
-
-@pytest.mark.parametrize("method", ["adav", "visionzip", "fastervlm", "cdpruner", "scope", "random"])
-def test_a_request_that_learns_after_one_that_does_not(loaded, method):
-    """What requests share (where tokens lie) was made in inference mode, and goes through autograd in the second."""
-    _, model, processor = loaded
-    image, size = pixels(model, processor, [(71, 33)])
-    prompt = torch.tensor([[1, IMAGE, 9, 8]])
-    with torch.inference_mode():
-        model.prepare(prompt, image, size, config=config(method, 5))
-    embeds = model.prepare(prompt, image, size, config=config(method, 5)).inputs_embeds
-    assert embeds.requires_grad
-    embeds.sum().backward()
-    assert model.get_input_embeddings().weight.grad is not None
-    model.zero_grad()

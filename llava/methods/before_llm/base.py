@@ -65,8 +65,7 @@ class TokenPlaces:
         """One of the tensors above, on a device. It is sent there once."""
         key = name, device
         if key not in self._sent:
-            with torch.inference_mode(False):  # a later request may train
-                self._sent[key] = to_device(getattr(self, name), device)
+            self._sent[key] = to_device(getattr(self, name), device)
         return self._sent[key]
 
     def describes(self, image: ImageTokens) -> bool:
@@ -78,8 +77,7 @@ class TokenPlaces:
     def of(cls, image: ImageTokens) -> TokenPlaces:
         """Those of an image that came without: the device is asked once."""
         names = ("tile", "row", "column")
-        with torch.inference_mode(False):
-            places = cls(*to_host(torch.stack([getattr(image, name).long() for name in names])).unbind())
+        places = cls(*to_host(torch.stack([getattr(image, name).long() for name in names])).unbind())
         places._sent = {(name, image.features.device): getattr(image, name) for name in names}
         return places
 

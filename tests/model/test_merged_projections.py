@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
 from llava.model.builder import load_pretrained_model
+from llava.model.decoding.decode_step import merge_projections
 from llava.model.export import LAYOUTS, save_checkpoint
-from llava.model.language_model.decode_step import merge_projections
 
 MODELS = {
     "llama": ("llava", {}),
