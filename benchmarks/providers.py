@@ -29,7 +29,7 @@ from llava.integrations.transformers.reference import share_weights
 from llava.methods.before_llm import select
 from llava.methods.inside_llm import DROPPERS
 from llava.mm_utils import tile_plan
-from llava.model.decoding.engine import MULTIPLE, Engine
+from llava.model.decoding.engine import CAPACITY_MULTIPLE, Engine
 from llava.model.decoding.prepared import StageClock
 from llava.model.decoding.sampling import Sampling
 
@@ -114,7 +114,7 @@ class OursByEngine(Provider):
         super().__init__(models, config)
         self.engine = Engine(models.ours)
         self.engine.ends = set()  # answers are as long as asked for
-        self.multiple = MULTIPLE if self.engine.graphs else 1
+        self.multiple = CAPACITY_MULTIPLE if self.engine.graphs else 1
 
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         watch = Watch(prompts.ids.device)

@@ -108,7 +108,7 @@ class Prompts:
     def random(cls, preset: Preset, config: LlavaLlamaConfig, like: Tensor, batch: int, seed: int) -> Prompts:
         """like: a tensor of the device and dtype of the pixels."""
         generator = torch.Generator().manual_seed(seed)
-        shape, plan = ModelShape.of(config), tile_plan(preset.size, config)
+        shape, plan = ModelShape.from_config(config), tile_plan(preset.size, config)
         before, after = (torch.randint(3, preset.vocab, (batch, n), generator=generator) for n in preset.text)
         place = torch.full((batch, 1), IMAGE_TOKEN_INDEX)
         pixels = [torch.randn(plan.tiles, 3, preset.tile, preset.tile, generator=generator) for _ in range(batch)]
@@ -117,6 +117,6 @@ class Prompts:
             [image.to(like) for image in pixels],
             [preset.size] * batch,
             shape,
-            ImageCounts.of(plan, shape.side),
+            ImageCounts.from_plan(plan, shape.side),
             preset.text,
         )

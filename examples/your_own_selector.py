@@ -12,7 +12,8 @@ from torch import Tensor
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
 from llava.methods.before_llm import SELECTORS, ImageTokens, Selection, Selector
-from llava.methods.before_llm.base import lowest_index_topk, take
+from llava.methods.before_llm.base import take
+from llava.methods.ranking import lowest_index_topk
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.engine import Engine

@@ -201,7 +201,7 @@ class AdaVConfig:
         """The KV cache policy with its settings."""
         from llava.methods.kv_cache import CACHES
 
-        return CACHES[self.cache_policy].of(self)
+        return CACHES[self.cache_policy].from_config(self)
 
     def unused_options(self) -> list[str]:
         """Options that neither the method nor the path around it takes. They change nothing and are worth a warning."""

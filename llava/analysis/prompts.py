@@ -15,7 +15,7 @@ import numpy as np
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError
-from llava.common.files import told_when_unwritable, write_atomically
+from llava.common.files import as_user_error_on_write, write_atomically
 from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.eval.benchmarks.questions import check_images, read_questions
@@ -45,7 +45,7 @@ def prompts(args: Namespace) -> Iterator[tuple]:
     if not samples:
         raise UserError(f"{args.questions}: has no question with an image among its first {args.limit}")
     check_images(samples, args.images, args.questions)
-    with told_when_unwritable(args.out):
+    with as_user_error_on_write(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     if args.conv_mode is not None:
         from llava.conversation import get_conversation

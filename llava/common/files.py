@@ -20,7 +20,7 @@ _FULL = {
 
 
 @contextmanager
-def told_when_unwritable(path):
+def as_user_error_on_write(path):
     """Turn an OSError while writing `path` into a UserError that says whether anything is lost."""
     try:
         yield
@@ -36,7 +36,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or leave the old one: a reader never sees half of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -50,14 +50,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value, indent: int | None = 2) -> None:
     """A JSON file, whole or not at all; its folder is made."""
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """A .jsonl file, whole or not at all; its folder is made."""
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -10,8 +10,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import logging
-
 from llava.common.errors import UserError, first_line
 
 
@@ -70,6 +68,8 @@ def quiet_loading():
 
     It draws its loading bar into log files too: a log gets none.
     """
+    from transformers.utils import logging  # here: the launcher reads this file, and imports no torch
+
     verbosity, bar = logging.get_verbosity(), not sys.stderr.isatty() and logging.is_progress_bar_enabled()
     logging.set_verbosity(max(verbosity, logging.ERROR))
     if bar:

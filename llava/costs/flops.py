@@ -11,7 +11,7 @@ papers quote and what torch's flop counter sees under the MATH backend; a causal
 a matrix product is not counted (norms, activations, softmax, RoPE); what a method does of that kind is listed apart,
 in elements (method_costs.py). A sliding window is taken to be longer than the prompt.
 
-    cost = predict(ModelShape.of(model.config), config, [ImageCounts.of(plan, side)], text_tokens=80, words=[45])
+    cost = predict(ModelShape.from_config(model.config), config, [ImageCounts.from_plan(plan, side)], text_tokens=80, words=[45])
     cost.parts, cost.total, cost.layer_mean, cost.decode(step=1), cost.kv_bytes(element_size=2), cost.read_bytes(2, step=1)
 """
 
@@ -76,7 +76,7 @@ def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0,
     """Bytes that the cache of a batch occupies: in each layer every row has as many slots as the longest one.
 
     steps: that there may be; storage is allocated once, before prefill. multiple: what steps and slots are rounded up by
-    (rounded_up), as by the engine where it captures steps (llava.model.decoding.engine.MULTIPLE).
+    (rounded_up), as by the engine where it captures steps (llava.model.decoding.engine.CAPACITY_MULTIPLE).
     """
     room = rounded_up(steps, multiple)
     slots = (max(cost.plans[layer].slots(room) for cost in costs) for layer in range(costs[0].shape.layers))
@@ -160,7 +160,7 @@ def predict(
     if drops:
         dropper, price, costs = method, DROPPER_COSTS[config.method], []
     else:
-        dropper, price = PrefillFilter.of(config), DROPPER_COSTS["fastv"]
+        dropper, price = PrefillFilter.from_config(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # Where everything is kept, no method is asked.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
@@ -248,9 +248,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
     config = AdaVConfig.load(args.config, **config_overrides(args))
     model_config = read_config(args.checkpoint)
-    shape = ModelShape.of(model_config)
+    shape = ModelShape.from_config(model_config)
     plan = tile_plan(args.image_size, model_config, config.option("anyres"))
-    image = ImageCounts.of(plan, shape.side)
+    image = ImageCounts.from_plan(plan, shape.side)
     plain, cost = (
         predict(shape, asked, [image], args.text_tokens, [words]) for asked in (AdaVConfig(method="none"), config)
     )

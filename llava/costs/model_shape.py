@@ -58,7 +58,7 @@ class ModelShape:
     vocab: int
 
     @classmethod
-    def of(cls, config) -> ModelShape:
+    def from_config(cls, config) -> ModelShape:
         """From `model.config`, the one configuration that both checkpoint formats are read into."""
         vision, kind = config.vision, config.mm_projector_type
         depth = 1 if kind == "linear" else int(kind.removeprefix("mlp").removesuffix("x_gelu"))
@@ -120,7 +120,7 @@ class ImageCounts:
     newlines: int = 0
 
     @classmethod
-    def of(cls, plan: TilePlan, side: int) -> ImageCounts:
+    def from_plan(cls, plan: TilePlan, side: int) -> ImageCounts:
         """From the image's tile plan; side: patches per tile side."""
         order = merge_order(plan, side)
         tiles = order[order != NEWLINE] // side**2

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, names, percents, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.common.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.common.files import REPOSITORY, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.machine import cores
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results.compare_rows import Cell, rows_of
 from llava.eval.results.compare_table import CAVEAT, markdown, read_rows, write_rows
-from llava.eval.runs.evaluate import carry_out
+from llava.eval.runs.evaluate import evaluate_runs
 from llava.eval.runs.run import DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
@@ -41,14 +41,14 @@ _KEPT = "what is answered is kept; the same command goes on from there"
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """Questions by default, which keep a whole comparison under an hour on two cores, and samples per batch."""
 
     questions: int
     batch: int
 
 
-ONE_TILE, SEVERAL_TILES = Load(1000, 32), Load(400, 16)
+ONE_TILE, SEVERAL_TILES = Workload(1000, 32), Workload(400, 16)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Comparison:
 
         def answer(wanted: list[Cell], title: str) -> tuple[dict[Cell, Run], dict[Cell, dict]]:
             runs = {cell: self.run(cell) for cell in wanted}
-            reports = carry_out(list(runs.values()), shards, devices, self.load.batch, fresh, title)
+            reports = evaluate_runs(list(runs.values()), shards, devices, self.load.batch, fresh, title)
             return runs, dict(zip(runs, reports, strict=True))
 
         name, whole = self.checkpoint.short_name, Cell("none", "none")
@@ -153,7 +153,7 @@ def compare(args: argparse.Namespace) -> None:
     shards = args.shards or len(devices) or cores()
     checkpoints = [find_checkpoint(name) for name in args.checkpoints]
     _refuse_same_name(checkpoints)
-    with told_when_unwritable(args.out):
+    with as_user_error_on_write(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     comparisons = [Comparison(c, args.output, args.limit, "cuda" if devices else "cpu") for c in checkpoints]
     rows: list[dict] = []

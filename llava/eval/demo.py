@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser
 from llava.common.errors import exits_cleanly
-from llava.common.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.common.files import REPOSITORY, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import find_checkpoint
 from llava.common.machine import cores
 from llava.common.progress import progress_bar
@@ -23,7 +23,7 @@ from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.questions import Sample
-from llava.eval.runs.evaluate import carry_out
+from llava.eval.runs.evaluate import evaluate_runs
 from llava.eval.runs.run import DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
@@ -103,7 +103,7 @@ def draw(runs: dict[str, Run]) -> Path:
         title=sample.text.splitlines()[0],
     )
     path = FOLDER / f"{first.checkpoint.short_name}.png"
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         FOLDER.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     return path
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     for scene in SCENES:
         runs = make_runs(scene, args.output, args.limit, "cuda" if devices else "cpu")
         try:
-            reports = carry_out(
+            reports = evaluate_runs(
                 list(runs.values()), shards, devices, scene.batch, fresh=True, title=Path(scene.checkpoint).name
             )
         except (ShardFailure, Interrupted) as error:

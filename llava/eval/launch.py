@@ -26,7 +26,7 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
 from llava.eval.runs.describe import describe_plan, describe_run
-from llava.eval.runs.evaluate import answered_or_exit, carry_out_share
+from llava.eval.runs.evaluate import evaluate_or_exit, follow_rank_zero
 from llava.eval.runs.machines import Ranks
 from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, FAMILIES, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
@@ -146,17 +146,17 @@ def main(argv: list[str] | None = None) -> None:
     ranks = Ranks.of_environment()
     devices = device_groups(args.gpus_per_model, every=ranks is not None)
     if ranks is None:
-        lead(args, args.shards or max(1, len(devices)), devices)
+        run_as_rank_zero(args, args.shards or max(1, len(devices)), devices)
         return
     devices = ranks.share(devices)
     with ranks.joined(args.shards or max(1, len(devices)), devices):
         if ranks.rank == 0:
-            lead(args, sum(ranks.shards), devices, ranks)
+            run_as_rank_zero(args, sum(ranks.shards), devices, ranks)
         else:
-            carry_out_share(ranks)
+            follow_rank_zero(ranks)
 
 
-def lead(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks | None = None) -> None:
+def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks | None = None) -> None:
     """What the command line asks for, by the only process or by rank 0."""
     try:
         runs = plan(args, devices)
@@ -166,7 +166,7 @@ def lead(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks
         print(describe_plan(runs, shards, devices))
         return
     title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
-    reports = answered_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks)
+    reports = evaluate_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks)
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))
     if len(runs) > 1:

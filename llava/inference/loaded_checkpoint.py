@@ -77,7 +77,7 @@ class LoadedCheckpoint:
                 raise UserError(f"{path}: has no {part}, which {purpose} needs")
         self.device = self.model.get_input_embeddings().weight.device
         self.engine = Engine(self.model, self.tokenizer)
-        self.shape = ModelShape.of(self.model.config)
+        self.shape = ModelShape.from_config(self.model.config)
         self.conversation = default_conv_mode(self.model.config, self.tokenizer)
 
     def pixels(self, image: Image.Image, config: AdaVConfig) -> Pixels:

@@ -88,7 +88,7 @@ def check_config(config: AdaVConfig, model_config) -> None:
     """UserError where `config` asks for what a model of `model_config` cannot do; told before any weight is loaded."""
     if config.method in dropper_names():
         config.make_method().check(model_config)
-    prefill_filter = PrefillFilter.of(config)
+    prefill_filter = PrefillFilter.from_config(config)
     if prefill_filter is not None:
         prefill_filter.check(model_config)
 

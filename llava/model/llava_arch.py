@@ -173,21 +173,21 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 for plan, (features, saliency, tower) in zip(plans, towers, strict=True)
             ]
             # Where the choice does not look at them, only the features that are kept go through the projector, then.
-            late = [self._projected_late(one, config) for one in tokens]
+            late = [self._defers_projection(one, config) for one in tokens]
         with clock.stage("projector"):
             now = [one.features[one.patches] for one, later in zip(tokens, late, strict=True) if not later]
-            features = iter(self._to_words(torch.cat(now)).split([len(part) for part in now]) if now else ())
+            features = iter(self._project_to_llm(torch.cat(now)).split([len(part) for part in now]) if now else ())
             for one, later in zip(tokens, late, strict=True):
                 if not later:
                     one.features = self._with_newlines(next(features), one.patches, len(one.tile))
                     one.unprojected = None
         return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
 
-    def _projected_late(self, image: ImageTokens, config: AdaVConfig) -> bool:
+    def _defers_projection(self, image: ImageTokens, config: AdaVConfig) -> bool:
         method = config.make_method()
-        return not method.reads_features and method.tokens(image, config.overall_tokens) < len(image.patches)
+        return not method.reads_features and method.num_kept(image, config.overall_tokens) < len(image.patches)
 
-    def _to_words(self, hidden: Tensor) -> Tensor:
+    def _project_to_llm(self, hidden: Tensor) -> Tensor:
         """[n, W] states of the tower -> [n, D] as the LLM reads them, beside its word embeddings."""
         words = self.get_input_embeddings().weight
         return self._project(hidden).to(words.device, words.dtype)
@@ -238,7 +238,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             scores = scores.masked_fill(newline, float("nan"))
         if not projected:
             merged = merged.masked_fill(newline[:, None], 0)
-            return ImageTokens(merged, scores, tile, row, column, key, tower, self._to_words, layout)
+            return ImageTokens(merged, scores, tile, row, column, key, tower, self._project_to_llm, layout)
         patches = layout.on(features.device, "patches")
         merged = self._with_newlines(merged[patches], patches, len(tile))
         return ImageTokens(merged, scores, tile, row, column, key, tower, places=layout)
@@ -325,7 +325,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         with clock.stage("splice"):
             prepared = splice(rows, words, config.option("positions"))
         layers = self.config.num_hidden_layers
-        dropper = method if config.method in dropper_names() else PrefillFilter.of(config)
+        dropper = method if config.method in dropper_names() else PrefillFilter.from_config(config)
         if dropper is not None:
             dropper.check(self.config)
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, [prompt_row(row) for row in rows])

@@ -24,7 +24,7 @@ from llava.overlay.cache_trace import trace, traceable
 
 
 @dataclass(frozen=True)
-class Look:
+class MethodResult:
     """One method on the image and question.
 
     kept, total: vision tokens left after the last cut, and without any method; layer_mean: in a layer, mean over layers
@@ -63,7 +63,7 @@ def _unit(value: float, units: tuple[str, ...]) -> str:
     return f"{value:.3g} {units[power]}" if value < 1000 else f"{value:,.0f} {units[power]}"
 
 
-class OverlayRun:
+class MethodMeasurer:
     """A loaded checkpoint with one image and one question.
 
     plan, side: how the image is cut, patches per tile side. UserError where the checkpoint lacks tokenizer or image
@@ -96,8 +96,8 @@ class OverlayRun:
         repeats: int = 5,
         steps: int = 6,
         tick: Callable[[], None] = lambda: None,
-    ) -> dict[str, Look]:
-        """Label -> Look. repeats: timed runs of each method, after one that is not; methods take turns, so that a machine
+    ) -> dict[str, MethodResult]:
+        """Label -> MethodResult. repeats: timed runs of each method, after one that is not; methods take turns, so that a machine
         that gets busy slows all of them. steps: decode steps that A-VL's cache is watched for. tick: called after each
         run."""
         times: dict[str, list[tuple[float, float]]] = {label: [] for label in configs}
@@ -147,18 +147,18 @@ class OverlayRun:
     @torch.inference_mode()
     def _answered(
         self, config: AdaVConfig, max_new_tokens: int, steps: int, first_token: float, prefill: float
-    ) -> Look:
+    ) -> MethodResult:
         prepared = self._prepare(config)
         generated = self.engine.generate(prepared, Sampling(max_new_tokens))
         (answer,), (selection,) = generated.answers, prepared.selections[0]
-        counts, shape = [ImageCounts.of(self.plan, self.side)], ModelShape.of(self.model.config)
+        counts, shape = [ImageCounts.from_plan(self.plan, self.side)], ModelShape.from_config(self.model.config)
         costs = predicted(prepared, counts, shape, config)
         (memory,) = kv_bytes(generated.cache, costs, [len(answer.tokens)])
         tokens, cache = vision_tokens(prepared, 0), None
         if traceable(prepared) and len(selection.indices):
             again = self._prepare(config)
             cache = CacheStates(selection, trace(self.model, again, steps), again.caching.policy.interval)
-        return Look(
+        return MethodResult(
             selection,
             answer.text.strip(),
             len(answer.tokens),

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from llava.common.progress import progress_bar
     from llava.overlay.lettering import legible
-    from llava.overlay.measure_methods import OverlayRun
+    from llava.overlay.measure_methods import MethodMeasurer
     from llava.serve.service.image_input import ImageLimits, ImageRefused, picture_from_file
 
     try:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImageRefused as error:
         raise UserError(f"--image: {error}") from None
     first = next(iter(configs.values()))
-    run = OverlayRun(
+    run = MethodMeasurer(
         checkpoint.folder,
         image,
         args.question,

@@ -152,9 +152,14 @@ def test_fails_where_patches_are_out_of_order(capsys, folders, monkeypatch):
         order[[3, 4]] = order[[4, 3]]
         return order
 
+    layouts = llava.model.llava_arch._layout  # made once per tile plan
+    layouts.cache_clear()
     monkeypatch.setattr(llava.model.llava_arch, "merge_order", swapped)
-    for name in ("hf-1.5", "hf-1.6", "original-1.6"):
-        assert failed(run(capsys, folders / name)), name
+    try:
+        for name in ("hf-1.5", "hf-1.6", "original-1.6"):
+            assert failed(run(capsys, folders / name)), name
+    finally:
+        layouts.cache_clear()
 
 
 def test_fails_where_a_weight_differs(capsys, folders, monkeypatch):

@@ -98,7 +98,7 @@ def test_an_image_before_selection():
     # 112 x 40 pixels on a canvas of two tiles of 4 x 4 patches, 8 x 4 patches in all: 40 * 8 / 112 = 2.86 -> 2 of its
     # rows are image, 4 + 4 patches each, and each ends with a newline token.
     plan = TilePlan((112, 40), 56, (2, 1), (112, 56), (112, 40), (0, 8), merge="spatial_unpad")
-    counts = ImageCounts.of(plan, 4)
+    counts = ImageCounts.from_plan(plan, 4)
     assert counts == ImageCounts(patches=(16, 8, 8), newlines=2)
     assert counts.candidates == 32 and counts.tokens == 34
     assert [counts.kept(budget) for budget in (1, 31, 32, 99)] == [1, 31, 34, 34]
@@ -140,8 +140,8 @@ def inputs(model, rows, sizes):
 
 
 def counts(model, sizes):
-    shape = ModelShape.of(model.config)
-    return [ImageCounts.of(tile_plan(size, model.config), shape.side) for size in sizes]
+    shape = ModelShape.from_config(model.config)
+    return [ImageCounts.from_plan(tile_plan(size, model.config), shape.side) for size in sizes]
 
 
 def counted(function) -> int:
@@ -170,7 +170,7 @@ def test_prefill_agrees_with_torchs_counter(model, method):
     # Where the first layers see every token, attention matters even if few are left in the end.
     config = AdaVConfig(method=method, overall_tokens=BUDGET // 5 if method in DROPPERS else BUDGET)
     batch = inputs(model, ROWS[:1], SIZES[:1])
-    cost = predict(ModelShape.of(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
+    cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
     measured = counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
     # How much of a coverage is brought up to date, and how many words are raters, depends on the sample.
     exact = method not in ("scope", "adav_cover", "sparsevlm")
@@ -181,7 +181,7 @@ def test_prefill_agrees_with_torchs_counter(model, method):
 @pytest.mark.parametrize("method", DROPPERS)
 def test_dropping_from_two_images_agrees_with_torchs_counter(model, method):
     config, batch = AdaVConfig(method=method, overall_tokens=BUDGET // 10), inputs(model, ROWS[1:2], SIZES[1:])
-    cost = predict(ModelShape.of(model.config), config, counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
+    cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
     measured = counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
     agrees(measured, cost, exact=method != "sparsevlm")
 
@@ -189,7 +189,7 @@ def test_dropping_from_two_images_agrees_with_torchs_counter(model, method):
 def test_two_images_and_all_logits_agree_with_torchs_counter(model, monkeypatch):
     config, images = AdaVConfig(method="t2i", overall_tokens=BUDGET // 2), counts(model, SIZES[1:])
     batch = inputs(model, ROWS[1:2], SIZES[1:])
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.from_config(model.config)
     cost = predict(shape, config, images, text_tokens=5, words=[4, 3])
     agrees(counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False)), cost)
     # forward(), as in training, gives the logits of all positions.
@@ -202,7 +202,7 @@ def test_two_images_and_all_logits_agree_with_torchs_counter(model, monkeypatch)
 @pytest.mark.parametrize("method", ["cls", *DROPPERS])
 def test_decode_agrees_with_torchs_counter(model, method):
     config, batch = AdaVConfig(method=method, overall_tokens=BUDGET), inputs(model, ROWS[:1], SIZES[:1])
-    cost = predict(ModelShape.of(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
+    cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
     prepared = model.prepare(**batch, config=config)
 
     def generate(tokens):
@@ -218,7 +218,7 @@ def test_decode_agrees_with_torchs_counter(model, method):
 
 
 def test_a_budget_that_keeps_everything_asks_no_method(model):
-    shape, (image,) = ModelShape.of(model.config), counts(model, SIZES[:1])
+    shape, (image,) = ModelShape.from_config(model.config), counts(model, SIZES[:1])
     plain, everything = (
         predict(shape, config, [image], 5, [3])
         for config in (AdaVConfig(method="none"), AdaVConfig(method="adav", overall_tokens=image.candidates))
@@ -234,7 +234,7 @@ def test_every_method_has_an_entry():
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 @pytest.mark.parametrize("method", ["none", "no_image", "random", "fastervlm", "adav", *DROPPERS])
 def test_kv_bytes_are_those_of_the_cache(model, method):
-    config, shape = AdaVConfig(method=method, overall_tokens=50), ModelShape.of(model.config)
+    config, shape = AdaVConfig(method=method, overall_tokens=50), ModelShape.from_config(model.config)
 
     def prefill(rows, sizes):
         prepared = model.prepare(**inputs(model, rows, sizes), config=config)
@@ -288,12 +288,12 @@ PUBLISHED_34B = PUBLISHED_7B | {
 
 def test_a_config_json_is_enough(tmp_path):
     write_json(tmp_path / "config.json", PUBLISHED_7B)
-    shape = ModelShape.of(read_config(tmp_path))
+    shape = ModelShape.from_config(read_config(tmp_path))
     assert (shape.tower_layers, shape.tower_width, shape.tower_mlp, shape.side) == (23, 1024, 4096, 24)
     assert shape.projector == (1024, 4096, 4096) and shape.head == 128
     assert shape.layers * shape.kv_entry(2) == 2**19, "half a MiB per token in half precision"
     write_json(tmp_path / "config.json", PUBLISHED_34B)
-    grouped = ModelShape.of(read_config(tmp_path))
+    grouped = ModelShape.from_config(read_config(tmp_path))
     assert grouped.layers * grouped.kv_entry(2) == 60 * 2 * 8 * 128 * 2
     with pytest.raises(UserError, match="no config.json"):
         read_config(tmp_path.parent)
@@ -303,8 +303,8 @@ def test_both_formats_have_one_shape(tmp_path):
     source = build_reference("llava", num_key_value_heads=2)
     hf = save_llava_hf(source, tmp_path / "hf")
     original = save_original(source, tmp_path / "original", save_clip_tower(source, tmp_path / "tower"))
-    shapes = {ModelShape.of(read_config(folder)) for folder in (hf, original)}
-    shapes |= {ModelShape.of(load_pretrained_model(folder, device_map="cpu")[1].config) for folder in (hf, original)}
+    shapes = {ModelShape.from_config(read_config(folder)) for folder in (hf, original)}
+    shapes |= {ModelShape.from_config(load_pretrained_model(folder, device_map="cpu")[1].config) for folder in (hf, original)}
     assert len(shapes) == 1 and shapes.pop().kv_heads == 2
 
 

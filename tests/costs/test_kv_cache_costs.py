@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 def test_flops_agree_with_torchs_counter(model, case, front):
     config = setting(case, front, tokens=200)
     batch = inputs(model, ROWS[1:2], SIZES[1:])
-    cost = predict(ModelShape.of(model.config), config, counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
+    cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
     prepared = model.prepare(**batch, config=config)
 
     def generate(tokens):
@@ -67,7 +67,7 @@ def answered(model, prepared, new_tokens):
 @pytest.mark.parametrize("case", CASES)
 def test_kv_bytes_are_those_of_the_cache(model, case, front):
     """After prefill and after 64 steps: of each row, of the batch, and what a step reads."""
-    config, shape = setting(case, front, tokens=200), ModelShape.of(model.config)
+    config, shape = setting(case, front, tokens=200), ModelShape.from_config(model.config)
     prepared = model.prepare(**inputs(model, ROWS, SIZES), config=config)
     costs = predicted(prepared, counts(model, SIZES), shape, config)
     for steps in (0, 64):
@@ -96,7 +96,7 @@ def test_kv_bytes_are_those_of_the_cache(model, case, front):
 
 def test_a_batch_of_different_ends(model):
     """A row's bytes are those at its own end, whatever its batch goes on with."""
-    config, shape = setting("published"), ModelShape.of(model.config)
+    config, shape = setting("published"), ModelShape.from_config(model.config)
     prepared = model.prepare(**inputs(model, ROWS, SIZES), config=config)
     costs = predicted(prepared, counts(model, SIZES), shape, config)
     ends = [3, 20, 1]

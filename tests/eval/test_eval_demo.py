@@ -27,7 +27,7 @@ def scene(folder: Path, kind: str, like: demo.Scene) -> demo.Scene:
     return demo.Scene(str(checkpoint), 11, 12, 6, like.settings)
 
 
-def carry_out(runs: dict) -> list[dict]:
+def evaluate_runs(runs: dict) -> list[dict]:
     """What the launcher does with its processes, here in this one."""
     reports, shard = [], None
     for run in runs.values():
@@ -52,7 +52,7 @@ def test_demo(place, kind, family, like):
     folder = place / "data" / f"shapes-{family}"
     assert all(run.benchmark.folder == folder for run in runs.values()), "decided by the checkpoint's configuration"
     assert len((folder / "questions.jsonl").read_text().splitlines()) == 24 and len(runs["none"].samples) == 12
-    reports = carry_out(runs)
+    reports = evaluate_runs(runs)
     lines = demo.table([("tiny", label, report) for label, report in zip(runs, reports, strict=True)]).splitlines()
     assert len(lines) == 2 + len(runs) and len(set(map(len, lines))) == 1
     kept = {label: report["vision_tokens_per_image"] for label, report in zip(runs, reports, strict=True)}

@@ -183,7 +183,7 @@ def test_a_picture_that_changed_is_encoded_anew(checkpoints, data, tmp_path):
 
     def encode(config):
         order = replace(spec, image_folder=folder, config=config, samples=(OrderedSample(("a",), "a.png", ""),))
-        reader = ImageReader(ImageFiles.of(order, shard), 0)
+        reader = ImageReader(ImageFiles.from_order(order, shard), 0)
         return shard._encoded(["a.png"], folder, reader, config, StageClock(shard.device))
 
     for n, size in enumerate(((40, 40), (90, 30))):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from llava.eval import table
+from llava.eval.results import published_table
 from llava.eval.results.published import COLUMNS, TABLE, average, published_models, published_rows
 
 PLAIN = {"gqa": 60.0, "sqa": 70.0, "textvqa": 58.0, "pope": 85.0, "mme": 1500.0, "mmbench": 64.0, "mmvet": 30.0}
@@ -60,8 +61,8 @@ def runs(tmp_path):
 
 
 def shown(*folders, published=None, style="csv"):
-    rows, notes = table.collect(folders)
-    text, said = table.render(rows, notes, style, published)
+    rows, notes = published_table.collect(folders)
+    text, said = published_table.render(rows, notes, style, published)
     return (list(csv.DictReader(io.StringIO(text))) if style == "csv" else text), said
 
 
@@ -95,7 +96,7 @@ def test_markdown_and_latex(runs):
     assert cells[4][0] == "difference" and cells[4][2] == "-1.94" and cells[4][3] == "+0.49"
     latex, _ = shown(runs, style="latex", published="none")
     assert latex.count(r"\hline") == 3 and "50.00 (6/7) \\\\" in latex and "published" not in latex
-    assert table._escaped("adav (seed_x=1)") == r"adav (seed\_x=1)"
+    assert published_table._escaped("adav (seed_x=1)") == r"adav (seed\_x=1)"
 
 
 def test_no_average_without_the_unpruned_run_of_the_same_questions(tmp_path):
@@ -111,8 +112,8 @@ def test_no_average_without_the_unpruned_run_of_the_same_questions(tmp_path):
     write(tmp_path, "gqa", 40.0, "none", "all", asked=part)
     lines, said = shown(tmp_path, published="none")
     assert {line["method"]: line["average"] for line in lines}["adav [subset of 500, seed 0]"] == "75.0" and not said
-    assert "no average" in table.show_runs([folder], folder)
-    text = table.show_runs([folder], tmp_path)
+    assert "no average" in published_table.show_runs([folder], folder)
+    text = published_table.show_runs([folder], tmp_path)
     assert "75.00 (1/7)" in text and text.count("none [subset of 500, seed 0]") == 1 and "60.00" not in text
 
 

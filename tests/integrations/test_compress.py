@@ -12,8 +12,8 @@ import torch
 from accelerate import dispatch_model
 from cache_cases import CASES, FILTER, setting
 from dropping_cases import CASES as DROPPING
-from test_text_tower import save_clip
 from tiny_checkpoints import QUESTIONS, make_image
+from tiny_clip import save_clip
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,

@@ -14,12 +14,13 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig, ConfigError
 from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm import make_dropper
-from llava.methods.inside_llm.base import ImageSlots, keep_best
+from llava.methods.inside_llm.base import ImageSlots
 from llava.methods.inside_llm.clustering import density_peaks
 from llava.methods.inside_llm.fitprune import shares
 from llava.methods.inside_llm.fitprune_tables import Table, read_tables, write_table
 from llava.methods.inside_llm.plan import Cut, LayerTokens, largest_remainder, layer_mean
 from llava.methods.inside_llm.sparsevlm import with_total
+from llava.methods.ranking import keep_best
 
 ROOT = Path(__file__).resolve().parents[2]
 

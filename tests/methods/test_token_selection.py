@@ -248,7 +248,7 @@ def test_option_names():
         ("adav", 7, {"min_share": "0.2"}, ["'0.2'", "0 to 0.5"]),
         ("adav", 7, {"temperature": 0}, ["temperature", "above 0"]),
         ("t2i", 7, {"temperature": math.nan}, ["temperature", "above 0"]),
-        ("adav", 7, {"compat": "publik"}, ["'publik'", "'public'"]),
+        ("adav", 7, {"compat": "publik"}, ["'publik'", '"public"']),
         ("random", 7, {"seed": -1}, ["-1", "at least 0"]),
     ],
 )

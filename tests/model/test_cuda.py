@@ -21,7 +21,7 @@ from llava.model.builder import make_fast
 from llava.model.decoding import prefill as prefill_module
 from llava.model.decoding.cache_tensors import CacheTensors
 from llava.model.decoding.decode_step import merge_projections
-from llava.model.decoding.engine import WORTH_CAPTURING, Engine, PlainSteps
+from llava.model.decoding.engine import MIN_STEPS_TO_CAPTURE, Engine, PlainSteps
 from llava.model.decoding.sampling import Sampling
 
 EMULATE = os.environ.get("ADAV_EMULATE") == "1" or not torch.cuda.is_available()
@@ -247,11 +247,11 @@ def test_short_answers_capture_no_steps(grouped, captures):
     """The first step of a set is never captured: from the second on there must be enough."""
     prepared, engine = grouped.request("full", 2), grouped.engine()
     for _ in range(3):
-        for new in (1, 2, WORTH_CAPTURING):
+        for new in (1, 2, MIN_STEPS_TO_CAPTURE):
             tokens(engine, prepared, new)
         assert not engine.captured_sets()
     assert len(captures.graphs) == 1  # prefill, which every answer needs
-    for new, expected in ((WORTH_CAPTURING + 1, [set()]), (WORTH_CAPTURING + 2, [{False}])):
+    for new, expected in ((MIN_STEPS_TO_CAPTURE + 1, [set()]), (MIN_STEPS_TO_CAPTURE + 2, [{False}])):
         tokens(engine, prepared, new)
         assert kinds(engine) == expected, new
 

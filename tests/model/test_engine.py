@@ -74,7 +74,7 @@ def test_short_step_is_the_layers(loaded, name, rows):
     """The engine's arithmetic of a step gives the very numbers of transformers' layers in float32."""
     model, _ = loaded
     tokens, logits = None, []
-    for step_of in (Stepper.of, lambda model: model.decode_step):
+    for step_of in (Stepper.for_model, lambda model: model.decode_step):
         prepared = prepared_for(loaded, rows, **SETTINGS[name])
         with torch.inference_mode():
             cache, step = prepared.caching.cache(20), step_of(model)
@@ -91,7 +91,7 @@ def test_short_step_is_the_layers(loaded, name, rows):
 def test_changed_layers_are_called_as_they_are(tmp_path, change):
     save_llava_hf(build_reference("llava_next", seed=3, **SHAPES["vicuna"]), tmp_path)
     _, model, _, _ = load_pretrained_model(tmp_path, device_map="cpu")
-    assert Stepper.of(model) is not None
+    assert Stepper.for_model(model) is not None
     attention, calls = model.model.layers[1].self_attn, []
     if change == "a hook":
         attention.register_forward_hook(lambda *_: calls.append(1))
@@ -101,7 +101,7 @@ def test_changed_layers_are_called_as_they_are(tmp_path, change):
         attention.forward = attention.forward
     else:
         attention.q_proj.__class__ = type("Quantised", (torch.nn.Linear,), {})
-    assert Stepper.of(model) is None
+    assert Stepper.for_model(model) is None
     if change == "a hook":
         prepared = model.prepare(torch.tensor([[1, 5, 6]]))
         Engine(model).generate(prepared, Sampling(max_new_tokens=4))
@@ -127,7 +127,7 @@ def test_prefill_in_buffers_that_stay(loaded, rows):
             for key, tensor in stored(mine).items():
                 assert torch.allclose(tensor.float(), stored(theirs)[key].float(), atol=1e-5), key
     shapes = [static.shape for static in store.all()]
-    assert 1 <= len(shapes) <= 2 and all(length % prefill_module.MULTIPLE == 0 for _, length in shapes)
+    assert 1 <= len(shapes) <= 2 and all(length % prefill_module.GRAPH_LENGTH_MULTIPLE == 0 for _, length in shapes)
 
 
 def stored(layer):
@@ -167,10 +167,10 @@ def test_what_is_not_prefilled_in_buffers(loaded, monkeypatch):
     store = Store(limit=0)
     prefills = StaticPrefills(model, store, captures=False)
     prepared = prepared_for(loaded, [0], method="none")
-    monkeypatch.setattr(prefill_module, "CAPTURED", max(prepared.lengths) - 1)
+    monkeypatch.setattr(prefill_module, "MAX_CAPTURED_TOKENS", max(prepared.lengths) - 1)
     assert prefills(prepared, prepared.caching.cache(1)) is None
     monkeypatch.undo()
-    monkeypatch.setattr(prefill_module, "MULTIPLE", 1)
+    monkeypatch.setattr(prefill_module, "GRAPH_LENGTH_MULTIPLE", 1)
     for words in range(2, 9):
         prepared = model.prepare(torch.arange(3, 3 + words)[None])
         prefills(prepared, prepared.caching.cache(1))

@@ -14,7 +14,7 @@ from llava.common.files import REPOSITORY
 from llava.config import AdaVConfig
 from llava.overlay.cache_trace import image_classes, trace, traceable
 from llava.overlay.lettering import font_for, legible, text_block, wrapped
-from llava.overlay.measure_methods import OverlayRun
+from llava.overlay.measure_methods import MethodMeasurer
 from llava.overlay.views import ABSENT, CORE, MINOR, SECONDARY
 from llava.serve import overlay as overlay_command
 from llava.shapes.scenes import draw_scene
@@ -34,7 +34,7 @@ def picture(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run():
     image = Image.fromarray(draw_scene("v1.5", "test", 0).pixels)
-    return OverlayRun(CHECKPOINTS["v1.5"], image, QUESTION, AdaVConfig(), device="cpu")
+    return MethodMeasurer(CHECKPOINTS["v1.5"], image, QUESTION, AdaVConfig(), device="cpu")
 
 
 @pytest.mark.parametrize(

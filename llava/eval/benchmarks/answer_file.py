@@ -45,7 +45,7 @@ def match(
     for sample in samples:
         by_id[str(sample.question_id)].append(sample)
     found: dict[tuple, dict] = {}
-    strangers = again = 0
+    unknown_ids = again = 0
     for row in rows:
         candidates = [sample for sample in by_id[str(row["question_id"])] if _asked(row, sample)]
         free = [sample for sample in candidates if sample.key not in found]
@@ -54,13 +54,13 @@ def match(
         elif candidates:
             again += 1
         else:
-            strangers += 1
+            unknown_ids += 1
     problems = []
-    if strangers:
-        problems.append(f"{strangers} of {len(rows)} answers are to none of these {len(samples)} questions")
+    if unknown_ids:
+        problems.append(f"{unknown_ids} of {len(rows)} answers are to none of these {len(samples)} questions")
     if again:
         problems.append(f"{again} answers are to questions that are answered already")
-    if not strangers and len(found) < len(samples) and not partial:
+    if not unknown_ids and len(found) < len(samples) and not partial:
         problems.append(
             f"{len(samples) - len(found)} of {len(samples)} questions have no answer (--partial scores the others)"
         )

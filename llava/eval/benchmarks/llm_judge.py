@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import digest_of, repair, told_when_unwritable
+from llava.common.files import as_user_error_on_write, digest_of, repair
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.questions import read_lines
 
@@ -89,7 +89,7 @@ def grade_all(judge: Judge, prompts: dict[str, str], kept: Path) -> dict[str, fl
     if kept.is_file():
         repair(kept)  # a line that a kill tore is asked for again
     known, grades = kept_grades(kept), {}
-    with told_when_unwritable(kept), open(kept, "a", encoding="utf-8") as file:
+    with as_user_error_on_write(kept), open(kept, "a", encoding="utf-8") as file:
         for name, prompt in progress_bar("judge", prompts.items(), unit=" answers"):
             digest = graded_as(judge.model, prompt)
             if digest not in known:

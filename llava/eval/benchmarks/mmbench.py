@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import told_when_unwritable
+from llava.common.files import as_user_error_on_write
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples, refuse_repeated_ids
@@ -59,7 +59,7 @@ class MMBench(Benchmark):
         """Unpack the images, each under the hash of its content, so that rotations share one file."""
         if not self.question_file.is_file():
             return
-        with told_when_unwritable(self.image_folder):
+        with as_user_error_on_write(self.image_folder):
             self.image_folder.mkdir(exist_ok=True)
             for row in progress_bar("images", read_table(self.question_file), unit=" rows"):
                 content = _content(row, self.question_file)
@@ -205,7 +205,7 @@ def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
     for row in table:
         sheet.append([*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)])
     temporary = upload.with_name(f".{upload.name}.{os.getpid()}.tmp")
-    with told_when_unwritable(upload):
+    with as_user_error_on_write(upload):
         upload.parent.mkdir(parents=True, exist_ok=True)
         book.save(temporary)
         os.replace(temporary, upload)

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import told_when_unwritable, write_atomically
+from llava.common.files import as_user_error_on_write, write_atomically
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.scoring.annotations import SHORT_ANSWER, told_when_malformed
@@ -160,7 +160,7 @@ def write_answers(answers: list[tuple], release: list[tuple], folder: Path) -> N
     for (task, image, bare), text in answers:
         question, label = known[task, image, bare]
         lines[task].append("\t".join([f"{image}.txt", question, label, " ".join(text.split())]))
-    with told_when_unwritable(folder):
+    with as_user_error_on_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for task, content in lines.items():
         write_atomically(folder / f"{task}.txt", "\n".join(content) + "\n")

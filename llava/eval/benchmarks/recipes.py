@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import told_when_unwritable, write_atomically, write_json, write_rows
+from llava.common.files import as_user_error_on_write, write_atomically, write_json, write_rows
 from llava.eval.benchmarks import Benchmark, mme, pope, vizwiz
 from llava.eval.scoring.annotations import OPTION_LETTER, SHORT_ANSWER
 
@@ -64,7 +64,7 @@ def write_image(folder: Path, name: str, content: bytes) -> None:
         raise UserError(f'image name "{name}" leads out of {folder}')
     if path.is_file() and path.stat().st_size == len(content):
         return
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
@@ -174,7 +174,7 @@ def mme_all(benchmark: Benchmark, rows: Iterable[dict]) -> int:
         bare = row["question"].replace(mme.YES_NO, "").strip()
         questions.append({**_question(name, name, bare + SHORT_ANSWER), "category": task})
     for path, text in texts.items():
-        with told_when_unwritable(path):
+        with as_user_error_on_write(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     write_rows(benchmark.question_file, questions)
@@ -189,7 +189,7 @@ def mmbench(benchmark: Benchmark, rows: Iterable[dict]) -> int:
         row = {name.replace("L2-", "l2-"): "" if value is None else value for name, value in row.items()}
         table.writerow({**row, "image": base64.b64encode(image_bytes(row["image"])).decode()})
         count += 1
-    with told_when_unwritable(benchmark.folder):
+    with as_user_error_on_write(benchmark.folder):
         benchmark.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(benchmark.question_file, text.getvalue())
     return count

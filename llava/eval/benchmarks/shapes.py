@@ -17,7 +17,7 @@ import PIL
 
 import llava.shapes
 from llava.common.errors import UserError
-from llava.common.files import read_json, told_when_unwritable, write_json
+from llava.common.files import as_user_error_on_write, read_json, write_json
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, read_lines
@@ -66,7 +66,7 @@ class Shapes(Benchmark):
             return
         from llava.shapes.dataset import write_dataset
 
-        with told_when_unwritable(self.folder):
+        with as_user_error_on_write(self.folder):
             self.data_root.mkdir(parents=True, exist_ok=True)
             new = Path(tempfile.mkdtemp(prefix=f".shapes-{self.family}-", dir=self.data_root))
             try:

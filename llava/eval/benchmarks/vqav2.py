@@ -62,10 +62,10 @@ class VQAv2(Benchmark):
         else:
             samples = super().read()
             ids = {sample.question_id for sample in samples}
-            strangers = len(ids - set(split_ids(self.whole_split)))
-            if strangers:
+            unknown_ids = len(ids - set(split_ids(self.whole_split)))
+            if unknown_ids:
                 raise UserError(
-                    f"{self.whole_split}: lacks {strangers} of the {len(ids)} question_ids of {self.question_file}"
+                    f"{self.whole_split}: lacks {unknown_ids} of the {len(ids)} question_ids of {self.question_file}"
                 )
         refuse_repeated_ids(samples, self.question_file)
         return samples
@@ -137,10 +137,10 @@ def split_ids(path: Path) -> list:
 
 def write_upload(answers: dict, ids: list, upload: Path) -> dict:
     """[{question_id, answer}] over `ids`, in EvalAI's normal form and empty where nothing was answered."""
-    strangers = len(answers.keys() - set(ids))
-    if strangers:
+    unknown_ids = len(answers.keys() - set(ids))
+    if unknown_ids:
         raise UserError(
-            f"{upload}: not written, {strangers} of {len(answers)} answers are to none of the split's questions"
+            f"{upload}: not written, {unknown_ids} of {len(answers)} answers are to none of the split's questions"
         )
     content = [
         {"question_id": i, "answer": normalise(answers[i]) if i in answers else ""}

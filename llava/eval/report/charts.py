@@ -29,7 +29,7 @@ STAR = "M0,-7.5L2.1,-2.4L7.5,-2.3L3.3,1.2L4.6,6.6L0,3.6L-4.6,6.6L-3.3,1.2L-7.5,-
 
 
 @dataclass(frozen=True)
-class Look:
+class SeriesStyle:
     """Colour (a CSS class) and marker (an SVG path) of what belongs together: the runs of one method and its options."""
 
     style: str
@@ -42,7 +42,7 @@ class Point:
 
     x: float
     y: float
-    look: Look
+    look: SeriesStyle
     says: str
     low: float | None = None
     high: float | None = None
@@ -57,21 +57,21 @@ class Chart:
     y_ticks: list[tuple[float, str]]
     y_label: str
     points: list[Point] = field(default_factory=list)
-    lines: list[tuple[Look, list[Point]]] = field(default_factory=list)
+    lines: list[tuple[SeriesStyle, list[Point]]] = field(default_factory=list)
     level: float | None = None
 
 
-def looks(comparison: Comparison) -> dict[str, Look]:
+def looks(comparison: Comparison) -> dict[str, SeriesStyle]:
     """Label -> look, of the runs with a score; method none is a star, every other pair of colour and marker comes once."""
     labels = dict.fromkeys(run.label for run in comparison.runs if run.score is not None)
     markers, found = list(_MARKERS.values()), {}
     for label in labels:
         if label == "none":
-            found[label] = Look("series-none", STAR)
+            found[label] = SeriesStyle("series-none", STAR)
             continue
         n = len(found) - ("none" in found)
         shift = n // len(COLORS)
-        found[label] = Look(f"series-{n % len(COLORS)}", markers[(n + shift) % len(markers)])
+        found[label] = SeriesStyle(f"series-{n % len(COLORS)}", markers[(n + shift) % len(markers)])
     return found
 
 

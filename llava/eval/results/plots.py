@@ -16,7 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from llava.common.files import told_when_unwritable
+from llava.common.files import as_user_error_on_write
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -89,6 +89,6 @@ def save(figure: Figure, path: Path, caption: Sequence[str]) -> None:
     figure.text(
         0.01, 0.5 * _LINE / (height + below), "\n".join(lines), fontsize=9, color=INK, va="bottom", linespacing=1.35
     )
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, facecolor="white")

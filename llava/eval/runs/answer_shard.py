@@ -55,7 +55,7 @@ class ShardAnswerer(LoadedCheckpoint):
         """Answer the samples of `order` and append them to its answers file, until done or `stopping` is set."""
         self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
         answers, samples, size = AnswerFile(order.answers), order.samples, order.batch_size
-        reader = ImageReader(ImageFiles.of(order, self), self.image_workers)
+        reader = ImageReader(ImageFiles.from_order(order, self), self.image_workers)
         while samples and not stopping.is_set():
             rows = None
             with suppress(torch.OutOfMemoryError):
@@ -94,7 +94,7 @@ class ShardAnswerer(LoadedCheckpoint):
         seconds.update(clock.seconds)
         seconds.update(prepared.seconds)
         new_tokens = [len(answer.tokens) for answer in generated.answers]
-        counts = [ImageCounts.of(image.plan, self.shape.side) for image in images if image is not None]
+        counts = [ImageCounts.from_plan(image.plan, self.shape.side) for image in images if image is not None]
         costs = predicted(prepared, counts, self.shape, config)
         memory = kv_bytes(generated.cache, costs, new_tokens)
         for i, sample in enumerate(readable):

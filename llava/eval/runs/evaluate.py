@@ -16,7 +16,7 @@ from llava.eval.runs.run import Run
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, run_shards
 
 
-def carry_out(
+def evaluate_runs(
     runs: list[Run],
     shards: int,
     devices: list[str],
@@ -122,7 +122,7 @@ def _answer(
         run_shards(**work, devices=devices)
 
 
-def carry_out_share(ranks: Ranks) -> None:
+def follow_rank_zero(ranks: Ranks) -> None:
     """What rank 0 gives to this rank; a shard that died or a signal ends it as it ends rank 0."""
     try:
         ranks.follow()
@@ -133,10 +133,10 @@ def carry_out_share(ranks: Ranks) -> None:
         sys.exit(128 + error.number)
 
 
-def answered_or_exit(runs: list[Run], *arguments) -> list[dict]:
-    """`carry_out`, as a command ends: a shard that died or a signal is told, and what is kept besides."""
+def evaluate_or_exit(runs: list[Run], *arguments) -> list[dict]:
+    """`evaluate_runs`, as a command ends: a shard that died or a signal is told, and what is kept besides."""
     try:
-        return carry_out(runs, *arguments)
+        return evaluate_runs(runs, *arguments)
     except (ShardFailure, Interrupted) as error:
         answered, all_ = sum(len(run.answered) for run in runs), sum(len(run.samples) for run in runs)
         kept = f"{answered} of {all_} questions are answered and kept; the same command goes on from there"

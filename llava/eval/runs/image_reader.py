@@ -61,7 +61,7 @@ class ImageFiles(Dataset):
         return Pixels(pixels, image.size)
 
     @classmethod
-    def of(cls, order: WorkOrder, loaded: LoadedCheckpoint) -> ImageFiles:
+    def from_order(cls, order: WorkOrder, loaded: LoadedCheckpoint) -> ImageFiles:
         """The images of a work order, as the checkpoint wants them. (The checkpoint itself does not go to other processes.)"""
         names = list(dict.fromkeys(sample.image for sample in order.samples if sample.image is not None))
         anyres = order.config.option("anyres")

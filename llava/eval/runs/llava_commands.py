@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, existing_file, existing_folder, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.common.files import digest_of, read_json, told_when_unwritable, write_atomically
+from llava.common.files import as_user_error_on_write, digest_of, read_json, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -30,7 +30,7 @@ from llava.eval.benchmarks.mmbench import LETTERS, MMBench
 from llava.eval.benchmarks.mmbench_cn import MMBenchCN
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.benchmarks.sqa import ScienceQA
-from llava.eval.runs.evaluate import answered_or_exit
+from llava.eval.runs.evaluate import evaluate_or_exit
 from llava.eval.runs.run import BATCH_SIZE, Run
 from llava.eval.runs.shard_answers import merge
 from llava.eval.runs.work_order import Generation
@@ -242,10 +242,10 @@ def main(name: str, argv: list[str] | None = None) -> None:
     model_base = find_checkpoint(args.model_base) if args.model_base else None
     device = "cuda" if devices else "cpu"
     generation = Generation(args.max_new_tokens, args.conv_mode, args.dtype, device, **decoding)
-    with told_when_unwritable(args.answers_file):
+    with as_user_error_on_write(args.answers_file):
         args.answers_file.parent.mkdir(parents=True, exist_ok=True)
     benchmark = COMMANDS[name].reads(args, checkpoint)
     run = FileRun(args.answers_file, benchmark, config, checkpoint, generation, model_base)
     title = f"{args.question_file.name} {config.method}"
-    answered_or_exit([run], max(1, len(devices)), devices, args.batch_size, args.fresh, title)
+    evaluate_or_exit([run], max(1, len(devices)), devices, args.batch_size, args.fresh, title)
     print(f"{len(run.samples)} answers in {args.answers_file}")

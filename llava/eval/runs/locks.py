@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import told_when_unwritable
+from llava.common.files import as_user_error_on_write
 
 
 def hold(path: Path) -> int:
@@ -15,7 +15,7 @@ def hold(path: Path) -> int:
 
     Raises UserError where another process holds it.
     """
-    with told_when_unwritable(path):
+    with as_user_error_on_write(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

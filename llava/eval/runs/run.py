@@ -20,10 +20,10 @@ from pathlib import Path
 from llava.common.errors import UserError
 from llava.common.files import (
     REPOSITORY,
+    as_user_error_on_write,
     digest_of,
     read_json,
     repair,
-    told_when_unwritable,
     write_json,
 )
 from llava.common.find_checkpoint import EvalCheckpoint
@@ -116,13 +116,13 @@ class Run:
 
     def open(self, fresh: bool = False) -> None:
         """Make or take up the folder: lock it, and read what is answered already (nothing if `fresh`)."""
-        with told_when_unwritable(self.folder):
+        with as_user_error_on_write(self.folder):
             self.shards.mkdir(parents=True, exist_ok=True)
         self._lock = hold_folder(self.folder)
         if fresh:
             remove_answers(self.folder)
         for path in self.shards.glob("shard-*.jsonl"):
-            with told_when_unwritable(path):
+            with as_user_error_on_write(path):
                 repair(path)
         write_json(self.folder / "identity.json", self.identity)
         write_json(self.folder / "adav_configs.json", self.config.to_dict())

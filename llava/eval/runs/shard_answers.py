@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import told_when_unwritable, write_atomically
+from llava.common.files import as_user_error_on_write, write_atomically
 from llava.eval.benchmarks.questions import Sample
 
 
@@ -20,12 +20,12 @@ class AnswerFile:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        with told_when_unwritable(self.path):
+        with as_user_error_on_write(self.path):
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def append(self, rows: list[dict]) -> None:
         data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        with told_when_unwritable(self.path):
+        with as_user_error_on_write(self.path):
             while data:
                 data = data[os.write(self._file, data) :]
 

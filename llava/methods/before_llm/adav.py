@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llava.methods.before_llm.adav_public import keep_public
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.two_lists import TwoLists, unions_of_best
+from llava.methods.ranking import lowest_index_topk
 
 
 def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) -> Tensor:
@@ -34,7 +35,7 @@ def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) ->
     return floor + (product >= product.max() * (1 - 1e-9)).int().argmax()
 
 
-def sure_of(min_share: float, budget: int) -> int:
+def guaranteed_count(min_share: float, budget: int) -> int:
     """How many of `budget` tokens each of the two lists is sure of."""
     # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
     return min(int(min_share * budget + 1e-6), budget // 2)
@@ -92,5 +93,5 @@ class AdaV(Selector):
         """The two lists of one image; without text, saliency alone."""
         if text_score is None:
             return TwoLists(saliency, saliency, 0, budget)
-        split = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
+        split = best_split(text_score, saliency, budget, guaranteed_count(self.min_share, budget))
         return TwoLists(text_score, saliency, split, budget)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from llava.common.transfer import to_host
-from llava.methods.before_llm.adav import best_split, sure_of
+from llava.methods.before_llm.adav import best_split, guaranteed_count
 from llava.methods.before_llm.base import ImageTokens, Selection, take
 from llava.methods.before_llm.coverage import Coverage
-from llava.methods.before_llm.greedy import GreedySelector, Problem
+from llava.methods.before_llm.greedy import GreedyInputs, GreedySelector
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.similarity import cosine_matrix
 
@@ -83,12 +83,12 @@ class AdaVCover(GreedySelector):
     temperature: float = 0.01
     strength: float = STRENGTH
 
-    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         patches, saliency = image.patches, patch_saliency(image)
         text_score, k_text = None, torch.zeros(1, dtype=torch.long, device=patches.device)
         if len(text):
             text_score = text_to_image(image, text, self.temperature)
-            k_text = best_split(text_score, saliency, budget, sure_of(self.min_share, budget)).reshape(1)
+            k_text = best_split(text_score, saliency, budget, guaranteed_count(self.min_share, budget)).reshape(1)
         report = {
             "k_text": k_text,
             "text_score": on_all_tokens(image, text_score),
@@ -96,7 +96,7 @@ class AdaVCover(GreedySelector):
         }
         first = saliency if text_score is None else text_score
         real = torch.ones_like(saliency, dtype=torch.bool)[None]
-        return Problem(
+        return GreedyInputs(
             cosine_matrix(image.features[patches])[None],
             real,
             (first[None], saliency[None], k_text),

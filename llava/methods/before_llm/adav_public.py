@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
-from llava.methods.before_llm.base import ImageTokens, lowest_index_topk
+from llava.methods.before_llm.base import ImageTokens
+from llava.methods.ranking import lowest_index_topk
 
 
 def keep_public(

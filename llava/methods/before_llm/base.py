@@ -74,7 +74,7 @@ class TokenPlaces:
         return all(tensor is self._sent.get((name, tensor.device)) for name, tensor in own)
 
     @classmethod
-    def of(cls, image: ImageTokens) -> TokenPlaces:
+    def from_image(cls, image: ImageTokens) -> TokenPlaces:
         """Those of an image that came without: the device is asked once."""
         names = ("tile", "row", "column")
         places = cls(*to_host(torch.stack([getattr(image, name).long() for name in names])).unbind())
@@ -149,7 +149,7 @@ class ImageTokens:
     def on_host(self) -> TokenPlaces:
         """Where the tokens lie, on the host."""
         if self.places is None:
-            self.places = TokenPlaces.of(self)
+            self.places = TokenPlaces.from_image(self)
         return self.places
 
     def place(self, name: str) -> Tensor:
@@ -213,7 +213,7 @@ class Selector(ABC):
     def __post_init__(self):
         check_options(self)
 
-    def tokens(self, image: ImageTokens, budget: int) -> int:
+    def num_kept(self, image: ImageTokens, budget: int) -> int:
         """How many tokens are kept of `image` where `budget` were asked for: as many, unless an option says otherwise."""
         return budget
 
@@ -228,14 +228,6 @@ class Selector(ABC):
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
         """`keep` for every image of a batch, of which there is at least one."""
         return [self.keep(*one) for one in zip(images, texts, budgets, strict=True)]
-
-
-def lowest_index_topk(scores: Tensor, k: int) -> Tensor:
-    """Indices [k] of the k largest scores [n] (or [..., n] row by row), best first; ties go to the lowest index.
-
-    torch.topk promises nothing about ties, and half-precision scores tie often.
-    """
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def take(image: ImageTokens, indices: Tensor, **report) -> Selection:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.common.errors import UserError
 from llava.methods.before_llm.base import ImageTokens, take
-from llava.methods.before_llm.greedy import GreedySelector, Problem
+from llava.methods.before_llm.greedy import GreedyInputs, GreedySelector
 from llava.methods.before_llm.scores import max_cosine
 from llava.methods.before_llm.similarity import cosine_matrix
 from llava.methods.before_llm.tiles import first_picks, members_of_tiles, split_evenly
@@ -85,11 +85,11 @@ class CDPruner(GreedySelector):
         by_clip = (self.relevance or ("clip" if self.text_tower else "embeddings")) == "clip"
         return ("text_cosine",) if by_clip else ()
 
-    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         relevance = self._relevance(image, text)
         members, real, sizes = members_of_tiles(image)
         quota = split_evenly(budget, sizes)
-        return Problem(
+        return GreedyInputs(
             cosine_matrix(image.features[image.patches][members]),
             real,
             (relevance[members] * real,),

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 from llava.methods.before_llm.scores import patch_saliency
+from llava.methods.ranking import lowest_index_topk
 
 
 @dataclass

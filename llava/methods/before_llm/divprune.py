@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.methods.before_llm.base import ImageTokens, take
-from llava.methods.before_llm.greedy import GreedySelector, Problem
+from llava.methods.before_llm.greedy import GreedyInputs, GreedySelector
 from llava.methods.before_llm.similarity import cosine_matrix
 
 
@@ -41,11 +41,11 @@ class DivPrune(GreedySelector):
     cosine matrix and K passes over a row of it.
     """
 
-    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         patches = image.patches
         vectors = image.features[patches]
         finite = vectors.isfinite().all(dim=-1)[None]
-        return Problem(
+        return GreedyInputs(
             cosine_matrix(vectors)[None],
             torch.ones_like(finite),
             (finite,),

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.tiles import first_picks, members_of_tiles, split_evenly
+from llava.methods.ranking import lowest_index_topk
 
 
 @dataclass

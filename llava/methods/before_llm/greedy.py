@@ -16,21 +16,21 @@ ENTRIES = 1 << 26  # of the similarities of the images that choose together: 256
 
 
 @dataclass
-class Problem:
+class GreedyInputs:
     """What one image asks of a greedy rule: to choose among M patches, in each of T tiles apart from the others.
 
     similarity  [T, M, M] float32
     real        [T, M]    which patches there are; the others are padding
-    others      what else the rule reads, [T, M] or [T] each
+    extra_inputs  what else the rule reads, [T, M] or [T] each
     counts      how many of each tile are wanted, at most as many as are real
-    keep        the image's part of what the rule returns, [T, ...] -> what is kept of the image
+    to_selection  the image's part of what the rule returns, [T, ...] -> what is kept of the image
     """
 
     similarity: Tensor
     real: Tensor
-    others: tuple[Tensor, ...]
+    extra_inputs: tuple[Tensor, ...]
     counts: list[int]
-    keep: Callable[[Tensor], Selection]
+    to_selection: Callable[[Tensor], Selection]
 
 
 class GreedySelector(Selector):
@@ -42,12 +42,12 @@ class GreedySelector(Selector):
     """
 
     @abstractmethod
-    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         """As `keep`, up to the choice itself."""
 
     @abstractmethod
     def rule(self, similarity: Tensor, real: Tensor, *others: Tensor, counts: Tensor, most: int) -> Tensor:
-        """The choice in T tiles, [T, ...] as Problem.keep reads it: usually `most` picks each, in the order of choice.
+        """The choice in T tiles, [T, ...] as GreedyInputs.to_selection reads it: usually `most` picks each, in the order of choice.
 
         counts [T], most: the largest of them; M is that of the largest tile of the batch, and a tile that wants fewer than others may run on.
         """
@@ -60,19 +60,19 @@ class GreedySelector(Selector):
         for group in _groups(map(self.problem, images, texts, budgets)):
             largest = max(problem.similarity.shape[-1] for problem in group)
             similarity = torch.cat([_filled(problem.similarity, (largest, largest)) for problem in group])
-            columns = zip(*((problem.real, *problem.others) for problem in group), strict=True)
+            columns = zip(*((problem.real, *problem.extra_inputs) for problem in group), strict=True)
             rest = [torch.cat([_filled(part, (largest,)[: part.dim() - 1]) for part in column]) for column in columns]
             counts = torch.tensor([count for problem in group for count in problem.counts])
             picks = self.rule(
                 similarity, *rest, counts=to_device(counts, similarity.device), most=int(counts.max())
             ).split([len(problem.counts) for problem in group])
-            selections += [problem.keep(picked) for problem, picked in zip(group, picks, strict=True)]
+            selections += [problem.to_selection(picked) for problem, picked in zip(group, picks, strict=True)]
         return selections
 
 
-def _groups(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
+def _groups(problems: Iterable[GreedyInputs]) -> Iterator[list[GreedyInputs]]:
     """Problems in order, as many at once as ENTRIES allows, at least one."""
-    group: list[Problem] = []
+    group: list[GreedyInputs] = []
     for problem in problems:
         tiles = sum(len(member.similarity) for member in [*group, problem])
         largest = max(member.similarity.shape[-1] for member in [*group, problem])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.methods.before_llm.base import ImageTokens, take
 from llava.methods.before_llm.coverage import Coverage
-from llava.methods.before_llm.greedy import GreedySelector, Problem
+from llava.methods.before_llm.greedy import GreedyInputs, GreedySelector
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.similarity import cosine_matrix
 from llava.methods.before_llm.tiles import first_picks, members_of_tiles, split_evenly
@@ -47,12 +47,12 @@ class Scope(GreedySelector):
 
     alpha: float = 1.0
 
-    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> Problem:
+    def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         members, real, sizes = members_of_tiles(image)
         quota = split_evenly(budget, sizes)
         states = image.of_patches(image.tower.hidden[:, 1:])[members] * real[..., None]
         weight = patch_saliency(image)[members].double() ** self.alpha
-        return Problem(
+        return GreedyInputs(
             cosine_matrix(states),
             real,
             (weight,),

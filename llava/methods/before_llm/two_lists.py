@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.common.transfer import to_device, to_host
-from llava.methods.before_llm.base import lowest_index_topk
+from llava.methods.ranking import lowest_index_topk
 
 
 class TwoLists(NamedTuple):

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from llava.common.errors import UserError
 from llava.common.transfer import to_device, to_host
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.similarity import unit_rows
 from llava.methods.before_llm.tiles import members_of_tiles, split_evenly
+from llava.methods.ranking import lowest_index_topk
 
 PUBLISHED = (54, 10)  # dominant, [CLS] among them, and contextual tokens of a tile
 
@@ -66,7 +67,7 @@ class VisionZip(Selector):
                 f"option 'contextual' is {self.contextual!r}, allowed is a count exactly where 'dominant' is one"
             )
 
-    def tokens(self, image: ImageTokens, budget: int) -> int:
+    def num_kept(self, image: ImageTokens, budget: int) -> int:
         if self.dominant is None:
             return budget
         return (self.dominant + self.contextual) * sum(size > 0 for size in image.on_host.sizes)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llava.common.errors import UserError
 from llava.methods.attention_rows import RowAttention
-from llava.methods.before_llm.base import lowest_index_topk
 from llava.methods.inside_llm.plan import Cut, LayerTokens, budget_for_mean, layer_mean, layer_tokens
+from llava.methods.ranking import keep_best
 
 
 @dataclass
@@ -147,14 +147,3 @@ def _k_for_mean(dropper: Dropper, n: int, target: int, layers: int) -> int:
         return layer_mean(layer_tokens(n, dropper.plan(n, k, layers), dropper.place, layers))
 
     return budget_for_mean(mean_of, n, target, type(dropper).__name__.lower())
-
-
-def keep_best(scores: Tensor, keep: int, keep_last: bool = False) -> Tensor:
-    """[keep] indices of the highest scores [n], ascending; ties go to the lowest index, what is no number goes last.
-
-    keep_last: the last of the n stays whatever its score.
-    """
-    scores = scores.float().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    if keep_last:
-        scores[-1] = float("inf")
-    return torch.sort(lowest_index_topk(scores, keep)).values

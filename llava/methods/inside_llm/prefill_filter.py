@@ -21,7 +21,7 @@ class PrefillFilter(FastV):
     rate: float = 0.5
 
     @classmethod
-    def of(cls, config) -> PrefillFilter | None:
+    def from_config(cls, config) -> PrefillFilter | None:
         """The filter that an AdaVConfig asks for; None where it is off."""
         if not config.prefill_filter_flag:
             return None

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from llava.methods.attention_rows import RowAttention
-from llava.methods.before_llm.base import lowest_index_topk
-from llava.methods.inside_llm.base import Choice, Dropper, ImageSlots, keep_best
+from llava.methods.inside_llm.base import Choice, Dropper, ImageSlots
 from llava.methods.inside_llm.clustering import density_peaks
 from llava.methods.inside_llm.plan import AFTER, Cut, counts_of, scaled_layer
+from llava.methods.ranking import keep_best, lowest_index_topk
 
 LAYERS = (2, 6, 15)  # of 32, 0-based: a cut comes after each of them
 TOKENS = 576  # of the image that the published lists are for

@@ -38,7 +38,7 @@ class AVL(CachePolicy):
     heavy: float = 0.7
 
     @classmethod
-    def of(cls, config) -> AVL:
+    def from_config(cls, config) -> AVL:
         vision, text = {}, {}
         if config.vision_adaptive_attention:
             vision = {

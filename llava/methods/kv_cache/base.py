@@ -68,7 +68,7 @@ class CachePolicy(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, config) -> CachePolicy:
+    def from_config(cls, config) -> CachePolicy:
         """The policy with the settings of an AdaVConfig."""
 
     @property

@@ -12,5 +12,5 @@ class Full(CachePolicy):
     """No entry is evicted and every step reads them all. generate() leaves it to transformers' own cache."""
 
     @classmethod
-    def of(cls, config) -> Full:
+    def from_config(cls, config) -> Full:
         return cls()

@@ -29,7 +29,7 @@ class H2O(CachePolicy):
     whole = True
 
     @classmethod
-    def of(cls, config) -> H2O:
+    def from_config(cls, config) -> H2O:
         return cls(config.h2o_heavy_share, config.h2o_recent_share)
 
     @property

@@ -224,4 +224,3 @@ class CacheTensors:
             total, recent = self.tables[self.table_of[layer]]
             found |= {"scores": run.scores[at], "total": total, "recent": recent, "step": self.step}
         return found
-

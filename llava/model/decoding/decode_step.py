@@ -4,7 +4,7 @@ At batch 1 a step reads weights and does little else, so that whatever else is l
 on a GPU as kernels of microseconds between those that read. Here a layer is ten operations: norm, q/k/v, rotation and
 cache, two of attention, output, norm, gate/up, activation, down. What lies between the products is one fused kernel each
 (llava/kernels) on a GPU and the layers' own operations elsewhere. The numbers are the modules' up to rounding;
-`Stepper.of` says whether a model's layers are such that this holds.
+`Stepper.for_model` says whether a model's layers are such that this holds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stepper:
         self._layers = [_Layer(layer) for layer in model.model.layers]
 
     @staticmethod
-    def of(model) -> Stepper | None:
+    def for_model(model) -> Stepper | None:
         """None where a layer is not as its class made it: quantised or with adapters, hooked (spread over devices,
         offloaded, or watched), or of another architecture. Such layers are called as they are (model.decode_step)."""
         plain = all(type(layer) in LAYERS and _plain(layer) for layer in model.model.layers)

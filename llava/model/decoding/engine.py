@@ -34,9 +34,9 @@ from llava.model.decoding.text_stream import TextStream
 from llava.model.graphs import Store, capture, new_pool
 
 # Capacities are rounded up by this where steps are captured (rounded_up): requests of similar length then share graphs.
-MULTIPLE = 128
+CAPACITY_MULTIPLE = 128
 # A capture costs as much as a dozen plain steps at batch 1, so that it pays from about this many on.
-WORTH_CAPTURING = 16
+MIN_STEPS_TO_CAPTURE = 16
 # Shapes of earlier requests that are remembered: steps are captured for a shape that comes again.
 REMEMBERED = 256
 # The share of a GPU's memory that captured things may hold which nobody is using.
@@ -45,8 +45,11 @@ IDLE_SHARE = 1 / 8
 
 @dataclass
 class Answer:
-    """One row's: tokens, the end token included; text without special tokens and from the stop string on (None without
-    a tokenizer); finish: "stop" for an end token or a stop string, "length" where max_new_tokens ended it, "cancelled"."""
+    """The answer of one row.
+
+    tokens: with the end token. text: decoded, cut before the stop string, without special tokens; None without a tokenizer.
+    finish: "stop" for an end token or a stop string, "length" if max_new_tokens ended it, or "cancelled".
+    """
 
     tokens: list[int] = field(default_factory=list)
     text: str | None = None
@@ -90,7 +93,7 @@ class Engine:
         self.graphs = one_gpu if graphs is None else graphs
         self.ends = end_tokens(model, tokenizer)
         self.pad = pad_token(model, tokenizer)
-        self._stepper = Stepper.of(model)
+        self._stepper = Stepper.for_model(model)
         self._seen: OrderedDict[tuple, None] = OrderedDict()
         if graph_bytes is None:
             graph_bytes = int(IDLE_SHARE * torch.cuda.mem_get_info(self.device)[1]) if self.device.type == "cuda" else 0
@@ -137,7 +140,7 @@ class Engine:
     def cache_for(self, prepared: PreparedPrompt, steps: int) -> AdaptiveCache:
         """An empty cache for a prompt and `steps` decode steps. It takes the storage of captured steps of its shape, if
         there are some that nobody is using; others are let go of where they hold too much."""
-        multiple = MULTIPLE if self.graphs else 1
+        multiple = CAPACITY_MULTIPLE if self.graphs else 1
         cache = prepared.caching.cache(rounded_up(steps, multiple), multiple)
         captured = self._store.get(_shape(cache)) if self.graphs else None
         if captured is not None and not captured.busy:
@@ -174,7 +177,7 @@ class Engine:
         self._seen.move_to_end(shape)
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
-        if captured is not None or not again or count < WORTH_CAPTURING:
+        if captured is not None or not again or count < MIN_STEPS_TO_CAPTURE:
             return PlainSteps(step, cache)
         captured = CapturedSteps(step, cache, self._pool)
         self._store.put(shape, captured)
@@ -187,7 +190,7 @@ def _shape(cache: AdaptiveCache) -> tuple:
 
 
 @dataclass(frozen=True)
-class New:
+class StepOutput:
     """What a step added to one row: its token, the text that is certain by now, and why the row ended, if it did."""
 
     token: int
@@ -196,7 +199,7 @@ class New:
 
 
 class BatchGeneration:
-    """One batch on its way: an iterator over steps. Each gives, per row, its `New`, or None for a row that has ended."""
+    """One batch on its way: an iterator over steps. Each gives, per row, its `StepOutput`, or None for a row that has ended."""
 
     def __init__(self, engine: Engine, prepared: PreparedPrompt, sampling, streamed: bool = False):
         rows = len(prepared.lengths)
@@ -217,17 +220,17 @@ class BatchGeneration:
             TextStream(engine.tokenizer, one.stop) if engine.tokenizer is not None and (streamed or one.stop) else None
             for one in self.sampling
         ]
-        self.logits: Tensor | None = None  # [B, V] of the tokens that the last step has chosen
+        self.logits: Tensor | None = None  # [B, V] of the newest step, which may be one ahead of the answers
         self._steps: PlainSteps | CapturedSteps | None = None
         self._failed = False
         self._ahead = False  # whether the step that comes next has been launched
         self._ended: Tensor | None = None  # [B] bool on the device: rows that are fed padding from now on
         self._count_ended = 0
 
-    def __iter__(self) -> Iterator[list[New | None]]:
+    def __iter__(self) -> Iterator[list[StepOutput | None]]:
         return self
 
-    def __next__(self) -> list[New | None]:
+    def __next__(self) -> list[StepOutput | None]:
         if self.ended:
             raise StopIteration
         self._failed = True  # until the step is through
@@ -236,7 +239,7 @@ class BatchGeneration:
         return outputs
 
     @torch.inference_mode()
-    def _next(self) -> list[New | None]:
+    def _next(self) -> list[StepOutput | None]:
         start = time.perf_counter()
         stage = "prefill" if self.logits is None else "decode"
         # 1. The tokens of this step, unless the step before has launched it already.
@@ -271,7 +274,7 @@ class BatchGeneration:
             for one, answer in zip(self.sampling, self.answers, strict=True)
             if answer.finish is None
         ]
-        return self._engine.graphs and done >= WORTH_CAPTURING and any(open_rows)
+        return self._engine.graphs and done >= MIN_STEPS_TO_CAPTURE and any(open_rows)
 
     def _fetch(self) -> Callable[[], list[int]]:
         """Start bringing the chosen tokens to the host; call the result for them."""
@@ -343,7 +346,7 @@ class BatchGeneration:
         self._steps, self.cache = engine.steps_for(cache, steps, self), cache
         return logits
 
-    def _add(self, row: int, token: int) -> New | None:
+    def _add(self, row: int, token: int) -> StepOutput | None:
         answer, stream = self.answers[row], self._streams[row]
         if answer.finish:
             return None
@@ -355,7 +358,7 @@ class BatchGeneration:
             answer.finish = "length"
         if answer.finish and stream is not None:
             text += stream.end()
-        return New(token, text, answer.finish)
+        return StepOutput(token, text, answer.finish)
 
 
 class PlainSteps:
@@ -419,7 +422,7 @@ class CapturedSteps:
         self.cache.begin_step(1)
         kind = self.cache.update_step
         self.left -= 1
-        if kind not in self.graphs and kind in self._ran and self._captures and self.left + 1 >= WORTH_CAPTURING:
+        if kind not in self.graphs and kind in self._ran and self._captures and self.left + 1 >= MIN_STEPS_TO_CAPTURE:
             self._capture(kind)
         if kind in self.graphs:
             self.graphs[kind].replay()

@@ -21,9 +21,9 @@ from llava.kernels.evict import evict
 from llava.kernels.rank_core import rank_core
 from llava.kernels.rotate_append import rotate_append
 from llava.methods.attention_rows import RowAttention
-from llava.methods.before_llm.base import lowest_index_topk
 from llava.methods.kv_cache.base import CachePolicy, LayerPlan, RowSpans
 from llava.methods.kv_cache.full import Full
+from llava.methods.ranking import lowest_index_topk
 
 
 class Regions:

@@ -26,7 +26,7 @@ from llava.model.decoding.dropping import Dropping
 ATTENTION = "llava_sdpa_seen"
 
 
-class Seen:
+class AttentionInputs:
     """Where a layer's attention leaves its queries [B, H, S, d] and keys [B, G, S, d], rotated, and its scaling."""
 
     query: Tensor
@@ -41,7 +41,7 @@ def _sdpa_seen(
     value,
     attention_mask,
     scaling=None,
-    seen: Seen | None = None,
+    seen: AttentionInputs | None = None,
     adaptive: AdaptiveCache | None = None,
     **kwargs,
 ):
@@ -223,7 +223,7 @@ class DroppingDecoder:
                 "adaptive": cache if isinstance(cache, AdaptiveCache) else None,
             }
             if cut and place != BEFORE:
-                call["seen"] = seen = Seen()
+                call["seen"] = seen = AttentionInputs()
             if cut and place == INSIDE:
                 _run_cut_inside(layer, number, flow, call, seen, dropping)
                 continue
@@ -274,7 +274,7 @@ class DroppingDecoder:
         return hidden
 
 
-def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: Seen, dropping: Dropping) -> None:
+def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: AttentionInputs, dropping: Dropping) -> None:
     """One decoder layer by its parts: attention over all tokens, MLP over what is left."""
     device = _device(layer)
     flow.hidden = flow.hidden.to(device)

@@ -20,10 +20,10 @@ from llava.model.graphs import Store, capture
 
 # Where prefill is captured, prompts are padded to a multiple of this: at a fixed budget of vision tokens lengths differ by
 # the question's words alone, so that a few lengths are enough for all.
-MULTIPLE = 64
+GRAPH_LENGTH_MULTIPLE = 64
 # Tokens of a padded batch up to which prefill is captured. The buffers of a graph hold queries, keys and values of all layers:
 # 0.8 GB for a 7B in 16 bits; and with more tokens the kernels take longer than Python does to launch them.
-CAPTURED = 1024
+MAX_CAPTURED_TOKENS = 1024
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ class StaticPrefill:
         self._positions = torch.zeros(batch, length, dtype=torch.long, device=embedding.device)
         self._last = torch.zeros(batch, dtype=torch.long, device=embedding.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._seen: _Seen | None = None
+        self._seen: RecordedLayers | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class StaticPrefill:
         return self._logits
 
     def _run(self) -> None:
-        self._seen = _Seen(len(self.model.model.layers))
+        self._seen = RecordedLayers(len(self.model.model.layers))
         self._logits = _run(self.model, self._stepper, self._hidden, self._positions, self._last, self._seen)
 
 
@@ -98,7 +98,7 @@ class StaticPrefills:
     def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor | None:
         """None where the prompts are not for it: tokens go between layers, or there are too many to gain by it."""
         shape = len(prepared.lengths), padded(prepared.lengths)
-        if prepared.dropping is not None or shape[0] * shape[1] > CAPTURED:
+        if prepared.dropping is not None or shape[0] * shape[1] > MAX_CAPTURED_TOKENS:
             return None
         kept = self._store.get(("prefill", *shape))
         if kept is None:
@@ -109,10 +109,10 @@ class StaticPrefills:
 
 def padded(lengths: Sequence[int]) -> int:
     """Tokens that rows of these lengths are padded to where prefill is captured."""
-    return -(-max(lengths) // MULTIPLE) * MULTIPLE
+    return -(-max(lengths) // GRAPH_LENGTH_MULTIPLE) * GRAPH_LENGTH_MULTIPLE
 
 
-class _Seen:
+class RecordedLayers:
     """Takes the place of a cache while layers run: holds what each one's attention saw, for a cache to be filled with."""
 
     steps = 0

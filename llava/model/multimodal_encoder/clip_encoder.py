@@ -21,7 +21,7 @@ from llava.model.graphs import Store, capture
 
 _ATTENTION = "llava_sdpa_cls_row"
 # Tiles up to which the tower is captured: with more its kernels take longer than Python does to launch them.
-CAPTURED_TILES = 16
+MAX_CAPTURED_TILES = 16
 
 
 def _sdpa_and_cls_row(
@@ -101,7 +101,7 @@ class CLIPVisionTower(nn.Module):
         """
         pixels = pixel_values.to(self.device, self.dtype)
         store = None if self._store is None else self._store()
-        if store is None or len(pixels) > CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
+        if store is None or len(pixels) > MAX_CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
             return self._run(pixels, wanted)
         shape = "tower", len(pixels), wanted
         kept = store.get(shape)

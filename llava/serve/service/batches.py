@@ -93,7 +93,7 @@ class BatchAnswerer(LoadedCheckpoint):
         method = config.make_method()
         if config.method in dropper_names():
             method.check(self.model.config)
-        prefill_filter = PrefillFilter.of(config)
+        prefill_filter = PrefillFilter.from_config(config)
         if prefill_filter is not None:
             prefill_filter.check(self.model.config)
 
@@ -107,7 +107,7 @@ class BatchAnswerer(LoadedCheckpoint):
             return len(order)
         tile = order.div(self.shape.tile_patches, rounding_mode="floor").masked_fill(order == NEWLINE, -1)
         outline = ImageTokens(order.new_empty((len(order), 0)), order, tile, order, order)
-        budget = method.tokens(outline, config.overall_tokens)
+        budget = method.num_kept(outline, config.overall_tokens)
         return budget if budget < len(outline.patches) else len(order)
 
     def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:
@@ -128,7 +128,7 @@ class BatchAnswerer(LoadedCheckpoint):
         encoded, reused = self._encoded(pictures, config)
         images = [encoded[picture.digest] for picture in pictures]
         prepared = self.prepare_ids([job.ids for job in jobs], images, config)
-        counts = [ImageCounts.of(image.plan, self.shape.side) for image in images]
+        counts = [ImageCounts.from_plan(image.plan, self.shape.side) for image in images]
         costs = predicted(prepared, counts, self.shape, config)
         plans = iter([image.plan for image in images])
         plans = [[next(plans) for _ in job.pictures] for job in jobs]
@@ -138,12 +138,12 @@ class BatchAnswerer(LoadedCheckpoint):
             for row, job in enumerate(jobs):
                 if job.reply.cancelled:
                     generation.cancel(row)
-            news = next(generation, None)
+            outputs = next(generation, None)
             now = time.perf_counter()
-            first = now if first is None and news is not None else first
+            first = now if first is None and outputs is not None else first
             for row, job in enumerate(jobs):
-                if news is not None and news[row] is not None:
-                    job.reply.add(news[row].text)
+                if outputs is not None and outputs[row] is not None:
+                    job.reply.add(outputs[row].text)
                 if generation.answers[row].finish is not None and not job.reply.over:
                     measured = self._measured(prepared, generation, row, plans[row], costs)
                     times = _times(job, began, first, now, measured["new_tokens"])
@@ -152,7 +152,7 @@ class BatchAnswerer(LoadedCheckpoint):
                     job.reply.finish(
                         Answered(job.reply.text, finish, batch=len(jobs), images_reused=again, **measured, **times)
                     )
-            if news is None:
+            if outputs is None:
                 return
 
     def _encoded(self, pictures: list[Picture], config: AdaVConfig) -> tuple[dict[bytes, EncodedImage], set[bytes]]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
     from llava.mm_utils import TilePlan
-    from llava.serve.service.service import Service
 
 
 class Failed(Exception):
@@ -30,7 +29,7 @@ class KeptTokens:
 class Answered:
     """A finished answer.
 
-    text                all of it, without special tokens and from the stop string on
+    text                the whole decoded text, cut before the stop string, without special tokens
     finish              "stop" (end token or stop string), "length" or "cancelled"
     prompt_tokens       that entered the LLM: text and kept vision tokens; new_tokens: generated, the end token included
     images              per image of the conversation, in order; side: patches per tile side. llava.serve.overlay draws
@@ -68,14 +67,20 @@ class Reply:
     the request: a UserError, or Failed.
     """
 
-    def __init__(self, listener: Callable[[str | None], None] | None = None, service: Service | None = None):
-        """listener is called in the service's thread with each piece, and with None at the end."""
+    def __init__(
+        self,
+        listener: Callable[[str | None], None] | None = None,
+        on_cancel: Callable[[Reply], None] | None = None,
+        on_end: Callable[[Answered | None], None] | None = None,
+    ):
+        """listener: called in the service's thread with each piece, and with None at the end. on_cancel: called when the
+        answer is no longer wanted. on_end: called once with the finished answer, or with None where the request failed."""
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._text: list[str] = []
         self._over = threading.Event()
         self._answered: Answered | None = None
         self._error: Exception | None = None
-        self._listener, self._service = listener, service
+        self._listener, self._on_cancel, self._on_end = listener, on_cancel, on_end
         self.cancelled = False
 
     def __iter__(self) -> Iterator[str]:
@@ -95,9 +100,9 @@ class Reply:
     def cancel(self) -> None:
         """The answer is no longer wanted: a request that waits is withdrawn, one that runs ends at the next step."""
         self.cancelled = True
-        service = self._service
-        if service is not None:
-            service.withdraw(self)
+        on_cancel = self._on_cancel  # the service's thread may end the reply meanwhile
+        if on_cancel is not None:
+            on_cancel(self)
 
     @property
     def over(self) -> bool:
@@ -125,11 +130,11 @@ class Reply:
         self._end()
 
     def _end(self) -> None:
-        if self._service is not None:
-            self._service.count(self._answered)
+        if self._on_end is not None:
+            self._on_end(self._answered)
         self._over.set()
         self._tell(None)
-        self._listener = self._service = None
+        self._listener = self._on_cancel = self._on_end = None
 
     def _tell(self, piece: str | None) -> None:
         self._pieces.put(piece)

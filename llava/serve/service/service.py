@@ -126,7 +126,7 @@ class Service:
         submitted = time.perf_counter()
         with self._changed:
             self._refuse()
-        reply = Reply(listener, self)
+        reply = Reply(listener, on_cancel=self.withdraw, on_end=self.count)
         job = self.model.job(request, request.config or self.config, reply, submitted)
         with self._changed:
             self._refuse()
