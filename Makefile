@@ -2,16 +2,17 @@
 # make demo      accuracy against tokens on the two shipped checkpoints: a table and two pictures
 # make compare   every method at 25, 10 and 5 % of the tokens: a CSV, a table and a plot (under an hour; goes on where it stopped)
 # make lmms-eval lmms-eval beside it, without the torch and transformers that it would bring
-# make test      lint and tests (about fifteen minutes on two cores)
+# make test-fast lint and the tests of methods, costs and kernels: for the loop of someone who edits a method
+# make test      lint and all tests but the long ones, on all cores
 # make test-all  also the long ones, and those of the extras, which it installs
 PYTHON ?= python3
 BIN := .venv/bin
 # On a terminal pip shows how far it is; in a log it says nothing.
 QUIET := $(shell test -t 2 || echo --quiet)
-# The test models are tiny: more threads than one only wait for each other.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# The test models are tiny: threads of one process would only wait for each other, so each core gets a process.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: setup demo compare lmms-eval test test-all lint
+.PHONY: setup demo compare lmms-eval test test-fast test-all lint
 
 setup: .venv/installed
 
@@ -39,6 +40,9 @@ lint: .venv/installed
 
 test: lint
 	$(TEST) -m "not long"
+
+test-fast: lint
+	$(TEST) -m "not long" tests/test_house.py tests/methods tests/costs tests/kernels/test_decode_kernel.py
 
 # Training (DeepSpeed) and serving (page, API) are tested with the long tests; nothing else needs them.
 .venv/extras: .venv/installed

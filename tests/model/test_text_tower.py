@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
+from tiny_clip import CONTEXT, save_clip
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
