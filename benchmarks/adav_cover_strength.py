@@ -3,7 +3,7 @@
     python benchmarks/adav_cover_strength.py [--questions 1000]
 
 For each demo checkpoint, budget and strength: accuracy on the validation split, through the shipped tower, selection and
-LLM code (llava.train.demo.figures.Exam). Strength 0 is `adav`. Writes benchmarks/results/adav_cover_strength.csv.
+LLM code (llava.shapes.training.figures.Exam). Strength 0 is `adav`. Writes benchmarks/results/adav_cover_strength.csv.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from llava.demo.dataset import write_dataset
-from llava.errors import UserError, exits_cleanly
-from llava.eval.environment import commit
-from llava.progress import progress_bar
-from llava.train.demo.figures import Exam
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.machine import commit
+from llava.common.progress import progress_bar
+from llava.shapes.dataset import write_dataset
+from llava.shapes.training.figures import Exam
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {"v1.5": (36, 14, 7), "v1.6": (135, 54, 27)}  # 25, 10 and 5 % of the tokens

@@ -29,21 +29,21 @@ import torch
 import transformers
 from torch.nn.functional import kl_div, log_softmax
 
+from llava.common.command_line import positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.find_checkpoint import find_checkpoint
+from llava.common.machine import commit
+from llava.common.progress import progress_bar
+from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import positive
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import find_checkpoint
-from llava.eval.environment import commit
-from llava.eval.image_reader import read_image
-from llava.eval.launch import DATA_ROOT
-from llava.eval.loaded_shard import LoadedShard
-from llava.eval.run import Generation, Run
-from llava.eval.tables import markdown_table
-from llava.model.kv_cache import Caching, make_policy
-from llava.model.kv_cache.base import RowSpans
-from llava.model.prepared import PreparedPrompt
-from llava.progress import progress_bar
+from llava.eval.runs.image_reader import read_image
+from llava.eval.runs.run import DATA_ROOT, Run
+from llava.eval.runs.work_order import Generation
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.methods.kv_cache.base import RowSpans
+from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.prepared import PreparedPrompt
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 64, 20
@@ -103,7 +103,7 @@ def decode(model, prepared: PreparedPrompt, config: AdaVConfig, embeds: torch.Te
         RowSpans(own, [(start - length + own, count) for start, count in images])
         for own, images in zip(prepared.lengths, prepared.image_spans, strict=True)
     ]
-    policy, layers = make_policy(config), model.config.num_hidden_layers
+    policy, layers = config.make_cache_policy(), model.config.num_hidden_layers
     caching = Caching(policy, layers, spans, prepared.position_ids[:, -1:] + 1)
     cache = caching.cache(embeds.shape[1])
     inputs = {"past_key_values": cache, "caching": caching}
@@ -126,22 +126,21 @@ def entries(cache, steps: int) -> tuple[int, int]:
     return sum(plan.stored(steps) for plan in plans), sum(plan.read(s) for plan in plans for s in range(1, steps + 1))
 
 
-def measure(shard: LoadedShard, run: Run, method: dict, questions: int) -> list[dict]:
+def measure(loaded: LoadedCheckpoint, run: Run, method: dict, questions: int) -> list[dict]:
     """One row per policy, all on the same prompts of one method."""
     benchmark, found = run.benchmark, {name: [] for name in POLICIES}
-    model, embed = shard.model, shard.model.get_input_embeddings()
+    model, embed = loaded.model, loaded.model.get_input_embeddings()
     for start in progress_bar(f"{method['method']}", range(0, questions, BATCH), unit=" batches"):
         samples = run.samples[start : start + BATCH]
         images = [read_image(Path(benchmark.image_folder) / sample.image) for sample in samples]
-        asked = [{"image": sample.image, "prompt": sample.prompt} for sample in samples]
-        prepared = shard.prepare(asked, images, AdaVConfig(**method))
+        prepared = loaded.prepare([sample.prompt for sample in samples], images, AdaVConfig(**method))
         cut, behind, sizes = up_to_the_image(prepared)
         said = model.generate(
             prepared=prepared,
             max_new_tokens=STEPS + 1,
             do_sample=False,
             eos_token_id=None,
-            pad_token_id=shard.engine.pad,
+            pad_token_id=loaded.engine.pad,
         )
         first = None
         for name, keys in POLICIES.items():
@@ -154,7 +153,7 @@ def measure(shard: LoadedShard, run: Run, method: dict, questions: int) -> list[
                 first, full, sizes_of_full = answers, odds, entries(cache, STEPS)
                 if not torch.equal(forced.argmax(dim=-1), said):
                     raise UserError("full: steps by hand say other tokens than generate(), so nothing is measured")
-            texts = [{"text": shard.tokenizer.decode([token])} for token in answers.tolist()]
+            texts = [{"text": loaded.tokenizer.decode([token])} for token in answers.tolist()]
             stored, read = entries(cache, STEPS)
             found[name].append(
                 {
@@ -192,11 +191,11 @@ def main():
         with tempfile.TemporaryDirectory() as scratch:
             generation = Generation(benchmark.max_new_tokens)
             run = Run(benchmark, AdaVConfig(method="none"), checkpoint, generation, Path(scratch), limit=args.questions)
-            shard = LoadedShard(run.order(0, [], BATCH))
+            loaded = LoadedCheckpoint(str(checkpoint.folder), device="cpu")
         for method in ({"method": "none"}, {"method": "adav", "overall_tokens": tokens}):
             facts = {"checkpoint": checkpoint.short_name, "method": method["method"]}
             facts |= {"overall_tokens": method.get("overall_tokens", ""), "questions": len(run.samples)}
-            for row in measure(shard, run, method, len(run.samples)):
+            for row in measure(loaded, run, method, len(run.samples)):
                 rows.append(facts | row | made_with)
                 print(*list(rows[-1].values())[:-4], flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -41,10 +41,10 @@ from memory import copy_bandwidth, read_bandwidth
 from record import RESULTS, how, pick, write_csv
 from torch import Tensor
 
-from llava.errors import UserError, exits_cleanly
-from llava.eval.tables import columns
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.progress import progress_bar
+from llava.common.text_table import columns
 from llava.kernels.decode_attention import DecodeOutput
-from llava.progress import progress_bar
 
 # max |error| / max |reference|, as in the kernel's tests.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}

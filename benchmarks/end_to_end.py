@@ -40,9 +40,9 @@ from providers import PROVIDERS
 from record import RESULTS, how, pick, read_text, write_csv
 from shapes import PRESETS, Prompts
 
-from llava.config import AdaVConfig, ConfigError, method_class
-from llava.errors import UserError, exits_cleanly
-from llava.eval.flops import Cost
+from llava.common.errors import UserError, exits_cleanly
+from llava.config import AdaVConfig, ConfigError
+from llava.costs.flops import Cost
 
 CONFIGS = ("method=none", "method=adav overall_tokens=144")
 STAGES = ("vision_tower", "projector", "selection")
@@ -171,7 +171,7 @@ def read_config(text: str) -> tuple[str, AdaVConfig]:
 
 def _name(config: AdaVConfig) -> str:
     parts = [config.method]
-    if getattr(method_class(config.method), "uses_budget", True):
+    if config.method_class.uses_budget:
         parts.append(str(config.overall_tokens))
     parts += [f"+ {config.cache_policy}"] * (config.cache_policy != "full") + ["+ filter"] * config.prefill_filter_flag
     return " ".join(parts)

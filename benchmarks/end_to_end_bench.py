@@ -20,10 +20,10 @@ from providers import Answer, Models, Ours, OursByEngine, Provider, Transformers
 from shapes import Preset, Prompts, random_model
 from torch import Tensor
 
+from llava.analysis.self_check import FLOAT32_LIMIT, HALF_LIMITS
+from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
-from llava.eval.flops import Cost, allocated_kv_bytes, predict
-from llava.eval.self_check import FLOAT32_LIMIT, HALF_LIMITS
-from llava.progress import progress_bar
+from llava.costs.flops import Cost, allocated_kv_bytes, predict
 
 # Other vision tokens that the float32 models may keep on a GPU. Its kernels sum in another order for every shape and
 # backend, so that a near tie at the edge of a list may go either way; on a CPU it does not.

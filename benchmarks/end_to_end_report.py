@@ -7,8 +7,8 @@ from pathlib import Path
 from page import DOCUMENT, bandwidths, made, number, picture, put, share
 from record import read_csv
 
-from llava.eval.plots import COLORS, INK, panels, save, style
-from llava.eval.tables import columns, markdown_table
+from llava.common.text_table import columns, markdown_table
+from llava.eval.results.plots import COLORS, INK, panels, save, style
 
 __all__ = ["DOCUMENT", "draw", "fill", "read_rows", "show"]
 STAGES = ("vision_tower", "projector", "selection", "prefill")

@@ -4,7 +4,7 @@
 
 The upstream loop, written down here from what it does: one question at a time; for each, its image is decoded and cut
 into tiles, the vision tower runs eagerly through all of its layers and hands out the attention map of every one of them
-(`output_attentions=True`), and `generate` runs at batch 1. The worker is llava.eval.loaded_shard as the launcher starts
+(`output_attentions=True`), and `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as the launcher starts
 it: batches, each picture decoded and encoded once for all of its questions, SDPA, one [CLS] row. Both choose tokens by
 the same code under the same configuration, both write an answer line per question, neither counts loading.
 
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,21 +36,21 @@ from record import RESULTS, how, pick, write_csv
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import logging as transformers_logging
 
+from llava.common.command_line import Parser, positive
+from llava.common.errors import exits_cleanly
+from llava.common.files import REPOSITORY
+from llava.common.progress import progress_bar
+from llava.common.text_table import columns
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.demo.questions import ask
-from llava.demo.scenes import draw_scene, scene_rng
-from llava.demo.vocabulary import QUESTION_TYPES
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser, positive
-from llava.eval.files import REPOSITORY
-from llava.eval.launch import BATCH_SIZE
-from llava.eval.loaded_shard import LoadedShard
-from llava.eval.run import Generation
-from llava.eval.tables import columns
+from llava.eval.runs.answer_shard import ShardAnswerer
+from llava.eval.runs.run import BATCH_SIZE
+from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.progress import progress_bar
+from llava.shapes.questions import ask
+from llava.shapes.scenes import draw_scene, scene_rng
+from llava.shapes.vocabulary import QUESTION_TYPES
 
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
 FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2
@@ -86,7 +86,7 @@ class EagerTower(torch.nn.Module):
         return out.hidden_states[self.layer][:, 1:], rows.mean(dim=1), {}
 
 
-def make_questions(folder: Path, pictures: int) -> list[dict]:
+def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
     """Samples as the launcher orders them: pictures drawn into `folder`, PER_PICTURE questions after one another."""
     samples = []
     for index in progress_bar("drawing", range(pictures), unit=" pictures"):
@@ -96,16 +96,16 @@ def make_questions(folder: Path, pictures: int) -> list[dict]:
             category = QUESTION_TYPES[n % len(QUESTION_TYPES)]
             rng = scene_rng(FAMILY, "test", index, stream=1 + n // len(QUESTION_TYPES))
             question = ask(scene, category, rng) or ask(scene, "exists", rng)
-            samples.append({"key": [index, n], "image": name, "prompt": question.text})
+            samples.append(OrderedSample((index, n), name, question.text))
     return samples
 
 
 class Upstream:
     """One question at a time, everything anew for each."""
 
-    def __init__(self, shard: LoadedShard, tower: EagerTower, spec: dict):
+    def __init__(self, shard: ShardAnswerer, tower: EagerTower, spec: WorkOrder):
         self.shard, self.tower, self.spec = shard, tower, spec
-        self.config = AdaVConfig(**spec["config"])
+        self.config = spec.config
         self.llm_seconds = 0.0
 
     @contextlib.contextmanager
@@ -122,11 +122,11 @@ class Upstream:
         shard, answers = self.shard, []
         conversation = default_conv_mode(shard.model.config, shard.tokenizer)
         with self._eager(), open(file, "w") as out:
-            for sample in self.spec["samples"]:
-                image = Image.open(Path(self.spec["image_folder"]) / sample["image"]).convert("RGB")
+            for sample in self.spec.samples:
+                image = Image.open(self.spec.image_folder / sample.image).convert("RGB")
                 pixels = process_images([image], shard.image_processor, shard.model.config)
                 pixels = [one.to(shard.device, shard.model.dtype) for one in pixels]
-                prompt = single_turn(conversation, "<image>\n" + sample["prompt"])
+                prompt = single_turn(conversation, "<image>\n" + sample.prompt)
                 ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None].to(shard.device)
                 prepared = shard.model.prepare(ids, pixels, [image.size], config=self.config)
                 start = time.perf_counter()
@@ -134,12 +134,12 @@ class Upstream:
                     prepared=prepared,
                     do_sample=False,
                     num_beams=1,
-                    max_new_tokens=self.spec["max_new_tokens"],
+                    max_new_tokens=self.spec.generation.max_new_tokens,
                     pad_token_id=shard.engine.pad,
                 )
                 self.llm_seconds += time.perf_counter() - start
                 answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())
-                out.write(json.dumps({"key": sample["key"], "text": answers[-1]}) + "\n")
+                out.write(json.dumps({"key": list(sample.key), "text": answers[-1]}) + "\n")
                 out.flush()
         return answers
 
@@ -147,15 +147,15 @@ class Upstream:
 class Worker:
     """The project's worker."""
 
-    def __init__(self, shard: LoadedShard, spec: dict):
+    def __init__(self, shard: ShardAnswerer, spec: WorkOrder):
         self.shard, self.spec = shard, spec
         self.llm_seconds = 0.0
 
     def run(self, file: Path) -> list[str]:
-        self.shard.run({**self.spec, "answers": str(file)}, threading.Event())
+        self.shard.run(replace(self.spec, answers=file), threading.Event())
         rows = {tuple(row["key"]): row for row in map(json.loads, file.read_text().splitlines())}
         self.llm_seconds += sum(row["seconds"][stage] for row in rows.values() for stage in ("prefill", "decode"))
-        return [rows[tuple(sample["key"])]["answer"] for sample in self.spec["samples"]]
+        return [rows[sample.key]["answer"] for sample in self.spec.samples]
 
 
 def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) -> dict[str, list[float]]:
@@ -221,16 +221,10 @@ def main(argv: list[str] | None = None) -> None:
         samples = make_questions(folder, args.pictures)
         budget = {"overall_tokens": args.tokens} if args.tokens else {}
         config = AdaVConfig.load(REPOSITORY / "adav_configs.json", **budget)
-        spec = {
-            "checkpoint": str(CHECKPOINT),
-            "model_base": None,
-            "config": config.to_dict(),
-            **asdict(Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)),
-            "batch_size": args.batch_size,
-            "image_folder": str(folder),
-            "samples": samples,
-        }
-        shard = LoadedShard(spec)
+        generation = Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)
+        answers = folder / "answers.jsonl"
+        spec = WorkOrder(str(CHECKPOINT), None, config, generation, args.batch_size, folder, answers, tuple(samples))
+        shard = ShardAnswerer(spec)
         tower = EagerTower(shard.model.get_vision_tower(), shard.model.config.vision)
         tower.to(shard.device, shard.model.dtype)
         loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}

@@ -23,9 +23,9 @@ import end_to_end_report
 from page import DOCUMENT, bandwidths, made, number, picture, put, share
 from record import RESULTS, read_csv, read_text, write_csv
 
-from llava.errors import UserError, exits_cleanly
-from llava.eval.plots import COLORS, panels, save, style
-from llava.eval.tables import markdown_table
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.text_table import markdown_table
+from llava.eval.results.plots import COLORS, panels, save, style
 
 KERNELS_SHOWN = 6  # of each first token and each step
 ADAV = "adav 144"

@@ -42,7 +42,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --f
 if [ "$stage" = a ]; then
   # shellcheck disable=SC2086 # variables hold any number of words
   part 280 tests 12 "$PY" -m pytest -q ${XDIST--n 6} -p no:cacheprovider -m "not long" \
-    tests/test_decode_kernel.py tests/test_fused_kernels.py tests/test_cuda.py
+    tests/kernels/test_decode_kernel.py tests/kernels/test_fused_kernels.py tests/model/test_cuda.py
   # shellcheck disable=SC2086
   part 100 kernel 70 "$PY" benchmarks/decode_kernel.py --preset "$KERNEL" ${KERNEL_DTYPE---dtype bfloat16} \
     --shares 0.3 0.1 --repeats 10 --output "$OUT/decode_kernel.csv"

@@ -36,12 +36,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.text_table import columns
 from llava.config import AdaVConfig
-from llava.errors import UserError, exits_cleanly
-from llava.eval.tables import columns
-from llava.model.engine import CapturedSteps, Engine
-from llava.model.prepared import PreparedPrompt
-from llava.model.sampling import Sampling
+from llava.model.decoding.engine import CapturedSteps, Engine
+from llava.model.decoding.prepared import PreparedPrompt
+from llava.model.decoding.sampling import Sampling
 
 _AVL = "vision_adaptive_attention"
 CONFIGS = {

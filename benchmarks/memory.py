@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from llava.errors import UserError
+from llava.common.errors import UserError
 
 T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory"

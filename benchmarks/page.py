@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.files import REPOSITORY, write_atomically
+from llava.common.errors import UserError
+from llava.common.files import REPOSITORY, write_atomically
 
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 

@@ -10,7 +10,7 @@ what it costs is what it costs with any.
 All methods run one after another in every repetition, so that a machine that slows down slows all of them. After each,
 logits must be finite and each layer's cache must hold as many entries as predicted, else a method gets no time, is named,
 and the exit code is 1. Times are medians, on a CPU with the first repetition (which warms up) among them, on a GPU after
-one more; FLOPs are predicted (llava.eval.flops).
+one more; FLOPs are predicted (llava.costs.flops).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from memory import attempt, free_memory
 from record import RESULTS, how, pick, write_csv
 from shapes import PRESETS, Preset, Prompts, random_model
 
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.progress import progress_bar
+from llava.common.text_table import columns
 from llava.config import AdaVConfig
-from llava.errors import UserError, exits_cleanly
-from llava.eval.flops import Cost, predict
-from llava.eval.tables import columns
-from llava.model.prepared import StageClock
-from llava.model.token_dropping import DROPPERS
-from llava.model.token_selection import SELECTORS
-from llava.progress import progress_bar
+from llava.costs.flops import Cost, predict
+from llava.methods.before_llm import SELECTORS
+from llava.methods.inside_llm import DROPPERS
+from llava.model.decoding.prepared import StageClock
 
 
 @dataclass

@@ -23,15 +23,15 @@ from shapes import Prompts
 from torch import Tensor
 from transformers import CLIPVisionModel, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from llava.config import AdaVConfig, method_class
+from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.transformers_reference import share_weights
+from llava.integrations.transformers.reference import share_weights
+from llava.methods.before_llm import select
+from llava.methods.inside_llm import DROPPERS
 from llava.mm_utils import tile_plan
-from llava.model.engine import MULTIPLE, Engine
-from llava.model.prepared import StageClock
-from llava.model.sampling import Sampling
-from llava.model.token_dropping import DROPPERS
-from llava.model.token_selection import select
+from llava.model.decoding.engine import MULTIPLE, Engine
+from llava.model.decoding.prepared import StageClock
+from llava.model.decoding.sampling import Sampling
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Upstream(Provider):
         """Whether a configuration's prefill is of this way: tokens chosen by [CLS] attention and words, before the LLM."""
         if config.prefill_filter_flag or config.method in ("none", "no_image", "random", *DROPPERS):
             return False
-        return not method_class(config.method)(**config.options_of(method_class(config.method))).tower_states
+        return not config.make_method().tower_states
 
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         return _one_after_another([self._one(prompts, row, new_tokens, logits) for row in range(len(prompts.ids))])
@@ -224,7 +224,7 @@ class Upstream(Provider):
             words = self.llm.model.embed_tokens(ids.clamp(min=0))
             before, after = words[:place], words[place + 1 :]
             plan = tile_plan(prompts.sizes[row], ours.config, self.config.option("anyres"))
-            options = self.config.options_of(method_class(self.config.method))
+            options = self.config.method_options
             image = ours.image_tokens(features, saliency, plan)
             kept = select(self.config.method, image, after, self.config.overall_tokens, **options)
             inputs = torch.cat([before, kept.features.to(words), after])[None]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from llava.errors import UserError
-from llava.eval.environment import commit, environment
-from llava.eval.files import write_atomically
+from llava.common.errors import UserError
+from llava.common.files import write_atomically
+from llava.common.machine import commit, environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Columns whose cells are words even where they look like numbers: a commit 4156e43, a Python 3.10.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.model_shape import ImageCounts, ModelShape
+from llava.costs.model_shape import ImageCounts, ModelShape
 from llava.mm_utils import tile_plan
 from llava.model.builder import make_fast
 from llava.model.language_model.llava_config import LlavaLlamaConfig

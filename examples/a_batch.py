@@ -10,11 +10,11 @@ from PIL import Image
 
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.demo.dataset import scene_questions
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.engine import Engine
-from llava.model.sampling import Sampling
+from llava.model.decoding.engine import Engine
+from llava.model.decoding.sampling import Sampling
+from llava.shapes.dataset import scene_questions
 
 # LLaVA-1.6 style: a picture is cut into tiles, so pictures of different shapes have different numbers of vision tokens.
 CHECKPOINT = Path(__file__).parents[1] / "playground" / "llava-shapes-v1.6"

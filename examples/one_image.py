@@ -9,9 +9,9 @@ from PIL import Image
 
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.demo.dataset import scene_questions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.shapes.dataset import scene_questions
 
 # A LLaVA of 1.7 M parameters that knows drawn shapes, digits and letters. Any LLaVA 1.5 or 1.6 loads the same way:
 # a folder, or a hub name such as "llava-hf/llava-1.5-7b-hf".

@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from llava.config import AdaVConfig
 from llava.conversation import single_turn
-from llava.demo.dataset import scene_questions
 from llava.integrations.transformers import compress
 from llava.model.builder import load_pretrained_model
 from llava.model.export import save_checkpoint
+from llava.shapes.dataset import scene_questions
 
 logging.disable_progress_bar()
 CHECKPOINT = Path(__file__).parents[1] / "playground" / "llava-shapes-v1.5"

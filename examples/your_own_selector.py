@@ -11,13 +11,13 @@ from torch import Tensor
 
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
-from llava.demo.dataset import scene_questions
+from llava.methods.before_llm import SELECTORS, ImageTokens, Selection, Selector
+from llava.methods.before_llm.base import lowest_index_topk, take
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.engine import Engine
-from llava.model.sampling import Sampling
-from llava.model.token_selection import SELECTORS, ImageTokens, Selection, Selector
-from llava.model.token_selection.base import lowest_index_topk, take
+from llava.model.decoding.engine import Engine
+from llava.model.decoding.sampling import Sampling
+from llava.shapes.dataset import scene_questions
 
 
 @dataclass

@@ -12,103 +12,35 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from llava.errors import UserError, exits_cleanly
-from llava.model.token_dropping import dropper_names
-from llava.model.token_selection import selector_names
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.strict_json import read_json_object
+from llava.methods.index import method_class, method_names
+from llava.methods.inside_llm import dropper_names
+from llava.methods.options import (
+    BOOL,
+    COMMON_OPTIONS,
+    OBJECT,
+    OPTION_RULES,
+    OPTIONAL_SHARE,
+    RATE,
+    SHARE,
+    Rule,
+    one_of,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from llava.methods.kv_cache.base import CachePolicy
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "adav_configs.json"
 
 
 class ConfigError(UserError):
     """A configuration that cannot be used; the message names the file, the key, what was found, what is allowed."""
-
-
-def method_names() -> tuple[str, ...]:
-    """Every value that `method` may have: selectors (before the LLM), `none` and `no_image` among them, and droppers."""
-    return (*selector_names(), *dropper_names())
-
-
-def method_class(name: str) -> type:
-    """The selector or dropper of that name (imports torch)."""
-    from llava.model.token_dropping import DROPPERS
-    from llava.model.token_selection import SELECTORS
-
-    return DROPPERS[name] if name in DROPPERS else SELECTORS[name]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value may be: a test and the words that describe it."""
-
-    allowed: str
-    test: Callable[[Any], bool]
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _whole(minimum: int, also: int | None = None) -> Rule:
-    words = f"a whole number of at least {minimum}" + ("" if also is None else f", or {also}")
-    return Rule(words, lambda v: _is_int(v) and (v >= minimum or v == also))
-
-
-def _one_of(*values) -> Rule:
-    return Rule("one of " + ", ".join(json.dumps(v) for v in values), lambda v: isinstance(v, str) and v in values)
-
-
-def _is_keep_list(value) -> bool:
-    """Three counts, or three shares, that never rise."""
-    if not isinstance(value, list) or len(value) != 3:
-        return False
-    counts = all(_is_int(v) and v >= 1 for v in value)
-    shares = all(isinstance(v, float) and 0 < v < 1 for v in value)
-    return (counts or shares) and value == sorted(value, reverse=True)
-
-
-BOOL = Rule("true or false", lambda v: isinstance(v, bool))
-RATE = Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
-SHARE = Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
-OPTIONAL_SHARE = Rule("a number from 0 to 1, or null", lambda v: v is None or SHARE.test(v))
-OBJECT = Rule("an object of method options", lambda v: isinstance(v, dict))
-
-# Options of methods and of the image path, by name. A method's own dataclass says which of them it takes
-# (llava.model.token_selection); what a value may be is said here, once, so that it is checked without torch.
-OPTION_RULES: dict[str, Rule] = {
-    "min_share": Rule("a number from 0 to 0.5", lambda v: _is_number(v) and 0 <= v <= 0.5),
-    "temperature": Rule("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
-    "compat": Rule('"public" or null', lambda v: v is None or v == "public"),
-    "seed": _whole(0),
-    "dominant": _whole(1),
-    "contextual": _whole(0),
-    "relevance": _one_of("clip", "embeddings"),
-    "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
-    "theta": RATE,
-    "alpha": Rule("a number of at least 0", lambda v: _is_number(v) and 0 <= v < float("inf")),
-    "strength": Rule("a number of at least 0", lambda v: _is_number(v) and 0 <= v < float("inf")),
-    "positions": _one_of("reindexed", "original"),
-    "text_scope": _one_of("after", "turn"),
-    "anyres": _one_of("official", "fastervlm"),
-    "layer": _whole(1),
-    "ratio": Rule("a percentage above 0 and below 100", lambda v: _is_number(v) and 0 < v < 100),
-    "keep": Rule(
-        "a list of three counts of at least 1, or of three shares below 1, none above the one before it", _is_keep_list
-    ),
-    "version": _one_of("1.0", "2.0"),
-    "table": Rule("the path of a FitPrune table file", lambda v: isinstance(v, str) and v != ""),
-    "budget": _one_of("last", "mean"),
-}
-# Options that every method takes: they steer the path around the selector, not the selector.
-COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
 
 
 def _key(default, rule: Rule | None, help: str):
@@ -126,18 +58,18 @@ class AdaVConfig:
     """
 
     method: str = _key("adav", None, "how vision tokens are chosen")
-    overall_tokens: int = _key(144, _whole(1), "vision tokens kept per image, all tiles together")
+    overall_tokens: int = _key(144, whole(1), "vision tokens kept per image, all tiles together")
     vision_adaptive_attention: bool = _key(False, BOOL, "A-VL: split the vision KV cache into core, secondary, minor")
     vision_adaptive_attention_rate: float = _key(0.5, RATE, "A-VL: share of vision entries evicted after prefill")
     vision_adaptive_attention_compute_rate: float = _key(0.7, RATE, "A-VL: share of vision entries not read at a step")
-    vision_adaptive_attention_update_interval: int = _key(3, _whole(1, -1), "A-VL: steps between re-rankings, -1 never")
+    vision_adaptive_attention_update_interval: int = _key(3, whole(1, -1), "A-VL: steps between re-rankings, -1 never")
     prefill_filter_flag: bool = _key(False, BOOL, "A-VL: drop vision tokens during prefill")
-    prefill_filter_layer: int = _key(3, _whole(1), "A-VL: layers that still see every vision token")
+    prefill_filter_layer: int = _key(3, whole(1), "A-VL: layers that still see every vision token")
     prefill_filter_rate: float = _key(0.5, RATE, "A-VL: share of vision tokens dropped during prefill")
     text_pruning_flag: bool = _key(False, BOOL, "A-VL: prune the text part of the KV cache")
     text_pruning_rate: float = _key(0.4, RATE, "A-VL: share of text entries pruned")
-    text_init_cache: int = _key(20, _whole(0), "A-VL: minimum size of the text cache")
-    text_rule: str = _key("h2o", _one_of("h2o", "history", "direct"), "A-VL: how text entries are ranked")
+    text_init_cache: int = _key(20, whole(0), "A-VL: minimum size of the text cache")
+    text_rule: str = _key("h2o", one_of("h2o", "history", "direct"), "A-VL: how text entries are ranked")
     text_heavy_share: float = _key(0.7, SHARE, "A-VL: heavy hitters' share of the text cache under rule h2o")
     all_use_h2o: bool = _key(False, BOOL, "A-VL's H2O baseline in place of A-VL")
     h2o_heavy_share: float | None = _key(None, OPTIONAL_SHARE, "H2O: heavy hitters as a share of the prompt")
@@ -150,7 +82,7 @@ class AdaVConfig:
     def _check(self, where: str) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            rule = f.metadata["rule"] or _one_of(*method_names())
+            rule = f.metadata["rule"] or one_of(*method_names())
             if not rule.test(value):
                 raise ConfigError(
                     f'{where}: "{f.name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}'
@@ -217,7 +149,7 @@ class AdaVConfig:
         a wrong type or a value out of range.
         """
         path = Path(path or os.environ.get("ADAV_CONFIG") or DEFAULT_FILE)
-        values = _read_json(path)
+        values = read_json_object(path, ConfigError)
         _refuse_unknown(values, str(path))
         _refuse_unknown(overrides, "the overrides")
         config = object.__new__(cls)
@@ -250,24 +182,40 @@ class AdaVConfig:
             return "fastervlm"
         return self.options.get(name, COMMON_OPTIONS[name])
 
-    def options_of(self, method: type) -> dict:
-        """The options that `method` (a dataclass whose fields are its options) takes."""
-        names = {f.name for f in fields(method)}
+    @property
+    def method_class(self) -> type:
+        """The selector or dropper of that name (imports torch)."""
+        return method_class(self.method)
+
+    @property
+    def method_options(self) -> dict:
+        """The options that the method takes; it is a dataclass whose fields are its options."""
+        names = {f.name for f in fields(self.method_class)}
         return {name: value for name, value in self.options.items() if name in names}
 
-    def unused_options(self, method: type) -> list[str]:
-        """Options that neither `method` nor the path around it takes: worth a warning, they change nothing."""
-        common = set(COMMON_OPTIONS) - set(getattr(method, "ignored_options", ()))
-        return sorted(set(self.options) - common - set(self.options_of(method)))
+    def make_method(self):
+        """The selector or dropper with its options. UserError for options that do not go together."""
+        return self.method_class(**self.method_options)
 
-    def warn_of_unused(self, method: type) -> None:
-        """A warning for each option that changes nothing. (One that no rule knows may belong to a user's own method.)"""
-        for name in self.unused_options(method):
+    def make_cache_policy(self) -> CachePolicy:
+        """The KV cache policy with its settings."""
+        from llava.methods.kv_cache import CACHES
+
+        return CACHES[self.cache_policy].of(self)
+
+    def unused_options(self) -> list[str]:
+        """Options that neither the method nor the path around it takes. They change nothing and are worth a warning."""
+        common = set(COMMON_OPTIONS) - set(getattr(self.method_class, "ignored_options", ()))
+        return sorted(set(self.options) - common - set(self.method_options))
+
+    def warn_of_unused_options(self) -> None:
+        """Warn of each option that changes nothing. An option without a rule may belong to a user's own method."""
+        for name in self.unused_options():
             warnings.warn(f'options.{name} is set, but method "{self.method}" does not use it', stacklevel=3)
 
-    def refuse_misfits(self, method: type) -> None:
-        """ConfigError where an option of the path around the selector asks for what `method` cannot give."""
-        if self.option("positions") == "original" and getattr(method, "makes_tokens", False):
+    def check_method_options(self) -> None:
+        """ConfigError where an option of the path around the method asks for what the method cannot give."""
+        if self.option("positions") == "original" and getattr(self.method_class, "makes_tokens", False):
             raise ConfigError(
                 f'"options.positions" is "original", but method "{self.method}" makes tokens that stood nowhere in the '
                 'image; allowed is "reindexed"'
@@ -275,7 +223,7 @@ class AdaVConfig:
 
     @property
     def cache_policy(self) -> str:
-        """The name of the KV cache's policy (llava.model.kv_cache): H2O's switches take the place of A-VL's."""
+        """The name of the KV cache's policy (llava.methods.kv_cache): H2O's switches take the place of A-VL's."""
         if self.all_use_h2o or self.h2o_heavy_share is not None:
             return "h2o"
         return "avl" if self.vision_adaptive_attention or self.text_pruning_flag else "full"
@@ -289,41 +237,6 @@ def _refuse_unknown(values: dict, where: str) -> None:
     for key in values:
         if key not in known:
             raise ConfigError(f'{where}: unknown key "{key}", allowed are {", ".join(known)}')
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read as a text file ({why})") from None
-
-    def unique(pairs):
-        seen = dict(pairs)
-        if len(seen) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f'{path}: key "{twice}" is there twice, allowed is once')
-        return seen
-
-    def no_constant(name):
-        raise ConfigError(f"{path}: found {name}, which JSON does not have; allowed are plain numbers")
-
-    try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1]
-        found = line[error.colno - 1 :].strip()[:40]
-        hint = "; JSON has no comments" if found.startswith(("//", "#", "/*")) else ""
-        raise ConfigError(
-            f"{path}: line {error.lineno}, column {error.colno}: "
-            f"{'found ' + repr(found) if found else 'the file ends'}, allowed is plain JSON{hint}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: found {type(values).__name__}, allowed is one JSON object")
-    return values
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -357,9 +270,8 @@ def main() -> None:
     args = parser.parse_args()
     config = AdaVConfig.load(args.file, **config_overrides(args))
     if config.options:
-        method = method_class(config.method)
-        config.refuse_misfits(method)
-        config.warn_of_unused(method)
+        config.check_method_options()
+        config.warn_of_unused_options()
     print(config)
 
 

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.errors import UserError
 
 NEWLINE = -1  # in a merge order: the slot of the learned newline token
 

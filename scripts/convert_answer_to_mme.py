@@ -5,11 +5,11 @@ Run inside the MME folder, as LLaVA's script of this name, or name it with --fol
 
 from pathlib import Path
 
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly
 from llava.eval.benchmarks import mme
-from llava.eval.joining import join
-from llava.eval.score import read_answers
+from llava.eval.benchmarks.answer_file import read_answers
+from llava.eval.scoring.match_answers import join
 
 
 @exits_cleanly

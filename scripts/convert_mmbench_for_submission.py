@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
 from llava.eval.benchmarks import mmbench
-from llava.eval.joining import join
-from llava.eval.score import answers_by_id
+from llava.eval.benchmarks.answer_file import answers_by_id
+from llava.eval.scoring.match_answers import join
 
 
 @exits_cleanly

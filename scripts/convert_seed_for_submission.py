@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from llava.errors import exits_cleanly
-from llava.eval.annotations import read_part, told_when_malformed
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
+from llava.common.files import write_rows
 from llava.eval.benchmarks import seed
-from llava.eval.files import write_rows
-from llava.eval.score import answers_by_id
+from llava.eval.benchmarks.answer_file import answers_by_id
+from llava.eval.scoring.annotations import read_part, told_when_malformed
 
 
 @exits_cleanly

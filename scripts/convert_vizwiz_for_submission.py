@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
 from llava.eval.benchmarks import vizwiz
-from llava.eval.samples import read_questions
-from llava.eval.score import match, read_answers
+from llava.eval.benchmarks.answer_file import match, read_answers
+from llava.eval.benchmarks.questions import read_questions
 
 
 @exits_cleanly

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
 from llava.eval.benchmarks import vqav2
-from llava.eval.score import answers_by_id
+from llava.eval.benchmarks.answer_file import answers_by_id
 
 
 @exits_cleanly

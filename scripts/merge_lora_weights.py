@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from any working directory
 
-from llava.errors import exits_cleanly  # noqa: E402
+from llava.common.errors import exits_cleanly  # noqa: E402
 from llava.model.export import argument_parser, load_and_save  # noqa: E402
 
 

@@ -17,18 +17,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.config import AdaVConfig, method_names
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, names, percents, positive
+from llava.common.command_line import Parser, names, percents, positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
+from llava.common.machine import cores
+from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import EvalCheckpoint, find_checkpoint
-from llava.eval.compare_rows import Cell, rows_of
-from llava.eval.compare_table import CAVEAT, markdown, read_rows, write_rows
-from llava.eval.environment import cores
-from llava.eval.files import REPOSITORY, told_when_unwritable, write_atomically
-from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
-from llava.eval.run import Generation, Run
-from llava.eval.shards import Interrupted, ShardFailure, device_groups
+from llava.eval.results.compare_rows import Cell, rows_of
+from llava.eval.results.compare_table import CAVEAT, markdown, read_rows, write_rows
+from llava.eval.runs.evaluate import carry_out
+from llava.eval.runs.run import DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.work_order import Generation
+from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
+from llava.methods.index import method_names
 
 FOLDER = REPOSITORY / "playground" / "compare"
 CHECKPOINTS = "playground/llava-shapes-v1.5,playground/llava-shapes-v1.6"
@@ -81,7 +83,7 @@ def cells(chosen: list[str], budgets: list[float], seeds: int, full: float) -> l
 
 
 def _takes_seed(method: str) -> bool:
-    from llava.model.token_selection import option_names, selector_names
+    from llava.methods.before_llm import option_names, selector_names
 
     return method in selector_names() and "seed" in option_names(method)
 
@@ -162,7 +164,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def present(folder: Path) -> str:
     """compare.md and compare.png from the compare.csv of `folder`; returns the table."""
-    from llava.eval.compare_plot import draw
+    from llava.eval.results.compare_plot import draw
 
     rows = read_rows(folder / "compare.csv")
     text = markdown(rows)

@@ -11,22 +11,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
+from llava.common.files import REPOSITORY, told_when_unwritable, write_atomically
+from llava.common.find_checkpoint import find_checkpoint
+from llava.common.machine import cores
+from llava.common.progress import progress_bar
+from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import find_checkpoint
-from llava.eval.environment import cores
-from llava.eval.files import REPOSITORY, told_when_unwritable, write_atomically
-from llava.eval.launch import DATA_ROOT, OUTPUT, carry_out
-from llava.eval.run import Generation, Run
-from llava.eval.samples import Sample
-from llava.eval.shards import Interrupted, ShardFailure, device_groups
-from llava.eval.tables import markdown_table
-from llava.progress import progress_bar
+from llava.eval.benchmarks.questions import Sample
+from llava.eval.runs.evaluate import carry_out
+from llava.eval.runs.run import DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.work_order import Generation
+from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
+from llava.shapes.checkpoints import SCENES, Scene
 
 FOLDER = REPOSITORY / "playground" / "demo"
 CAVEAT = """\
@@ -34,25 +35,6 @@ How to read it: text-guided selection (adav) is flattered here. The demo checkpo
 similarity between patches and words that it reads; no real LLaVA was. The table shows that the pipeline works and
 what pruning costs on this task; it is no evidence for one method over another on real data. The demo models know some
 seventy words about drawn shapes: on a photograph, or asked freely, they answer nonsense."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is measured on one checkpoint. questions and batch keep the whole demo at about two minutes on two cores."""
-
-    checkpoint: str
-    tokens: int
-    questions: int
-    batch: int
-    settings: dict[str, dict]  # label -> what overrides the default configuration
-
-
-_METHODS = {name: {"method": name} for name in ("none", "random", "fastervlm", "adav")}
-_PUBLIC = {"adav, compat=public": {"method": "adav", "options": {"compat": "public"}}}
-SCENES = (
-    Scene("playground/llava-shapes-v1.5", 14, 800, 32, _METHODS),
-    Scene("playground/llava-shapes-v1.6", 58, 400, 16, _METHODS | _PUBLIC),
-)
 
 
 def make_runs(scene: Scene, output: Path, limit: int | None = None, device: str = "cpu") -> dict[str, Run]:
@@ -95,25 +77,27 @@ def draw(runs: dict[str, Run]) -> Path:
 
     The question is the first one that the whole model answers rightly.
     """
-    from llava.eval.image_reader import read_image
-    from llava.eval.loaded_shard import LoadedShard
+    from llava.eval.runs.image_reader import read_image
+    from llava.inference.loaded_checkpoint import LoadedCheckpoint
     from llava.mm_utils import tile_plan
-    from llava.serve.overlay import draw_overlay
+    from llava.overlay.page import draw_overlay
 
     first = next(iter(runs.values()))
     answers = {label: _answers(run) for label, run in runs.items()}
     sample = _first_right(first.samples, answers["none"], first)
-    shard = LoadedShard(first.order(0, [], 1))
+    generation = first.generation
+    loaded = LoadedCheckpoint(
+        str(first.checkpoint.folder), config=first.config, device=generation.device, dtype=generation.dtype
+    )
     image = read_image(first.benchmark.image_folder / sample.image)
     official = {label: run for label, run in runs.items() if run.config.option("anyres") == "official"}
     selections = {
-        label: shard.prepare([{"image": sample.image, "prompt": sample.prompt}], [image], run.config).selections[0][0]
-        for label, run in official.items()
+        label: loaded.prepare([sample.prompt], [image], run.config).selections[0][0] for label, run in official.items()
     }
     picture = draw_overlay(
         image,
-        tile_plan(image.size, shard.model.config),
-        shard.model.get_vision_tower().num_patches_per_side,
+        tile_plan(image.size, loaded.model.config),
+        loaded.model.get_vision_tower().num_patches_per_side,
         selections,
         {label: answers[label][sample.key] for label in official},
         title=sample.text.splitlines()[0],

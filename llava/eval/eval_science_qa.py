@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava.common.command_line import Parser
+from llava.common.errors import exits_cleanly
+from llava.common.files import write_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import exits_cleanly
-from llava.eval.arguments import Parser
 from llava.eval.benchmarks import sqa
-from llava.eval.files import write_json
-from llava.eval.score import read_answers
+from llava.eval.benchmarks.answer_file import read_answers
 
 
 def had_image(row: dict) -> bool:

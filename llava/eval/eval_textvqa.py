@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.errors import UserError, exits_cleanly
-from llava.eval.annotations import read_part
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly
 from llava.eval.benchmarks import textvqa
-from llava.eval.score import read_answers
+from llava.eval.benchmarks.answer_file import read_answers
+from llava.eval.scoring.annotations import read_part
 
 
 @exits_cleanly

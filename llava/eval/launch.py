@@ -3,7 +3,7 @@
     python -m llava.eval.launch BENCHMARK|all [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
 
 The scripts below scripts/ are this command with a family; "all" are the seven benchmarks of the published table, answered by
-the same processes and printed as that table. Under torchrun each rank takes its share (llava.eval.ranks).
+the same processes and printed as that table. Under torchrun each rank takes its share (llava.eval.runs.machines).
 The same command goes on after any interruption, also with another number of shards or ranks.
 A single process imports no torch: whatever is wrong with the input shows before a model is loaded.
 Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
@@ -13,153 +13,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
-import time
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from llava.common.command_line import Parser, existing_folder, positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.find_checkpoint import find_checkpoint
 from llava.config import AdaVConfig, add_config_flags, config_overrides
 from llava.conversation import get_conversation
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, existing_folder, positive
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.checkpoints import find_checkpoint
-from llava.eval.describe import describe_plan, describe_run
-from llava.eval.division import Subset, divide, useful_shards
-from llava.eval.environment import code_digest, commit
-from llava.eval.files import REPOSITORY
-from llava.eval.published import TABLE
-from llava.eval.ranks import Ranks
-from llava.eval.run import Generation, Run
-from llava.eval.shards import Interrupted, ShardFailure, device_groups, run_shards
-
-
-@dataclass(frozen=True)
-class Family:
-    """A checkpoint, and the conversation template it was trained with where its files may leave that open."""
-
-    checkpoint: str
-    conversation: str | None = None
-
-
-FAMILIES = {
-    "demo": Family("playground/llava-shapes-v1.5"),
-    "v1_5": Family("liuhaotian/llava-v1.5-7b"),
-    "v1_6": Family("liuhaotian/llava-v1.6-vicuna-7b"),
-    "v1_6_34B": Family("liuhaotian/llava-v1.6-34b", "chatml_direct"),
-}
-DATA_ROOT = REPOSITORY / "playground" / "data" / "eval"
-OUTPUT = REPOSITORY / "runs"
-BATCH_SIZE = 8
-
-
-def carry_out(
-    runs: list[Run],
-    shards: int,
-    devices: list[str],
-    batch_size: int,
-    fresh: bool = False,
-    title: str = "",
-    partial: bool = False,
-    ranks: Ranks | None = None,
-) -> list[dict]:
-    """Answer, merge and score runs of one checkpoint, which share the worker processes. Returns each run's report.
-
-    partial: score also a run with unreadable images, on the other questions, and say so.
-    ranks: this is rank 0 of several that have joined; `shards` are then those of all of them.
-    Raises ShardFailure or Interrupted with everything that was answered on disk, UserError for bad input.
-    """
-    try:
-        for run in runs:
-            run.open(fresh)
-        missing = [run.todo() for run in runs]
-        shards = useful_shards(missing, shards)
-        session = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "commit": commit(),
-            "code": code_digest(),
-            "shards": shards,
-            "devices": devices or ["cpu"],
-            "batch_size": batch_size,
-        }
-        if ranks:
-            session["ranks"] = [
-                {"host": host, "devices": each or ["cpu"], "shards": count}
-                for host, each, count in zip(ranks.hosts, ranks.devices, ranks.shards, strict=True)
-            ]
-        begun, reused = time.monotonic(), [len(run.answered) for run in runs]
-
-        def record(run: Run, before: int, outcome: str, score: dict | None) -> dict:
-            seconds = round(time.monotonic() - begun, 3)
-            done = {
-                "answered": len(run.answered) - before,
-                "reused": before,
-                "wall_seconds": seconds,
-                "outcome": outcome,
-            }
-            return run.record({**session, **done}, score)
-
-        for run in runs:
-            if run.answered and not all(code == session["code"] for code in run.earlier_code()):
-                text = (
-                    f"warning: {len(run.answered)} answers came from another version of the code; --fresh answers anew"
-                )
-                print(text, file=sys.stderr)
-        try:
-            if any(missing):
-                _answer(runs, missing, shards, devices, batch_size, title, ranks)
-        except BaseException as error:
-            with suppress(UserError):  # a full disk must not hide what went wrong first
-                for run, before in zip(runs, reused, strict=True):
-                    run.refresh()
-                    record(run, before, f"{type(error).__name__}: {error}", None)
-            raise
-        reports, failed = [], []
-        for run, before in zip(runs, reused, strict=True):
-            try:
-                reports.append(record(run, before, "finished", run.finish(partial)))
-            except UserError as error:  # the other runs are scored all the same
-                failed.append(error)
-                with suppress(UserError):
-                    record(run, before, f"{type(error).__name__}: {error}", None)
-        if failed:
-            raise failed[0]
-        return reports
-    finally:
-        for run in runs:
-            run.close()
-
-
-def _answer(
-    runs: list[Run],
-    missing: list[list],
-    shards: int,
-    devices: list[str],
-    batch_size: int,
-    title: str,
-    ranks: Ranks | None,
-) -> None:
-    orders: list[list[Path]] = [[] for _ in range(shards)]
-    for run, samples in zip(runs, missing, strict=True):
-        for shard, part in enumerate(divide(samples, shards)):
-            if part:
-                orders[shard].append(run.write_order(shard, part, batch_size))
-    work = {
-        "orders": orders,
-        "answers": [run.answers_of(shard) for run in runs for shard in range(shards)],
-        "locks": [run.lock for run in runs],
-        "logs": [runs[0].shards / f"shard-{shard}.log" for shard in range(shards)],
-        "title": title,
-        "todo": sum(map(len, missing)),
-    }
-    if ranks:
-        ranks.lead(**work, folders=[run.folder for run in runs])
-    else:
-        run_shards(**work, devices=devices)
+from llava.eval.benchmarks.subset import Subset
+from llava.eval.results.published import TABLE
+from llava.eval.runs.describe import describe_plan, describe_run
+from llava.eval.runs.evaluate import answered_or_exit, carry_out_share
+from llava.eval.runs.machines import Ranks
+from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, FAMILIES, OUTPUT, Run
+from llava.eval.runs.work_order import Generation
+from llava.eval.runs.worker_processes import device_groups
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -299,34 +170,9 @@ def lead(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))
     if len(runs) > 1:
-        from llava.eval.table import show_runs
+        from llava.eval.results.published_table import show_runs
 
         print(show_runs([run.folder for run in runs], args.output))
-
-
-def carry_out_share(ranks: Ranks) -> None:
-    """What rank 0 gives to this rank; a shard that died or a signal ends it as it ends rank 0."""
-    try:
-        ranks.follow()
-    except ShardFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Interrupted as error:
-        sys.exit(128 + error.number)
-
-
-def answered_or_exit(runs: list[Run], *arguments) -> list[dict]:
-    """`carry_out`, as a command ends: a shard that died or a signal is told, and what is kept besides."""
-    try:
-        return carry_out(runs, *arguments)
-    except (ShardFailure, Interrupted) as error:
-        answered, all_ = sum(len(run.answered) for run in runs), sum(len(run.samples) for run in runs)
-        kept = f"{answered} of {all_} questions are answered and kept; the same command goes on from there"
-        if isinstance(error, Interrupted):
-            print(f"stopped by {error}: {kept}", file=sys.stderr)
-            sys.exit(128 + error.number)
-        print(f"error: {error}\n{kept}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

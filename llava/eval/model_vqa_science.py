@@ -1,6 +1,6 @@
-"""LLaVA's command of that name: ScienceQA in LLaVA's format, with or without image (llava.eval.front says more)."""
+"""LLaVA's command of that name: ScienceQA in LLaVA's format, with or without image (llava.eval.runs.llava_commands says more)."""
 
-from llava.eval.front import main
+from llava.eval.runs.llava_commands import main
 
 if __name__ == "__main__":
     main("model_vqa_science")

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava.errors import UserError, exits_cleanly, first_line
-from llava.eval.annotations import told_when_malformed
-from llava.eval.arguments import Parser
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly, first_line
+from llava.common.files import REPOSITORY, read_json, write_json
+from llava.common.progress import progress_bar
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
-from llava.eval.files import REPOSITORY, read_json, write_json
-from llava.eval.prepare_recipes import RECIPES, Recipe
-from llava.progress import progress_bar
+from llava.eval.benchmarks.recipes import RECIPES, Recipe
+from llava.eval.scoring.annotations import told_when_malformed
 
 
 def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = False) -> str:

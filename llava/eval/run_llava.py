@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.common.command_line import Parser, positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.progress import progress_bar
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation, single_turn
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, positive
-from llava.eval.front import add_model_flags, configuration, sampling
-from llava.progress import progress_bar
+from llava.eval.runs.llava_commands import add_model_flags, configuration, sampling
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
     from llava.conversation import default_conv_mode
-    from llava.eval.image_reader import UnreadableImage, read_image
+    from llava.eval.runs.image_reader import UnreadableImage, read_image
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
-    from llava.model.engine import Engine
-    from llava.model.sampling import Sampling
+    from llava.model.decoding.engine import Engine
+    from llava.model.decoding.sampling import Sampling
 
     try:
         images = [read_image(path) for path in files]

@@ -1,8 +1,8 @@
 """One shard of an evaluation: loads the checkpoint once, answers its samples in batches, appends each batch at once.
 
-    python -m llava.eval.worker SPEC.json [SPEC.json ...]
+    python -m llava.eval.worker ORDER.json [ORDER.json ...]
 
-Started by llava.eval.launch, which writes the specs (several configurations of one checkpoint may share a worker) and
+Started by llava.eval.launch, which writes the work orders (several configurations of one checkpoint may share a worker) and
 merges the answers. torch is imported last, so that a worker whose launcher is gone ends at once.
 Exit codes: 0 done, 2 bad input (one sentence on stderr), 143 stopped, by SIGTERM after the batch at hand.
 """
@@ -16,8 +16,8 @@ import sys
 import threading
 import warnings
 
-from llava.errors import exits_cleanly
-from llava.eval.files import read_json
+from llava.common.errors import exits_cleanly
+from llava.eval.runs.work_order import WorkOrder
 
 STOPPED = 143
 
@@ -36,23 +36,23 @@ def _end_with_the_launcher() -> None:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.worker", description=__doc__.split("\n")[0])
-    parser.add_argument("specs", nargs="+", help="work orders that llava.eval.launch writes, all of one checkpoint")
+    parser.add_argument("orders", nargs="+", help="work orders that llava.eval.launch writes, all of one checkpoint")
     parser.add_argument("--watch-stdin", action="store_true", help="stop when stdin is closed")
     args = parser.parse_args(argv)
     if args.watch_stdin:
         _end_with_the_launcher()
-    specs = [read_json(path) for path in args.specs]
-    from llava.eval.loaded_shard import LoadedShard
+    orders = [WorkOrder.read(path) for path in args.orders]
+    from llava.eval.runs.answer_shard import ShardAnswerer
 
     # The launcher passes these on; whatever else is printed goes to the shard's log.
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    shard = LoadedShard(specs[0])
+    answerer = ShardAnswerer(orders[0])
     # Only now: until here there is nothing to finish, and SIGTERM may end the process at once.
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    for spec in specs:
-        shard.run(spec, stopping)
+    for order in orders:
+        answerer.run(order, stopping)
     if stopping.is_set():
         sys.exit(STOPPED)
 

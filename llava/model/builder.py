@@ -11,16 +11,16 @@ from functools import partial
 
 import torch
 
-from llava.config import AdaVConfig, method_class
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, turn_markers
-from llava.errors import UserError
+from llava.methods.inside_llm import dropper_names
+from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.model.checkpoint import Checkpoint
-from llava.model.language_model.decode_step import merge_projections
+from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import load_image_processor, load_tokenizer
-from llava.model.token_dropping import dropper_names
-from llava.model.token_dropping.prefill_filter import PrefillFilter
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -44,7 +44,7 @@ def load_pretrained_model(
     Raises UserError for whatever is wrong with the checkpoint.
     """
     config = config or AdaVConfig(method="none")
-    config.refuse_misfits(method_class(config.method))
+    config.check_method_options()
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
@@ -87,8 +87,7 @@ def prefer_flash_attention() -> None:
 def check_config(config: AdaVConfig, model_config) -> None:
     """UserError where `config` asks for what a model of `model_config` cannot do; told before any weight is loaded."""
     if config.method in dropper_names():
-        method = method_class(config.method)
-        method(**config.options_of(method)).check(model_config)
+        config.make_method().check(model_config)
     prefill_filter = PrefillFilter.of(config)
     if prefill_filter is not None:
         prefill_filter.check(model_config)
@@ -98,12 +97,11 @@ def configure(model, config: AdaVConfig, tokenizer=None) -> None:
     """Make `config` the model's own, with what its method needs beside the model. tokenizer: None where there is none."""
     model.adav_config = config
     model.config.mm_anyres = config.option("anyres")
-    method = method_class(config.method)
-    config.warn_of_unused(method)
+    config.warn_of_unused_options()
     if tokenizer is not None:
         model.turn_markers = turn_markers(default_conv_mode(model.config, tokenizer), tokenizer)
         model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
-    if "text_cosine" in method(**config.options_of(method)).tower_states:
+    if "text_cosine" in config.make_method().tower_states:
         model.text_tower(config.options["text_tower"])
 
 

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaNextConfig
-from transformers.utils import logging
 
-from llava.errors import UserError, first_line
-from llava.hub import checkpoint_folder
+from llava.common.errors import UserError, first_line
+from llava.common.hub import checkpoint_folder, quiet_loading
 from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistralConfig
 
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
@@ -224,6 +222,9 @@ class Checkpoint:
                 )
         except Exception as error:  # torch, safetensors, pickle and transformers each raise their own
             raise UserError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
+        if hf:
+            # save_pretrained would undo HF_KEYS. Their patterns are no names, and the model's config.json is LLaVA's.
+            vars(model).pop("_weight_conversions", None)
         if info["unexpected_keys"]:
             unknown = sorted(info["unexpected_keys"])
             raise UserError(
@@ -344,24 +345,6 @@ def _fill(model, weights: dict, where: Path) -> set[str]:
     if unknown:
         raise UserError(f"{where}: {len(unknown)} weights have no place in the model, among them {unknown[0]}")
     return set(weights)
-
-
-@contextmanager
-def quiet_loading():
-    """transformers reports weights that it did not find, which are loaded afterwards or refused here; no alarm for those.
-
-    It draws its loading bar into log files too: a log gets none.
-    """
-    verbosity, bar = logging.get_verbosity(), not sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    logging.set_verbosity(max(verbosity, logging.ERROR))
-    if bar:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _tower_config(folder: Path) -> dict:

@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
 
+from llava.methods.before_llm.base import ImageTokens
 from llava.mm_utils import TilePlan
-from llava.model.token_selection.base import ImageTokens
 
 RECORD_BYTES = 1024
 

@@ -18,11 +18,11 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
 
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.progress import writing_bar
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser
 from llava.mm_utils import grid_pinpoints
-from llava.progress import writing_bar
 
 LAYOUTS = ("llava", "llava-hf")
 _TOWER = "model.vision_tower.vision_tower."
@@ -203,7 +203,7 @@ def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """The tensor with a memory of its own: what ZeRO-3 has gathered are parts of one buffer."""
+    """The tensor with a memory of its own: what ZeRO-3 gathers and what merge_projections joins are parts of one buffer."""
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 

@@ -16,18 +16,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from llava.config import AdaVConfig, method_class
+from llava.common.errors import UserError
+from llava.common.transfer import to_device, to_host
+from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.errors import UserError
+from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
+from llava.methods.before_llm.base import TokenPlaces
+from llava.methods.inside_llm import dropper_names
+from llava.methods.inside_llm.prefill_filter import PrefillFilter
+from llava.methods.kv_cache.base import RowSpans
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.dropping import Dropping
+from llava.model.decoding.generation import LlavaGeneration, check_cache
+from llava.model.decoding.prepared import PreparedPrompt, StageClock
 from llava.model.encoded_images import EncodedImage
-from llava.model.generation import LlavaGeneration, check_cache
-from llava.model.kv_cache import make_policy
-from llava.model.kv_cache.base import RowSpans
-from llava.model.kv_cache.cache import Caching
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.prepared import PreparedPrompt, StageClock
 from llava.model.prompt_rows import (
     Row,
     embed,
@@ -39,12 +45,6 @@ from llava.model.prompt_rows import (
     real_tokens,
     splice,
 )
-from llava.model.text_tower import ClipTextTower
-from llava.model.token_dropping import Dropping, dropper_names
-from llava.model.token_dropping.prefill_filter import PrefillFilter
-from llava.model.token_selection import ImageTokens, Selection, TowerStates, select_all
-from llava.model.token_selection.base import TokenPlaces
-from llava.model.transfer import to_device, to_host
 
 
 class LlavaMetaModel:
@@ -149,11 +149,10 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     def encoding(self, config: AdaVConfig) -> tuple:
         """All of a configuration that `encode` depends on; two configurations with equal ones may share its results."""
-        method = method_class(config.method)
-        chosen = method(**config.options_of(method))
+        method = config.make_method()
         # Whether all patches go through the projector depends on how many are kept.
-        kept = None if method.reads_features else (repr(chosen), config.overall_tokens)
-        return config.option("anyres"), method.needs_image, tuple(chosen.tower_states), kept
+        kept = None if method.reads_features else (repr(method), config.overall_tokens)
+        return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
         """Images (as `prepare` takes them) -> their vision tokens in LLM order, before any question is known.
@@ -185,10 +184,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
 
     def _projected_late(self, image: ImageTokens, config: AdaVConfig) -> bool:
-        method = method_class(config.method)
-        if method.reads_features:
-            return False
-        return method(**config.options_of(method)).tokens(image, config.overall_tokens) < len(image.patches)
+        method = config.make_method()
+        return not method.reads_features and method.tokens(image, config.overall_tokens) < len(image.patches)
 
     def _to_words(self, hidden: Tensor) -> Tensor:
         """[n, W] states of the tower -> [n, D] as the LLM reads them, beside its word embeddings."""
@@ -254,12 +251,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return Row(ids, labels, places, [question_of(ids, place, scope, self.turn_markers, labels) for place in places])
 
     def _select(
-        self, rows: list[Row], words: Tensor, encoded: list[EncodedImage], config: AdaVConfig, method: type, chosen
+        self, rows: list[Row], words: Tensor, encoded: list[EncodedImage], config: AdaVConfig, method
     ) -> list[Selection]:
         """What the LLM reads of every image of a batch, in reading order. words: embeddings of all ids (embed)."""
         if encoded and not method.needs_image:
             return [_no_tokens(words) for _ in encoded]
-        text_tower = chosen.text_tower if "text_cosine" in chosen.tower_states else None
+        text_tower = method.text_tower if "text_cosine" in method.tower_states else None
         asked = [(row.ids, nth, question) for row in rows for nth, question in enumerate(row.questions)]
         images = []
         for one, (ids, nth, question) in zip(encoded, asked, strict=True):
@@ -270,7 +267,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 )
                 tower = replace(tower, text_cosine=judged)
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
-        name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.options_of(method))
+        name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
         return select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
 
     def prepare(
@@ -312,9 +309,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             raise UserError(
                 f"the prompts have {placeholders} image placeholders, but {len(given)} images came with them"
             )
-        method = method_class(config.method)
-        config.refuse_misfits(method)
-        chosen = method(**config.options_of(method))
+        config.check_method_options()
+        method = config.make_method()
         # 2. Images through the vision tower, unless they come encoded.
         if encoded is None:
             encoded = self.encode(images, image_sizes, config, clock)
@@ -322,14 +318,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         with clock.stage("splice"):
             words = embed(rows, embedding, device)
         with clock.stage("selection"):
-            kept = iter(self._select(rows, words, encoded, config, method, chosen))
+            kept = iter(self._select(rows, words, encoded, config, method))
             for row in rows:
                 row.selections = [next(kept) for _ in row.places]
         # 4. The batch, and how the LLM is to run on it.
         with clock.stage("splice"):
             prepared = splice(rows, words, config.option("positions"))
         layers = self.config.num_hidden_layers
-        dropper = chosen if config.method in dropper_names() else PrefillFilter.of(config)
+        dropper = method if config.method in dropper_names() else PrefillFilter.of(config)
         if dropper is not None:
             dropper.check(self.config)
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, [prompt_row(row) for row in rows])
@@ -337,7 +333,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
         dropping = prepared.dropping
         prepared.caching = Caching(
-            make_policy(config),
+            config.make_cache_policy(),
             layers,
             spans,
             following,
@@ -433,6 +429,7 @@ class _Layout(TokenPlaces):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may next index what is trained
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
     """side: patches per side of a tile; tiles: how many there are."""
     return _Layout(merge_order(plan, side, tiles), side)

@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer, LlamaConfig
 
-from llava.errors import UserError, first_line
+from llava.common.errors import UserError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # The PIL variants by name: transformers' automatic choice fails without torchvision, and with it gives other digits.

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llava.common.errors import UserError
+from llava.common.transfer import to_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import UserError
-from llava.model.prepared import PreparedPrompt
-from llava.model.token_dropping.state import PromptRow
-from llava.model.token_selection import Selection
-from llava.model.transfer import to_device
+from llava.methods.before_llm import Selection
+from llava.model.decoding.dropping import PromptRow
+from llava.model.decoding.prepared import PreparedPrompt
 
 
 @dataclass

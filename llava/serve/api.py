@@ -18,11 +18,11 @@ import sys
 import threading
 from pathlib import Path
 
+from llava.common.command_line import Parser, positive
+from llava.common.errors import UserError, exits_cleanly
 from llava.config import AdaVConfig, add_config_flags, config_overrides
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, positive
-from llava.serve.images import ImageLimits
-from llava.serve.listening import listen, port_number, shown_host
+from llava.serve.service.image_input import ImageLimits
+from llava.serve.service.listening import listen, port_number, shown_host
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -60,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import uvicorn
 
-        from llava.serve.api_app import make_app
-        from llava.serve.openai_chat import Server
+        from llava.serve.openai_api.app import make_app
+        from llava.serve.openai_api.request_body import Server
     except ImportError as error:
         raise UserError(f"the API needs what `pip install -e .[serve]` installs ({error})") from None
     from llava.mm_utils import get_model_name_from_path
-    from llava.serve.service import Service
+    from llava.serve.service.service import Service
 
     config = AdaVConfig.load(args.config, **config_overrides(args))
     folders, key = tuple(map(_folder, args.image_folder)), _key(args.api_key_env)

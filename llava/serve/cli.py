@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from llava.config import method_names
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser
-from llava.serve.chat import COMMANDS, Chat, Leave
-from llava.serve.costs import cost_line
-from llava.serve.images import ImageLimits, picture_from_file
-from llava.serve.reply import Failed
-from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly
+from llava.methods.index import method_names
+from llava.serve.service.cost_text import cost_line
+from llava.serve.service.image_input import ImageLimits, picture_from_file
+from llava.serve.service.reply import Failed
+from llava.serve.service.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+from llava.serve.terminal.chat import COMMANDS, Chat, Leave
 
 PROMPT = "> "
 

@@ -1,248 +1,191 @@
-"""Draws which vision tokens each method kept of one image, why, and at what cost: methods side by side on one page.
+"""The overlay command: one image, one question, several methods, one picture.
 
-    python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm --tokens 144 -o out.png
+    python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm,... [--tokens 144] -o out.png
+        [--model-path M] [--model-base B] [--conv-mode C] [--config FILE] [--repeats 5] [--steps 6] [--layer L] [flags]
 
-runs the methods (llava/serve/overlay_command.py). The page alone, of selections that are there already:
-
-    picture = draw_overlay(image, tile_plan(image.size, model.config), side, {"adav": selection}, {"adav": "red"})
-    picture.save("kept.png")
-
-In all functions: image: the picture as it was opened, any mode; plan: how it was cut into tiles (llava.mm_utils.tile_plan);
-side: patches per tile side. All return PIL images. Imports no torch.
+Per method: the patches that it kept, its answer and what it cost; heat maps of AdaV's scores; what is left after each cut of
+methods inside the LLM; under A-VL (--vision-adaptive-attention true) the cache after each decode step, which -o out.gif
+shows one after another. Any key of adav_configs.json is a flag and holds for all methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import argparse
+import sys
+from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from llava.common.command_line import Parser, names, positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.find_checkpoint import find_checkpoint
+from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_conversation
 
-from llava.serve.blocks import (
-    GAP,
-    beside,
-    flowed,
-    framed,
-    grid,
-    heat_scale,
-    legend,
-    section,
-    shelves,
-    split_bar,
-    stacked,
-    view_block,
-)
-from llava.serve.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, text_block
-from llava.serve.views import (
-    heat_views,
-    kept_at,
-    kept_views,
-    left_of,
-    places_of,
-    survivors_of,
-)
-
-if TYPE_CHECKING:
-    from llava.mm_utils import TilePlan
-    from llava.model.token_selection import Selection
-
-PANEL, ROOM = 300, 460  # pixels: the least width of a panel; views stand beside each other where so much is enough
-STAGE = 0.42  # size of a view of one stage or step, against full size
-MOST_STAGES = 12  # views in a row of stages; of more cuts these are drawn, evenly spread
-TEXT_COLOR, SALIENCY_COLOR = (0, 130, 140), (215, 105, 20)
+DEMO = "playground/llava-shapes-v1.6"
+SUFFIXES = (".png", ".gif")
 
 
-def draw_overlay(
-    image: Image.Image,
-    plan: TilePlan,
-    side: int,
-    selections: dict[str, Selection],
-    answers: dict[str, str] | None = None,
-    title: str = "",
-    columns: int = 4,
-    *,
-    subtitle: str = "",
-    notes: dict[str, Sequence[str]] | None = None,
-    why: bool = False,
-    sections: dict[str, Image.Image] | None = None,
-    footer: str = "",
-) -> Image.Image:
-    """One panel per method: its name, how many tokens it kept, the patches that they stand for, its answer.
-
-    selections: method name (or any other label) -> what it kept of this image
-    answers:    label -> answer, where there is one
-    title:      above everything, for example the question; subtitle: smaller, under it
-    columns:    panels beside each other
-    notes:      label -> lines under its answer, for example measured costs
-    why:        also heat maps of both scores of AdaV, and what is left after each cut of methods inside the LLM, where
-                the selections' reports have them
-    sections:   title -> further picture under the panels (llava.serve.overlay_cache); footer: small print at the end
-
-    An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a
-    square, and the crops put back where they were cut. Padding is hatched. Of a method inside the LLM what its last cut
-    has left is drawn. Tokens that are no patch (newline, merged) are counted, and have no place to be drawn.
-    """
-    image = image.convert("RGB")
-    panels = [
-        _panel(name, image, plan, side, selection, answers, (notes or {}).get(name, ()))
-        for name, selection in selections.items()
-    ]
-    columns = max(1, min(columns, len(panels)))
-    parts = [grid(panels, columns)] if panels else [Image.new("RGB", (PANEL, 1), PAGE)]
-    maps = {}
-    for name, kept in selections.items():
-        if why and has_scores(kept):
-            split = f"{kept.report['k_text']} by the question : {kept.report['k_saliency']} by saliency"
-            maps[f"{name}: why these tokens ({split})"] = draw_scores(image, plan, side, kept)
-    if len(panels) == len(maps) == 1:  # the heat maps of a single method stand beside it
-        parts, maps = [beside([parts[0], *maps.values()], 2 * GAP)], {}
-    sections = sections or {}
-    width = max([parts[0].width, 2 * PANEL, *(picture.width for picture in [*maps.values(), *sections.values()])])
-    room = width if width < 3 * ROOM else (width - 2 * GAP) // 2
-    for name, kept in selections.items():
-        if why and kept.report.get("survivors"):
-            maps[f"{name}: what is left inside the LLM"] = draw_stages(image, plan, side, kept, room)
-    parts += shelves([section(text, picture) for text, picture in [*maps.items(), *sections.items()]], width)
-    top = [text_block(title, width, LARGE, INK, 3, bold=True)] if title else []
-    top += [text_block(subtitle, width, SMALL, FAINT, 3)] if subtitle else []
-    ends = [legend(_meanings(plan, side, selections, why), width)]
-    ends += [text_block(footer, width, SMALL, FAINT, 8)] if footer else []
-    return framed([*([stacked(top)] if top else []), *parts, stacked(ends)])
-
-
-def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> Image.Image:
-    """The score_maps of a selection beside each other."""
-    return beside(score_maps(image, plan, side, selection))
-
-
-def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> list[Image.Image]:
-    """Heat maps of both scores of an AdaV selection, and how its budget was split between them.
-
-    Reads report["text_score"] and report["saliency_score"] [N], report["k_text"] and report["k_saliency"]. What was kept
-    is outlined, by whichever score. UserError where the report has no scores.
-    """
-    from llava.errors import UserError
-    from llava.mm_utils import NEWLINE, merge_order
-
-    if not has_scores(selection):
-        raise UserError("the selection's report has no scores to draw; allowed are selections of adav and adav_cover")
-    report, tokens = selection.report, merge_order(plan, side).tolist()
-    places = [(-1, -1, -1) if at == NEWLINE else (at // side**2, at % side**2 // side, at % side) for at in tokens]
-    k_text, k_saliency = report["k_text"], report["k_saliency"]
-    share = k_text / max(1, k_text + k_saliency)
-    maps = []
-    for name, by, count, bar, color in (
-        ("text_score", "Closeness to the question", k_text, (0, share), TEXT_COLOR),
-        ("saliency_score", "Saliency ([CLS] attention)", k_saliency, (share, 1), SALIENCY_COLOR),
-    ):
-        scores = np.nan_to_num(np.array(report[name].tolist()), nan=0.0)
-        if len(scores) != len(places):
-            raise UserError(f"the selection has {len(scores)} scores, but this image {len(places)} tokens")
-        largest = float(scores.max(initial=0))
-        # The root: a softmax gives most patches a hundredth of the best one, which would all be black.
-        levels = np.sqrt(scores.clip(0) / largest) if largest > 0 else np.zeros(len(scores))
-        views = view_block(heat_views(image, plan, side, places, levels, places_of(selection)), ROOM)
-        width = max(PANEL, views.width)
-        maps.append(
-            stacked(
-                [
-                    text_block(by, width, LARGE, INK, 1, bold=True),
-                    text_block(f"{count} of {k_text + k_saliency} tokens by this score", width, SIZE, FAINT, 1),
-                    views,
-                    split_bar(width, *bar, color),
-                    heat_scale(width, "0", f"{largest:.2g}"),
-                ]
-            )
-        )
-    return maps
-
-
-def draw_stages(
-    image: Image.Image, plan: TilePlan, side: int, selection: Selection, width: int = 4 * ROOM
-) -> Image.Image:
-    """What is left of an image before and after each cut inside the LLM, one small view per stage, in rows of `width`.
-
-    Reads report["survivors"] and report["cuts"], where each was.
-    """
-    stages, where = selection.report["survivors"], selection.report["cuts"]
-    shown = np.unique(np.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().astype(int)).tolist()
-    blocks = [_stage(image, plan, side, places_of(selection), "enters the LLM")]
-    blocks += [_stage(image, plan, side, survivors_of(selection, stages[nth]), where[nth]) for nth in shown]
-    row = flowed(blocks, width)
-    if len(shown) == len(stages):
-        return row
-    return stacked([row, text_block(f"{len(shown)} of {len(stages)} cuts are drawn", width, SMALL, FAINT, 1)])
-
-
-def has_scores(selection: Selection) -> bool:
-    """Whether a selection's report has both scores of AdaV."""
-    return {"text_score", "saliency_score", "k_text", "k_saliency"} <= selection.report.keys()
-
-
-def counted(selection: Selection) -> str:
-    """What is left of an image in words: "58 of 420 tokens (12 newline, 3 merged)"."""
-    if not selection.total:
-        return "no vision token"  # the tower did not even run
-    left = left_of(selection)
-    patches = [place for place in left if place[0] >= 0]
-    repeated = len(patches) - len(set(patches))
-    stages = selection.report.get("survivors")
-    numbers = selection.indices.tolist()
-    if stages:
-        numbers = [numbers[slot] if slot >= 0 else -1 for slot in stages[-1].tolist()]
-    made = sum(number < 0 for number in numbers)
-    kinds = ((len(left) - len(patches) - made, "newline"), (made, "made"), (repeated, "twice"))
-    extra = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
-    where = " after the last cut" if stages else ""
-    return f"{len(left)} of {selection.total} tokens{where}" + (f" ({extra})" if extra else "")
-
-
-def _panel(name, image, plan, side, selection, answers, notes) -> Image.Image:
-    views = view_block(kept_views(image, plan, side, selection), ROOM)
-    width = max(PANEL, views.width)
-    blocks = [
-        text_block(name, width, LARGE, INK, 1, bold=True),
-        text_block(counted(selection), width, SIZE, FAINT, 1),
-        views,
-    ]
-    if answers is not None:
-        blocks.append(text_block(f"answer: {answers.get(name, '-') or '(empty)'}", width, SIZE, INK, 6, bold=True))
-    return stacked(
-        [*blocks, *([stacked([text_block(note, width, SMALL, INK, 2) for note in notes], 1)] if notes else [])]
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m llava.serve.overlay", description=__doc__.split("\n")[0])
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--methods", type=names, required=True, help="names with commas between them")
+    parser.add_argument("--tokens", type=positive, help="vision tokens per image, all tiles together: overall_tokens")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a .png, or under A-VL a .gif")
+    parser.add_argument(
+        "--model-path", "--ckpt", default=DEMO, help=f"folder or hub name (default: the demo checkpoint {DEMO})"
     )
+    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=positive, default=64, help="(64)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each method (5)")
+    parser.add_argument("--steps", type=positive, default=6, help="decode steps of A-VL's cache to show (6)")
+    parser.add_argument("--layer", type=positive, help="layer whose cache is shown, from 1 (default: most layers)")
+    parser.add_argument("--columns", type=positive, default=4, help="methods beside each other (4)")
+    parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
+    add_config_flags(parser)
+    return parser.parse_args(argv)
 
 
-def _stage(image, plan, side, places, label: str) -> Image.Image:
-    views = beside([view for _, view in kept_at(image, plan, side, places, STAGE)], 6)
-    width = max(views.width, 120)
-    told = [text_block(label, width, SMALL, INK, 1), text_block(f"{len(places)} tokens", width, SMALL, FAINT, 1)]
-    return stacked([*told, views], 2)
+def configurations(args: argparse.Namespace) -> dict[str, AdaVConfig]:
+    """Method -> the configuration file with the command line's overrides, and that method."""
+    overrides = config_overrides(args)
+    if "method" in overrides:
+        raise UserError("--method names one method, allowed here is --methods with one or several")
+    if args.tokens:
+        if overrides.get("overall_tokens", args.tokens) != args.tokens:
+            raise UserError(
+                f"--tokens is {args.tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
+            )
+        overrides["overall_tokens"] = args.tokens
+    return {name: AdaVConfig.load(args.config, method=name, **overrides) for name in args.methods}
 
 
-def width_of(columns: int) -> int:
-    """Pixels that a page of so many columns may take: what draw_caches can be given as `width`."""
-    return max(3, columns) * (ROOM + GAP) - GAP
+def check(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> None:
+    """UserError for what can be told without the checkpoint."""
+    if args.output.suffix.lower() not in SUFFIXES:
+        raise UserError(f"-o is {args.output}, allowed are names that end in {' or '.join(SUFFIXES)}")
+    if not args.output.parent.is_dir():
+        raise UserError(f"-o is {args.output}, but there is no folder {args.output.parent}")
+    if not args.question.strip():
+        raise UserError("--question is empty, allowed is some text")
+    if DEFAULT_IMAGE_TOKEN in args.question:
+        raise UserError(
+            f"--question has {DEFAULT_IMAGE_TOKEN} in it, allowed is text alone: the image is put before it"
+        )
+    first = next(iter(configs.values()))
+    adaptive = first.vision_adaptive_attention and first.cache_policy == "avl"
+    if args.output.suffix.lower() == ".gif" and not adaptive:
+        raise UserError(
+            f"-o is {args.output}: a .gif shows A-VL's cache step by step, which the configuration does not switch on; "
+            "add --vision-adaptive-attention true, or name a .png"
+        )
+    if args.layer and not adaptive:
+        raise UserError("--layer picks a layer of A-VL's cache, which needs --vision-adaptive-attention true")
+    if args.conv_mode is not None:
+        get_conversation(args.conv_mode)
 
 
-def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: bool) -> list[tuple]:
-    """The legend: what can be seen on this page, and no more."""
-    entries = [("kept", "kept"), ("dropped", "dropped")]
-    if plan.resized != plan.canvas and plan.offset[0] >= 0 and plan.offset[1] >= 0:
-        entries.append(("padding", "padding, no part of the image"))
-    if why and any(map(has_scores, selections.values())):
-        entries += [("heat", "score, as its root: 0 to the largest"), ("chosen", "kept, by either score")]
-    words = " ".join(counted(selection) for selection in selections.values())
-    if "newline" in words:
-        entries.append(("", "newline: tokens that end a row of patches; counted, no patch to draw"))
-    if "made" in words:
-        entries.append(("", "made: tokens merged of several patches; counted, no one place to draw"))
-    if "twice" in words:
-        entries.append(("", "twice: patches that the method feeds to the LLM a second time"))
-    return entries
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    configs = configurations(args)
+    check(args, configs)
+    checkpoint = find_checkpoint(args.model_path)
+
+    from llava.common.progress import progress_bar
+    from llava.overlay.lettering import legible
+    from llava.overlay.measure_methods import OverlayRun
+    from llava.serve.service.image_input import ImageLimits, ImageRefused, picture_from_file
+
+    try:
+        image = picture_from_file(args.image, ImageLimits())
+    except ImageRefused as error:
+        raise UserError(f"--image: {error}") from None
+    first = next(iter(configs.values()))
+    run = OverlayRun(
+        checkpoint.folder,
+        image,
+        args.question,
+        first,
+        model_base=args.model_base,
+        conversation=args.conv_mode,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    layers = run.model.config.num_hidden_layers
+    if args.layer and args.layer > layers:
+        raise UserError(f"--layer is {args.layer}, allowed is 1 to {layers}")
+    with progress_bar("overlay", total=len(configs) * (args.repeats + 2), unit=" runs") as bar:
+        looks = run.looks(configs, args.max_new_tokens, args.repeats, args.steps, bar.update)
+    for name, look in looks.items():
+        print(
+            f"{name}: {look.answer or '(empty)'}",
+            f"{look.kept} of {look.total} vision tokens",
+            *look.notes(),
+            sep="\n  ",
+        )
+    print(f"{checkpoint.short_name}. {run.conditions(args.repeats)}")
+    if not legible(args.question):
+        print(
+            "note: no installed font has all letters of the question; boxes stand for those it lacks", file=sys.stderr
+        )
+    try:
+        save(args, run, looks, f"{checkpoint.short_name}. {describe(run, first)}")
+    except OSError as error:
+        raise UserError(f"-o is {args.output}, which cannot be written ({error.strerror or error})") from None
+    print(f"picture: {args.output}")
+
+
+def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
+    """Draw the page, or the frames of a GIF, and write it."""
+    from llava.overlay.cache_strip import cache_frames, draw_caches, save_frames
+    from llava.overlay.page import draw_overlay, width_of
+
+    caches = {name: look.cache for name, look in looks.items() if look.cache is not None}
+    ending = past_the_end(looks, args.steps) if caches else ""
+    seen = {"image": run.image, "plan": run.plan, "side": run.side}
+    if args.output.suffix.lower() == ".gif":
+        if not caches:
+            raise UserError(f"-o is {args.output}, but the LLM reads no vision token under {', '.join(looks)}")
+        told = {"title": args.question, "columns": args.columns, "footer": f"{subtitle} {ending}"}
+        save_frames(cache_frames(**seen, caches=caches, layer=args.layer, **told), args.output)
+        return
+    room = width_of(min(args.columns, len(looks)))
+    strips = draw_caches(**seen, caches=caches, layer=args.layer, width=room) if caches else None
+    page = draw_overlay(
+        **seen,
+        selections={name: look.selection for name, look in looks.items()},
+        answers={name: look.answer for name, look in looks.items()},
+        title=args.question,
+        columns=args.columns,
+        subtitle=subtitle,
+        notes={name: look.notes() for name, look in looks.items()},
+        why=True,
+        sections={"A-VL: the image in the KV cache while answering": strips} if caches else None,
+        footer=f"{run.conditions(args.repeats)} {ending}",
+    )
+    page.save(args.output)
+
+
+def describe(run, config: AdaVConfig) -> str:
+    """What was asked of what, in a line."""
+    plan = run.plan
+    tiles = "one tile" if plan.grid is None else f"1 + {plan.grid[0]} x {plan.grid[1]} tiles"
+    width, height = plan.image_size
+    cache = {"full": "", "avl": " KV cache: A-VL.", "h2o": " KV cache: H2O."}[config.cache_policy]
+    return f"Image of {width} x {height} pixels as {tiles}. overall_tokens {config.overall_tokens}.{cache}"
+
+
+def past_the_end(looks: dict, steps: int) -> str:
+    """What to say where A-VL's cache was watched for longer than an answer took."""
+    shortest = min(look.new_tokens for look in looks.values())
+    if shortest > steps:
+        return ""
+    return f"For the KV cache, decoding went on past the end of answers ({shortest} tokens), so that {steps} steps can be seen."
 
 
 if __name__ == "__main__":
-    from llava.serve.overlay_command import main
-
     main()

@@ -18,12 +18,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, positive
-from llava.serve.cards import MOST
-from llava.serve.images import ImageLimits, picture_from_file
-from llava.serve.listening import listen, port_number, shown_host
-from llava.serve.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+from llava.common.command_line import Parser, positive
+from llava.common.errors import UserError, exits_cleanly
+from llava.serve.service.image_input import ImageLimits, picture_from_file
+from llava.serve.service.listening import listen, port_number, shown_host
+from llava.serve.service.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
+from llava.serve.web_page.cards import MOST
 
 EXAMPLES = 6
 GRACE = 2  # seconds that open connections have when the server ends
@@ -46,7 +46,7 @@ def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
     """(path, question) of the first pictures of the demo's test split, one kind of question after another."""
     from PIL import Image
 
-    from llava.demo.dataset import scene_questions
+    from llava.shapes.dataset import scene_questions
 
     folder.mkdir()
     examples = []
@@ -71,8 +71,8 @@ def most_tokens(service) -> int:
 
 def warm_up(service, example: tuple[str, str], limits: ImageLimits) -> None:
     """Answer a question before anyone asks, so that the first visitor's times are not those of setting up."""
-    from llava.model.sampling import Sampling
-    from llava.serve.request import Request, Turn
+    from llava.model.decoding.sampling import Sampling
+    from llava.serve.service.request import Request, Turn
 
     path, question = example
     turn = Turn("user", question, (picture_from_file(path, limits),))
@@ -84,8 +84,8 @@ def application(service, args: argparse.Namespace, name: str, several_tiles: boo
     import gradio
     from fastapi import FastAPI
 
-    from llava.serve.guard import Guard
-    from llava.serve.page import build_page, page_theme
+    from llava.serve.web_page.guard import Guard
+    from llava.serve.web_page.page import build_page, page_theme
 
     limits = ImageLimits(args.max_image_bytes, args.max_image_pixels)
     examples = draw_examples(several_tiles, uploads / "examples")
@@ -113,7 +113,7 @@ def application(service, args: argparse.Namespace, name: str, several_tiles: boo
         mcp_server=False,
         pwa=False,
         theme=page_theme(),
-        css_paths=[Path(__file__).with_name("page.css")],
+        css_paths=[Path(__file__).parent / "web_page" / "page.css"],
     )
     return Guard(app, uploads, limits.max_bytes), app.routes[-1].app.stop_event
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.conversation import conv_templates
-from llava.errors import UserError
-from llava.model.token_dropping import dropper_names
+from llava.methods.inside_llm import dropper_names
 
 # LLaVA's --version values that have another name than the conversation template.
 VERSIONS = {"v1": "vicuna_v1"}

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from llava.common.errors import UserError, first_line
+from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import UserError, first_line
 from llava.mm_utils import NEWLINE, merge_order, process_images, tile_plan
-from llava.progress import progress_bar
 from llava.train.labels import labelled_tokens, turns_of
 
 

@@ -7,9 +7,9 @@ the separator (`</s>`), which is where generation stops.
 
 from __future__ import annotations
 
+from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import get_conversation
-from llava.errors import UserError
 
 ROLES = ("human", "gpt")
 

@@ -9,9 +9,9 @@ import torch
 from transformers import set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from llava.common.errors import UserError
+from llava.common.hub import checkpoint_folder
 from llava.conversation import default_conv_mode, turn_markers
-from llava.errors import UserError
-from llava.hub import checkpoint_folder
 from llava.mm_utils import grid_pinpoints, is_hf
 from llava.model.builder import MODEL_CLASSES, load_pretrained_model
 from llava.model.checkpoint import Checkpoint, load_extra

@@ -17,8 +17,8 @@ import torch
 from transformers import HfArgumentParser
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llava.common.errors import UserError, exits_cleanly
 from llava.config import add_config_flags, config_overrides
-from llava.errors import UserError, exits_cleanly
 from llava.train.arguments import (
     DataArguments,
     LlavaTrainingArguments,

@@ -9,7 +9,7 @@ work="$root/playground/train"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python=python3
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-"$python" -m llava.demo.conversations --family "$family" --pictures 1000 --out "$work/conversations-$family"
+"$python" -m llava.shapes.conversations --family "$family" --pictures 1000 --out "$work/conversations-$family"
 PROCESSES="${PROCESSES:-1}" exec bash "$root/scripts/train.sh" \
     --model_name_or_path "$root/playground/llava-shapes-$family" \
     --version v1 \

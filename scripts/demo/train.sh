@@ -12,4 +12,4 @@ if [[ "${1:-}" == [!-]* ]]; then
     recipe="$1"
     shift
 fi
-exec "$python" -m llava.train.demo --recipe "$recipe" "$@"
+exec "$python" -m llava.shapes.training --recipe "$recipe" "$@"

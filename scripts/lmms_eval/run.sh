@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One lmms-eval task: bash scripts/lmms_eval/run.sh TASK [tokens] [flags of python -m llava.eval.lmms_eval]
+# One lmms-eval task: bash scripts/lmms_eval/run.sh TASK [tokens] [flags of python -m llava.integrations.lmms_eval.command]
 # CKPT= names the checkpoint, ADAV_CONFIG= the configuration file, MODEL_ARGS= further model arguments (overall_tokens=144,...),
 # BATCH_SIZE= and OUTPUT= what they say; RANKS=4 starts that many processes, one GPU each.
 set -euo pipefail
@@ -17,5 +17,5 @@ fi
 arguments+="${MODEL_ARGS:+,$MODEL_ARGS}"
 launcher=("$python" -m)
 [ "${RANKS:-1}" = 1 ] || launcher=("$python" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m)
-exec "${launcher[@]}" llava.eval.lmms_eval --model adav_llava --model_args "$arguments" --tasks "$task" \
+exec "${launcher[@]}" llava.integrations.lmms_eval.command --model adav_llava --model_args "$arguments" --tasks "$task" \
     --batch_size "${BATCH_SIZE:-8}" --log_samples --output_path "${OUTPUT:-$root/runs/lmms_eval}" "$@"

@@ -15,7 +15,7 @@ tensors from the host's numbers are refused and end the capture, whose graph the
 whose input tensors from before the capture have been freed since: on a GPU their memory would belong to something else.
 
 What it cannot show: timing, streams, memory that graphs of one pool share, and whatever differs between a kernel and its
-reference (tests/test_fused_kernels.py is there for that).
+reference (tests/kernels/test_fused_kernels.py is there for that).
 """
 
 from __future__ import annotations

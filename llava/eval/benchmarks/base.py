@@ -7,11 +7,11 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import ClassVar
 
-from llava.errors import UserError
-from llava.eval.checkpoints import EvalCheckpoint
-from llava.eval.division import Subset
-from llava.eval.samples import Sample, check_images, read_questions
-from llava.eval.verdicts import Verdict
+from llava.common.errors import UserError
+from llava.common.find_checkpoint import EvalCheckpoint
+from llava.eval.benchmarks.questions import Sample, check_images, read_questions
+from llava.eval.benchmarks.subset import Subset
+from llava.eval.scoring.verdicts import Verdict
 
 
 class Benchmark(ABC):

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from llava.eval.annotations import told_when_malformed
+from llava.common.files import read_json, write_json
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.files import read_json, write_json
-from llava.eval.joining import join, mean
-from llava.eval.samples import Sample, refuse_repeated_ids
-from llava.eval.verdicts import Verdict
+from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
+from llava.eval.scoring.annotations import told_when_malformed
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.verdicts import Verdict
 
 
 class GQA(Benchmark):

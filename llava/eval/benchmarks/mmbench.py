@@ -16,15 +16,15 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.annotations import OPTION_LETTER
+from llava.common.errors import UserError
+from llava.common.files import told_when_unwritable
+from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.files import told_when_unwritable
-from llava.eval.joining import join, mean
-from llava.eval.letters import option_letter
-from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
-from llava.eval.verdicts import MEAN, Verdict
-from llava.progress import progress_bar
+from llava.eval.benchmarks.questions import Sample, make_samples, refuse_repeated_ids
+from llava.eval.scoring.annotations import OPTION_LETTER
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.multiple_choice import option_letter
+from llava.eval.scoring.verdicts import MEAN, Verdict
 
 ROTATION = 1_000_000
 LETTERS = "ABCD"

@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
+from llava.common.errors import UserError
+from llava.common.files import told_when_unwritable, write_atomically
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.files import told_when_unwritable, write_atomically
-from llava.eval.joining import agreed, join, mean
-from llava.eval.samples import Sample
-from llava.eval.verdicts import Verdict
+from llava.eval.benchmarks.questions import Sample
+from llava.eval.scoring.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.scoring.match_answers import agreed, join, mean
+from llava.eval.scoring.verdicts import Verdict
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

@@ -1,7 +1,7 @@
 """MM-Vet (arXiv 2308.02490): free answers; a file for the authors' grader, or a score by a judge of one's own.
 
 Files below mm-vet/: LLaVA's questions (llava-mm-vet.jsonl), the images (images), and mm-vet.json, needed where a judge is
-named (JUDGE_URL and JUDGE_MODEL in the environment, llava.eval.judge). The published numbers are graded by GPT-4; those of
+named (JUDGE_URL and JUDGE_MODEL in the environment, llava.eval.benchmarks.llm_judge). The published numbers are graded by GPT-4; those of
 another judge are not comparable with them. Joined by question id (v1_<id>).
 """
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.annotations import told_when_malformed
+from llava.common.errors import UserError
+from llava.common.files import read_json, write_json
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.files import read_json, write_json
-from llava.eval.joining import join, mean
-from llava.eval.judge import Judge, grade_all, graded_as, kept_grades
-from llava.eval.samples import Sample, refuse_repeated_ids
-from llava.eval.verdicts import Verdict
+from llava.eval.benchmarks.llm_judge import Judge, grade_all, graded_as, kept_grades
+from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
+from llava.eval.scoring.annotations import told_when_malformed
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.verdicts import Verdict
 
 # The grader's prompt of the authors (yuweihao/MM-Vet, mm-vet_evaluator.ipynb), word for word: it is protocol.
 _MEME = (

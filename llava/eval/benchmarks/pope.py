@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.annotations import SHORT_ANSWER, told_when_malformed
+from llava.common.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.joining import agreed, join, mean
-from llava.eval.samples import Sample, read_lines
-from llava.eval.verdicts import Verdict
+from llava.eval.benchmarks.questions import Sample, read_lines
+from llava.eval.scoring.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.scoring.match_answers import agreed, join, mean
+from llava.eval.scoring.verdicts import Verdict
 
 CATEGORIES = ("adversarial", "popular", "random")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.eval.annotations import read_part, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.joining import join, mean
-from llava.eval.letters import option_letter
-from llava.eval.samples import Sample, refuse_repeated_ids
-from llava.eval.verdicts import Verdict, mean_by_kind
+from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
+from llava.eval.scoring.annotations import read_part, told_when_malformed
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.multiple_choice import option_letter
+from llava.eval.scoring.verdicts import Verdict, mean_by_kind
 
 IMAGES = "SEED-Bench-image"
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import PIL
 
-import llava.demo
-from llava.errors import UserError
+import llava.shapes
+from llava.common.errors import UserError
+from llava.common.files import read_json, told_when_unwritable, write_json
+from llava.common.find_checkpoint import EvalCheckpoint
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.checkpoints import EvalCheckpoint
-from llava.eval.files import read_json, told_when_unwritable, write_json
-from llava.eval.joining import mean
-from llava.eval.samples import Sample, read_lines
-from llava.eval.verdicts import Verdict, mean_by_kind
+from llava.eval.benchmarks.questions import Sample, read_lines
+from llava.eval.scoring.match_answers import mean
+from llava.eval.scoring.verdicts import Verdict, mean_by_kind
 
 QUESTIONS = 4000
 
@@ -64,7 +64,7 @@ class Shapes(Benchmark):
         stamp = self.folder / "recipe.json"
         if stamp.is_file() and read_json(stamp) == recipe:
             return
-        from llava.demo.dataset import write_dataset
+        from llava.shapes.dataset import write_dataset
 
         with told_when_unwritable(self.folder):
             self.data_root.mkdir(parents=True, exist_ok=True)
@@ -119,6 +119,6 @@ class Shapes(Benchmark):
 def _generator_digest() -> str:
     """Changes with the source of the generator, so that old pictures are never scored as new ones."""
     seen = hashlib.sha256()
-    for path in sorted(Path(llava.demo.__file__).parent.glob("*.py")):
+    for path in sorted(Path(llava.shapes.__file__).parent.glob("*.py")):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]

@@ -10,14 +10,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from llava.common.errors import UserError
+from llava.common.files import read_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import UserError
-from llava.eval.annotations import OPTION_LETTER, told_when_malformed
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.files import read_json
-from llava.eval.joining import join, mean
-from llava.eval.samples import Sample, make_samples, refuse_repeated_ids
-from llava.eval.verdicts import Verdict
+from llava.eval.benchmarks.questions import Sample, make_samples, refuse_repeated_ids
+from llava.eval.scoring.annotations import OPTION_LETTER, told_when_malformed
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.verdicts import Verdict
 
 LETTERS = "ABCDE"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.annotations import read_part, told_when_malformed
+from llava.common.errors import UserError
+from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.joining import join, mean
-from llava.eval.samples import Sample
-from llava.eval.verdicts import Verdict, most_said
-from llava.eval.vqa_accuracy import textvqa_accuracy
-from llava.progress import progress_bar
+from llava.eval.benchmarks.questions import Sample
+from llava.eval.scoring.annotations import read_part, told_when_malformed
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.verdicts import Verdict, most_said
+from llava.eval.scoring.vqa_accuracy import textvqa_accuracy
 
 
 class TextVQA(Benchmark):

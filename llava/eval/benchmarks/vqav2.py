@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.errors import UserError
-from llava.eval.annotations import SHORT_ANSWER, read_part, told_when_malformed
+from llava.common.errors import UserError
+from llava.common.files import write_json
+from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.evalai_normaliser import normalise
-from llava.eval.files import write_json
-from llava.eval.joining import join, mean
-from llava.eval.samples import Sample, make_samples, read_lines, refuse_repeated_ids
-from llava.eval.verdicts import Verdict, mean_by_kind, most_said
-from llava.eval.vqa_accuracy import official_accuracy
-from llava.progress import progress_bar
+from llava.eval.benchmarks.questions import Sample, make_samples, read_lines, refuse_repeated_ids
+from llava.eval.scoring.annotations import SHORT_ANSWER, read_part, told_when_malformed
+from llava.eval.scoring.evalai_normalisation import normalise
+from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.verdicts import Verdict, mean_by_kind, most_said
+from llava.eval.scoring.vqa_accuracy import official_accuracy
 
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015"
 

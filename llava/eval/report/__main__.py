@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava.errors import UserError, exits_cleanly
-from llava.eval.arguments import Parser, existing_folder, zero_or_more
-from llava.eval.files import write_atomically
+from llava.common.command_line import Parser, existing_folder, zero_or_more
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import write_atomically
+from llava.common.progress import progress_bar
 from llava.eval.report.page import render
 from llava.eval.report.runs import Questions, find
-from llava.progress import progress_bar
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from llava.eval.plots import COLORS, short_number
 from llava.eval.report.comparison import Comparison
+from llava.eval.results.plots import COLORS, short_number
 
 WIDTH, HEIGHT = 400, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 390, 14, 238  # of the plotted area

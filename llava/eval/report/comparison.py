@@ -1,6 +1,6 @@
 """Runs that differ in nothing but their configuration, compared question by question with one of them.
 
-Intervals are 95 % bootstrap over pictures (llava.eval.bootstrap), of the score itself: of POPE's mean F1 or MME's points
+Intervals are 95 % bootstrap over pictures (llava.eval.scoring.bootstrap), of the score itself: of POPE's mean F1 or MME's points
 just as of an accuracy. Differences are paired: every run is scored on the same draws.
 """
 
@@ -12,10 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
+from llava.common.progress import progress_bar
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.bootstrap import ratio_intervals
 from llava.eval.report.runs import Answer, RecordedRun
-from llava.progress import progress_bar
+from llava.eval.scoring.bootstrap import ratio_intervals
 
 
 @dataclass(frozen=True)

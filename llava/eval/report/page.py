@@ -7,17 +7,17 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llava.errors import UserError
-from llava.eval.annotations import SHORT_ANSWER
-from llava.eval.bootstrap import LEVEL, RESAMPLES
-from llava.eval.plots import short_number
-from llava.eval.published import COLUMNS
+from llava.common.errors import UserError
 from llava.eval.report import charts
 from llava.eval.report.comparison import Comparison, compare
 from llava.eval.report.pictures import Pictures
 from llava.eval.report.records import records
 from llava.eval.report.runs import RecordedRun
-from llava.eval.table import HEAD, by_checkpoint, cells, collect
+from llava.eval.results.plots import short_number
+from llava.eval.results.published import COLUMNS
+from llava.eval.results.published_table import HEAD, by_checkpoint, cells, collect
+from llava.eval.scoring.annotations import SHORT_ANSWER
+from llava.eval.scoring.bootstrap import LEVEL, RESAMPLES
 
 TEXT = 600  # characters of an answer or a question that are shown
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava.errors import UserError, first_line
+from llava.common.errors import UserError, first_line
+from llava.eval.benchmarks.questions import Sample, check_images
 from llava.eval.report.runs import RecordedRun
-from llava.eval.samples import Sample, check_images
 
 LONGEST = 320  # pixels of a picture's longer side
 MOST = 150  # pictures in a page: about 3 MB

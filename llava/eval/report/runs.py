@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from llava.errors import UserError
+from llava.common.errors import UserError
+from llava.common.files import digest_of, read_json
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
-from llava.eval.division import Subset
-from llava.eval.files import digest_of, read_json
-from llava.eval.published import TABLE
-from llava.eval.samples import Sample
-from llava.eval.score import match, read_answers
-from llava.eval.table import label_of
-from llava.eval.verdicts import Verdict, headline
+from llava.eval.benchmarks.answer_file import match, read_answers
+from llava.eval.benchmarks.questions import Sample
+from llava.eval.benchmarks.subset import Subset
+from llava.eval.results.published import TABLE
+from llava.eval.results.published_table import label_of
+from llava.eval.scoring.verdicts import Verdict, headline
 
 _NEEDED = (
     *("benchmark", "split", "asked", "tokens", "checkpoint", "configuration", "generation", "question_file"),

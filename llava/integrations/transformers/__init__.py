@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.errors import UserError
 from llava.integrations.transformers.base import Compression
 
 # model_type of a model's configuration -> "file:class" of what compresses it.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.errors import UserError
-from llava.model.token_selection import Selection
+from llava.methods.before_llm import Selection
 
 
 class Compression(ABC):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from llava.config import method_class
+from llava.common.errors import UserError
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import UserError
 from llava.integrations.transformers.base import Compression
 from llava.integrations.transformers.shared_weights import on_weights_of
 from llava.mm_utils import left_pad
@@ -45,8 +44,7 @@ class LlavaCompression(Compression):
             )
         self._twin = on_weights_of(self.model, self.config)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        method = method_class(self.config.method)
-        states = method(**self.config.options_of(method)).tower_states
+        states = self.config.make_method().tower_states
         for name, needed in (
             ("text_scope", self.config.option("text_scope") == "turn"),
             ("text_tower", "text_cosine" in states),

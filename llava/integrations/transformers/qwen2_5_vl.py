@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from llava.config import method_class
+from llava.common.errors import UserError
 from llava.conversation import turn_markers
-from llava.errors import UserError
 from llava.integrations.transformers.base import Compression
 from llava.integrations.transformers.qwen_prompts import QwenPrompts
-from llava.model.token_dropping import dropper_names
+from llava.methods.inside_llm import dropper_names
 
 NAME = "Qwen2.5-VL"
 
@@ -77,8 +76,7 @@ class QwenCompression(Compression):
                 f'the configuration asks for the KV cache policy "{config.cache_policy}", allowed for {NAME} are methods '
                 "before the LLM alone"
             )
-        method = method_class(name)
-        needed = method(**config.options_of(method)).tower_states
+        needed = config.make_method().tower_states
         if needed:
             raise UserError(
                 f'method "{name}" reads {" and ".join(needed)} of a CLIP tower with [CLS] and square tiles, which {NAME} '
@@ -91,7 +89,7 @@ class QwenCompression(Compression):
                 raise UserError(
                     f'"options.{option}" is "{value}", a rule for LLaVA\'s tiles, which {NAME} does not have'
                 )
-        config.warn_of_unused(method)
+        config.warn_of_unused_options()
 
     def _turn_markers(self) -> tuple[tuple[int, ...], ...]:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.config import AdaVConfig, method_class
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
 from llava.constants import IGNORE_INDEX
-from llava.errors import UserError
 from llava.integrations.transformers.received_attention import QwenSaliency
+from llava.methods.before_llm import ImageTokens, Selection, select_all
 from llava.model.llava_arch import sample_key
 from llava.model.prompt_rows import turn_around
-from llava.model.token_selection import ImageTokens, Selection, select_all
 
 
 class QwenPrompts:
@@ -32,7 +32,7 @@ class QwenPrompts:
     def __init__(self, model, ids: Tensor, pixels: Tensor, grid: Tensor, config: AdaVConfig):
         self.model, self.config = model, config
         self.rows, self.length = ids.shape
-        self._method = method_class(config.method)
+        self._method = config.make_method()
         tower = model.model.visual
         if (grid[:, 0] != 1).any():
             raise UserError("image_grid_thw has several frames, allowed under compress() are images, and no videos")
@@ -76,7 +76,7 @@ class QwenPrompts:
             seen = [self._seen(nth, ids, real) for nth in range(len(self._places))]
             asked = [self._question(ids[row], said[row], columns, markers) for row, columns in self._places]
             texts = [words(ids[row][which]) for (row, _), which in zip(self._places, asked, strict=True)]
-            options = self.config.options_of(self._method)
+            options = self.config.method_options
             self.selections = select_all(self.config.method, seen, texts, self.config.overall_tokens, **options)
             self._features = self._saliency = None  # what is not kept is let go of
         keep = real.clone()

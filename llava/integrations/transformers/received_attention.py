@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.errors import UserError
+from llava.common.errors import UserError
 
 ENTRIES = 1 << 24  # attention weights held at once: 64 MB
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava.config import AdaVConfig, method_class
-from llava.errors import UserError
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
 from llava.model.builder import MODEL_CLASSES, check_config
 from llava.model.checkpoint import Checkpoint
 
@@ -31,7 +31,7 @@ def on_weights_of(model, config: AdaVConfig):
             f"{name}: its weights lie on {' and '.join(devices)}, allowed under compress() is one device with all of them "
             "(meta: offloaded); load_pretrained_model divides a model over several"
         )
-    config.refuse_misfits(method_class(config.method))
+    config.check_method_options()
     ours = Checkpoint(name, None, model.config.to_dict(), "full", hf=True).model_config()
     check_config(config, ours)
     with torch.device("meta"):

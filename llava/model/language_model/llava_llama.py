@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
-from llava.model.language_model.decoder import DroppingDecoder
+from llava.model.decoding.layer_loop import DroppingDecoder
 from llava.model.language_model.llava_config import LlavaLlamaConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 

@@ -9,6 +9,7 @@ methods read (the states with [CLS], the keys) comes out of the same pass where 
 from __future__ import annotations
 
 import copy
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +67,13 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower = CLIPVisionModel(config)
         # Only CLIP's pooled output passes through it, and nobody reads that here.
         self.vision_tower.post_layernorm = nn.Identity()
-        self._store: Store | None = None
+        self._store: weakref.ref[Store] | None = None
         self._pool = None
 
     def capture_with(self, store: Store, pool=None) -> None:
         """From now on the tower is captured as a CUDA graph for every number of tiles that comes again, and kept in `store`:
         at a few tiles a GPU waits for Python between its kernels."""
-        self._store, self._pool = store, pool
+        self._store, self._pool = weakref.ref(store), pool  # the store is the engine's, and goes with it
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -99,13 +100,14 @@ class CLIPVisionTower(nn.Module):
         over heads, in float32
         """
         pixels = pixel_values.to(self.device, self.dtype)
-        if self._store is None or len(pixels) > CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
+        store = None if self._store is None else self._store()
+        if store is None or len(pixels) > CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
             return self._run(pixels, wanted)
         shape = "tower", len(pixels), wanted
-        kept = self._store.get(shape)
+        kept = store.get(shape)
         if kept is None:
             kept = StaticTower(self._run, pixels, wanted, self._pool)
-            self._store.put(shape, kept)
+            store.put(shape, kept)
         return kept(pixels)
 
     def _unwatched(self) -> bool:

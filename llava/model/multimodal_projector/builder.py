@@ -7,7 +7,7 @@ import re
 from torch import nn
 from transformers.activations import ACT2FN
 
-from llava.errors import UserError
+from llava.common.errors import UserError
 
 
 def build_vision_projector(config) -> nn.Module:

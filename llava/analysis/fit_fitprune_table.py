@@ -1,0 +1,251 @@
+"""Fit a FitPrune table to a checkpoint: how many image tokens each layer can drop for a given FLOPs reduction.
+
+    python -m llava.analysis.fit_fitprune_table CHECKPOINT --questions FILE --images DIR --ratio 60 --out TABLE.json
+
+FILE holds questions in LLaVA's format; some sixty of them with an image are enough (the authors take 0.01 % of LLaVA's
+665 k training samples). Runs at batch 1. Each question's un-pruned prefill gives, per layer, what all image tokens
+together get of attention: from the text in the mean, and from each other (llava.methods.inside_llm.fitprune.shares).
+For a tolerance alpha, prefill then drops in each layer those tokens that are among the lowest by both measures while
+what is left keeps 1 - alpha of the un-pruned sums. Layers after the FLOPs target is reached drop nothing. The smallest
+alpha that reaches it is found by bisection to 0.01, and the table is the mean number dropped, rounded down.
+
+The table goes into TABLE.json (added to what is there of the same model), which `options.table` names.
+Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava.common.command_line import Parser
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.find_checkpoint import find_checkpoint
+from llava.common.progress import progress_bar
+from llava.config import AdaVConfig
+from llava.eval.benchmarks.questions import check_images, read_questions
+from llava.eval.runs.image_reader import UnreadableImage, read_image
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.methods.attention_rows import RowAttention
+from llava.methods.inside_llm.base import Choice, Dropper, ImageSlots
+from llava.methods.inside_llm.fitprune import shares
+from llava.methods.inside_llm.fitprune_tables import Table, write_table
+from llava.methods.inside_llm.plan import INSIDE, Cut
+from llava.model.decoding.dropping import Dropping
+
+WIDTH = 0.01  # of the bracket around alpha
+
+
+@dataclass(frozen=True, eq=False)
+class Walk(Dropper):
+    """One prefill of one question. whole: the un-pruned (within, across) sums of each layer, None to measure them.
+
+    Fills `sums` and `dropped`, layer by layer.
+    """
+
+    alpha: float = 0.0
+    whole: list[tuple[float, float]] | None = None
+    sums: list[tuple[float, float]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+    place = INSIDE
+
+    def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
+        return tuple(Cut(layer, n) for layer in range(layers))  # how many go is found on the way
+
+    def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
+        within, across = shares(attention, image)
+        return torch.stack([within, across / len(image.queries)])
+
+    def select(self, attention: RowAttention, cut: Cut, image: ImageSlots, hidden: Tensor) -> Choice:
+        scores = self.score(attention, image)
+        self.sums.append(tuple(scores.sum(dim=1).tolist()))
+        stays = torch.ones(image.count, dtype=torch.bool, device=scores.device)
+        if self.whole is not None:
+            floors = [(1 - self.alpha) * mass for mass in self.whole[len(self.sums) - 1]]
+            stays = ~(spare(scores[0], floors[0]) & spare(scores[1], floors[1]))
+            if not stays.any():
+                stays[scores[1].argmax()] = True
+        kept = torch.nonzero(stays).flatten()
+        self.dropped.append(image.count - len(kept))
+        return Choice(kept)
+
+
+def spare(scores: Tensor, floor: float) -> Tensor:
+    """[n] bool: the lowest of `scores` [n], as many as can go while the others still sum to `floor` or more."""
+    values, order = torch.sort(scores, stable=True)
+    left = scores.sum() - values.cumsum(dim=0)
+    enough = (left >= floor).cumprod(dim=0).bool()
+    out = torch.zeros_like(enough)
+    out[order[enough]] = True
+    return out
+
+
+def vision_flops(n: int, dropped: list[int], config) -> int:
+    """FLOPs (2 per multiply-add) that n image tokens cost in prefill when layer l drops dropped[l] of them.
+
+    Counted are their own matrix products: projections, attention among themselves, MLP.
+    """
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, grouped = config.num_attention_heads * heads, 2 * config.num_key_value_heads * heads
+    total = 0
+    for drop in dropped:
+        total += n * config.hidden_size * (query + grouped) + 2 * n * n * query
+        n -= drop
+        total += n * query * config.hidden_size + 3 * n * config.hidden_size * config.intermediate_size
+    return 2 * total
+
+
+def until_reached(counts: list[int], walks: list[list[int]], target: float, config) -> int | None:
+    """How many layers have to drop for the mean FLOPs over samples to be at most `target`; None where all do not do.
+
+    counts: image tokens of each sample; walks: what each layer dropped of each.
+    """
+    layers = len(walks[0])
+    for used in range(layers + 1):
+        spent = sum(
+            vision_flops(n, [*dropped[:used], *[0] * (layers - used)], config)
+            for n, dropped in zip(counts, walks, strict=True)
+        )
+        if spent / len(counts) <= target:
+            return used
+    return None
+
+
+def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], int, float]:
+    """Fit a table on prepared prompts of one image each. Returns (drops per layer, image tokens, alpha).
+
+    ratio: FLOPs reduction in percent. Raises UserError where no tolerance reaches it.
+    """
+    config = model.config
+    layers = config.num_hidden_layers
+    counts = [prompt.dropping.prompts[0].images[0][1] for prompt in prompts]
+    full = sum(vision_flops(n, [0] * layers, config) for n in counts) / len(counts)
+    target = full * (1 - ratio / 100)
+
+    def walk(prompt, **options) -> Walk:
+        walk = Walk(**options)
+        dropping = Dropping(walk, 0, layers, prompt.dropping.prompts)
+        model.model(
+            inputs_embeds=prompt.inputs_embeds, position_ids=prompt.position_ids, use_cache=False, dropping=dropping
+        )
+        progress.update()
+        return walk
+
+    whole = [walk(prompt).sums for prompt in prompts]
+
+    def at(alpha: float) -> tuple[list[list[int]], int | None]:
+        walks = [walk(prompt, alpha=alpha, whole=sums).dropped for prompt, sums in zip(prompts, whole, strict=True)]
+        return walks, until_reached(counts, walks, target, config)
+
+    low, high = 0.0, 1.0
+    found = at(high)
+    if found[1] is None:
+        least = sum(vision_flops(n, dropped, config) for n, dropped in zip(counts, found[0], strict=True)) / len(counts)
+        raise UserError(
+            f"--ratio is {ratio:g}, but with all but one token dropped in the first layer this model still saves only "
+            f"{100 * (1 - least / full):.1f} % of these images' FLOPs"
+        )
+    while high - low > WIDTH:
+        middle = (low + high) / 2
+        tried = at(middle)
+        if tried[1] is None:
+            low = middle
+        else:
+            high, found = middle, tried
+    walks, used = found
+    tokens = max(counts)
+    drops = [
+        math.floor(
+            sum(dropped[layer] * tokens / n for dropped, n in zip(walks, counts, strict=True)) / len(counts) + 1e-6
+        )
+        if layer < used
+        else 0
+        for layer in range(layers)
+    ]
+    return tuple(drops), tokens, high
+
+
+def passes() -> int:
+    """How many prefills of each question a fit takes."""
+    return 2 + math.ceil(math.log2(1 / WIDTH))
+
+
+def prepare(loaded: LoadedCheckpoint, args: argparse.Namespace) -> list:
+    """The questions with an image, ready for the LLM with every image token in place."""
+    path = Path(args.questions)
+    samples = [sample for sample in read_questions(path) if sample.image is not None][: args.limit]
+    if not samples:
+        raise UserError(f"{path}: holds no question with an image")
+    check_images(samples, Path(args.images), path)
+    # Any method inside the LLM will do: what is used of it is where images and their text lie.
+    whole = AdaVConfig(method="fastv", options={"layer": 1})
+    prompts = []
+    for sample in progress_bar("encoding", samples, unit=" questions"):
+        try:
+            image = read_image(Path(args.images) / sample.image)
+        except UnreadableImage as error:
+            raise UserError(f'{path}, line {sample.line}: image "{sample.image}" cannot be read ({error})') from None
+        prompts.append(loaded.prepare([sample.prompt], [image], whole, args.conv_mode))
+    return prompts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m llava.analysis.fit_fitprune_table", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="folder or hub name, in either format")
+    parser.add_argument("--model-base", help="what a LoRA or projector-only checkpoint was trained on")
+    parser.add_argument("--questions", required=True, help="question file, one JSON object per line")
+    parser.add_argument("--images", required=True, help="folder that their images lie in")
+    parser.add_argument("--ratio", required=True, type=float, help="FLOPs reduction in percent, above 0 and below 100")
+    parser.add_argument("--out", required=True, type=Path, help="table file to write or add to")
+    parser.add_argument("--limit", type=int, default=64, help="use the first N questions with an image (default 64)")
+    parser.add_argument("--conv-mode", help="conversation template; default: the checkpoint's own")
+    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, float16, bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    return parser
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if not 0 < args.ratio < 100:
+        raise UserError(f"--ratio is {args.ratio:g}, allowed is a percentage above 0 and below 100")
+    if args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, allowed is a whole number of at least 1")
+    checkpoint = find_checkpoint(args.checkpoint)
+    base = find_checkpoint(args.model_base) if args.model_base else None
+    loaded = LoadedCheckpoint(
+        str(checkpoint.folder),
+        base and str(base.folder),
+        AdaVConfig(method="none"),
+        device=args.device,
+        dtype=args.dtype,
+        purpose="a fit",
+    )
+    prompts = prepare(loaded, args)
+    config = loaded.model.config
+    with torch.inference_mode(), progress_bar("prefills", total=passes() * len(prompts)) as progress:
+        drops, tokens, alpha = fit(loaded.model, prompts, args.ratio, progress)
+    sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    table = Table(checkpoint.short_name, args.ratio, tokens, sizes, drops)
+    if not 0 < sum(drops) < tokens:
+        raise UserError(
+            f"--ratio is {args.ratio:g}, for which the layers drop {sum(drops)} of {tokens} tokens in the rounded mean, "
+            "which is no table; use another ratio or more questions"
+        )
+    write_table(
+        args.out, table, f"llava.analysis.fit_fitprune_table, {len(prompts)} questions of {Path(args.questions).name}"
+    )
+    saved = 1 - vision_flops(tokens, list(drops), config) / vision_flops(tokens, [0] * len(drops), config)
+    print(f"alpha {alpha:.4f}, {len(prompts)} questions: {sum(drops)} of {tokens} image tokens go, layer by layer")
+    print(" ".join(map(str, drops)))
+    print(f"rounded down, the table saves {100 * saved:.1f} % of the image tokens' FLOPs; written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

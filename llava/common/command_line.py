@@ -1,0 +1,65 @@
+"""Command-line arguments whose mistakes end as one sentence and exit code 2. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava.common.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError in place of argparse's usage text; flags are not abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all arguments")
+
+
+def positive(text: str) -> int:
+    """argparse type of a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 1")
+    return int(text)
+
+
+def zero_or_more(text: str) -> int:
+    """argparse type of a whole number of at least 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 0")
+    return int(text)
+
+
+def existing_folder(text: str) -> Path:
+    """argparse type of a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return Path(text)
+
+
+def existing_file(text: str) -> Path:
+    """argparse type of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
+def percents(text: str) -> list[float]:
+    """argparse type of percentages between 0 and 100 with commas between them, each once, largest first."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [0.0]
+    if len(set(values)) < len(values) or not all(0 < value < 100 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed are numbers above 0 and below 100, as in 25,10,5")
+    return sorted(values, reverse=True)
+
+
+def names(text: str) -> list[str]:
+    """argparse type of names with commas between them, each once."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed are names with commas between them, each once")
+    return found

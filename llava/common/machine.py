@@ -1,0 +1,93 @@
+"""How a number was made: versions, commit and hardware, told without importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from llava.common.files import REPOSITORY
+
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "triton", "peft")
+
+
+def environment() -> dict:
+    """Versions and hardware of this machine."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "platform": platform.platform(),
+        "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": cores(),
+        "memory": _first_value("/proc/meminfo", "MemTotal"),
+        "gpus": gpus(),
+    }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """One line per NVIDIA GPU of the machine, whatever CUDA_VISIBLE_DEVICES says; [] where there is none."""
+    return [line for line in _output(["nvidia-smi", "-L"]).splitlines() if line.startswith("GPU ")]
+
+
+def torch_is_for_cpu() -> bool:
+    """True where the installed torch is a build without CUDA."""
+    return (_version("torch") or "+cpu").endswith("+cpu")
+
+
+def commit() -> str | None:
+    """The repository's commit, with "+" where files differ from it; None outside a repository.
+
+    The environment variable ADAV_COMMIT goes first, for copies of the files that come without their repository.
+    """
+    if given := os.environ.get("ADAV_COMMIT"):
+        return given
+    if not (REPOSITORY / ".git").exists():
+        return None
+    head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]).strip()
+    changed = _output(
+        ["git", "--no-optional-locks", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no"]
+    )
+    return head + ("+" if changed.strip() else "") if head else None
+
+
+def code_digest() -> str:
+    """Changes with the source that answers depend on: configuration, prompts, images, methods, model, kernels."""
+    seen = hashlib.sha256()
+    package = REPOSITORY / "llava"
+    folders = ("common", "methods", "model", "inference", "kernels")
+    paths = [*package.glob("*.py"), *(path for folder in folders for path in package.glob(f"{folder}/**/*.py"))]
+    for path in sorted([*paths, package / "eval" / "runs" / "answer_shard.py"]):
+        seen.update(path.read_bytes())
+    return seen.hexdigest()[:10]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_value(path: str, key: str) -> str | None:
+    try:
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

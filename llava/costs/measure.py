@@ -1,0 +1,76 @@
+"""What a worker measures beside its answers: how many bytes the KV cache takes, peak memory, and what the batch should
+have cost."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from llava.config import AdaVConfig
+from llava.costs.flops import Cost, predict
+from llava.costs.model_shape import ImageCounts, ModelShape
+from llava.methods.inside_llm.plan import layer_mean
+from llava.model.decoding.adaptive_cache import AdaptiveCache
+from llava.model.decoding.prepared import PreparedPrompt
+
+
+def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelShape, config: AdaVConfig) -> list[Cost]:
+    """What each row of a batch costs by itself. images: of the batch in reading order, as they were before selection."""
+    costs, images, length = [], iter(images), prepared.inputs_embeds.shape[1]
+    for row, spans in enumerate(prepared.image_spans):
+        kept = [n for _, n in spans]
+        text = prepared.lengths[row] - sum(kept)
+        # Text after an image is what is not a token of it or of a later one. (text_scope="turn" may read less of it.)
+        words = [length - start - sum(kept[i:]) for i, (start, _) in enumerate(spans)]
+        costs.append(predict(shape, config, [next(images) for _ in spans], text, words, kept))
+    return costs
+
+
+def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> list[dict[str, int]]:
+    """Per row of a batch, at the end of generation: bytes of its KV cache.
+
+    costs: of each row, as predicted. new_tokens: tokens that each row generated.
+    kv_bytes_live       entries of the row's own tokens, measured on the cache; padding excluded
+    kv_bytes_allocated  the row's share of what the cache's tensors occupy
+    kv_bytes_predicted  live, from the configuration alone (llava.costs.flops)
+    """
+    rows, size = len(new_tokens), cache.layers[0].keys.element_size()
+    # The last new token is never fed back, and what a batch feeds a row after its end is padding.
+    steps = [max(new - 1, 0) for new in new_tokens]
+    live, allocated = [0] * rows, cache.kv_nbytes
+    for layer in cache.layers:
+        entries = [layer.stored(row, fed) for row, fed in enumerate(steps)]
+        for tensor in (layer.keys, layer.values):
+            entry = tensor.nbytes // max(1, rows * tensor.shape[-2])  # a policy may keep nothing
+            live = [bytes_ + entry * n for bytes_, n in zip(live, entries, strict=True)]
+    return [
+        {
+            "kv_bytes_live": live[i],
+            "kv_bytes_allocated": allocated // rows,
+            "kv_bytes_predicted": costs[i].kv_bytes(size, steps[i]),
+        }
+        for i in range(rows)
+    ]
+
+
+def peak_memory() -> dict[str, int]:
+    """Largest resident memory of this process so far, and of its GPUs, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["peak_cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return found
+
+
+def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
+    """Per image of a row: vision tokens left after the last cut, and those that a layer sees in the mean over layers."""
+    dropping, selections = prepared.dropping, prepared.selections[row]
+    if dropping is None:
+        kept = [len(selection.indices) for selection in selections]
+        return {"kept": kept, "layer_mean": kept}
+    return {
+        "kept": [dropping.left(row, image) for image in range(len(selections))],
+        "layer_mean": [round(layer_mean(dropping.schedule(row, image)), 4) for image in range(len(selections))],
+    }

@@ -1,0 +1,280 @@
+"""What each method costs by itself: its matrix products in FLOPs, and the rest of its work in elements.
+
+One table for all methods rather than a method of each class: the rules stay free of bookkeeping, the entries can be
+compared side by side, and a test runs every method under torch's flop counter, so that an entry cannot drift from its
+rule unnoticed. A new method is one function and one line of SELECTOR_COSTS or DROPPER_COSTS. Cache policies share one
+function: what they read is in their plans.
+
+What is not a matrix product has no agreed price in FLOPs. It is listed apart, as elements that pass through
+  softmax     exponentials
+  sort        a sort or top-k
+  greedy      rounds of a greedy choice x candidates looked at in each (an argmax and an update)
+  distance    pairs x width of states whose distances are summed without a matrix product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from llava.costs.model_shape import ImageCounts, ModelShape, product
+from llava.methods.before_llm.similarity import BLOCK
+from llava.methods.before_llm.tiles import split_evenly
+from llava.methods.before_llm.visionzip import PUBLISHED
+from llava.methods.kv_cache.base import CachePolicy, Counts
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """flops: 2 x multiply-adds of matrix products. elements: kind of other work -> elements (see above)."""
+
+    flops: int = 0
+    elements: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SelectorCase:
+    """What the cost of a selector depends on: one image, the words [m] that it may read, and the K tokens it keeps."""
+
+    shape: ModelShape
+    image: ImageCounts
+    words: int
+    kept: int
+    options: dict
+
+    @property
+    def quotas(self) -> list[int]:
+        """Tokens that a method which goes tile by tile keeps of each tile."""
+        return split_evenly(self.kept, list(self.image.patches))
+
+    def cosines_with_words(self) -> int:
+        return product(self.words, self.shape.width, self.image.candidates)
+
+
+def cosines_of_pairs(count: int, width: int) -> int:
+    """FLOPs of similarity.cosine_matrix on [count, width]: the upper half in blocks of rows, the lower one copied."""
+    return sum(product(min(BLOCK, count - start), width, count - start) for start in range(0, count, BLOCK))
+
+
+def coverage_updates(candidates: int, tiles: int, largest: int, rounds: int) -> int:
+    """FLOPs of keeping the gains of coverage.py up to date: a product [tiles, rows] @ [rows, 1 + largest] for the rows
+    whose nearest chosen patch has changed.
+
+    How many change depends on the image. As many are taken as where patches are chosen in random order, of which the
+    n-th is nearer than all before it to one patch in n. A greedy choice changes fewer (0.7 times as many on the features
+    of the demo's tower), because it covers much with its first picks.
+    """
+    rows = round(candidates * sum(1 / n for n in range(1, rounds + 1)))
+    return product(tiles, rows, 1 + largest)
+
+
+def _nothing(case: SelectorCase) -> MethodCost:
+    return MethodCost()
+
+
+def _random(case: SelectorCase) -> MethodCost:
+    return MethodCost(elements={"sort": case.image.candidates})  # a permutation
+
+
+def _saliency(case: SelectorCase) -> MethodCost:
+    """cls and fastervlm: a sort of [CLS] attention, which the tower gives."""
+    return MethodCost(elements={"sort": case.image.candidates})
+
+
+def _words(case: SelectorCase) -> MethodCost:
+    """t2i: cosines [m, P], a softmax of each row, a sort."""
+    elements = {"softmax": case.words * case.image.candidates, "sort": case.image.candidates}
+    return MethodCost(case.cosines_with_words(), elements)
+
+
+def _mix(case: SelectorCase) -> MethodCost:
+    """Cosines [m, P] without a softmax, and a sort of each list."""
+    return MethodCost(case.cosines_with_words(), {"sort": case.image.candidates * (2 if case.words else 1)})
+
+
+def _adav(case: SelectorCase) -> MethodCost:
+    """t2i's cosines and softmax, and a sort of each list; the search over splits is K + 1 products."""
+    elements = {"softmax": case.words * case.image.candidates}
+    return MethodCost(case.cosines_with_words(), elements | {"sort": case.image.candidates * (2 if case.words else 1)})
+
+
+def _adav_cover(case: SelectorCase) -> MethodCost:
+    """AdaV, and coverage over cosines [P, P]."""
+    adav, patches = _adav(case), case.image.candidates
+    coverage = cosines_of_pairs(patches, case.shape.width) + coverage_updates(patches, 1, patches, case.kept)
+    return MethodCost(adav.flops + coverage, adav.elements | {"greedy": case.kept * patches})
+
+
+def _divprune(case: SelectorCase) -> MethodCost:
+    """Cosines [P, P], and K rounds over one row of them."""
+    pairs = cosines_of_pairs(case.image.candidates, case.shape.width)
+    return MethodCost(pairs, {"greedy": case.kept * case.image.candidates})
+
+
+def _cdpruner(case: SelectorCase) -> MethodCost:
+    """Cosines [M, M] of each tile, padded to the largest; round n of the greedy choice is a product with n columns.
+
+    Relevance from word embeddings is a cosine matrix [m, P]. CLIP's text tower, where an option asks for it, is a model
+    of its own and not counted.
+    """
+    tiles, largest, rounds = len(case.image.patches), max(case.image.patches), max(case.quotas)
+    pairs = tiles * cosines_of_pairs(largest, case.shape.width)
+    explained = sum(tiles * product(largest, n, 1) for n in range(rounds))
+    default = "clip" if case.options.get("text_tower") else "embeddings"
+    by_words = (case.options.get("relevance") or default) == "embeddings"
+    relevance = case.cosines_with_words() if by_words else 0
+    return MethodCost(pairs + explained + relevance, {"greedy": rounds * tiles * largest})
+
+
+def _scope(case: SelectorCase) -> MethodCost:
+    """Cosines [M, M] of each tile's tower states, padded to the largest, and the coverage of each tile."""
+    tiles, largest, rounds = len(case.image.patches), max(case.image.patches), max(case.quotas)
+    pairs = tiles * cosines_of_pairs(largest, case.shape.tower_width)
+    updates = coverage_updates(case.image.candidates, tiles, largest, rounds)
+    return MethodCost(pairs + updates, {"greedy": rounds * tiles * largest})
+
+
+def _visionzip(case: SelectorCase) -> MethodCost:
+    """Per tile: cosines of the n other patches' keys with c targets, and merging as [c, n] @ [n, W]."""
+    dominant, contextual = PUBLISHED
+    if case.options.get("dominant") is not None:
+        dominant, contextual = case.options["dominant"], case.options["contextual"]
+    width, flops, compared = case.shape.tower_width, 0, 0
+    for patches, quota in zip(case.image.patches, case.quotas, strict=True):
+        if quota:
+            merged = quota * contextual // (dominant + contextual)
+            others = patches - (quota - merged - 1)
+            flops += product(others, width // case.shape.tower_heads, merged) + product(merged, others, width)
+            compared += others * merged
+    return MethodCost(flops, {"sort": case.image.candidates, "greedy": compared})
+
+
+SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
+    "none": _nothing,
+    "no_image": _nothing,
+    "random": _random,
+    "cls": _saliency,
+    "t2i": _words,
+    "mix": _mix,
+    "fastervlm": _saliency,
+    "visionzip": _visionzip,
+    "divprune": _divprune,
+    "cdpruner": _cdpruner,
+    "scope": _scope,
+    "adav": _adav,
+    "adav_cover": _adav_cover,
+}
+
+
+# ------------------------------------------------------------------------------------------- methods inside the LLM
+@dataclass(frozen=True)
+class DropperCase:
+    """What the cost of dropping inside the LLM depends on: one sample with its images.
+
+    text_tokens     of the prompt
+    words           per image, how many of them the method may read; none stands for the prompt's last token
+    tokens          per image, image tokens that enter the LLM
+    cuts            per image, its cuts: (layer, tokens kept, tokens made)
+    seen            per layer, image tokens of all images: (in attention, in the MLP)
+    """
+
+    shape: ModelShape
+    text_tokens: int
+    words: Sequence[int]
+    tokens: Sequence[int]
+    cuts: Sequence[Sequence[tuple[int, int, int]]]
+    seen: Sequence[tuple[int, int]]
+
+    def all_cuts(self) -> Iterator[tuple[int, int, int, int]]:
+        """(layer, image, its tokens before, keys) of every cut; keys: tokens in the layer's attention, text included."""
+        for image, cuts in enumerate(self.cuts):
+            before = self.tokens[image]
+            for layer, kept, made in cuts:
+                yield layer, image, before, self.text_tokens + self.seen[layer][0]
+                before = kept + made
+
+    def rows(self, queries: int, keys: int) -> MethodCost:
+        """Attention rows of `queries` over `keys`, in all heads."""
+        flops = product(queries, self.shape.heads * self.shape.head, keys)
+        return MethodCost(flops, {"softmax": self.shape.heads * queries * keys})
+
+
+def together(costs: Iterable[MethodCost]) -> MethodCost:
+    """The sum of several costs."""
+    flops, elements = 0, {}
+    for cost in costs:
+        flops += cost.flops
+        for kind, count in cost.elements.items():
+            elements[kind] = elements.get(kind, 0) + count
+    return MethodCost(flops, elements)
+
+
+def _fastv(case: DropperCase) -> MethodCost:
+    """The row of the last token, and a sort."""
+    cuts = list(case.all_cuts())
+    sorts = MethodCost(elements={"sort": sum(before for _, _, before, _ in cuts)})
+    return together([*(case.rows(1, keys) for _, _, _, keys in cuts), sorts])
+
+
+def _pyramiddrop(case: DropperCase) -> MethodCost:
+    """Before a cut's layer its key projection of all tokens and its query projection of the last one, and that row."""
+    shape, costs, projected = case.shape, [], {}
+    for layer, _, before, _ in case.all_cuts():
+        keys = case.text_tokens + case.seen[layer - 1][0]
+        costs += [case.rows(1, keys), MethodCost(elements={"sort": before})]
+        projected[layer] = product(1, shape.width, shape.heads * shape.head)
+        projected[layer] += product(keys, shape.width, shape.kv_heads * shape.head)
+    return together([*costs, MethodCost(sum(projected.values()))])
+
+
+def _fitprune(case: DropperCase) -> MethodCost:
+    """In every layer that cuts, the rows of all image tokens and all words, and a sort."""
+    costs = []
+    for _, image, before, keys in case.all_cuts():
+        rows = case.rows(before + max(1, case.words[image]), keys)
+        costs += [rows, MethodCost(elements={"sort": before})]
+    return together(costs)
+
+
+def _sparsevlm(case: DropperCase) -> MethodCost:
+    """Raters: one product [n, D] @ [D, m]. At each cut their rows, a sort, and distances of the recycled tokens.
+
+    Which words are raters depends on the sample: all of them are counted, of which some are.
+    """
+    costs = [
+        MethodCost(product(n, case.shape.width, words), {"softmax": n * words})
+        for n, words in zip(case.tokens, case.words, strict=True)
+    ]
+    kept = {(layer, image): cut for image, cuts in enumerate(case.cuts) for layer, *cut in cuts}
+    for layer, image, before, keys in case.all_cuts():
+        keep, made = kept[layer, image]
+        members = (before - keep) * 3 // 10 + 1 if made else 0
+        elements = {"sort": before, "distance": members**2 * case.shape.width}
+        costs += [case.rows(max(1, case.words[image]), keys), MethodCost(elements=elements)]
+    return together(costs)
+
+
+DROPPER_COSTS: dict[str, Callable[[DropperCase], MethodCost]] = {
+    "fastv": _fastv,
+    "fitprune": _fitprune,
+    "sparsevlm": _sparsevlm,
+    "pyramiddrop": _pyramiddrop,
+}
+
+
+# -------------------------------------------------------------------------------------------------- cache policies
+def cache_cost(shape: ModelShape, policy: CachePolicy, counts: Counts) -> MethodCost:
+    """What a cache policy does in one layer when it has been prefilled: rows of attention over all keys, and sorts."""
+    keys, plan = counts.before + counts.image + counts.after, policy.plan(counts)
+    rows, sorts = 0, 0
+    stay, _ = policy.image(counts.entered, counts.image)
+    if not policy.whole and (stay < counts.image or plan.core < plan.image):
+        rows, sorts = 1, counts.image
+    if policy.scorer is not None:
+        rows += policy.scorer.rows(plan.prompt)
+        if plan.text(0) < plan.prompt:
+            sorts += shape.kv_heads * plan.prompt
+    if not rows:
+        return MethodCost()
+    elements = {"softmax": shape.heads * rows * keys} | ({"sort": sorts} if sorts else {})
+    return MethodCost(product(rows, shape.heads * shape.head, keys), elements)

@@ -1,0 +1,161 @@
+"""Question files: rows in LLaVA's format, checked before any model is loaded.
+
+A sample's key is (question_id, image, text), plus its line number where even that repeats: some benchmarks use one
+question_id for several questions. Two identical lines are an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.common.errors import UserError
+from llava.common.progress import progress_bar
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. `row` is the whole line of the question file; `prompt` goes into the conversation template.
+
+    line: counts the file's lines, or where a question is no line of its own what `unit` says (entries, rows).
+    """
+
+    line: int
+    question_id: int | str
+    image: str | None
+    text: str
+    prompt: str
+    key: tuple
+    row: dict
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """Where in its file the question stands, for messages."""
+        return f"{self.unit} {self.line}"
+
+
+def read_lines(path: Path) -> list[tuple[int, dict]]:
+    """(line number, JSON object) of a .jsonl file; blank lines are passed over.
+
+    Raises UserError with the number of a line that is no JSON object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: is no JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: found {type(row).__name__}, allowed is one JSON object per line")
+        rows.append((number, row))
+    return rows
+
+
+def read_questions(path: Path, prompt=lambda row: row["text"]) -> list[Sample]:
+    """The samples of a question file, in its order.
+
+    prompt: what to ask of a row, without image placeholder and template; LLaVA's files hold it in "text".
+    Raises UserError for a malformed line (with its number), two identical lines, or an empty file.
+    """
+    return make_samples(read_lines(path), path, prompt)
+
+
+def make_samples(
+    rows: list[tuple[int, dict]], path: Path, prompt=lambda row: row["text"], unit: str = "line"
+) -> list[Sample]:
+    """Samples of (number, row) pairs in LLaVA's format, for files of another one; `unit` is what the number counts."""
+    if not rows:
+        raise UserError(f"{path}: holds no question, allowed is one JSON object per {unit}")
+    for number, row in rows:
+        _check_row(row, f"{path}, {unit} {number}")
+    _refuse_identical(rows, path, unit)
+    keys = [(row["question_id"], row.get("image"), row["text"]) for _, row in rows]
+    repeated = {key for key, count in Counter(keys).items() if count > 1}
+    samples = []
+    for (number, row), key in zip(rows, keys, strict=True):
+        full = (*key, number) if key in repeated else key
+        samples.append(Sample(number, row["question_id"], row.get("image"), row["text"], prompt(row), full, row, unit))
+    return samples
+
+
+def refuse_repeated_ids(samples: list[Sample], path: Path) -> None:
+    """UserError where two samples share a question_id, for benchmarks that know their questions by it alone."""
+    first: dict[int | str, str] = {}
+    for sample in samples:
+        if sample.question_id in first:
+            raise UserError(
+                f"{path}, {sample.place}: question_id {sample.question_id} is already in "
+                f"{first[sample.question_id]}, allowed is each once"
+            )
+        first[sample.question_id] = sample.place
+
+
+def _check_row(row: dict, where: str) -> None:
+    for name, kinds, allowed in (("question_id", (int, str), "a whole number or a string"), ("text", str, "a string")):
+        if name not in row:
+            raise UserError(f'{where}: has no "{name}", allowed is a row with "question_id", "text" and maybe "image"')
+        if not isinstance(row[name], kinds) or isinstance(row[name], bool):
+            raise UserError(f'{where}: "{name}" is {json.dumps(row[name])}, allowed is {allowed}')
+    image = row.get("image")
+    if image is not None and (not isinstance(image, str) or not image):
+        raise UserError(f'{where}: "image" is {json.dumps(image)}, allowed is a path inside the image folder')
+    if DEFAULT_IMAGE_TOKEN in row["text"]:
+        raise UserError(
+            f'{where}: "text" holds {DEFAULT_IMAGE_TOKEN}, allowed is the bare question: the image is put before it'
+        )
+
+
+def _refuse_identical(rows, path, unit) -> None:
+    first = {}
+    for number, row in rows:
+        content = json.dumps(row, sort_keys=True)
+        if content in first:
+            raise UserError(f"{path}, {unit} {number}: is identical to {unit} {first[content]}, allowed is each once")
+        first[content] = number
+
+
+def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
+    """Every image is there and inside `folder`, or a UserError names the first that is not.
+
+    folder may itself be a link; a path that leads out of it (absolute, "..", a link inside) is refused.
+    """
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise UserError(f"{folder}: no such image folder")
+    where = {}
+    for sample in samples:
+        if sample.image is not None:
+            where.setdefault(sample.image, sample.place)
+    parents: dict[str, str] = {}
+    missing = []
+    for image, place in progress_bar("checking images", where.items(), unit=" images"):
+        path = os.path.join(root, image)
+        parent, name = os.path.split(path)
+        if parent not in parents:
+            parents[parent] = os.path.realpath(parent)
+        real = os.path.join(parents[parent], name)
+        if name in ("", ".", "..") or os.path.islink(real):
+            real = os.path.realpath(real)
+        if os.path.isabs(image) or not real.startswith(root + os.sep):
+            raise UserError(
+                f'{source}, {place}: image "{image}" leaves the image folder {folder}, allowed are paths inside it'
+            )
+        if not os.path.isfile(real):
+            missing.append((image, place))
+    if missing:
+        image, place = missing[0]
+        more = f" ({len(missing)} of {len(where)} images are missing)" if len(missing) > 1 else ""
+        raise UserError(f'{source}, {place}: image "{image}" is not in {folder}{more}')

@@ -1,0 +1,144 @@
+"""Finished runs of a comparison -> rows: accuracy, what it cost, and paired differences with their intervals.
+
+One row per checkpoint, method, budget and seed; where there are several seeds, a row more with seed "mean", whose
+accuracy is the mean over seeds of every question. Intervals are 95 % percentile bootstrap over pictures, 10,000 seeded
+resamples (llava.eval.scoring.bootstrap): they cover the draw of the questions, not the training of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llava.common.errors import UserError
+from llava.eval.benchmarks.questions import read_lines
+from llava.eval.benchmarks.shapes import Shapes
+from llava.eval.runs.run import Run
+from llava.eval.scoring.bootstrap import cluster_intervals
+
+_PACKAGES = ("torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. percent and tokens: the budget (None: has none); seed: None where nothing is drawn at random."""
+
+    name: str
+    method: str
+    percent: float | None = None
+    tokens: int | None = None
+    seed: int | None = None
+    options: dict = field(default_factory=dict, compare=False)
+
+
+def costs(report: dict) -> dict[str, float]:
+    """What a run cost per question, from its run.json (one image a question).
+
+    tokens_before, tokens_after: vision tokens before and after selection, per image; layer_mean: vision tokens that a
+    layer of the LLM reads, mean over layers; prefill_flops: from pixels to the first token (llava.costs.flops);
+    kv_bytes: live, at the end of generation.
+    """
+    tokens, flops = report["vision_tokens_per_image"], report["prefill_flops_predicted"]
+    if flops["questions"] < report["answered"]:
+        raise UserError(
+            f"method {report['configuration']['method']}: {report['answered'] - flops['questions']} answers in runs/ are of an "
+            "earlier version, which counted no FLOPs; --fresh answers anew"
+        )
+    return {
+        "tokens_before": tokens["before"],
+        "tokens_after": tokens["after"],
+        "layer_mean": tokens["layer_mean"],
+        "prefill_flops": flops["mean"],
+        "kv_bytes": report["kv_bytes_live"]["mean"],
+    }
+
+
+@dataclass
+class _Line:
+    """A row in the making: what it says, right or wrong per question [Q], and the accuracies of its seeds."""
+
+    facts: dict
+    right: np.ndarray
+    percent: float | None
+    seeds: list[float] = field(default_factory=list)
+
+
+def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict], reference: str) -> list[dict]:
+    """The rows of one checkpoint, in the order of `runs`.
+
+    reference: the method that the others of the same budget are compared with, question by question.
+    """
+    samples = next(iter(runs.values())).samples
+    pictures = [sample.image for sample in samples]
+    categories = benchmark.categories(samples)
+    lines: list[_Line] = []
+    for cells in _by_seed(list(runs)):
+        several = [_Line(_facts(c, runs[c], reports[c]), _right(benchmark, runs[c]), c.percent) for c in cells]
+        lines += several
+        if len(several) > 1:
+            lines.append(_mean_line(several))
+    against = {line.percent: line.right for line in lines if line.facts["method"] == reference}
+    compared = [line for line in lines if line.percent in against]
+    columns = [line.right for line in lines] + [line.right - against[line.percent] for line in compared]
+    mean, low, high = cluster_intervals(np.stack(columns, axis=1), pictures)
+    rows, difference = [], len(lines)
+    for n, line in enumerate(lines):
+        row = line.facts | {"questions": len(samples), "pictures": len(set(pictures))}
+        row |= {"accuracy": mean[n], "accuracy_low": low[n], "accuracy_high": high[n]}
+        if line.seeds:
+            row |= {"accuracy_worst_seed": min(line.seeds), "accuracy_best_seed": max(line.seeds)}
+        if line.percent in against:
+            row |= {"difference": mean[difference]}
+            row |= {"difference_low": low[difference], "difference_high": high[difference]}
+            difference += 1
+        for category in sorted(set(categories)):
+            row[f"accuracy_{category}"] = line.right[[c == category for c in categories]].mean()
+        rows.append(row)
+    return rows
+
+
+def _by_seed(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells that differ in nothing but the seed, together."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.name, cell.percent), []).append(cell)
+    return list(groups.values())
+
+
+def _right(benchmark: Shapes, run: Run) -> np.ndarray:
+    """[Q] 1 where the answer is right, in question order."""
+    rows = [row for _, row in read_lines(run.folder / "merge.jsonl")]
+    return np.array(benchmark.right(run.samples, rows), dtype=np.float64)
+
+
+def _facts(cell: Cell, run: Run, report: dict) -> dict:
+    """What a row says beside accuracy."""
+    packages = report["environment"]["packages"]
+    answered = [session for session in report["sessions"] if session.get("answered")]
+    return {
+        "checkpoint": run.checkpoint.short_name,
+        "method": cell.name,
+        "budget_percent": cell.percent,
+        "budget_tokens": cell.tokens,
+        "seed": None if cell.seed is None else str(cell.seed),
+        **costs(report),
+        "options": json.dumps(cell.options) if cell.options else None,
+        "configuration": run.config.digest,
+        "run": run.folder.name,
+        # Of the sessions that answered: what is merged now may have come from an earlier version.
+        "commit": " ".join(dict.fromkeys(str(session.get("commit")) for session in answered)),
+        "code": " ".join(dict.fromkeys(str(session.get("code")) for session in answered)),
+        "python": report["environment"]["python"],
+        **{name: packages.get(name) for name in _PACKAGES},
+    }
+
+
+def _mean_line(lines: list[_Line]) -> _Line:
+    """The mean over seeds, question by question."""
+    facts = dict(lines[0].facts, seed="mean", options=None, configuration=None, run=None)
+    for name in ("tokens_before", "tokens_after", "layer_mean", "prefill_flops", "kv_bytes"):
+        facts[name] = float(np.mean([line.facts[name] for line in lines]))
+    seeds = [float(line.right.mean()) for line in lines]
+    return _Line(facts, np.mean([line.right for line in lines], axis=0), lines[0].percent, seeds)

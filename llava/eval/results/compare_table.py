@@ -1,0 +1,118 @@
+"""The files of a comparison: compare.csv, and compare.md made from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from llava.common.errors import UserError
+from llava.common.files import write_atomically
+from llava.common.text_table import markdown_table
+
+CAVEAT = """\
+How to read it: whatever reads the question is flattered here. The demo checkpoints were trained with a loss on the
+very cosine between patches and words that text-guided selection (t2i, mix, adav and its kin) reads; no real LLaVA was. The
+comparison shows that the pipeline works and what pruning costs on this task; it is no evidence for one method over
+another on real data. Intervals are 95 % bootstrap over pictures (questions of one picture are drawn together); they
+say how sure the figure is for this checkpoint and this task, and nothing about others."""
+
+_TEXT = (
+    *("checkpoint", "method", "seed", "options", "configuration", "run", "commit", "code"),
+    *("python", "torch", "transformers", "numpy"),
+)
+_FIRST = (
+    *("checkpoint", "method", "budget_percent", "budget_tokens", "seed", "questions", "pictures"),
+    *("accuracy", "accuracy_low", "accuracy_high", "accuracy_worst_seed", "accuracy_best_seed"),
+    *("difference", "difference_low", "difference_high"),
+    *("tokens_before", "tokens_after", "layer_mean", "prefill_flops", "kv_bytes"),
+)
+_LAST = _TEXT[3:]
+_ALWAYS = (
+    "checkpoint",
+    "method",
+    "questions",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "layer_mean",
+    "prefill_flops",
+)
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    """compare.csv: shares from 0 to 1, an empty field where a figure does not apply."""
+    categories = sorted({name for row in rows for name in row} - {*_FIRST, *_LAST})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*_FIRST, *categories, *_LAST], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+    write_atomically(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a compare.csv: text, or float, or None where the field is empty."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            for name, value in row.items():
+                row[name] = None if value == "" else value if name in _TEXT else float(value)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a comparison without --plot-only writes it") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no compare.csv ({error})") from None
+    if not rows or any(row.get(name) is None for row in rows for name in _ALWAYS):
+        raise UserError(f"{path}: is no compare.csv, allowed is one row or more with {', '.join(_ALWAYS)}")
+    return rows
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """One row per checkpoint, method and budget: single seeds give way to their mean."""
+    drawn = {_place(row) for row in rows if row["seed"] == "mean"}
+    return [row for row in rows if row["seed"] == "mean" or _place(row) not in drawn]
+
+
+def _place(row: dict) -> tuple:
+    return row["checkpoint"], row["method"], row["budget_percent"]
+
+
+def markdown(rows: list[dict]) -> str:
+    """One table per checkpoint: the ends of the scale, then budget by budget, best first."""
+    rows, parts = summary(rows), []
+    for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
+        here = [row for row in rows if row["checkpoint"] == checkpoint]
+        here.sort(key=lambda row: (-(row["budget_percent"] or 100), -row["accuracy"]))
+        flops = next((row["prefill_flops"] for row in here if row["method"] == "none"), float("nan"))
+        parts.append(
+            f"**{checkpoint}**, {here[0]['questions']:.0f} questions about {here[0]['pictures']:.0f} pictures\n\n"
+            + markdown_table([_HEAD, *(_line(row, flops) for row in here)])
+        )
+    return "\n\n".join(parts)
+
+
+_HEAD = (
+    *("budget", "method", "accuracy [95 %]", "minus adav [95 %]"),
+    *("tokens into the LLM", "layer mean", "prefill FLOPs", "KV cache"),
+)
+
+
+def _line(row: dict, whole: float) -> tuple[str, ...]:
+    """whole: FLOPs of `none`."""
+    seed = {None: "", "mean": ", mean of seeds"}.get(row["seed"], f", seed {row['seed']}")
+    against = row["difference"] is not None and row["method"] != "adav"
+    return (
+        "" if row["budget_percent"] is None else f"{row['budget_percent']:g} %",
+        row["method"] + seed,
+        _interval(row, "accuracy", "{:.1f} [{:.1f}, {:.1f}]"),
+        _interval(row, "difference", "{:+.1f} [{:+.1f}, {:+.1f}]") if against else "",
+        f"{row['tokens_after']:.1f}",
+        f"{row['layer_mean']:.1f}",
+        f"{100 * row['prefill_flops'] / whole:.1f} %",
+        f"{row['kv_bytes'] / 1000:,.0f} kB",
+    )
+
+
+def _interval(row: dict, name: str, text: str) -> str:
+    return text.format(*(100 * row[name + end] for end in ("", "_low", "_high")))

@@ -1,0 +1,70 @@
+"""What a start of the launcher would do, and what a finished run found, in a few lines. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+
+from llava.eval.runs.division import divide, useful_shards
+from llava.eval.runs.run import Run
+from llava.eval.runs.worker_processes import device_of, worker_command, worker_settings
+
+
+def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
+    """The runs and the exact commands of their shards, from what is answered now; opens no run."""
+    lines = []
+    for run in runs:
+        benchmark, generation = run.benchmark, run.generation
+        run.refresh()
+        budget = f", {run.tokens} tokens" if run.tokens.isdigit() else ""
+        lines.append(
+            f"{benchmark.name} ({benchmark.split}), {run.checkpoint.name}, method {run.config.method}{budget}:"
+        )
+        part = f" ({benchmark.partial})" if benchmark.partial else ""
+        images = len({sample.image for sample in run.samples if sample.image is not None})
+        lines.append(f"  {len(run.samples):,} questions{part} of {benchmark.question_file}")
+        lines.append(f"  {images:,} images in {benchmark.image_folder}")
+        conversation = generation.conversation or "the checkpoint's own"
+        lines.append(
+            f"  conversation template: {conversation}; at most {generation.max_new_tokens} new tokens; dtype {generation.dtype}"
+        )
+        lines.append(f"  {len(run.answered):,} answered already, {len(run.todo()):,} to do")
+        fetched = "" if run.checkpoint.folder else " (DIGEST is known once the checkpoint is fetched)"
+        lines.append(f"  {run.folder}{fetched}")
+    missing = [run.todo() for run in runs]
+    shards = useful_shards(missing, shards)
+    pieces = [divide(samples, shards) for samples in missing]
+    for shard in range(shards):
+        orders = [run.order_of(shard) for run, parts in zip(runs, pieces, strict=True) if parts[shard]]
+        if orders:
+            samples = [sample for parts in pieces for sample in parts[shard]]
+            images = len({sample.image for sample in samples if sample.image is not None})
+            settings = worker_settings(device_of(shard, devices), shards)
+            command = shlex.join([f"{name}={value}" for name, value in settings.items()] + worker_command(orders))
+            lines.append(f"shard {shard}: {len(samples):,} questions about {images:,} images\n  {command}")
+    return "\n".join(lines)
+
+
+def describe_run(run: Run, report: dict) -> str:
+    """A finished run in a few lines."""
+    session, tokens = report["sessions"][-1], report["vision_tokens_per_image"]
+    lines = [f"{run.benchmark.name} ({run.benchmark.split}), {run.checkpoint.short_name}, method {run.config.method}:"]
+    number = "{:.2f}".format if run.benchmark.points else (lambda share: f"{100 * share:.1f} %")
+    for name, value in report["score"].items():
+        parts = value.items() if isinstance(value, dict) else [(None, value)]
+        shown = ", ".join((f"{k} " if k else "") + (number(v) if isinstance(v, float) else str(v)) for k, v in parts)
+        lines.append(f"  {name.replace('_', ' ')}: {shown}")
+    if tokens["images"]:
+        layers = f", {tokens['layer_mean']:.1f} over layers" if tokens["layer_mean"] != tokens["after"] else ""
+        lines.append(
+            f"  vision tokens per image: {tokens['before']:.1f} -> {tokens['after']:.1f}{layers} (mean of {tokens['images']})"
+        )
+    lines.append(
+        f"  KV cache per sample: {report['kv_bytes_live']['mean']:,.0f} bytes live, {report['kv_bytes_allocated']['mean']:,.0f} allocated"
+    )
+    flops = report["prefill_flops_predicted"]["mean"]
+    if flops is not None:
+        lines.append(f"  predicted prefill per question: {flops / 1e9:,.3f} GFLOPs")
+    reused = f", {session['reused']} from before" if session["reused"] else ""
+    lines.append(f"  {session['answered']} questions answered in {session['wall_seconds']:.1f} s{reused}")
+    lines.append(f"  {run.folder}")
+    return "\n".join(lines)

@@ -1,0 +1,247 @@
+"""One run: what makes it this run and no other, its folder, what is still to be answered, and its end.
+
+runs/<benchmark>/<checkpoint>/<method>-<tokens>[-<split>][-subset<n>]-<digest>/
+    identity.json    everything that an answer depends on; the digest in the folder's name is its hash
+    adav_configs.json  copy of the configuration
+    shards/          answers as they came, work orders, logs
+    merge.jsonl      every answer once, in the order of the question file
+    score.json       what the benchmark made of them
+    run.json         how it was made: versions, commit, hardware, command, tokens, times, memory
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava.common.errors import UserError
+from llava.common.files import (
+    REPOSITORY,
+    digest_of,
+    read_json,
+    repair,
+    told_when_unwritable,
+    write_json,
+)
+from llava.common.find_checkpoint import EvalCheckpoint
+from llava.common.machine import commit, environment
+from llava.config import AdaVConfig
+from llava.eval.benchmarks import Benchmark
+from llava.eval.benchmarks.questions import Sample
+from llava.eval.benchmarks.subset import Subset
+from llava.eval.runs.division import by_image
+from llava.eval.runs.locks import hold_folder
+from llava.eval.runs.run_summary import summarise
+from llava.eval.runs.shard_answers import collect, merge, remove_answers
+from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint, and the conversation template it was trained with where its files may leave that open."""
+
+    checkpoint: str
+    conversation: str | None = None
+
+
+FAMILIES = {
+    "demo": Family("playground/llava-shapes-v1.5"),
+    "v1_5": Family("liuhaotian/llava-v1.5-7b"),
+    "v1_6": Family("liuhaotian/llava-v1.6-vicuna-7b"),
+    "v1_6_34B": Family("liuhaotian/llava-v1.6-34b", "chatml_direct"),
+}
+
+
+DATA_ROOT = REPOSITORY / "playground" / "data" / "eval"
+
+
+OUTPUT = REPOSITORY / "runs"
+
+
+BATCH_SIZE = 8
+
+
+class Run:
+    """One benchmark under one configuration of one checkpoint.
+
+    Answers that an earlier start of the same run left behind are used again: `todo` is what is missing.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        config: AdaVConfig,
+        checkpoint: EvalCheckpoint,
+        generation: Generation,
+        output: Path,
+        model_base: EvalCheckpoint | None = None,
+        limit: int | None = None,
+        subset: Subset | None = None,
+    ):
+        self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
+        self.generation, self.model_base = generation, model_base
+        self.samples = benchmark.load(limit, subset)
+        self.identity = {
+            "benchmark": benchmark.name,
+            "split": benchmark.split,
+            "part": benchmark.partial,
+            "checkpoint": checkpoint.identity,
+            "model_base": model_base and model_base.identity,
+            "configuration": config.to_dict(),
+            "generation": asdict(generation),
+            "questions": digest_of([[list(sample.key), sample.prompt] for sample in self.samples]),
+            "images": str(Path(benchmark.image_folder).resolve()),
+        }
+        if "table" in config.options:  # a file of numbers that the answers depend on
+            self.identity["table"] = digest_of(read_json(config.options["table"]))
+        self.asked = {"limit": limit, "subset": subset and subset.size, "seed": subset and subset.seed}
+        if not benchmark.partial:
+            self.asked = dict.fromkeys(self.asked)
+        self.tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
+        parts = [config.method, self.tokens]
+        if benchmark.split != benchmark.splits[0]:
+            parts.append(_safe(benchmark.split))
+        if subset and benchmark.partial:
+            parts.append(f"subset{len(self.samples)}")
+        digest = digest_of(self.identity) if checkpoint.folder else "DIGEST"  # a plan of what is not fetched yet
+        name = "-".join([*parts, digest])
+        self.folder = Path(output) / benchmark.name / _safe(checkpoint.short_name) / name
+        self.shards = self.folder / "shards"
+        self._lock: int | None = None
+        self.answered: dict[tuple, dict] = {}
+        self.errors: dict[tuple, str] = {}
+
+    def open(self, fresh: bool = False) -> None:
+        """Make or take up the folder: lock it, and read what is answered already (nothing if `fresh`)."""
+        with told_when_unwritable(self.folder):
+            self.shards.mkdir(parents=True, exist_ok=True)
+        self._lock = hold_folder(self.folder)
+        if fresh:
+            remove_answers(self.folder)
+        for path in self.shards.glob("shard-*.jsonl"):
+            with told_when_unwritable(path):
+                repair(path)
+        write_json(self.folder / "identity.json", self.identity)
+        write_json(self.folder / "adav_configs.json", self.config.to_dict())
+        self.refresh()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def lock(self) -> int:
+        """Shards inherit it, so that the folder stays locked while any of them lives."""
+        return self._lock
+
+    def todo(self) -> list[Sample]:
+        """Samples without an answer, those of one image together."""
+        return by_image([sample for sample in self.samples if sample.key not in self.answered])
+
+    def order(self, shard: int, samples: list[Sample], batch_size: int) -> WorkOrder:
+        """The work order of one shard: all that llava.eval.worker needs to know."""
+        return WorkOrder(
+            checkpoint=str(self.checkpoint.folder),
+            model_base=self.model_base and str(self.model_base.folder),
+            config=self.config,
+            generation=self.generation,
+            batch_size=batch_size,
+            image_folder=Path(self.benchmark.image_folder).resolve(),
+            answers=self.answers_of(shard).resolve(),
+            samples=tuple(OrderedSample(sample.key, sample.image, sample.prompt) for sample in samples),
+        )
+
+    def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
+        path = self.order_of(shard)
+        self.order(shard, samples, batch_size).write(path)
+        return path
+
+    def order_of(self, shard: int) -> Path:
+        return self.shards / f"order-{shard}.json"
+
+    def answers_of(self, shard: int) -> Path:
+        return self.shards / f"shard-{shard}.jsonl"
+
+    def refresh(self) -> None:
+        """Read again what the shards have answered."""
+        self.answered, self.errors = collect(self.shards)
+
+    def finish(self, partial: bool = False) -> dict:
+        """Merge and score. Raises UserError where an image was unreadable: nothing is scored then, unless `partial`
+        allows it to score the other questions and to say so."""
+        self.refresh()
+        samples = self._readable(partial)
+        left_out = {sample.key for sample in self.samples} - {sample.key for sample in samples}
+        answered = {key: row for key, row in self.answered.items() if key not in left_out}
+        rows = merge(samples, answered, self.merged, self.checkpoint.short_name, digest_of(self.identity))
+        score = self.benchmark.finish(samples, rows, self.folder)
+        write_json(self.folder / "score.json", score)
+        return score
+
+    @property
+    def merged(self) -> Path:
+        """Where all answers end."""
+        return self.folder / "merge.jsonl"
+
+    def _readable(self, partial: bool) -> list[Sample]:
+        """The samples to score: all, or those that share no group with one whose image cannot be read."""
+        bad = [sample for sample in self.samples if sample.key in self.errors]
+        if not bad:
+            return self.samples
+        if not partial:
+            sample = bad[0]
+            others = list(dict.fromkeys(s.image for s in bad if s.image != sample.image))
+            more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
+            raise UserError(
+                f'{self.benchmark.question_file}, {sample.place}: image "{sample.image}" cannot be read '
+                f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, "
+                "nothing is scored (--partial scores those)"
+            )
+        group = self.benchmark.group
+        groups = {group(sample) for sample in bad}
+        good = [sample for sample in self.samples if group(sample) not in groups]
+        asked = self.benchmark.partial or f"{len(self.samples):,} questions"
+        self.benchmark.partial = f"{len(good):,} questions without an unreadable image, out of {asked}"
+        return good
+
+    def earlier_code(self) -> list[str]:
+        """Digests of the code that earlier sessions answered with."""
+        path = self.folder / "run.json"
+        sessions = read_json(path).get("sessions", []) if path.is_file() else []
+        return [session["code"] for session in sessions if session.get("answered") and "code" in session]
+
+    def record(self, session: dict, score: dict | None) -> dict:
+        """Write run.json, adding `session` (one start of the command) to those before it."""
+        path = self.folder / "run.json"
+        before = read_json(path).get("sessions", []) if path.is_file() else []
+        report = {
+            "benchmark": self.benchmark.name,
+            "split": self.benchmark.split,
+            "part": self.benchmark.partial,
+            "asked": self.asked,
+            "tokens": self.tokens,
+            "checkpoint": {**self.checkpoint.identity, "folder": str(self.checkpoint.folder)},
+            "configuration": self.config.to_dict(),
+            "configuration_digest": self.config.digest,
+            "generation": asdict(self.generation),
+            "question_file": str(self.benchmark.question_file),
+            "questions": len(self.samples),
+            "commit": commit(),
+            "environment": environment(),
+            "sessions": [*before, session],
+            **summarise(list(self.answered.values())),
+            "score": score,
+            "published": score and self.benchmark.published(score),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(path, report)
+        return report
+
+
+def _safe(name: str) -> str:
+    """A checkpoint's name as a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "checkpoint"

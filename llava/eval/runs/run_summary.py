@@ -1,0 +1,59 @@
+"""What the rows of a run's shards add up to: tokens, time per stage, KV cache and memory. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+STAGES = ("image_decode", "vision_tower", "projector", "selection", "splice", "prefill", "decode")
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Measurements of a whole run, over all its sessions, from the rows of its answered samples.
+
+    Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
+    layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation;
+    FLOPs are predicted (llava.costs.flops), per sample.
+    """
+    if not rows:
+        return {}
+    before = [n for row in rows for n in row["total"]]
+    after = [n for row in rows for n in row["kept"]]
+    seen = [n for row in rows for n in row.get("layer_mean", row["kept"])]
+    counted = [row for row in rows if "prefill_flops" in row]  # rows of a run that an earlier version began have none
+    seconds: dict[str, float] = defaultdict(float)
+    for row in rows:
+        for stage, value in row["seconds"].items():
+            seconds[stage] += value
+    order = [*STAGES, *sorted(seconds.keys() - set(STAGES))]
+    report = {
+        "answered": len(rows),
+        "conversation": sorted({row["conversation"] for row in rows}),
+        "vision_tokens_per_image": {
+            "before": _mean(before),
+            "after": _mean(after),
+            "layer_mean": _mean(seen),
+            "images": len(after),
+        },
+        "prefill_flops_predicted": {
+            "mean": _mean([row["prefill_flops"] for row in counted]),
+            "questions": len(counted),
+        },
+        "new_tokens": {
+            "mean": _mean([row["new_tokens"] for row in rows]),
+            "total": sum(row["new_tokens"] for row in rows),
+        },
+        "seconds_per_stage": {stage: round(seconds[stage], 4) for stage in order if stage in seconds},
+    }
+    for name in ("kv_bytes_live", "kv_bytes_allocated", "kv_bytes_predicted"):
+        values = [row[name] for row in rows]
+        report[name] = {"mean": _mean(values), "max": max(values)}
+    report["peak_memory_bytes_per_shard"] = {
+        name.removeprefix("peak_"): max(row[name] for row in rows if name in row)
+        for name in ("peak_rss", "peak_cuda")
+        if any(name in row for row in rows)
+    }
+    return report
+
+
+def _mean(values: list) -> float | None:
+    return round(sum(values) / len(values), 3) if values else None

@@ -1,0 +1,31 @@
+"""Annotation files of benchmarks: read whole, and told in one sentence what is wrong with them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava.common.errors import UserError
+from llava.common.files import read_json
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@contextmanager
+def told_when_malformed(path: Path):
+    """Turn what a missing or odd field of an annotation raises into a UserError that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: an entry has no {error}, is this the benchmark's own file?") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: an entry is not as the benchmark writes it ({error})") from None
+
+
+def read_part(path: Path, name: str):
+    """The value of `name` in a JSON file that holds one object."""
+    whole = read_json(path)
+    if not isinstance(whole, dict) or name not in whole:
+        raise UserError(f'{path}: has no "{name}", is this the benchmark\'s own file?')
+    return whole[name]

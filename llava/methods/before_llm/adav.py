@@ -1,0 +1,96 @@
+"""AdaV (arXiv 2501.09532): saliency and closeness to the question, the budget split between them for each sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.methods.before_llm.adav_public import keep_public
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
+from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
+from llava.methods.before_llm.two_lists import TwoLists, unions_of_best
+
+
+def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) -> Tensor:
+    """How many of `budget` tokens to choose by text: the k_text in [floor, budget - floor] with the largest
+    (mass of the k_text best text scores) x (mass of the budget - k_text best saliencies); the smallest one on ties. A
+    tensor that holds it: nobody waits for the device here.
+
+    text_score, saliency: float32 [P]. Maximising the product of the masses maximises their geometric mean; a
+    constant factor on either list changes nothing.
+    """
+
+    def captured(scores):  # [budget + 1]: mass of the best 0, 1, .. budget tokens
+        best = scores[lowest_index_topk(scores, budget)]
+        # Summed in double: float32 scores then add up exactly, so that equal splits compare as equal.
+        return torch.nn.functional.pad(best.double().cumsum(0), (1, 0))
+
+    product = captured(text_score) * captured(saliency).flip(0)  # entry k: k by text, budget - k by saliency
+    product = product[floor : budget - floor + 1]
+    # Equal up to rounding is a tie: else the scale of a score would decide between splits that capture the same.
+    # Of equal ones argmax takes the first.
+    return floor + (product >= product.max() * (1 - 1e-9)).int().argmax()
+
+
+def sure_of(min_share: float, budget: int) -> int:
+    """How many of `budget` tokens each of the two lists is sure of."""
+    # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
+    return min(int(min_share * budget + 1e-6), budget // 2)
+
+
+@dataclass
+class AdaV(Selector):
+    """Self-adaptive cross-modal split (SCAR) over all tiles of an image together.
+
+    Two lists: text-to-image score (max over words of the softmax over patches of cos / temperature) and [CLS]
+    saliency. k_text + k_saliency = K maximises the product of the captured masses, each side with at least
+    floor(min_share * K); the union is filled up to exactly K patches where the lists overlap. Without text, saliency
+    alone. Needs no attention map of the LLM; the cost is one [m, P] cosine matrix.
+
+    min_share    0 .. 0.5, what each list is sure of
+    temperature  > 0, of the softmax over patches
+    compat       None, or "public": what the authors' code keeps, duplicates and rounding included (adav_public.py)
+
+    report: k_text, k_saliency, text_score [N], saliency_score [N] (NaN at newline tokens)
+    """
+
+    min_share: float = 0.25
+    temperature: float = 0.01
+    compat: str | None = None
+
+    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+        return self.keep_all([image], [text], [budget])[0]
+
+    def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        scores = [
+            (text_to_image(image, text, self.temperature) if len(text) else None, patch_saliency(image))
+            for image, text in zip(images, texts, strict=True)
+        ]
+        if self.compat == "public":
+            found = [
+                keep_public(image, *own, budget, self.min_share)
+                for image, own, budget in zip(images, scores, budgets, strict=True)
+            ]
+        else:
+            unions = unions_of_best([self._lists(*own, budget) for own, budget in zip(scores, budgets, strict=True)])
+            found = [(image.patches[kept], k_text) for image, (kept, k_text) in zip(images, unions, strict=True)]
+        return [
+            take(
+                image,
+                kept,
+                k_text=k_text,
+                k_saliency=len(kept) - k_text,
+                text_score=on_all_tokens(image, text_score),
+                saliency_score=on_all_tokens(image, saliency),
+            )
+            for image, (kept, k_text), (text_score, saliency) in zip(images, found, scores, strict=True)
+        ]
+
+    def _lists(self, text_score: Tensor | None, saliency: Tensor, budget: int) -> TwoLists:
+        """The two lists of one image; without text, saliency alone."""
+        if text_score is None:
+            return TwoLists(saliency, saliency, 0, budget)
+        split = best_split(text_score, saliency, budget, sure_of(self.min_share, budget))
+        return TwoLists(text_score, saliency, split, budget)

@@ -1,0 +1,18 @@
+"""no_image: no vision token at all. What the language model can guess from the question alone."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
+
+
+@dataclass
+class NoImage(Selector):
+    """Keeps none of the N tokens whatever the budget; the vision tower need not run."""
+
+    needs_image = False
+    uses_budget = False
+
+    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+        return take(image, image.patches[:0])

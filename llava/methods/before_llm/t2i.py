@@ -1,0 +1,22 @@
+"""t2i: the patches that are closest to the words of the question (one half of AdaV, arXiv 2501.09532)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llava.methods.before_llm.base import ImageTokens, Selection, Selector, lowest_index_topk, take
+from llava.methods.before_llm.scores import patch_saliency, text_to_image
+
+
+@dataclass
+class T2I(Selector):
+    """Top K patches by text-to-image score, over all tiles together; without text, by saliency.
+
+    temperature  > 0, of the softmax over patches
+    """
+
+    temperature: float = 0.01
+
+    def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
+        score = text_to_image(image, text, self.temperature) if len(text) else patch_saliency(image)
+        return take(image, image.patches[lowest_index_topk(score, budget)])

@@ -1,0 +1,95 @@
+"""FitPrune (arXiv 2409.10197): every layer drops some image tokens, as many as a fitted table says."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.common.errors import UserError
+from llava.methods.attention_rows import RowAttention
+from llava.methods.inside_llm.base import Dropper, ImageSlots
+from llava.methods.inside_llm.fitprune_tables import Table, nearest_in_share, read_tables, with_ratio
+from llava.methods.inside_llm.plan import INSIDE, Cut, largest_remainder
+
+
+@dataclass(frozen=True)
+class FitPrune(Dropper):
+    """Inside each layer, after its attention and before its MLP, the tokens of the lowest score go.
+
+    ratio: the table for this FLOPs reduction in percent instead of a budget (shipped: 10 to 90 of LLaVA-1.5-7B, 40 and
+        60 of LLaVA-1.6-7B), its counts taken as shares of n and rounded down, as the authors do.
+    table: a table file of `llava.analysis.fit_fitprune_table` instead of the shipped ones.
+    Without `ratio`, the table whose dropped share is nearest is scaled to n - k by largest remainder.
+
+    With M the maximum over heads of a layer's attention: a token's score is the mean of M over the image's queries
+    times the sum of M over the queries of its text (text_scope; the prompt's last token where it has none). Reads all
+    these rows, in chunks: about as many products as half of the layer's own attention, in float32 and without flash
+    kernels, so this method saves less time than FLOPs. Survivors keep their positions. A layer's cache holds what was
+    there before its cut.
+    """
+
+    ratio: float | None = None
+    table: str | None = None
+
+    place = INSIDE
+
+    def __post_init__(self):
+        self._states_every_cut("ratio")
+        ratios = sorted({table.ratio for table in self._tables()})
+        if self.ratio is not None and self.ratio not in ratios:
+            where = self.table or "the shipped tables"
+            raise UserError(
+                f"options.ratio is {self.ratio:g}, but {where} are for {', '.join(f'{r:g}' for r in ratios)} %"
+            )
+
+    def _tables(self) -> tuple[Table, ...]:
+        return read_tables(self.table)
+
+    def check(self, model_config) -> None:
+        super().check(model_config)
+        sizes = (model_config.num_hidden_layers, model_config.hidden_size, model_config.intermediate_size)
+        tables = self._tables()
+        if all(table.sizes != sizes for table in tables):
+            fitted = " and ".join(sorted({table.model for table in tables}))
+            warnings.warn(
+                f"no FitPrune table was fitted on an LLM of {sizes[0]} layers of {sizes[1]} and {sizes[2]}: that of "
+                f"{fitted} is used, stretched over its depth; llava.analysis.fit_fitprune_table fits one",
+                stacklevel=2,
+            )
+
+    def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
+        table = nearest_in_share(self._tables(), (n - k) / n, n)
+        return _cuts(largest_remainder(table.over(layers), n - k), n)
+
+    def explicit(self, n: int, layers: int) -> tuple[Cut, ...] | None:
+        if self.ratio is None:
+            return None
+        table = with_ratio(self._tables(), self.ratio, n)
+        return _cuts([math.floor(drop * n / table.image_tokens + 1e-6) for drop in table.over(layers)], n)
+
+    def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
+        within, across = shares(attention, image)
+        return within * across
+
+
+def shares(attention: RowAttention, image: ImageSlots) -> tuple[Tensor, Tensor]:
+    """What each of the image's slots gets of the head-wise maximum of attention, [count] each.
+
+    From the image's own queries in the mean, and from `image.queries` in the sum.
+    """
+    own = torch.arange(image.start, image.start + image.count, device=image.queries.device)
+    within = image.of(attention.head_max_sum(own)) / image.count
+    return within, image.of(attention.head_max_sum(image.queries))
+
+
+def _cuts(drops: list[int], n: int) -> tuple[Cut, ...]:
+    cuts, left = [], n
+    for layer, drop in enumerate(drops):
+        if drop:
+            left -= drop
+            cuts.append(Cut(layer, left))
+    return tuple(cuts)

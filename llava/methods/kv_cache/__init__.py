@@ -1,0 +1,38 @@
+"""Which keys and values are stored and read during decoding: one file per policy, chosen by the configuration.
+
+    policy = config.make_cache_policy()                # full, avl or h2o, as the switches of adav_configs.json say
+    policy.plan(counts).stored(step=64)                # entries of one layer after 64 decode steps
+
+Importing this package imports no torch. CACHES and the classes are imported when they are first asked for.
+`Caching` belongs to one request and makes the `AdaptiveCache` that decoding runs on; the loop that runs it is
+llava/model/decoding/layer_loop.py, the attention over what a policy leaves is llava/kernels/decode_attention.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llava.methods.lazy_names import LazyNames
+
+if TYPE_CHECKING:
+    from llava.methods.kv_cache.base import CachePolicy
+
+__all__ = ["CACHES", "CachePolicy", "cache_names"]
+
+# policy name -> file and class. A new policy is one file and one line here.
+_CLASSES = {
+    "full": "full:Full",
+    "h2o": "h2o:H2O",
+    "avl": "avl:AVL",
+}
+_OTHERS = {
+    "CachePolicy": "base:CachePolicy",
+}
+
+
+__getattr__ = _names = LazyNames(__name__, "CACHES", _CLASSES, _OTHERS)
+
+
+def cache_names() -> tuple[str, ...]:
+    """Names of all policies, without importing torch; what a user added to CACHES is included."""
+    return _names.names()

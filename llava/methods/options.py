@@ -1,0 +1,102 @@
+"""What the value of an option may be: one table of rules, for the configuration file and for every method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llava.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be: a test and the words that describe it."""
+
+    allowed: str
+    test: Callable[[Any], bool]
+
+
+def iswhole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole(minimum: int, also: int | None = None) -> Rule:
+    words = f"a whole number of at least {minimum}" + ("" if also is None else f", or {also}")
+    return Rule(words, lambda v: iswhole(v) and (v >= minimum or v == also))
+
+
+def one_of(*values) -> Rule:
+    return Rule("one of " + ", ".join(json.dumps(v) for v in values), lambda v: isinstance(v, str) and v in values)
+
+
+def _is_keep_list(value) -> bool:
+    """Three counts, or three shares, that never rise."""
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    counts = all(iswhole(v) and v >= 1 for v in value)
+    shares = all(isinstance(v, float) and 0 < v < 1 for v in value)
+    return (counts or shares) and value == sorted(value, reverse=True)
+
+
+BOOL = Rule("true or false", lambda v: isinstance(v, bool))
+
+
+RATE = Rule("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1)
+
+
+SHARE = Rule("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
+
+
+OPTIONAL_SHARE = Rule("a number from 0 to 1, or null", lambda v: v is None or SHARE.test(v))
+
+
+OBJECT = Rule("an object of method options", lambda v: isinstance(v, dict))
+
+
+# Options of methods and of the image path, by name. A method's own dataclass says which of them it takes
+# (llava.methods.before_llm); what a value may be is said here, once, so that it is checked without torch.
+OPTION_RULES: dict[str, Rule] = {
+    "min_share": Rule("a number from 0 to 0.5", lambda v: is_number(v) and 0 <= v <= 0.5),
+    "temperature": Rule("a number above 0", lambda v: is_number(v) and 0 < v < float("inf")),
+    "compat": Rule('"public" or null', lambda v: v is None or v == "public"),
+    "seed": whole(0),
+    "dominant": whole(1),
+    "contextual": whole(0),
+    "relevance": one_of("clip", "embeddings"),
+    "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
+    "theta": RATE,
+    "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
+    "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
+    "positions": one_of("reindexed", "original"),
+    "text_scope": one_of("after", "turn"),
+    "anyres": one_of("official", "fastervlm"),
+    "layer": whole(1),
+    "ratio": Rule("a percentage above 0 and below 100", lambda v: is_number(v) and 0 < v < 100),
+    "keep": Rule(
+        "a list of three counts of at least 1, or of three shares below 1, none above the one before it", _is_keep_list
+    ),
+    "version": one_of("1.0", "2.0"),
+    "table": Rule("the path of a FitPrune table file", lambda v: isinstance(v, str) and v != ""),
+    "budget": one_of("last", "mean"),
+}
+
+
+# Options that every method takes: they steer the path around the selector, not the selector.
+COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
+
+
+def check_options(method) -> None:
+    """UserError where an option of a method, which is a dataclass whose fields are its options, is out of its range.
+
+    A default needs no check: None means that the option is not set.
+    """
+    for option in fields(method):
+        value, rule = getattr(method, option.name), OPTION_RULES.get(option.name)
+        if rule is not None and value is not option.default and not rule.test(value):
+            raise UserError(f"option {option.name!r} is {value!r}, allowed is {rule.allowed}")

@@ -1,0 +1,173 @@
+"""generate() from a PreparedPrompt: what transformers is given in prefill and in every step, and which cache it runs on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMode
+
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
+from llava.model.decoding.adaptive_cache import AdaptiveCache, Caching
+from llava.model.decoding.prefill import prefill
+from llava.model.decoding.prepared import PreparedPrompt
+
+
+class LlavaGeneration:
+    """Mixin for a causal LM with `prepare` (llava_arch): generate() on prompts with images."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids=None,
+        images=None,
+        image_sizes=None,
+        attention_mask=None,
+        *,
+        prepared: PreparedPrompt | None = None,
+        prompt_ids: Tensor | None = None,
+        config: AdaVConfig | None = None,
+        **generation_kwargs,
+    ):
+        """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
+
+        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
+        prompt_ids: [B, P] a spelling of the prompts in token ids. Processors of logits, stopping criteria and streamers
+            then see it before the new tokens, max_length counts it, and the result is [B, P + T].
+        """
+        if prepared is None:
+            prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
+        self.last_selection = [selection for row in prepared.selections for selection in row]
+        output = super().generate(
+            prompt_ids,
+            prompt_length=0 if prompt_ids is None else prompt_ids.shape[1],
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            position_offset=prepared.position_offset,
+            dropping=prepared.dropping,
+            caching=prepared.caching if prepared.caching.adaptive else None,
+            **generation_kwargs,
+        )
+        _report_survivors(prepared)
+        return output
+
+    def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
+        """Run the prompts of a batch through the LLM into an empty cache of `prepared.caching`.
+
+        Returns [B, V] float32 logits of each row's first new token; those of the other positions are not computed.
+        """
+        if prepared.dropping is None:
+            return prefill(self, prepared, cache)
+        output = self.model(
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            past_key_values=cache,
+            dropping=prepared.dropping,
+        )
+        _report_survivors(prepared)
+        return self.lm_head(output.last_hidden_state[:, -1]).float()
+
+    def decode_step(self, tokens: Tensor, cache: AdaptiveCache) -> Tensor:
+        """tokens [B], fed to a prefilled cache whose begin_step() has been called -> [B, V] float32 logits.
+
+        Nothing in it needs the host, so that it can be captured as a CUDA graph.
+        """
+        hidden = self.model.step(self.get_input_embeddings()(tokens[:, None]), cache)
+        return self.lm_head(self.model.norm(hidden[:, -1])).float()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        inputs_embeds=None,
+        position_offset=None,
+        dropping=None,
+        caching=None,
+        prompt_length=0,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
+
+        It forwards only what is named here; `dropping` and `caching` go with every step, `prompt_length` with none.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + position_offset
+        if dropping is not None:
+            inputs["dropping"] = dropping
+        if caching is not None:
+            inputs["caching"] = caching
+        return inputs
+
+    def _prepare_generated_length(
+        self,
+        generation_config,
+        has_default_max_length,
+        has_default_min_length,
+        model_input_name,
+        input_ids_length,
+        inputs_tensor,
+    ):
+        """transformers' hook: lengths count the prompt as its ids spell it, where there are ids, not as it was spliced."""
+        return super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            has_default_min_length=has_default_min_length,
+            model_input_name="input_ids" if input_ids_length else model_input_name,
+            input_ids_length=input_ids_length,
+            inputs_tensor=inputs_tensor,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """transformers' hook, called once it knows how many tokens there may be: a request with `caching` gets its cache."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and model_kwargs["prompt_length"]:
+            raise UserError(
+                "assisted generation (prompt lookup) does not go with a prompt whose ids are not what the LLM reads: it "
+                "counts cache entries by them"
+            )
+        caching: Caching | None = model_kwargs.get("caching")
+        if caching is None:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UserError(
+                f"an adaptive KV cache does not go with {generation_mode.value.replace('_', ' ')}, allowed are greedy "
+                "search and sampling: entries that one continuation evicts are gone for the others"
+            )
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            if getattr(generation_config, name) is not None:
+                raise UserError(
+                    f"{name} is {getattr(generation_config, name)!r}, which does not go with an adaptive KV cache: "
+                    "leave it out"
+                )
+        if model_kwargs.get("past_key_values") is None:
+            # One step fewer than new tokens: the last one is never fed back.
+            steps = generation_config.max_length - 1 - model_kwargs["prompt_length"]
+            model_kwargs["past_key_values"] = caching.cache(steps)
+
+
+def _report_survivors(prepared: PreparedPrompt) -> None:
+    """After prefill: where each cut inside the LLM was and what it has left of each image, in its selection's report."""
+    if prepared.dropping is None:
+        return
+    for row, selections in enumerate(prepared.selections):
+        for image, selection in enumerate(selections):
+            selection.report["survivors"] = prepared.dropping.survivors(row, image)
+            selection.report["cuts"] = prepared.dropping.places(row, image)
+
+
+def check_cache(cache, caching: Caching) -> None:
+    """UserError where a request with `caching` comes with a cache that it did not make."""
+    if not isinstance(cache, AdaptiveCache) or cache.caching is not caching:
+        found = "none" if cache is None else f"a {type(cache).__name__} of another making"
+        raise UserError(
+            f"the prompt was prepared for an adaptive KV cache, but past_key_values is {found}; allowed is "
+            "prepared.caching.cache(steps)"
+        )

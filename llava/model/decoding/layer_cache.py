@@ -1,0 +1,277 @@
+"""One layer's stored keys and values: slots that are filled once, and int32 lists of those that a step reads.
+
+Slots of a row: [front | image entries that stay, in order | evictable region]. All tensors are views into the CacheTensors
+of the request (tensors.py); a step writes one entry and rewrites lists and counters in place, so it needs no copy of the
+cache, no allocation that lasts, and nothing from the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import CacheLayerMixin
+
+from llava.common.errors import UserError
+from llava.kernels.decode_attention import decode_attention
+from llava.kernels.evict import evict
+from llava.kernels.rank_core import rank_core
+from llava.kernels.rotate_append import rotate_append
+from llava.methods.attention_rows import RowAttention
+from llava.methods.before_llm.base import lowest_index_topk
+from llava.methods.kv_cache.base import CachePolicy, LayerPlan, RowSpans
+from llava.methods.kv_cache.full import Full
+
+
+class Regions:
+    """Where the parts of each row lie, for layers that see the same of it.
+
+    rows: what is in them; starts: from which slot of the padded batch on. indices: per row, positions in the row of the
+    text before the first image, of the image tokens and of the text behind the first image's start (RowSpans.regions);
+    they go to the device in one copy. None without with_indices.
+    """
+
+    def __init__(self, rows: Sequence[RowSpans], starts: Sequence[int], device: torch.device, with_indices: bool):
+        self.rows, self.starts, self.indices = list(rows), list(starts), None
+        if with_indices:
+            parts = [row.regions() for row in rows]
+            flat = torch.cat([part for row in parts for part in row])
+            if device.type == "cuda":
+                flat = flat.pin_memory()
+            pieces = iter(flat.to(device, non_blocking=True).split([len(part) for row in parts for part in row]))
+            self.indices = [tuple(next(pieces) for _ in row) for row in parts]
+
+
+class _Entries(NamedTuple):
+    """What stays of one row: slots [G, n] of the row, in storage order; which of its image tokens [n] stay, ascending; the
+    core [c] among those; scores [G, t] of the evictable ones, where they are ranked."""
+
+    index: Tensor
+    image: Tensor
+    core: Tensor
+    scores: Tensor | None
+
+
+GONE = (
+    "the storage of this KV cache went to a later request of the same engine; read a cache before the next request, or "
+    "make the engine with graphs=False"
+)
+# The views that use_tensors binds, by name.
+TENSORS = (
+    *("keys", "values", "front_len", "image_len", "core_len", "text_len", "image", "core", "text"),
+    *("scores", "total", "recent", "step"),
+)
+
+
+class LayerCache(CacheLayerMixin):
+    """Keys and values of one layer for a batch, under one policy.
+
+    After prefill: keys, values [B, G, C, d]; plans: per row, its counts; stayed: per row, which of the image tokens that
+    the layer saw are stored, int32 [n] ascending (no list under Full, which stores all of them); front_len, image_len, core_len int32 [B];
+    image, core int32 [B, N] slots of all stored and of the core's image entries; text int32 [B, G, T]: the slots of the
+    evictable region, live ones first and oldest first, then the slot that the next entry will take; text_len int32
+    [B, G]. AdaptiveCache.advance counts a step's entry in text_len before the step writes it.
+    """
+
+    is_sliding = False
+
+    def __init__(self, policy: CachePolicy):
+        super().__init__()
+        self.policy, self._scorer = policy, policy.scorer
+        self.plans: Sequence[LayerPlan] = ()
+        self.stayed: list[Tensor] = []
+        self.side = (
+            None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
+        )
+        self.update_step = False  # whether the step at hand re-ranks the core; set by AdaptiveCache.begin_step
+        self._gone = False
+
+    # --- the tensors ---------------------------------------------------------------------------------------------
+
+    def use_tensors(self, tensors: dict[str, Tensor], plans: Sequence[LayerPlan]) -> None:
+        """Take the views of one layer (CacheTensors.of_layer), whose lists stand as `plans` [B] have them."""
+        self.plans = plans
+        vars(self).update(tensors)
+
+    def drop_tensors(self) -> None:
+        """Forget the views, which belong to a later request now."""
+        for name in TENSORS:
+            vars(self).pop(name, None)
+        self._gone = True
+
+    def __getattr__(self, name: str):
+        if name in TENSORS and vars(self).get("_gone"):
+            raise UserError(GONE)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a decode step reads or changes, by name."""
+        return {name: getattr(self, name) for name in TENSORS if name in vars(self)}
+
+    # --- what transformers asks of a cache layer -----------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: storage is allocated before `fill`, when it is known what stays."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """In prefill the keys and values as they are; in a decode step all storage, the new entry [B, G, 1, d] in it."""
+        if not self.is_initialized:
+            return key_states, value_states
+        slot = self._newest().expand(-1, key_states.shape[1], 1, key_states.shape[-1])
+        self.keys.scatter_(2, slot, key_states)
+        self.values.scatter_(2, slot, value_states)
+        return self.keys, self.values
+
+    def _newest(self) -> Tensor:
+        """[B, G or 1, 1, 1] the slot of the step's own entry."""
+        return self.text.gather(2, self.text_len[..., None].long() - 1).long()[..., None]
+
+    def append(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """A decode step's query [B, 1, H, d], key and value [B, 1, G, d], before rotation: store the entry and return the
+        rotated query [B, H, 1, d]. cos, sin [B, 1, d]: sin with rotate_half's sign."""
+        return rotate_append(query, key, value, cos, sin, self.keys, self.values, self.text, self.text_len)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0  # asked in prefill alone: a decode step reads lists, not a mask
+
+    def get_seq_length(self) -> int:
+        """Slots of a row. (How many tokens there have been, AdaptiveCache.get_seq_length says.)"""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise UserError("an adaptive KV cache does not go with beam search: beams cannot exchange what they evicted")
+
+    # --- prefill -------------------------------------------------------------------------------------------------
+
+    def fill(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, regions: Regions) -> None:
+        """Store what stays of a prompt: query [B, H, S, d], key, value [B, G, S, d], rotated, padded on either side.
+
+        Scores are computed here, from the rows of attention that the policy reads.
+        """
+        if isinstance(self.policy, Full):
+            self._fill_whole(key, value, regions)
+        else:
+            self._fill_chosen(query, key, value, scaling, regions)
+        self.is_initialized = True
+
+    def _fill_whole(self, key: Tensor, value: Tensor, regions: Regions) -> None:
+        """Nothing is evicted, now or later: rows are stored as they are, without their padding.
+
+        What a row leaves in the slots behind its own tokens is overwritten by the tokens that follow, before it is read.
+        """
+        if key.data_ptr() == self.keys.data_ptr():
+            return  # the layer's attention has written them here
+        slots = min(key.shape[2], self.keys.shape[2])
+        for storage, states in ((self.keys, key), (self.values, value)):
+            if not any(regions.starts):
+                storage[:, :, :slots] = states[:, :, :slots]
+                continue
+            for b, (row, start) in enumerate(zip(regions.rows, regions.starts, strict=True)):
+                storage[b, :, : row.length] = states[b, :, start : start + row.length]
+
+    def _fill_chosen(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, regions: Regions) -> None:
+        """The policy chooses row by row; all rows are stored by one gather."""
+        chosen = []
+        for b, (plan, row, start, parts) in enumerate(
+            zip(self.plans, regions.rows, regions.starts, regions.indices, strict=True)
+        ):
+            own = slice(start, start + row.length)
+            attention = RowAttention(query[b, :, own], key[b, :, own], scaling)
+            chosen.append(_choose(self.policy, plan, attention, key.shape[1], parts))
+        self.stayed = [entries.image.int() for entries in chosen]
+        index = _padded([entries.index + start for entries, start in zip(chosen, regions.starts, strict=True)])
+        slots, index = index.shape[-1], index[..., None].expand(-1, -1, -1, key.shape[-1])
+        self.keys[:, :, :slots] = key.gather(2, index)
+        self.values[:, :, :slots] = value.gather(2, index)
+        if self.core.shape[1]:
+            core = _padded([plan.front + entries.core for plan, entries in zip(self.plans, chosen, strict=True)])
+            self.core[:, : core.shape[1]] = core
+        if self._scorer is not None:
+            scores = _padded([entries.scores for entries in chosen])
+            self.scores[..., : scores.shape[2]] = scores
+
+    # --- decoding ------------------------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """Attention of the new tokens, query [B, H, 1, d], over what the step reads -> [B, 1, H, d].
+
+        `update` or `append` has stored their entries. What is evicted or re-ranked is so by the attention of this very
+        step.
+        """
+        asked = (self.update_step, self._scorer is not None)
+        core, core_len = (self.image, self.image_len) if self.update_step else (self.core, self.core_len)
+        found = decode_attention(
+            query[:, :, 0],
+            self.keys,
+            self.values,
+            self.front_len,
+            core,
+            core_len,
+            self.text,
+            self.text_len,
+            scale=scaling,
+            scores={(False, False): False, (True, False): "core", (False, True): "text", (True, True): True}[asked],
+        )
+        if self.update_step and self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(query.device))
+            with torch.cuda.stream(self.side):
+                self._rank(found.core_scores)
+            found.core_scores.record_stream(self.side)
+        elif self.update_step:
+            self._rank(found.core_scores)
+        if self._scorer is not None:
+            rule, quantile = self._scorer.kernel_rule
+            evict(
+                *(self.scores, found.text_scores, self.text, self.text_len, self.total, self.recent, self.step),
+                rule=rule,
+                quantile=quantile,
+            )
+        return found.out[:, None]
+
+    def _rank(self, scores: Tensor) -> None:
+        """The core anew, from scores [B, N] of all stored image entries."""
+        rank_core(scores, self.image, self.image_len, self.core, self.core_len)
+
+    def stored(self, row: int, step: int) -> int:
+        """Entries of one row after `step` decode steps."""
+        return self.plans[row].stored(step)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[B, ..., n] of B tensors [..., n_b], those that are shorter padded at the end with zeros."""
+    longest = max(row.shape[-1] for row in rows)
+    return torch.stack([row if row.shape[-1] == longest else pad(row, (0, longest - row.shape[-1])) for row in rows])
+
+
+def _choose(
+    policy: CachePolicy, plan: LayerPlan, attention: RowAttention, heads: int, regions: list[Tensor]
+) -> _Entries:
+    """What stays of one row: its regions as slots of the row (RowSpans.regions), `heads` KV heads."""
+    before, image, text = regions
+    if policy.whole:
+        before, image, text = before[:0], image[:0], torch.cat(regions).sort().values
+    stay = plan.image if policy.interval > 0 else plan.front - len(before)
+    held, core = (torch.arange(count, device=image.device) for count in (len(image), plan.core))
+    if stay < len(image) or plan.core < plan.image:
+        paid = attention.mean(attention.last())[image]
+        best = lowest_index_topk(paid, stay)
+        held = best.sort().values
+        core = torch.searchsorted(held, best[: plan.core].sort().values)
+        image = image[held]
+    scores, text = None, text.expand(heads, -1)
+    if policy.scorer is not None:
+        scores, count, left = policy.scorer.start(attention, heads, text[0]), text.shape[1], plan.text(0)
+        if left < count:
+            old = count - policy.budget(plan.prompt, plan.prompt).recent
+            kept = lowest_index_topk(scores[:, :old], left - (count - old)).sort(dim=1).values
+            recent = torch.arange(old, count, device=text.device).expand(heads, -1)
+            kept = torch.cat([kept, recent], dim=1)
+            scores, text = scores.gather(1, kept), text.gather(1, kept)
+    index = torch.cat([before.expand(heads, -1), image.expand(heads, -1), text], dim=1)
+    return _Entries(index, held, core, scores)

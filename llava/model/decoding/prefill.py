@@ -1,0 +1,195 @@
+"""Prefill of whole prompts: rows padded on the right, so that causal attention needs no mask.
+
+What stands behind a row's last token is seen by nobody before it. A batch of rows of any lengths thus takes the fast
+path of SDPA, and a prompt may be padded to one of few lengths, for which prefill is captured as a CUDA graph: at a few
+hundred tokens a GPU waits for Python between the kernels of a layer. Prompts whose vision tokens go between layers have
+their own loop (decoder.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llava.model.decoding.adaptive_cache import AdaptiveCache
+from llava.model.decoding.decode_step import Stepper
+from llava.model.decoding.prepared import PreparedPrompt
+from llava.model.graphs import Store, capture
+
+# Where prefill is captured, prompts are padded to a multiple of this: at a fixed budget of vision tokens lengths differ by
+# the question's words alone, so that a few lengths are enough for all.
+MULTIPLE = 64
+# Tokens of a padded batch up to which prefill is captured. The buffers of a graph hold queries, keys and values of all layers:
+# 0.8 GB for a 7B in 16 bits; and with more tokens the kernels take longer than Python does to launch them.
+CAPTURED = 1024
+
+
+@torch.inference_mode()
+def prefill(model, prepared: PreparedPrompt, cache: AdaptiveCache, stepper: Stepper | None = None) -> Tensor:
+    """Run a batch without `dropping` through the LLM into an empty cache. Returns [B, V] float32 logits of each row's
+    first new token. stepper: the model's, where its fused layers are to be used; None calls the layers as they are."""
+    hidden, positions = _right(prepared.inputs_embeds, prepared), _right(prepared.position_ids, prepared)
+    cache.begin_prefill(*hidden.shape[:2], right=True)
+    return _run(model, stepper, hidden, positions, _last(prepared, hidden.device), cache)
+
+
+class StaticPrefill:
+    """prefill() in buffers of one shape: batch rows, padded to `length` tokens.
+
+    captures: whether it becomes a CUDA graph. The first call then runs plainly (it compiles kernels and sets up libraries,
+    which must not happen under capture), the second captures, and from there on the graph is replayed.
+    """
+
+    busy = False
+
+    def __init__(self, model, batch: int, length: int, stepper: Stepper | None = None, captures=True, pool=None):
+        self._stepper = stepper
+        embedding = model.get_input_embeddings().weight
+        self.model, self._captures, self._pool, self._calls = model, captures, pool, 0
+        self._hidden = embedding.new_zeros(batch, length, embedding.shape[1])
+        self._positions = torch.zeros(batch, length, dtype=torch.long, device=embedding.device)
+        self._last = torch.zeros(batch, dtype=torch.long, device=embedding.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._seen: _Seen | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, length) of the buffers."""
+        return tuple(self._positions.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, and of what the graph leaves in its own."""
+        return self._hidden.nbytes + self._positions.nbytes + (0 if self._seen is None else self._seen.nbytes)
+
+    @torch.inference_mode()
+    def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
+        """As prefill(); no row is longer than the buffers. The logits are valid until the next call."""
+        _right(prepared.inputs_embeds, prepared, self._hidden)
+        _right(prepared.position_ids, prepared, self._positions)
+        self._last.copy_(_last(prepared, self._last.device))
+        self._calls += 1
+        if self._graph is None and self._captures and self._calls > 1:
+            self._graph = capture(self._run, self._pool)
+            self._captures = self._graph is not None
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run()
+        cache.begin_prefill(len(self._hidden), max(prepared.lengths), right=True)
+        self._seen.give(cache)
+        if self._graph is None:
+            self._seen = None
+        return self._logits
+
+    def _run(self) -> None:
+        self._seen = _Seen(len(self.model.model.layers))
+        self._logits = _run(self.model, self._stepper, self._hidden, self._positions, self._last, self._seen)
+
+
+class StaticPrefills:
+    """A StaticPrefill for every shape that comes again, in a Store that bounds their bytes."""
+
+    def __init__(self, model, store: Store, stepper: Stepper | None = None, captures: bool = True, pool=None):
+        self._model, self._store, self._how = model, store, (stepper, captures, pool)
+
+    def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor | None:
+        """None where the prompts are not for it: tokens go between layers, or there are too many to gain by it."""
+        shape = len(prepared.lengths), padded(prepared.lengths)
+        if prepared.dropping is not None or shape[0] * shape[1] > CAPTURED:
+            return None
+        kept = self._store.get(("prefill", *shape))
+        if kept is None:
+            kept = StaticPrefill(self._model, *shape, *self._how)
+            self._store.put(("prefill", *shape), kept)
+        return kept(prepared, cache)
+
+
+def padded(lengths: Sequence[int]) -> int:
+    """Tokens that rows of these lengths are padded to where prefill is captured."""
+    return -(-max(lengths) // MULTIPLE) * MULTIPLE
+
+
+class _Seen:
+    """Takes the place of a cache while layers run: holds what each one's attention saw, for a cache to be filled with."""
+
+    steps = 0
+
+    def __init__(self, layers: int):
+        self._count = layers
+        self._kv: Tensor | None = None  # [2, L, B, G, S, d], where the layers write into it
+        self._layers: list[tuple[Tensor, Tensor, Tensor, float]] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for query, key, value, _ in self._layers for tensor in (query, key, value))
+
+    def update(self, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def room_for(self, layer: int, key: Tensor) -> Tensor:
+        """[2, B, G, S, d] for a layer's keys and values, given its keys [B, S, G, d] before rotation."""
+        if self._kv is None:
+            batch, length, heads, size = key.shape
+            self._kv = key.new_empty(2, self._count, batch, heads, length, size)
+        return self._kv[:, layer]
+
+    def fill(self, layer: int, *seen) -> None:
+        self._layers.append(seen)
+
+    def give(self, cache: AdaptiveCache) -> None:
+        """Fill an empty cache, whose begin_prefill has been called."""
+        if self._kv is not None and cache.fill_all(self._kv):
+            return
+        for number, seen in enumerate(self._layers):
+            cache.fill(number, *seen)
+
+
+def _run(model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last: Tensor, cache) -> Tensor:
+    """hidden [B, S, D], positions [B, S], last [B]: slot of each row's last token -> its logits [B, V]."""
+    base = model.model
+    base.refuse_attention(hidden.shape[1])
+    if stepper is not None and stepper.fused:
+        return stepper.prefill(hidden, positions, last, cache)
+    rope = base.rotary_emb(hidden, position_ids=positions)
+    for layer in base.layers:
+        hidden = layer(
+            hidden,
+            attention_mask=None,
+            position_embeddings=rope,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            adaptive=cache,
+        )
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return model.lm_head(base.norm(hidden[rows, last.to(hidden.device)])).float()
+
+
+def _right(padded_left: Tensor, prepared: PreparedPrompt, out: Tensor | None = None) -> Tensor:
+    """[B, S, ...], padded on the left -> on the right, into `out` [B, >= S, ...] where it is given.
+
+    What stands behind a row's last token is some other of its tokens: nothing reads what is computed there.
+    """
+    total = padded_left.shape[1]
+    if min(prepared.lengths) < total:
+        at = torch.arange(total).expand(len(prepared.lengths), -1)
+        index = (at + total - torch.tensor(prepared.lengths)[:, None]) % total
+        index = _to(index, padded_left.device)
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        padded_left = padded_left[rows, index]
+    if out is None:
+        return padded_left
+    out[:, :total] = padded_left
+    return out
+
+
+def _last(prepared: PreparedPrompt, device: torch.device) -> Tensor:
+    return _to(torch.tensor(prepared.lengths) - 1, device)
+
+
+def _to(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on the device, without waiting for it."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

@@ -1,0 +1,84 @@
+"""PreparedPrompt: a batch that is ready for the LLM, and all that belongs to its request; and the clock that times it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.methods.before_llm import Selection
+from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.dropping import Dropping
+
+
+@dataclass
+class PreparedPrompt:
+    """A batch that is ready for the LLM. B rows, padded left to S.
+
+    inputs_embeds [B, S, D]; attention_mask [B, S]; position_ids [B, S] (0 in the padding); labels [B, S] or None
+    selections        per row, per image: what was kept
+    image_spans       per row, per image: (start, length) in the padded row
+    lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
+    position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
+    dropping          which of the image tokens go between LLM layers; None where all of them stay
+    caching           how keys and values are kept
+    clock             what timed the stages before the LLM
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    selections: list[list[Selection]]
+    image_spans: list[list[tuple[int, int]]]
+    lengths: list[int]
+    unpruned_lengths: list[int]
+    position_offset: Tensor
+    dropping: Dropping | None = None
+    caching: Caching | None = None
+    clock: StageClock | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time per stage: vision_tower, projector, selection, splice. Waits for the device where it is not done."""
+        return {} if self.clock is None else self.clock.seconds
+
+
+class StageClock:
+    """Seconds per stage. On a GPU, of the device: events at the borders of stages, which are read when the seconds are
+    asked for, so that neither host nor device waits for the other before.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str, on_host: bool = False):
+        """Time what is done within it. on_host: it is work of the host, such as reading a file."""
+        if self._cuda and not on_host:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._open.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - start)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, in the order in which they were first entered."""
+        for name, begin, end in self._open:
+            end.synchronize()
+            self._add(name, begin.elapsed_time(end) / 1000)
+        self._open = []
+        return self._seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds

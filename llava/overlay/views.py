@@ -1,0 +1,209 @@
+"""Views of one image under its tiles: patches drawn where they were cut out, by whether they are kept, a score or a class.
+
+An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a square,
+and the crops put back where they were cut. Geometry comes from the TilePlan that cut the image; nothing here knows a
+model. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from llava.methods.before_llm import Selection
+    from llava.mm_utils import TilePlan
+
+VIEW, THUMBNAIL = 384, 240  # pixels: the longer side of a view of the crops (or the only tile), of tile 0 beside crops
+DARK = 0.3  # brightness that a dropped patch keeps
+OUTLINE = (255, 214, 0)
+PADDING, PADDING_LINE = (150, 150, 150), (190, 190, 190)
+
+# Of a heat map, from no score to the largest: brightness rises all the way, so that it reads the same in grey.
+HEAT = ((8, 8, 40), (60, 20, 110), (140, 35, 105), (205, 70, 65), (245, 135, 25), (252, 200, 70), (255, 255, 210))
+# Classes of a patch in an adaptive KV cache.
+ABSENT, MINOR, SECONDARY, CORE = range(4)
+CLASS_COLORS = {CORE: (255, 170, 0), SECONDARY: (60, 130, 255), MINOR: (150, 145, 150)}
+
+Place = tuple[int, int, int]  # tile, row, column; -1 where a token is no patch
+
+
+@dataclass(frozen=True)
+class View:
+    """What is seen, in pixels of a canvas: the image, `resized`, at `offset`, under rows x columns patches.
+
+    longest: pixels of the longer side when drawn at full size; first: the tile in its upper left corner
+    """
+
+    label: str
+    canvas: tuple[int, int]
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+    rows: int
+    columns: int
+    longest: int
+    first: int
+
+    def at(self, place: Place, side: int) -> tuple[int, int] | None:
+        """(row, column) of a patch in this view; None where it is not seen here."""
+        tile, row, column = place
+        across, down = self.columns // side, self.rows // side
+        if not self.first <= tile < self.first + across * down:
+            return None
+        tile_row, tile_column = divmod(tile - self.first, across)
+        return tile_row * side + row, tile_column * side + column
+
+
+def views_of(plan: TilePlan, side: int) -> list[View]:
+    """The views of an image; side: patches per tile side."""
+    if plan.grid is None:
+        return [View("", plan.canvas, plan.resized, plan.offset, side, side, VIEW, 0)]
+    across, down = plan.grid
+    square = (plan.tile_size, plan.tile_size)
+    return [
+        View("the whole image as one tile", square, square, (0, 0), side, side, THUMBNAIL, 0),
+        View(f"{across} x {down} crops", plan.canvas, plan.resized, plan.offset, down * side, across * side, VIEW, 1),
+    ]
+
+
+def places_of(selection: Selection) -> list[Place]:
+    """Where each token of a selection lies; -1 for tokens that are no patch (newline, made)."""
+    return list(zip(*(getattr(selection, name).tolist() for name in ("tile", "row", "column")), strict=True))
+
+
+def left_of(selection: Selection) -> list[Place]:
+    """Where the tokens lie that are left: what entered the LLM, or what its last cut inside the LLM has left."""
+    stages = selection.report.get("survivors")
+    return survivors_of(selection, stages[-1]) if stages else places_of(selection)
+
+
+def survivors_of(selection: Selection, slots) -> list[Place]:
+    """Where the tokens lie that one cut inside the LLM left; slots: an entry of report["survivors"]."""
+    places = places_of(selection)
+    return [places[slot] if slot >= 0 else (-1, -1, -1) for slot in slots.tolist()]
+
+
+def on_view(view: View, side: int, places: Sequence[Place], values: np.ndarray, elsewhere) -> np.ndarray:
+    """[rows, columns] the value of each patch of a view; `elsewhere` for patches that are not among `places`."""
+    seen = np.full((view.rows, view.columns), elsewhere, dtype=values.dtype)
+    for place, value in zip(places, values, strict=True):
+        at = view.at(place, side)
+        if at is not None:
+            seen[at] = value
+    return seen
+
+
+def kept_views(
+    image: Image.Image, plan: TilePlan, side: int, selection: Selection, scale: float = 1
+) -> list[tuple[str, Image.Image]]:
+    """(label, picture) per view: patches that are left bright and outlined, dropped ones dark, padding hatched."""
+    return kept_at(image, plan, side, left_of(selection), scale)
+
+
+def kept_at(
+    image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], scale: float = 1
+) -> list[tuple[str, Image.Image]]:
+    """kept_views of the patches at `places`."""
+    return [
+        (
+            view.label,
+            _kept(*_canvas(image, view, scale), on_view(view, side, places, np.ones(len(places), bool), False)),
+        )
+        for view in views_of(plan, side)
+    ]
+
+
+def heat_views(
+    image: Image.Image,
+    plan: TilePlan,
+    side: int,
+    places: Sequence[Place],
+    levels: np.ndarray,
+    kept: Sequence[Place] = (),
+    scale: float = 1,
+) -> list[tuple[str, Image.Image]]:
+    """(label, picture) per view: every patch in the colour of its level, over the image in grey; `kept` outlined.
+
+    places, levels [N]: 0 to 1; patches that have none (cut away as padding) are dark.
+    """
+    drawn = []
+    for view in views_of(plan, side):
+        pixels, cell = _canvas(image, view, scale)
+        seen = on_view(view, side, places, np.asarray(levels, dtype=float), np.nan)
+        none = np.isnan(seen)
+        color = heat_color(np.where(none, 0, seen))
+        grey = pixels.mean(axis=-1, keepdims=True)
+        # The image at a quarter of its contrast: enough to find one's way, too little to be taken for a score.
+        pixels = np.where(_cells(none, cell), DARK * pixels, 0.25 * grey + 0.75 * _cells(color, cell))
+        chosen = on_view(view, side, kept, np.ones(len(kept), bool), False)
+        drawn.append((view.label, Image.fromarray(_outlined(pixels.astype(np.uint8), chosen, cell, (255, 255, 255)))))
+    return drawn
+
+
+def class_views(
+    image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], classes: np.ndarray, scale: float = 1
+) -> list[tuple[str, Image.Image]]:
+    """(label, picture) per view: patches by their class in the KV cache (CORE, SECONDARY, MINOR); those that are in no layer (ABSENT)
+    or no token are nearly black."""
+    drawn = []
+    for view in views_of(plan, side):
+        pixels, cell = _canvas(image, view, scale)
+        seen = on_view(view, side, places, np.asarray(classes), ABSENT)
+        grey = pixels.mean(axis=-1, keepdims=True)
+        color = np.zeros((*seen.shape, 3))
+        for name, value in CLASS_COLORS.items():
+            color[seen == name] = value
+        pixels = np.where(_cells(seen == ABSENT, cell), 0.12 * grey, 0.35 * grey + 0.65 * _cells(color, cell))
+        drawn.append((view.label, Image.fromarray(pixels.astype(np.uint8))))
+    return drawn
+
+
+def heat_color(levels: np.ndarray) -> np.ndarray:
+    """[..., 3] float colours of levels from 0 to 1."""
+    at = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(levels, at, [color[c] for color in HEAT]) for c in range(3)], axis=-1)
+
+
+def _canvas(image: Image.Image, view: View, scale: float) -> tuple[np.ndarray, int]:
+    """The canvas of a view, [h, w, 3] uint8 with hatched padding, and the pixels of a patch's side in it.
+
+    Every patch is a square of the same whole number of pixels.
+    """
+    cell = max(5 if scale == 1 else 2, int(view.longest * scale) // max(view.rows, view.columns))
+    width, height = view.columns * cell, view.rows * cell
+    scale_x, scale_y = width / view.canvas[0], height / view.canvas[1]
+    left, top = round(view.offset[0] * scale_x), round(view.offset[1] * scale_y)
+    right = round((view.offset[0] + view.resized[0]) * scale_x)
+    bottom = round((view.offset[1] + view.resized[1]) * scale_y)
+    diagonal = np.add.outer(np.arange(height), np.arange(width)) % 8 < 2
+    picture = Image.fromarray(np.where(diagonal[..., None], PADDING_LINE, PADDING).astype(np.uint8))
+    size = (max(1, right - left), max(1, bottom - top))
+    picture.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
+    return np.asarray(picture), cell
+
+
+def _cells(values: np.ndarray, cell: int) -> np.ndarray:
+    """[rows, columns, ...] -> [rows * cell, columns * cell, 1 or 3]: every patch as a square of pixels."""
+    grown = values.repeat(cell, axis=0).repeat(cell, axis=1)
+    return grown if grown.ndim == 3 else grown[..., None]
+
+
+def _kept(pixels: np.ndarray, cell: int, kept: np.ndarray) -> Image.Image:
+    pixels = np.where(_cells(kept, cell), pixels, (pixels * DARK).astype(np.uint8))
+    return Image.fromarray(_outlined(pixels, kept, cell, OUTLINE))
+
+
+def _outlined(pixels: np.ndarray, chosen: np.ndarray, cell: int, color) -> np.ndarray:
+    """The outline of the chosen patches: their pixels that touch another patch or the edge. None on the smallest patches,
+    of which it would leave nothing."""
+    if cell < 5:
+        return pixels
+    inside = np.pad(_cells(chosen, cell)[..., 0], 1)
+    deep = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+    pixels = pixels.copy()
+    pixels[inside[1:-1, 1:-1] & ~deep] = color
+    return pixels

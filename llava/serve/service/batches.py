@@ -1,0 +1,221 @@
+"""A loaded checkpoint that answers batches of requests with one configuration, and measures each row as it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.config import AdaVConfig
+from llava.costs.measure import kv_bytes, predicted, vision_tokens
+from llava.costs.model_shape import ImageCounts
+from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
+from llava.methods.before_llm import ImageTokens
+from llava.methods.inside_llm import dropper_names
+from llava.methods.inside_llm.prefill_filter import PrefillFilter
+from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan, tokenizer_image_token
+from llava.model.decoding.engine import BatchGeneration
+from llava.model.decoding.prepared import PreparedPrompt
+from llava.model.decoding.sampling import Sampling
+from llava.model.encoded_images import EncodedImage, RecentImages
+from llava.serve.service.reply import Answered, KeptTokens, Reply
+from llava.serve.service.request import PromptTooLong, Request, chat_prompt
+
+# No prompt that fits has more letters per token: what is longer need not be read to be refused.
+LETTERS = 200
+
+
+@dataclass(frozen=True)
+class Picture(Pixels):
+    """One image of a request as the vision tower takes it. digest: of its content, so that equal ones are encoded once."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that is ready for a batch: token ids with image placeholders, and its images in reading order."""
+
+    ids: Tensor
+    pictures: tuple[Picture, ...]
+    config: AdaVConfig
+    sampling: Sampling
+    reply: Reply
+    submitted: float
+
+
+class BatchAnswerer(LoadedCheckpoint):
+    """A loaded checkpoint that answers requests in batches. `job` may be called from any thread; `answer` belongs to one."""
+
+    def __init__(self, model_path, model_base, config: AdaVConfig, device_map, dtype, max_prompt_tokens, image_cache):
+        super().__init__(model_path, model_base, config, device_map=device_map, dtype=dtype, purpose="a conversation")
+        self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
+        self._recent = RecentImages(image_cache)
+        # Reading a prompt changes settings of a tokenizer for a moment: its own copy, while the model's decodes.
+        self._reader, self._reading = deepcopy(self.tokenizer), threading.Lock()
+        self._reader.model_max_length = int(1e30)  # what is too long is said here
+
+    # --- before the queue, in the thread of whoever asks ------------------------------------------------------------
+
+    def job(self, request: Request, config: AdaVConfig, reply: Reply, submitted: float) -> Job:
+        """A request made ready; UserError where it cannot be answered. Holds no PIL image."""
+        self.check(config)
+        prompt = chat_prompt(self.conversation, request.turns)
+        if len(prompt) > LETTERS * self.max_prompt_tokens:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt):,} letters, allowed are {self.max_prompt_tokens:,} tokens: "
+                "a shorter conversation would fit"
+            )
+        images = [image for turn in request.turns for image in turn.images]
+        with self._reading:
+            ids = tokenizer_image_token(prompt, self._reader, return_tensors="pt")
+        plans = [tile_plan(image.size, self.model.config, config.option("anyres")) for image in images]
+        length = len(ids) - len(images) + sum(self.longest(plan, config) for plan in plans)
+        if length > self.max_prompt_tokens:
+            raise PromptTooLong(
+                f"the prompt has {length:,} tokens, images included, allowed are {self.max_prompt_tokens:,}: "
+                "a shorter conversation, fewer images or fewer vision tokens would fit"
+            )
+        room = self.context - length
+        sampling = replace(request.sampling, max_new_tokens=min(request.sampling.max_new_tokens, room))
+        pictures = tuple(self._picture(image, config) for image in images)
+        return Job(ids, pictures, config, sampling, reply, submitted)
+
+    def check(self, config: AdaVConfig) -> None:
+        """UserError where a configuration does not go with this checkpoint."""
+        config.check_method_options()
+        method = config.make_method()
+        if config.method in dropper_names():
+            method.check(self.model.config)
+        prefill_filter = PrefillFilter.of(config)
+        if prefill_filter is not None:
+            prefill_filter.check(self.model.config)
+
+    def longest(self, plan: TilePlan, config: AdaVConfig) -> int:
+        """Positions that an image takes in the LLM at most."""
+        order = merge_order(plan, self.shape.side)
+        method = config.make_method()
+        if not method.needs_image:
+            return 0
+        if config.method in dropper_names() or not method.uses_budget or config.option("positions") == "original":
+            return len(order)
+        tile = order.div(self.shape.tile_patches, rounding_mode="floor").masked_fill(order == NEWLINE, -1)
+        outline = ImageTokens(order.new_empty((len(order), 0)), order, tile, order, order)
+        budget = method.tokens(outline, config.overall_tokens)
+        return budget if budget < len(outline.patches) else len(order)
+
+    def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=32)
+        digest.update(image.tobytes())
+        return Picture(**vars(self.pixels(image, config)), digest=digest.digest())
+
+    # --- the model, in one thread -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def answer(self, jobs: list[Job]) -> None:
+        """Answer jobs of one configuration as one batch. Raises what went wrong; their replies are then as far as they
+        have come."""
+        began = time.perf_counter()
+        config = jobs[0].config
+        pictures = [picture for job in jobs for picture in job.pictures]
+        encoded, reused = self._encoded(pictures, config)
+        images = [encoded[picture.digest] for picture in pictures]
+        prepared = self.prepare_ids([job.ids for job in jobs], images, config)
+        counts = [ImageCounts.of(image.plan, self.shape.side) for image in images]
+        costs = predicted(prepared, counts, self.shape, config)
+        plans = iter([image.plan for image in images])
+        plans = [[next(plans) for _ in job.pictures] for job in jobs]
+        generation = self.engine.stream(prepared, [job.sampling for job in jobs])
+        first = None
+        while True:
+            for row, job in enumerate(jobs):
+                if job.reply.cancelled:
+                    generation.cancel(row)
+            news = next(generation, None)
+            now = time.perf_counter()
+            first = now if first is None and news is not None else first
+            for row, job in enumerate(jobs):
+                if news is not None and news[row] is not None:
+                    job.reply.add(news[row].text)
+                if generation.answers[row].finish is not None and not job.reply.over:
+                    measured = self._measured(prepared, generation, row, plans[row], costs)
+                    times = _times(job, began, first, now, measured["new_tokens"])
+                    again = sum(picture.digest in reused for picture in job.pictures)
+                    finish = generation.answers[row].finish
+                    job.reply.finish(
+                        Answered(job.reply.text, finish, batch=len(jobs), images_reused=again, **measured, **times)
+                    )
+            if news is None:
+                return
+
+    def _encoded(self, pictures: list[Picture], config: AdaVConfig) -> tuple[dict[bytes, EncodedImage], set[bytes]]:
+        """Images by digest, each encoded at most once; and which of them had been encoded before."""
+        encoding = self.model.encoding(config)
+        wanted = {picture.digest: picture for picture in pictures}
+        known = {digest: self._recent.get((digest, encoding)) for digest in wanted}
+        known = {digest: image for digest, image in known.items() if image is not None}
+        new = [picture for digest, picture in wanted.items() if digest not in known]
+        made = self.encode(new, config)
+        for picture, image in zip(new, made, strict=True):
+            self._recent.put((picture.digest, encoding), image)
+        return known | {picture.digest: image for picture, image in zip(new, made, strict=True)}, set(known)
+
+    def free_memory(self) -> None:
+        """After a failure: let go of what can be made again."""
+        self._recent = RecentImages(self._recent.capacity)
+        self.engine.release()
+
+    def _measured(
+        self, prepared: PreparedPrompt, generation: BatchGeneration, row: int, plans: list[TilePlan], costs: list
+    ) -> dict:
+        """What an Answered says about the tokens and the memory of a row that has just ended."""
+        new_tokens = [len(answer.tokens) for answer in generation.answers]
+        bytes_ = (0, 0)
+        if generation.cache is not None:  # None: cancelled before prefill
+            found = kv_bytes(generation.cache, costs, new_tokens)[row]
+            bytes_ = found["kv_bytes_live"], found["kv_bytes_allocated"]
+        selections = prepared.selections[row]
+        return {
+            "prompt_tokens": prepared.lengths[row],
+            "new_tokens": new_tokens[row],
+            "images": tuple(KeptTokens(*one) for one in zip(plans, map(_for_looking, selections), strict=True)),
+            "side": self.shape.side,
+            "vision_tokens": (sum(vision_tokens(prepared, row)["kept"]), sum(one.total for one in selections)),
+            "kv_bytes": bytes_,
+            "prefill_flops": costs[row].total,
+        }
+
+
+def _times(job: Job, began: float, first: float | None, now: float, new_tokens: int) -> dict:
+    """seconds and tokens_per_second of a row that ends `now`; perf_counter's seconds. first: when the first token was there."""
+    decode = now - first if first is not None else 0.0
+    seconds = {"waited": began - job.submitted, "first_token": (first or now) - began, "decode": decode}
+    return {
+        "seconds": seconds,
+        "tokens_per_second": (new_tokens - 1) / decode if new_tokens > 1 and decode > 0 else None,
+    }
+
+
+def _for_looking(selection):
+    """A selection on the CPU, in memory of its own, without the features that the LLM has read."""
+    values = {f.name: _moved(getattr(selection, f.name)) for f in fields(selection) if f.name != "features"}
+    return replace(selection, features=torch.empty(len(selection.indices), 0), **values)
+
+
+def _moved(value):
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _moved(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(one) for one in value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _moved(getattr(value, f.name)) for f in fields(value)})
+    return value

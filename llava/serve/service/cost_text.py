@@ -1,0 +1,30 @@
+"""What an answer cost, in the words and units in which page and terminal show it."""
+
+from __future__ import annotations
+
+from llava.serve.service.reply import Answered
+
+
+def duration(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def rate(per_second: float | None) -> str:
+    """None: one token alone has no rate."""
+    return "-" if per_second is None else f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.1f}"
+
+
+def size(count: int) -> str:
+    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= unit_bytes:
+            return f"{count / unit_bytes:.{0 if count >= 100 * unit_bytes else 1}f} {unit}"
+    return f"{count} B"
+
+
+def cost_line(answered: Answered) -> str:
+    """One line: vision tokens, time to the first token, tokens per second, live bytes of the KV cache."""
+    kept, total = answered.vision_tokens
+    return (
+        f"{kept:,} of {total:,} vision tokens | first token {duration(answered.seconds['first_token'])} | "
+        f"{rate(answered.tokens_per_second)} tokens/s | KV cache {size(answered.kv_bytes[0])}"
+    )

@@ -1,0 +1,28 @@
+"""The two demo checkpoints, and what `make demo` shows of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is measured on one checkpoint. questions and batch keep the whole demo at about two minutes on two cores."""
+
+    checkpoint: str
+    tokens: int
+    questions: int
+    batch: int
+    settings: dict[str, dict]  # label -> what overrides the default configuration
+
+
+_METHODS = {name: {"method": name} for name in ("none", "random", "fastervlm", "adav")}
+
+
+_PUBLIC = {"adav, compat=public": {"method": "adav", "options": {"compat": "public"}}}
+
+
+SCENES = (
+    Scene("playground/llava-shapes-v1.5", 14, 800, 32, _METHODS),
+    Scene("playground/llava-shapes-v1.6", 58, 400, 16, _METHODS | _PUBLIC),
+)

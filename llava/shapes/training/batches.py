@@ -1,0 +1,122 @@
+"""Batches of a PictureSet as tensors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.mm_utils import NEWLINE, merge_order, tile_plan
+from llava.shapes.training.data import anyres_config, with_suffix
+
+_WINDOW = 16  # batches whose pictures are sorted by length together, so that little is padded
+
+
+@dataclass
+class Batch:
+    """B pictures, T tiles.
+
+    tiles uint8 [T, 96, 96, 3]; owners int64 [T, patches]; kinds, colors int64 [T, 6], -1 for what the tile does not show;
+    order int64 [B, N]: where in the flat tile patches each image token lies; T * patches = the newline token, one more =
+    padding; lengths int64 [B]; questions int64 [B, Q, L]; cue, category int64 [B, Q].
+    """
+
+    tiles: Tensor
+    owners: Tensor
+    kinds: Tensor
+    colors: Tensor
+    order: Tensor
+    lengths: Tensor
+    questions: Tensor
+    cue: Tensor
+    category: Tensor
+
+
+def image_order(size, pinpoints, side):
+    """int64 [N]: merge order of one picture of `size` (width, height), NEWLINE included, as the evaluation path does it."""
+    width, height = (int(value) for value in size)
+    return merge_order(tile_plan((width, height), anyres_config(pinpoints)), side)
+
+
+def batches(pictures, batch, pinpoints, side, seed=0, suffix_every=0, part=(0, 1)):
+    """Yield every full batch of the set once, in an order that depends on `seed` only.
+
+    suffix_every: each so-manieth batch carries LLaVA's "Answer the question using a single word or phrase." (0: none).
+    part: (i, n) yields only the i-th of n equal parts of each batch.
+    """
+    orders = [image_order(size, pinpoints, side) for size in pictures.sizes]
+    rng = np.random.default_rng([99, seed])
+    rows = np.arange(len(pictures))
+    groups = []
+    for start in range(0, len(rows), batch * _WINDOW):
+        window = rows[start : start + batch * _WINDOW]
+        window = window[np.argsort([len(orders[i]) for i in window], kind="stable")]
+        groups += [window[i : i + batch] for i in range(0, len(window), batch)]
+    shuffled = rng.permutation(len(groups)) if seed else np.arange(len(groups))
+    for number, group in enumerate(groups[i] for i in shuffled):
+        if len(group) == batch or not seed:
+            yield _collate(
+                pictures, group[part[0] :: part[1]], orders, suffix_every and number % suffix_every == suffix_every - 1
+            )
+
+
+def _collate(pictures, group, orders, suffix):
+    tiles, owners, kinds, colors, index, offset = [], [], [], [], [], 0
+    for i in group:
+        span = slice(int(pictures.first_tile[i]), int(pictures.first_tile[i + 1]))
+        owner = np.asarray(pictures.tile_objects[span], dtype=np.int64)
+        tiles.append(pictures.tiles[span])
+        owners.append(owner)
+        shown = (owner[:, None, :] == np.arange(pictures.kinds.shape[1])[None, :, None]).any(-1)
+        kinds.append(np.where(shown, pictures.kinds[i], -1))
+        colors.append(np.where(shown, pictures.colors[i], -1))
+        index.append(torch.where(orders[i] == NEWLINE, NEWLINE, orders[i] + offset))
+        offset += owner.size
+    lengths = torch.tensor([len(rows) for rows in index])
+    order = torch.nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=offset + 1)
+    order = torch.where(order == NEWLINE, offset, order)
+    blocks, cue = pictures.questions[group], np.asarray(pictures.cue[group])
+    if suffix:
+        blocks, cue = with_suffix(blocks, cue)
+    ints = [torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (owners, kinds, colors)]
+    rows = [torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (blocks, cue, pictures.category[group])]
+    return Batch(torch.from_numpy(np.concatenate(tiles)), *ints, order, lengths, *rows)
+
+
+def image_embeddings(projected, newline, order):
+    """[B, N, D]: projected tile patches [T, patches, D] put in LLM order, newline tokens included (padding is zero)."""
+    flat = projected.flatten(0, 1)
+    return torch.cat([flat, newline[None], torch.zeros_like(newline)[None]])[order]
+
+
+def jittered_positions(lengths, n, share, generator):
+    """int64 [B, N + 1]: image positions of which random spans are compressed, then the first position after the image.
+
+    A picture in `share` gets a rate r (log-uniform, 0.03 to 1); each token moves the position on by one with
+    probability r. No token is dropped; what changes is that neighbours share positions, as re-numbering after
+    pruning would have it.
+    """
+    b = len(lengths)
+    rate = torch.exp(torch.rand(b, 1, generator=generator) * float(np.log(0.03)))
+    rate = torch.where(torch.rand(b, 1, generator=generator) < share, rate, torch.ones(b, 1))
+    steps = (torch.rand(b, n, generator=generator) < rate).long()
+    steps = steps * (torch.arange(n) < lengths[:, None])
+    ends = steps.cumsum(1)
+    return torch.cat([ends - steps, ends[:, -1:].clamp_min(1)], dim=1)
+
+
+def sparse_order(batch, share, generator):
+    """(order, lengths) as in Batch, where pictures in `share` lose background patches: a rate drawn per picture, 0 to 1.
+
+    Patches that show an object stay, and so do newline tokens. The LLM then does not count on a fixed number of
+    background tokens; it never learns to answer without the object that is asked about.
+    """
+    patches = batch.owners.numel()
+    shows = torch.cat([batch.owners.flatten() >= 0, torch.tensor([True, False])])[batch.order]
+    rate = torch.rand(len(batch.order), 1, generator=generator)
+    rate = torch.where(torch.rand(len(batch.order), 1, generator=generator) < share, rate, torch.zeros_like(rate))
+    keep = shows | (torch.rand(batch.order.shape, generator=generator) >= rate)
+    keep &= torch.arange(batch.order.shape[1]) < batch.lengths[:, None]
+    rows = [order[kept] for order, kept in zip(batch.order, keep, strict=True)]
+    order = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=patches + 1)
+    return order, keep.sum(1)

@@ -1,0 +1,203 @@
+"""Training pictures and questions as flat arrays, drawn once and kept under playground/train/."""
+
+import multiprocessing
+import os
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava.common.progress import progress_bar
+from llava.mm_utils import cut_tiles, tile_plan
+from llava.shapes.questions import ask_some
+from llava.shapes.scenes import draw_scene, scene_rng
+from llava.shapes.tokenizer import build_tokenizer
+from llava.shapes.vocabulary import (
+    COLOR_NAMES,
+    KINDS,
+    MAX_OBJECTS,
+    PLURALS,
+    PRACTICE_TYPES,
+    QUESTION_TYPES,
+    SHORT_ANSWER,
+    SYSTEM,
+    category_of,
+)
+
+BLOCK = 12  # tokens of the longest question, its cue and its answer
+FORMAT = 1  # goes into the cache's name: change it when the arrays change
+_CATEGORIES = (*QUESTION_TYPES, *PRACTICE_TYPES)
+_COVERED = 8  # an object owns a patch when it covers this many of its 64 pixels
+_ARRAYS = ("tiles", "tile_objects", "first_tile", "sizes", "kinds", "colors", "questions", "cue", "category")
+
+
+def prefix_ids():
+    """Token ids [P] of everything in front of the image: `<s>`, the system sentence, `USER:`."""
+    return _tokenizer().encode(f"{SYSTEM} USER: ").ids
+
+
+def question_ids(text):
+    """Token ids of what follows the image: line feed, question, `ASSISTANT:` (no `<s>`)."""
+    return _tokenizer().encode(f"\n{text} ASSISTANT:", add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=1)
+def _tokenizer():
+    return build_tokenizer()
+
+
+def word_id(word):
+    """Token id of one word."""
+    return _tokenizer().token_to_id(word)
+
+
+def object_words(kind, color):
+    """The words that name an object: its kind, colour, category and, for a shape, the plural."""
+    words = [kind, color, category_of(kind)]
+    return words + [PLURALS[kind]] if kind in PLURALS else words
+
+
+@lru_cache(maxsize=1)
+def naming_table():
+    """float32 [kinds * colours, V]: which tokens name an object; row = kind * len(colours) + colour."""
+    table = torch.zeros(len(KINDS) * len(COLOR_NAMES), _tokenizer().get_vocab_size())
+    for k, kind in enumerate(KINDS):
+        for c, color in enumerate(COLOR_NAMES):
+            for word in object_words(kind, color):
+                table[k * len(COLOR_NAMES) + c, word_id(word)] = 1.0
+    return table
+
+
+def anyres_config(pinpoints, tile_size=96):
+    """The keys that llava.mm_utils.tile_plan reads, for training on `pinpoints` (None: one tile, no cropping)."""
+    return SimpleNamespace(
+        mm_tile_size=tile_size,
+        image_aspect_ratio="anyres" if pinpoints else "pad",
+        image_grid_pinpoints=pinpoints,
+        mm_patch_merge_type="spatial_unpad" if pinpoints else "flat",
+    )
+
+
+def scene_tiles(scene, pinpoints, patch=8):
+    """(tiles uint8 [T, 96, 96, 3], patch owners int8 [T, 144]) exactly as the evaluation path cuts the picture."""
+    if not pinpoints:
+        return scene.pixels[None], _patch_owners(scene.owner, patch)[None]
+    plan = tile_plan(scene.size, anyres_config(pinpoints))
+    tiles = np.stack([np.asarray(tile) for tile in cut_tiles(Image.fromarray(scene.pixels), plan)])
+    owner = Image.fromarray((scene.owner + 1).astype(np.uint8))
+    canvas = Image.new("L", plan.canvas, 0)
+    canvas.paste(owner.resize(plan.resized, Image.Resampling.NEAREST), plan.offset)
+    side, (across, down) = plan.tile_size, plan.grid
+    crops = [
+        canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y in range(down) for x in range(across)
+    ]
+    views = [owner.resize((side, side), Image.Resampling.NEAREST), *crops]
+    return tiles, np.stack([_patch_owners(np.asarray(view).astype(np.int8) - 1, patch) for view in views])
+
+
+def _patch_owners(owner, patch):
+    """Index of the object that covers most of each patch, or -1; int8 [patches]."""
+    rows, columns = owner.shape[0] // patch, owner.shape[1] // patch
+    counts = np.stack(
+        [(owner == number).reshape(rows, patch, columns, patch).sum((1, 3)) for number in range(MAX_OBJECTS)]
+    )
+    best = counts.argmax(0)
+    return np.where(counts.max(0) >= _COVERED, best, -1).astype(np.int8).reshape(-1)
+
+
+def _draw_chunk(job):
+    family, split, start, count, questions, weights, pinpoints = job
+    out = {name: [] for name in _ARRAYS}
+    for index in range(start, start + count):
+        scene = draw_scene(family, split, index)
+        tiles, owners = scene_tiles(scene, pinpoints)
+        asked = ask_some(scene, scene_rng(family, split, index, stream=1), questions, weights)
+        blocks, cue = np.full((questions, BLOCK), word_id("<pad>"), np.int16), np.zeros(questions, np.int8)
+        for row, question in enumerate(asked):
+            ids = [*question_ids(question.text), word_id(question.answer)]
+            blocks[row, : len(ids)] = ids
+            cue[row] = len(ids) - 2
+        pad = [-1] * (MAX_OBJECTS - len(scene.objects))
+        out["tiles"].append(tiles)
+        out["tile_objects"].append(owners)
+        out["first_tile"].append(len(tiles))
+        out["sizes"].append(scene.size)
+        out["kinds"].append([KINDS.index(placed.kind) for placed in scene.objects] + pad)
+        out["colors"].append([COLOR_NAMES.index(placed.color) for placed in scene.objects] + pad)
+        out["questions"].append(blocks)
+        out["cue"].append(cue)
+        out["category"].append([_CATEGORIES.index(question.category) for question in asked])
+    join = {"tiles": np.concatenate, "tile_objects": np.concatenate}
+    types = {"first_tile": np.int64, "sizes": np.int16, "kinds": np.int8, "colors": np.int8, "category": np.int8}
+    return {name: join[name](rows) if name in join else np.asarray(rows, types.get(name)) for name, rows in out.items()}
+
+
+@dataclass
+class PictureSet:
+    """Pictures with their questions, as arrays (memory-mapped from the cache).
+
+    tiles [T, 96, 96, 3] uint8; tile_objects [T, 144] int8; first_tile [n + 1] int64: tiles of picture i are
+    first_tile[i] : first_tile[i + 1]; sizes [n, 2] (width, height); kinds, colors [n, 6], -1 where there is no object;
+    questions [n, Q, 12] int16 with the answer last, padded right; cue [n, Q]: index of the ":" that the answer follows.
+    """
+
+    tiles: np.ndarray
+    tile_objects: np.ndarray
+    first_tile: np.ndarray
+    sizes: np.ndarray
+    kinds: np.ndarray
+    colors: np.ndarray
+    questions: np.ndarray
+    cue: np.ndarray
+    category: np.ndarray
+
+    def __len__(self):
+        return len(self.sizes)
+
+
+def picture_set(family, split, start, count, questions, weights, pinpoints, cache, processes=2):
+    """The PictureSet of pictures start .. start + count; drawn on first use, read back from `cache` afterwards."""
+    key = f"{family}-{split}-{start}-{count}-{questions}-{'_'.join(f'{w:g}' for w in weights)}-f{FORMAT}"
+    folder = Path(cache) / key
+    if not folder.exists():
+        size = 250
+        jobs = [
+            (family, split, first, min(size, start + count - first), questions, weights, pinpoints)
+            for first in range(start, start + count, size)
+        ]
+        with multiprocessing.get_context("fork").Pool(min(processes, os.cpu_count() or 1, len(jobs))) as pool:
+            drawn = pool.imap(_draw_chunk, jobs)
+            chunks = [*progress_bar(f"drawing pictures, {size} each", drawn, total=len(jobs), unit=" parts")]
+        # Written beside and renamed: another run may be drawing the same pictures.
+        part = folder.with_name(f"{key}.part{os.getpid()}")
+        part.mkdir(parents=True, exist_ok=True)
+        for name in _ARRAYS:
+            array = np.concatenate([chunk[name] for chunk in chunks])
+            if name == "first_tile":
+                array = np.concatenate([[0], np.cumsum(array)])
+            np.save(part / f"{name}.npy", array)
+        try:
+            part.rename(folder)
+        except OSError:
+            shutil.rmtree(part)
+    return PictureSet(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS})
+
+
+def with_suffix(blocks, cue):
+    """Insert "\\nAnswer the question using a single word or phrase." before `ASSISTANT:` in every question.
+
+    blocks int16 [..., 12], cue [...] -> the same with BLOCK + 11 tokens and a later cue.
+    """
+    suffix = np.asarray(_tokenizer().encode(f"\n{SHORT_ANSWER}", add_special_tokens=False).ids, blocks.dtype)
+    longer = np.full((*blocks.shape[:-1], BLOCK + len(suffix)), word_id("<pad>"), blocks.dtype)
+    for length in np.unique(cue):
+        rows = cue == length
+        head, tail = blocks[rows][:, : length - 1], blocks[rows][:, length - 1 :]
+        middle = np.broadcast_to(suffix, (len(head), len(suffix)))
+        longer[rows] = np.concatenate([head, middle, tail], axis=1)
+    return longer, cue + len(suffix)

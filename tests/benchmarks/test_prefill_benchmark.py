@@ -1,0 +1,87 @@
+"""benchmarks/prefill.py on its smallest preset: every method has its row, and wrong output gets no time."""
+
+import csv
+import dataclasses
+import re
+
+import prefill
+import pytest
+import torch
+from shapes import PRESETS, Prompts
+
+from llava.config import AdaVConfig
+from llava.methods.before_llm import SELECTORS
+from llava.methods.inside_llm import DROPPERS
+
+
+@pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
+def test_every_method_has_its_row(tmp_path, capsys):
+    output = tmp_path / "results" / "prefill.csv"
+    flags = ["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--repeats", "1"]
+    prefill.main([*flags, "--output", str(output)])
+    rows = list(csv.DictReader(output.open()))
+    names = [name for name in SELECTORS if SELECTORS[name].uses_budget] + list(DROPPERS)
+    assert [(row["method"], row["overall_tokens"]) for row in rows] == [
+        ("none", "all"),
+        *((name, tokens) for name in names for tokens in ("4", "40")),  # of 5 x 16 tokens
+    ]
+    plain, *others = rows
+    assert plain["prefill_of_none"] == plain["gflops_of_none"] == "1.0" and plain["layer_mean_tokens"] == "80.0"
+    for row in others:
+        assert float(row["layer_mean_tokens"]) == float(row["overall_tokens"]) or row["method"] in DROPPERS
+        assert 0 < float(row["gflops_of_none"]) < 1 and float(row["prefill_ms"]) > 0
+        assert (row["selector_ms"] == "") == (row["method"] in DROPPERS)
+        assert row["torch"] and row["device"] and row["threads"] and row["command"].startswith("python benchmarks/")
+    printed = capsys.readouterr().out
+    assert "80 vision tokens of 5 tiles" in printed and all(name in printed for name in names)
+
+
+def test_wrong_output_gets_no_time():
+    bench = prefill.Bench(PRESETS["tiny"], "cpu", torch.float32, seed=0)
+    config = AdaVConfig(method="cls", overall_tokens=4)
+    cost = bench.cost(config)
+    *others, last = cost.plans
+    one_less = dataclasses.replace(last, front=last.front - 1)
+    entry = prefill.Entry(config, dataclasses.replace(cost, plans=(*others, one_less)), [])
+    assert bench.repeat(entry) == "its layers cache (16, 16, 16, 16) entries, expected are (16, 16, 16, 15)"
+    assert not entry.times
+    entry = prefill.Entry(config, cost, [])
+    assert not bench.repeat(entry) and len(entry.times) == 1
+    bench.model.lm_head.weight.data[0] = float("inf")
+    assert bench.repeat(entry) == "its logits are not finite" and len(entry.times) == 1
+
+
+@pytest.mark.parametrize(("fails", "measured"), [("cls", ["none", "random"]), ("none", [])])
+def test_a_method_that_fails(fails, measured, tmp_path, monkeypatch):
+    """It is named and has no row; the others have theirs, unless there is nothing to set them against."""
+    once, output = prefill.Bench.prefill, tmp_path / "p.csv"
+
+    def broken(bench, config):
+        if config.method == fails:
+            raise RuntimeError("no kernel for this")
+        return once(bench, config)
+
+    monkeypatch.setattr(prefill.Bench, "prefill", broken)
+    flags = ["--preset", "tiny", "--device", "cpu", "--repeats", "2", "--methods", "cls", "random"]
+    with pytest.raises(SystemExit) as stop:
+        prefill.main([*flags, "--output", str(output)])
+    assert re.fullmatch(rf"{fails} at \d+: RuntimeError: no kernel for this, so no time is given", stop.value.code)
+    rows = list(csv.DictReader(output.open())) if output.exists() else []
+    assert [row["method"] for row in rows] == measured
+
+
+def test_the_cpu_preset_is_llava_1_6s_image():
+    config = PRESETS["cpu"].model_config()
+    prompts = Prompts.random(PRESETS["cpu"], config, torch.empty(0), batch=1, seed=0)
+    assert prompts.image.patches == (576,) * 5 and prompts.image.newlines == 0
+
+
+def test_bad_arguments(capsys):
+    for arguments, said in (
+        (["--methods", "no_image"], '--methods names "no_image", allowed are none, random'),
+        (["--shares", "1.5"], "--shares are numbers between 0 and 1"),
+        (["--repeats", "0"], "--repeats is at least 1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            prefill.main(["--preset", "tiny", "--device", "cpu", *arguments])
+        assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""Images read ahead in processes of their own: the same pixels, the same errors, in whatever order they are asked for."""
+
+import pytest
+import torch
+from test_eval_shard import checkpoints, data, order, rows_of, said  # noqa: F401 (fixtures)
+from tiny_checkpoints import build_reference, make_image, save_llava_hf
+
+from llava.eval.runs.answer_shard import ShardAnswerer
+from llava.eval.runs.image_reader import ImageFiles, ImageReader, UnreadableImage
+from llava.model.builder import load_pretrained_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    names = [f"{n}.png" for n in range(5)]
+    for n, name in enumerate(names):
+        make_image(40 + 9 * n, 70 - 8 * n, seed=n).save(folder / name)
+    (folder / "2.png").write_bytes(b"no image")
+    checkpoint = save_llava_hf(build_reference("llava_next"), tmp_path_factory.mktemp("checkpoint"))
+    _, model, processor, _ = load_pretrained_model(checkpoint, device_map="cpu")
+    return ImageFiles(folder, names, processor, model.config, "official")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_asked_for_is_what_comes(files, workers):
+    reader = ImageReader(files, workers)
+    for name in ("1.png", "0.png", "4.png", "0.png"):  # out of order, and once more
+        image, plain = reader.get(name), files.read(name)
+        assert torch.equal(image.pixels, plain.pixels) and image.size == plain.size
+    with pytest.raises(UnreadableImage, match="UnidentifiedImageError"):
+        reader.get("2.png")
+    assert reader.get("3.png").size == files.read("3.png").size
+
+
+def test_answers_are_those_of_reading_at_once(checkpoints, data, tmp_path):  # noqa: F811
+    rows = []
+    for workers in (0, 2):
+        spec = order(checkpoints["original"], data, tmp_path / str(workers), 3, method="adav", overall_tokens=9)
+        rows.append(rows_of(ShardAnswerer(spec, image_workers=workers), spec))
+    assert said(rows[0]) == said(rows[1]) and len(rows[0]) == 7

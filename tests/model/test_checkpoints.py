@@ -1,0 +1,578 @@
+"""Loading: every kind of checkpoint gives the model it was written from, and every broken one gives one clear sentence."""
+
+import json
+import shutil
+
+import pytest
+import tiny_checkpoints as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import make_image
+from transformers import BertConfig, BertForMaskedLM
+
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+PROMPT = "USER: <image>\nWhat colour is the shape? ASSISTANT:"
+KINDS = {
+    "1.5": {"kind": "llava"},
+    "1.6": {"kind": "llava_next"},
+    "1.6-mistral": {"kind": "llava_next", "text": "mistral"},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Name -> (transformers model, folder of its vision tower), built when first asked for."""
+    built = {}
+
+    def get(name: str):
+        if name not in built:
+            reference = tiny.build_reference(**KINDS[name], seed=21)
+            built[name] = reference, tiny.save_clip_tower(reference, tmp_path_factory.mktemp("tower"))
+        return built[name]
+
+    return get
+
+
+def load(path, **kwargs):
+    return load_pretrained_model(path, device_map="cpu", **kwargs)
+
+
+def same_answer(loaded, reference, prompt_ids=None):
+    """The logits of the loaded model on one image are the reference's, whose pixels and image tokens are ours."""
+    tokenizer, model, image_processor, _ = loaded
+    image = make_image(103, 97)
+    ids = tokenizer_image_token(PROMPT, tokenizer) if prompt_ids is None else prompt_ids
+    pixels = process_images([image], image_processor, model.config)
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([ids]), images=pixels, image_sizes=[image.size]).logits
+        batch = {"pixel_values": pixels}
+        if reference.config.model_type == "llava_next":
+            batch["image_sizes"] = torch.tensor([[97, 103]])
+        count = len(reference.get_image_features(**batch, return_dict=True).pooler_output[0])
+        at, image_id = ids.index(IMAGE_TOKEN_INDEX), reference.config.image_token_index
+        expanded = torch.tensor([ids[:at] + [image_id] * count + ids[at + 1 :]])
+        expected = reference(input_ids=expanded, **batch).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ whole checkpoints
+@pytest.mark.parametrize("layout", ["current", "published", "runtime"])
+@pytest.mark.parametrize("name", KINDS)
+def test_llava_hf_layouts(sources, tmp_path, name, layout):
+    same_answer(load(tiny.save_llava_hf(sources(name)[0], tmp_path, layout)), sources(name)[0])
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "sharded_safetensors", "bin", "sharded_bin"])
+@pytest.mark.parametrize("name", KINDS)
+def test_original_files(sources, tmp_path, name, weights):
+    reference, tower = sources(name)
+    same_answer(load(tiny.save_original(reference, tmp_path, tower, weights)), reference)
+
+
+def test_tower_weights_of_the_checkpoint_win(sources, tmp_path):
+    """1.6 trained its tower: the named one gives configuration and image processor, not weights."""
+    reference, _ = sources("1.6")
+    other = tiny.build_reference("llava_next", seed=5)
+    tower = tiny.save_clip_tower(other, tmp_path / "tower")
+    loaded = load(tiny.save_original(reference, tmp_path / "llava", tower, vision_in_checkpoint=True))
+    same_answer(loaded, reference)
+
+
+@pytest.mark.parametrize("name", ["1.5", "1.6"])
+@pytest.mark.parametrize("files", ["bin", "safetensors"])
+def test_tower_weights_come_from_the_named_tower_otherwise(sources, tmp_path, name, files):
+    reference, _ = sources(name)
+    tower = tiny.save_clip_tower(reference, tmp_path / "tower", files)
+    loaded = load(tiny.save_original(reference, tmp_path / "llava", tower, vision_in_checkpoint=False))
+    same_answer(loaded, reference)
+
+
+def test_tower_inside_the_checkpoint_folder(sources, tmp_path):
+    """A relative mm_vision_tower is looked for beside config.json, whatever the working directory is."""
+    reference, tower = sources("1.5")
+    tiny.save_original(reference, tmp_path, "tower")
+    shutil.copytree(tower, tmp_path / "tower")
+    same_answer(load(tmp_path), reference)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_both_names_of_the_llama_type(sources, tmp_path, model_type):
+    reference, tower = sources("1.6")
+    same_answer(load(tiny.save_original(reference, tmp_path, tower, model_type=model_type)), reference)
+
+
+def test_a_bare_sentencepiece_model(sources, tmp_path):
+    """tokenizer.model alone, as liuhaotian repositories have it; ids beyond the tiny vocabulary are folded into it."""
+    reference, tower = sources("1.5")
+    loaded = load(tiny.save_original(reference, tmp_path, tower, tokenizer="sentencepiece"))
+    assert not (tmp_path / "tokenizer.json").exists()
+    ids = tokenizer_image_token(PROMPT, loaded[0])
+    assert len(set(ids)) > 10
+    same_answer(loaded, reference, [i if i < 0 else i % tiny.word_ids().image for i in ids])
+
+
+def test_without_tokenizer_and_image_processor(sources, tmp_path):
+    tiny.save_llava_hf(sources("1.6")[0], tmp_path, processor=False)
+    tokenizer, model, image_processor, context_len = load(tmp_path)
+    assert tokenizer is None and image_processor is None
+    assert context_len == 1024
+    assert model.generate(torch.tensor([[1, 7, 8]]), do_sample=False, max_new_tokens=3).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saved_by_us_and_loaded_again(sources, tmp_path, name):
+    """save_pretrained of the loaded model writes a checkpoint that needs no other folder."""
+    reference, tower = sources(name)
+    tokenizer, model, image_processor, _ = load(tiny.save_original(reference, tmp_path / "a", tower))
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    image_processor.save_pretrained(tmp_path / "b")
+    same_answer(load(tmp_path / "b"), reference)
+
+
+# ------------------------------------------------------------------------------------------- on top of a model_base
+@pytest.mark.parametrize("name", ["1.5"])
+def test_projector_only(sources, tmp_path, name):
+    reference, tower = sources(name)
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    projector = tiny.save_projector_only(reference, tmp_path / "projector", tower)
+    same_answer(load(projector, model_base=base), reference)
+
+
+@pytest.mark.parametrize("adapter_file", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("name", KINDS)
+def test_lora(sources, tmp_path, name, adapter_file):
+    """Adapters merged into the base, projector and newline from non_lora_trainables.bin."""
+    reference, tower = sources(name)
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    merged = tiny.save_lora(reference, tmp_path / "lora", tower, adapter_file)
+    with_adapter, without = (m.model.language_model.layers[0].self_attn.q_proj.weight for m in (merged, reference))
+    assert (with_adapter - without).abs().max() > 0.01
+    loaded = load(str(tmp_path / "lora"), model_base=str(base), model_name="llava-tiny-lora")
+    assert not any("lora" in key for key in loaded[1].state_dict())
+    same_answer(loaded, merged)
+
+
+def test_lora_over_a_whole_llava(sources, tmp_path):
+    """model_base may be a LLaVA itself; the checkpoint's own projector wins over the base's."""
+    reference, tower = sources("1.6")
+    other = tiny.build_reference("llava_next", seed=77)
+    other.model.language_model.load_state_dict(reference.model.language_model.state_dict())
+    other.lm_head.load_state_dict(reference.lm_head.state_dict())
+    base = tiny.save_original(other, tmp_path / "base", tower, vision_in_checkpoint=False)
+    merged = tiny.save_lora(reference, tmp_path / "lora", tower)
+    same_answer(load(tmp_path / "lora", model_base=base), merged)
+
+
+def test_lora_with_words_of_its_own(sources, tmp_path):
+    """Training added tokens: embedding and head of the checkpoint are longer than the base's, and complete."""
+    reference, tower = sources("1.5")
+    ids = tiny.word_ids()
+    longer = tiny.build_reference("llava", seed=21, ids=tiny.Ids(image=ids.image, pad=ids.pad, size=ids.size + 3))
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    merged = tiny.save_lora(reference, tmp_path / "lora", tower)
+    edit_config(tmp_path / "lora", vocab_size=ids.size + 3)
+    trained = torch.load(tmp_path / "lora" / "non_lora_trainables.bin", weights_only=True)
+    trained["base_model.model.model.embed_tokens.weight"] = longer.model.language_model.embed_tokens.weight.detach()
+    trained["base_model.model.lm_head.weight"] = longer.lm_head.weight.detach()
+    torch.save(tiny.contiguous(trained), tmp_path / "lora" / "non_lora_trainables.bin")
+    layers = {k: v for k, v in merged.state_dict().items() if "embed_tokens" not in k and "lm_head" not in k}
+    longer.load_state_dict(layers, strict=False)
+    same_answer(load(tmp_path / "lora", model_base=base), longer)
+    del trained["base_model.model.lm_head.weight"]
+    torch.save(tiny.contiguous(trained), tmp_path / "lora" / "non_lora_trainables.bin")
+    refused(tmp_path / "lora", "missing", "lm_head", model_base=base)
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize("name", ["1.5", "1.6"])
+def test_loading_alarms_nobody(sources, tmp_path, capfd, caplog, recwarn, name):
+    """What transformers did not find at first and we loaded afterwards is no warning, nor are stale buffers."""
+    reference, tower = sources(name)
+    folder = tiny.save_original(reference, tmp_path / "llava", tower, "sharded_bin")
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    capfd.readouterr(), caplog.clear(), recwarn.clear()
+    load(folder)
+    load(tmp_path / "lora", model_base=base)
+    assert "".join(capfd.readouterr()) == "" and caplog.text == ""
+    assert [str(w.message) for w in recwarn] == []
+
+
+def test_safetensors_come_first(sources, tmp_path):
+    """Where a folder has both, the pickle is not even opened."""
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path, tower, "safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    same_answer(load(folder), reference)
+
+
+def test_newline_token_that_the_settings_do_not_use(sources, tmp_path):
+    """Turning unpadding off in config.json leaves `image_newline` in the files; that is no error."""
+    reference, tower = sources("1.6")
+    folder = tiny.save_original(reference, tmp_path, tower, mm_patch_merge_type="spatial")
+    tokenizer, model, image_processor, _ = load(folder)
+    pixels = process_images([make_image(110, 70)], image_processor, model.config)
+    prepared = model.prepare(tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt"), pixels, [(110, 70)])
+    assert prepared.image_spans[0][0][1] == 16 + 64
+
+
+def test_dtype(sources, tmp_path):
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path, tower, torch_dtype="float16")
+    for asked, given in (("auto", torch.float32), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16)):
+        model = load(folder, torch_dtype=asked)[1]
+        assert {p.dtype for p in model.parameters()} == {given}, asked
+    for asked in ("float99", "int8"):
+        with pytest.raises(UserError, match=f'"{asked}".*float32'):
+            load(folder, torch_dtype=asked)
+
+
+def test_half_precision_files_are_float32_on_the_cpu(sources, tmp_path):
+    """What is published is float16; "auto" computes in float32, with the stored values."""
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path, tower, torch_dtype="float16")
+    tensors = {name: value.half() for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)[1]
+    assert model.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, reference.lm_head.weight.half().float())
+
+
+def test_generation_config_of_old_checkpoints(sources, tmp_path):
+    """generation_config.json has temperature and top_p without do_sample and max_length 4096; greedy stays greedy."""
+    reference, tower = sources("1.5")
+    tokenizer, model, image_processor, _ = load(tiny.save_original(reference, tmp_path, tower))
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")
+    pixels = process_images([make_image(60, 40)], image_processor, model.config)
+    torch.manual_seed(0)
+    first = model.generate(ids, images=pixels, max_new_tokens=12)
+    torch.manual_seed(1)
+    assert first.tolist() == model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12).tolist()
+
+
+def test_configuration_arrives(sources, tmp_path):
+    folder = tiny.save_llava_hf(sources("1.5")[0], tmp_path)
+    config = AdaVConfig(method="random", overall_tokens=5)
+    tokenizer, model, image_processor, _ = load(folder, config=config)
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")
+    pixels = process_images([make_image(60, 40)], image_processor, model.config)
+    model.generate(ids, images=pixels, max_new_tokens=1)
+    assert [len(s.indices) for s in model.last_selection] == [5]
+    # The default is the plain model.
+    plain = load(folder)[1]
+    plain.generate(ids, images=pixels, max_new_tokens=1)
+    assert [len(s.indices) for s in plain.last_selection] == [16]
+
+
+def test_device_map_auto(sources, tmp_path):
+    folder = tiny.save_llava_hf(sources("1.5")[0], tmp_path)
+    model = load_pretrained_model(folder)[1]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert {p.device.type for p in model.parameters()} == {device}
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+def refused(path, *words, **kwargs):
+    """load() must raise a UserError of one sentence (one line, not too long, no advice of a library) with `words`."""
+    with pytest.raises(UserError) as caught:
+        load(path, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and 20 < len(message) < 500, message
+    for word in words:
+        assert str(word) in message, message
+    return message
+
+
+@pytest.fixture
+def llava(sources, tmp_path):
+    """A good checkpoint in the original format, to be broken."""
+    reference, tower = sources("1.6")
+    return tiny.save_original(reference, tmp_path / "llava", tower, "sharded_safetensors")
+
+
+@pytest.fixture
+def llava_hf(sources, tmp_path):
+    return tiny.save_llava_hf(sources("1.6")[0], tmp_path / "llava-hf", "current")
+
+
+def edit_config(folder, **changes):
+    settings = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        if value is None:
+            settings.pop(key)
+        else:
+            settings[key] = value
+    tiny.write_json(folder / "config.json", settings)
+
+
+def test_missing_folder(tmp_path):
+    refused(tmp_path / "nowhere", tmp_path / "nowhere", "no such")
+    refused("./nowhere", "nowhere", "no such")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    refused(tmp_path / "weights.bin", "weights.bin")
+
+
+def test_empty_folder(tmp_path):
+    refused(tmp_path, tmp_path, "config.json")
+
+
+def test_configuration_that_is_no_json(llava):
+    (llava / "config.json").write_text('{"model_type": "llava", ')
+    refused(llava, "config.json", "JSON")
+    (llava / "config.json").write_text("[1, 2]")
+    refused(llava, "config.json")
+
+
+def test_bert(tmp_path):
+    config = BertConfig(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    refused(tmp_path, "BertForMaskedLM", "bert", "LLaVA")
+
+
+def test_plain_llama(sources, tmp_path):
+    refused(tiny.save_plain_llm(sources("1.5")[0], tmp_path), "LlamaForCausalLM", "LLaVA")
+
+
+def test_a_vision_tower_is_no_llava(sources):
+    refused(sources("1.5")[1], "CLIPModel", "LLaVA")
+
+
+def test_llava_hf_around_another_language_model(llava_hf):
+    settings = json.loads((llava_hf / "config.json").read_text())
+    settings["text_config"]["model_type"] = "qwen2"
+    tiny.write_json(llava_hf / "config.json", settings)
+    refused(llava_hf, "qwen2", "llama")
+
+
+def test_llava_hf_around_another_tower(llava_hf):
+    settings = json.loads((llava_hf / "config.json").read_text())
+    settings["vision_config"]["model_type"] = "siglip_vision_model"
+    tiny.write_json(llava_hf / "config.json", settings)
+    refused(llava_hf, "siglip_vision_model", "clip_vision_model")
+
+
+def test_no_weights(llava):
+    for file in llava.glob("*.safetensors*"):
+        file.unlink()
+    refused(llava, llava, "weights")
+
+
+def test_missing_shard(llava):
+    (llava / "model-00002-of-00002.safetensors").unlink()
+    refused(llava, "model-00002-of-00002.safetensors", "missing")
+
+
+def test_missing_bin_shard(sources, tmp_path):
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path, tower, "sharded_bin")
+    (folder / "pytorch_model-00001-of-00002.bin").unlink()
+    refused(folder, "pytorch_model-00001-of-00002.bin", "missing")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.3, 0.999])
+def test_truncated_safetensors(llava, kept):
+    """A download that broke off: nothing, half a header, half the tensors, the last bytes missing."""
+    file = llava / "model-00001-of-00002.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    refused(llava, "model-00001-of-00002.safetensors")
+
+
+def test_corrupt_safetensors(llava):
+    file = llava / "model-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8:200] = bytes(192)
+    file.write_bytes(content)
+    refused(llava, "model-00001-of-00002.safetensors")
+
+
+def test_an_html_page_instead_of_weights(llava_hf):
+    (llava_hf / "model.safetensors").write_text("<!DOCTYPE html><html><body>Not found</body></html>")
+    refused(llava_hf, "model.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.999])
+def test_truncated_bin(sources, tmp_path, kept):
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path, tower, "sharded_bin")
+    file = folder / "pytorch_model-00002-of-00002.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    refused(folder, folder)
+
+
+def test_a_pickle_that_runs_code_is_not_run(sources, tmp_path):
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path / "llava", tower, "bin")
+    mark = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(mark), "w"))
+
+    torch.save({"model.embed_tokens.weight": Bomb()}, folder / "pytorch_model.bin")
+    refused(folder, folder)
+    assert not mark.exists()
+
+
+def test_index_that_is_no_json(llava):
+    (llava / "model.safetensors.index.json").write_text("{")
+    refused(llava, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vocab_size": 60}, {"hidden_size": 64}, {"intermediate_size": 96}, {"num_key_value_heads": 2}],
+    ids=lambda c: next(iter(c)),
+)
+def test_weights_of_other_shapes(llava, changes):
+    edit_config(llava, **changes)
+    refused(llava, llava)
+
+
+def test_weights_of_other_shapes_hf(llava_hf):
+    settings = json.loads((llava_hf / "config.json").read_text())
+    settings["text_config"]["intermediate_size"] = 96
+    tiny.write_json(llava_hf / "config.json", settings)
+    refused(llava_hf, llava_hf)
+
+
+def test_more_layers_than_weights(llava):
+    edit_config(llava, num_hidden_layers=4)
+    refused(llava, llava, "missing", "layers.3")
+
+
+def test_fewer_layers_than_weights(llava, llava_hf):
+    """Weights that nobody asked for: silently running half of an LLM would be worse than stopping."""
+    edit_config(llava, num_hidden_layers=2)
+    refused(llava, llava, "layers.2")
+    settings = json.loads((llava_hf / "config.json").read_text())
+    settings["text_config"]["num_hidden_layers"] = 2
+    tiny.write_json(llava_hf / "config.json", settings)
+    refused(llava_hf, llava_hf, "layers.2")
+
+
+def test_projector_weights_missing(sources, tmp_path):
+    reference, tower = sources("1.5")
+    folder = tiny.save_original(reference, tmp_path, tower, "safetensors")
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if "mm_projector" not in k}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, folder, "missing", "mm_projector")
+
+
+def test_newline_token_missing(sources, tmp_path):
+    reference, tower = sources("1.6")
+    folder = tiny.save_original(reference, tmp_path, tower, "safetensors")
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if "image_newline" not in k}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, "image_newline")
+
+
+def test_tower_folder_missing(sources, tmp_path):
+    refused(tiny.save_original(sources("1.5")[0], tmp_path, tmp_path / "no-tower"), tmp_path / "no-tower")
+
+
+def test_tower_of_another_width(sources, tmp_path):
+    other = tiny.build_reference("llava", vision={"hidden_size": 48})
+    tower = tiny.save_clip_tower(other, tmp_path / "tower")
+    refused(tiny.save_original(sources("1.5")[0], tmp_path / "llava", tower, mm_hidden_size=32))
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"mm_projector_type": "qformer"}, ["qformer", "mlp"]),
+        ({"image_aspect_ratio": "anyres_max_9"}, ["anyres_max_9", "anyres"]),
+        ({"mm_patch_merge_type": "spatial_unpad_max"}, ["spatial_unpad_max", "spatial_unpad"]),
+        ({"mm_vision_select_feature": "cls_patch"}, ["cls_patch", "patch"]),
+        ({"mm_vision_select_layer": -9}, ["-9"]),
+        ({"mm_vision_tower": None}, ["vision tower"]),
+        ({"image_grid_pinpoints": None}, ["image_grid_pinpoints"]),
+        ({"hidden_size": "wide"}, ["config.json"]),
+        ({"mm_use_im_start_end": True}, ["mm_use_im_start_end"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_we_do_not_run(llava, changes, words):
+    edit_config(llava, **changes)
+    refused(llava, llava, *words)
+
+
+def test_lora_without_model_base(sources, tmp_path):
+    reference, tower = sources("1.5")
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    refused(tmp_path / "lora", "LoRA", "model_base")
+
+
+def test_projector_without_model_base(sources, tmp_path):
+    reference, tower = sources("1.5")
+    refused(tiny.save_projector_only(reference, tmp_path, tower), "projector", "model_base")
+
+
+def test_model_base_missing(sources, tmp_path):
+    reference, tower = sources("1.5")
+    folder = tiny.save_projector_only(reference, tmp_path / "projector", tower)
+    refused(folder, tmp_path / "nowhere", "no such", model_base=tmp_path / "nowhere")
+
+
+def test_model_base_that_nobody_needs(llava, sources, tmp_path):
+    base = tiny.save_plain_llm(sources("1.6")[0], tmp_path / "base")
+    refused(llava, "model_base", model_base=base)
+
+
+def test_lora_without_its_other_weights(sources, tmp_path):
+    reference, tower = sources("1.5")
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    (tmp_path / "lora" / "non_lora_trainables.bin").unlink()
+    refused(tmp_path / "lora", "non_lora_trainables.bin", "missing", model_base=base)
+
+
+def test_lora_weights_cut_short(sources, tmp_path):
+    reference, tower = sources("1.5")
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    for name in ("adapter_model.safetensors", "non_lora_trainables.bin"):
+        content = (tmp_path / "lora" / name).read_bytes()
+        (tmp_path / "lora" / name).write_bytes(content[: len(content) // 2])
+        refused(tmp_path / "lora", tmp_path / "lora", model_base=base)
+        (tmp_path / "lora" / name).write_bytes(content)
+
+
+def test_lora_over_another_base(sources, tmp_path):
+    reference, tower = sources("1.5")
+    wide = tiny.build_reference("llava", hidden_size=64)
+    base = tiny.save_plain_llm(wide, tmp_path / "base")
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    refused(tmp_path / "lora", "base", model_base=base)
+
+
+def test_lora_whose_adapters_are_not_there(sources, tmp_path):
+    """An adapter of other modules would change nothing, and nobody would see it."""
+    reference, tower = sources("1.5")
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    adapters = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    renamed = {key.replace("self_attn", "attention"): value for key, value in adapters.items()}
+    save_file(renamed, tmp_path / "lora" / "adapter_model.safetensors")
+    refused(tmp_path / "lora", tmp_path / "lora", model_base=base)
+
+
+def test_broken_tokenizer_and_image_processor(llava_hf):
+    good = (llava_hf / "preprocessor_config.json").read_text()
+    (llava_hf / "preprocessor_config.json").write_text("{")
+    refused(llava_hf, "preprocessor_config.json")
+    (llava_hf / "preprocessor_config.json").write_text(good.replace("LlavaNextImageProcessor", "SiglipImageProcessor"))
+    refused(llava_hf, "SiglipImageProcessor", "LlavaNextImageProcessor")
+    (llava_hf / "preprocessor_config.json").write_text(good)
+    (llava_hf / "tokenizer.json").write_text("{}")
+    refused(llava_hf, "tokenizer")

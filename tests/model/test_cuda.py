@@ -1,0 +1,550 @@
+"""The engine where it captures CUDA graphs: what is replayed gives what plain steps give, whatever came before it.
+
+On a GPU where there is one; elsewhere, or with ADAV_EMULATE=1, on the CPU over an emulation of CUDA graphs, which refuses
+what a GPU refuses (support/graph_emulator.py).
+"""
+
+import gc
+import os
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from shapes import Preset, Prompts, random_model
+from support.graph_emulator import install
+
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
+from llava.model.builder import make_fast
+from llava.model.decoding import prefill as prefill_module
+from llava.model.decoding.cache_tensors import CacheTensors
+from llava.model.decoding.decode_step import merge_projections
+from llava.model.decoding.engine import WORTH_CAPTURING, Engine, PlainSteps
+from llava.model.decoding.sampling import Sampling
+
+EMULATE = os.environ.get("ADAV_EMULATE") == "1" or not torch.cuda.is_available()
+DEVICE = "cpu" if EMULATE else "cuda"
+
+AVL = {"vision_adaptive_attention": True, "vision_adaptive_attention_rate": 0.3}
+TEXT = {"text_pruning_flag": True, "text_pruning_rate": 0.4, "text_init_cache": 6}
+SETTINGS = {
+    "full": {"method": "none"},
+    "adav": {"method": "adav"},
+    "fastv": {"method": "fastv"},
+    "pyramiddrop": {"method": "pyramiddrop"},
+    "h2o": {"method": "none", "all_use_h2o": True},
+    "avl, evict": {"method": "none", **AVL, "vision_adaptive_attention_update_interval": -1},
+    "avl, core": {"method": "none", **AVL, "vision_adaptive_attention_update_interval": 3},
+    "avl and text": {
+        **{"method": "adav", **AVL, **TEXT, "text_rule": "history"},
+        "vision_adaptive_attention_update_interval": 2,
+    },
+    "text alone": {"method": "cls", **TEXT, "text_rule": "direct"},
+}
+# Settings some of whose steps re-rank the core.
+RANKED = {"avl, core", "avl and text"}
+STEPS, NEW, PLENTY = 7, 24, 1 << 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs():
+    """CUDA graphs, emulated where there are none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if EMULATE:
+            install(patch)
+        yield
+
+
+@dataclass
+class Loaded:
+    """A model with random weights, and prompts for it."""
+
+    preset: Preset
+    model: torch.nn.Module
+
+    @classmethod
+    def random(cls, kv_heads: int, dtype: torch.dtype = torch.float32, layers: int = 3, device: str = DEVICE):
+        # Head size 64, as the kernels' cases have it; 5 tiles of 16 patches and 8 newline tokens.
+        preset = Preset(56, (64, 3, 4, 128), (256, layers, 4, 320), 200, (9, 7), kv_heads=kv_heads)
+        model = random_model(preset.model_config(newline=True), device, dtype, seed=0)
+        make_fast(model)
+        merge_projections(model)  # which make_fast does on a GPU alone
+        return cls(preset, model)
+
+    @torch.inference_mode()
+    def request(self, name: str, rows: int, seed: int = 0):
+        """A prepared prompt: rows of one to nine words before their image, and others after it."""
+        prompts = Prompts.random(self.preset, self.model.config, self.model.lm_head.weight, rows, seed)
+        dropped = torch.randint(0, 9, (rows, 1), generator=torch.Generator().manual_seed(seed))
+        mask = torch.arange(prompts.ids.shape[1]) >= dropped
+        config = AdaVConfig(**({"overall_tokens": 12} | SETTINGS[name]))
+        return self.model.prepare(prompts.ids, prompts.pixels, prompts.sizes, mask, config=config)
+
+    def engine(self, **options) -> Engine:
+        engine = Engine(self.model, **({"graph_bytes": PLENTY} | options))
+        assert engine.graphs
+        return engine
+
+    def plain(self, prepared, new: int = NEW, **options) -> list[list[int]]:
+        """The tokens without graphs."""
+        return tokens(Engine(self.model, graphs=False), prepared, new, **options)
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["heads alike", "grouped"])
+def loaded(request):
+    return Loaded.random(request.param)
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    return Loaded.random(kv_heads=2, layers=2)
+
+
+class Captures:
+    """Captures that are tried: `graphs` are weak references to theirs. The first `failing` of them run out of memory."""
+
+    def __init__(self):
+        self.graphs, self.failing = [], 0
+
+    @contextmanager
+    def graph(self, cuda_graph, real=torch.cuda.graph, **options):
+        self.graphs.append(weakref.ref(cuda_graph))
+        with real(cuda_graph, **options):
+            yield
+            if len(self.graphs) <= self.failing:
+                raise torch.OutOfMemoryError("no memory for a capture")
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    found, real = Captures(), torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: found.graph(*args, real=real, **options))
+    return found
+
+
+def tokens(engine: Engine, prepared, new: int = NEW, **options) -> list[list[int]]:
+    return [answer.tokens for answer in engine.generate(prepared, Sampling(new, **options)).answers]
+
+
+@torch.inference_mode()
+def forced(model, prepared, fed, engine=None):
+    """Logits [1 + T, B, V] of prefill and of steps that are fed `fed` [T, B]."""
+    if engine is None:
+        cache = prepared.caching.cache(len(fed))
+        logits, steps = model.prefill(prepared, cache), PlainSteps(model.decode_step, cache)
+    else:
+        cache = engine.cache_for(prepared, len(fed))
+        logits = engine.prefill(prepared, cache).clone()
+        steps = engine.steps_for(cache)
+    return torch.stack([logits] + [steps(token).clone() for token in fed])
+
+
+def random_tokens(rows, seed):
+    return torch.randint(3, 200, (STEPS, rows), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def kinds(engine):
+    """Of each captured set, which steps it has graphs of: those that re-rank (True) and those that do not."""
+    return [set(kept.graphs) for kept in engine.captured_sets()]
+
+
+def kinds_of(name):
+    return {False, True} if name in RANKED else {False}
+
+
+# --- the same numbers and tokens ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["batch 1", "batch 3"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_captured_is_plain(loaded, name, rows):
+    """transformers' layers one by one, against the engine: plain, captured, and replayed twice over the same buffers."""
+    engine = loaded.engine()
+    for seed in range(4):
+        prepared, fed = loaded.request(name, rows, seed), random_tokens(rows, seed)
+        expected, found = forced(loaded.model, prepared, fed), forced(loaded.model, prepared, fed, engine)
+        assert torch.isfinite(found).all()
+        assert float((found - expected).abs().max()) < 2e-4, seed
+    assert kinds(engine) == [kinds_of(name)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads alike", "grouped"])
+@pytest.mark.parametrize("name", ["full", "avl and text"])
+def test_half_precision(name, kv_heads, dtype):
+    loaded = Loaded.random(kv_heads, dtype, layers=2)
+    engine = loaded.engine()
+    for seed in range(3):
+        prepared, fed = loaded.request(name, 2, seed), random_tokens(2, seed)
+        expected, found = forced(loaded.model, prepared, fed), forced(loaded.model, prepared, fed, engine)
+        spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+        assert float((found - expected).square().mean().sqrt() / spread) < 0.05
+    assert kinds(engine) == [kinds_of(name)]
+
+
+@pytest.mark.parametrize("name", ["full", "adav", "avl, core"])
+def test_engine_is_transformers_generate(loaded, name):
+    """Greedy tokens in float32. On a GPU other kernels round otherwise and a near tie may differ, so a prefix is enough."""
+    prepared, engine = loaded.request(name, 2), loaded.engine()
+    expected = loaded.model.generate(prepared=prepared, max_new_tokens=NEW, do_sample=False, pad_token_id=0).tolist()
+    compared = NEW if EMULATE else 8
+    for _ in range(3):
+        assert [row[:compared] for row in tokens(engine, prepared)] == [row[:compared] for row in expected]
+    assert len(kinds(engine)) == 1
+
+
+def test_captured_tower_is_plain(captures):
+    """Captured when a number of tiles comes again; every image still has its own features."""
+    loaded = Loaded.random(kv_heads=4, layers=1)
+    expected = [loaded.request("adav", 2, seed).inputs_embeds for seed in range(4)]
+    engine = loaded.engine()
+    found = [loaded.request("adav", 2, seed).inputs_embeds for seed in range(4)]
+    assert len(captures.graphs) == 1 and engine.captured_bytes() > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_draws_and_ends(grouped):
+    """Rows that draw, beside rows that end earlier than others, over captured steps."""
+    prepared, engine = grouped.request("avl, core", 3), grouped.engine()
+    sampling = [Sampling(30, temperature=1.0, seed=5), Sampling(20), Sampling(30, temperature=0.7, top_p=0.9)]
+    plain = Engine(grouped.model, graphs=False)
+    plain.ends = engine.ends = {tokens(plain, prepared)[1][6]}
+    expected = [(answer.tokens, answer.finish) for answer in plain.generate(prepared, sampling).answers]
+    assert "stop" in [finish for _, finish in expected]
+    for _ in range(4):
+        assert [(a.tokens, a.finish) for a in engine.generate(prepared, sampling).answers] == expected
+    assert kinds(engine) == [{False, True}]
+
+
+@pytest.mark.skipif(EMULATE, reason="re-ranking beside a step needs a GPU's streams, which are not emulated")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ranking_beside_gives_the_same(loaded, rows):
+    beside, in_line = loaded.engine(rank_beside=True), loaded.engine()
+    for seed in range(4):
+        prepared = loaded.request("avl, core", rows, seed)
+        assert tokens(beside, prepared, 40) == tokens(in_line, prepared, 40)
+
+
+# --- what is captured, and when ----------------------------------------------------------------------------------
+
+
+def test_one_request_captures_nothing(grouped, captures):
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    tokens(engine, prepared)
+    tokens(engine, grouped.request("full", 1))
+    assert not captures.graphs and not engine.captured_sets()
+    tokens(engine, prepared)
+    assert kinds(engine) == [{False}]
+    tried = len(captures.graphs)
+    tokens(engine, prepared)
+    assert len(captures.graphs) == tried == 2  # prefill and a step
+
+
+def test_short_answers_capture_no_steps(grouped, captures):
+    """The first step of a set is never captured: from the second on there must be enough."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    for _ in range(3):
+        for new in (1, 2, WORTH_CAPTURING):
+            tokens(engine, prepared, new)
+        assert not engine.captured_sets()
+    assert len(captures.graphs) == 1  # prefill, which every answer needs
+    for new, expected in ((WORTH_CAPTURING + 1, [set()]), (WORTH_CAPTURING + 2, [{False}])):
+        tokens(engine, prepared, new)
+        assert kinds(engine) == expected, new
+
+
+NODES = {"full": 10, "h2o": 11, "avl, core": 11, "avl and text": 12}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_per_layer(name):
+    """How much a GPU launches for a layer of a decode step: the difference of a model with two layers more."""
+    nodes = []
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        for layers in (2, 4):
+            loaded = Loaded.random(kv_heads=2, layers=layers, device="cpu")
+            prepared, engine = loaded.request(name, 2), loaded.engine()
+            for _ in range(2):
+                tokens(engine, prepared)
+            (kept,) = engine.captured_sets()
+            nodes.append({kind: len(graph.nodes) for kind, graph in kept.graphs.items()})
+    assert set(nodes[0]) == set(nodes[1]) == kinds_of(name)
+    for kind, few in nodes[0].items():
+        assert 0 < (nodes[1][kind] - few) / 2 <= NODES[name], kind
+
+
+# --- several generations of one engine ---------------------------------------------------------------------------
+
+
+def advance_in_turns(*generations):
+    """The tokens of generations that are advanced one step each in turn, until all have ended."""
+    while not all(generation.ended for generation in generations):
+        for generation in generations:
+            next(generation, None)
+    return [[answer.tokens for answer in generation.result().answers] for generation in generations]
+
+
+@pytest.mark.parametrize("graph_bytes", [0, PLENTY])
+@pytest.mark.parametrize("name", ["full", "avl and text"])
+@pytest.mark.parametrize("rows", [(2, 2), (2, 1)], ids=["one shape", "two shapes"])
+def test_interleaved_generations(grouped, rows, name, graph_bytes):
+    """Each gives the tokens that it gives alone, whether its steps are captured while the other is under way, or before."""
+    requests = [grouped.request(name, count, seed) for seed, count in enumerate(rows)]
+    expected = [grouped.plain(prepared) for prepared in requests]
+    assert len(set(map(str, expected))) == 2
+    engine = grouped.engine(graph_bytes=graph_bytes)
+    for _ in range(3):
+        assert advance_in_turns(*(engine.stream(prepared, Sampling(NEW)) for prepared in requests)) == expected
+    assert engine.captured_sets()
+
+
+def test_a_generation_that_begins_in_the_middle_of_another(grouped):
+    one, two = (grouped.request("h2o", 2, seed) for seed in range(2))
+    expected, engine = [grouped.plain(one, 40), grouped.plain(two)], grouped.engine()
+    for _ in range(2):
+        tokens(engine, one)
+    first = engine.stream(one, Sampling(40))
+    for _ in range(10):
+        next(first)
+    assert tokens(engine, two) == expected[1]
+    for _ in range(10):
+        next(first)
+    assert tokens(engine, two) == expected[1]
+    assert advance_in_turns(first) == expected[:1]
+
+
+def test_a_generation_that_nobody_ends(grouped):
+    """Its storage serves the next request of its shape once it is forgotten."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    expected = grouped.plain(prepared)
+    for _ in range(2):
+        tokens(engine, prepared)
+    (kept,) = engine.captured_sets()
+    abandoned = engine.stream(grouped.request("full", 2, seed=1), Sampling(NEW))
+    next(abandoned)
+    next(abandoned)
+    assert kept.cache is abandoned.cache
+    assert tokens(engine, prepared) == expected and kept.cache is abandoned.cache
+    del abandoned
+    gc.collect()
+    generated = engine.generate(prepared, Sampling(NEW))
+    assert [answer.tokens for answer in generated.answers] == expected and kept.cache is generated.cache
+
+
+@pytest.mark.parametrize("name", ["full", "avl and text"])
+def test_the_cache_of_an_earlier_request(grouped, name):
+    """It is as it was, or it refuses: it never holds what a later request has written."""
+    engine, found = grouped.engine(), []
+    for seed in range(4):
+        cache = engine.generate(grouped.request(name, 2, seed), Sampling(NEW)).cache
+        found.append((cache, cache_bytes(cache)))
+    refused = 0
+    for cache, before in found:
+        try:
+            assert all(map(torch.equal, cache_bytes(cache), before))
+        except UserError as error:
+            assert "went to a later request" in str(error)
+            refused += 1
+    assert refused == 2  # the storage of the second request served the third and the fourth
+
+
+def cache_bytes(cache):
+    """A copy of what a step reads, bit by bit: what stands in free slots is anything, NaN included."""
+    names = ("keys", "values", "front_len", "core", "text", "text_len")
+    return [getattr(layer, name).clone().view(torch.uint8) for layer in cache.layers for name in names]
+
+
+def test_a_step_on_the_cache_of_an_earlier_request(grouped):
+    """It is refused before it has changed anything of the request that has the storage now."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    expected = grouped.plain(prepared)
+    earlier = [engine.generate(prepared, Sampling(NEW)).cache for _ in range(2)][-1]
+    generation = engine.stream(prepared, Sampling(NEW))
+    for _ in range(4):
+        next(generation)
+    before = [*cache_bytes(generation.cache), generation.cache.tensors.positions.clone()]
+    with pytest.raises(UserError, match="went to a later request"), torch.inference_mode():
+        earlier.begin_step(1)
+        grouped.model.decode_step(torch.tensor([3, 3], device=DEVICE), earlier)
+    after = [*cache_bytes(generation.cache), generation.cache.tensors.positions]
+    assert all(map(torch.equal, after, before))
+    assert advance_in_turns(generation) == [expected]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")
+@pytest.mark.parametrize(
+    "name, failing", [("full", 1), ("full", 100), ("avl, core", 1), ("avl, core", 2), ("avl, core", 3)]
+)
+def test_captures_that_run_out_of_memory(grouped, captures, name, failing):
+    """Prefill, then steps of either kind: those that cannot be captured run as they are, and nothing stays of the attempt."""
+    requests = [grouped.request(name, 2, seed) for seed in range(3)]
+    expected, engine, stream = [grouped.plain(one) for one in requests], grouped.engine(), torch.cuda.current_stream()
+    captures.failing = failing
+    for seed in (0, 0, 1, 2):
+        assert tokens(engine, requests[seed]) == expected[seed]
+        assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    failed = captures.graphs[:failing]
+    assert len(failed) == min(failing, len(captures.graphs)) >= 1
+    gc.collect()
+    assert all(graph() is None for graph in failed)
+    # What did not fail was captured.
+    assert [graph() is None for graph in captures.graphs] == [n < failing for n in range(len(captures.graphs))]
+    captures.failing = 0
+    engine.release()
+    for seed in (0, 0, 1):
+        assert tokens(engine, requests[seed]) == expected[seed]
+    assert kinds(engine) == [kinds_of(name)]
+
+
+@contextmanager
+def out_of_memory(where, times):
+    """The next `times` prefills run out of memory: where the storage of keys and values is made ready, or after the layers."""
+    owner, name = {"storage": (CacheTensors, "begin"), "layers": (prefill_module, "_run")}[where]
+    real, left = getattr(owner, name), [None] * times
+
+    def failing(*args, **kwargs):
+        found = real(*args, **kwargs)
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("no memory for a prompt")
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        yield
+    assert not left
+
+
+@pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")
+@pytest.mark.parametrize(
+    "where, before, times",
+    [
+        ("storage", 0, 2),
+        ("storage", 1, 2),
+        ("storage", 2, 2),
+        ("layers", 0, 2),
+        ("layers", 1, 3),  # in the capture of a prefill, in the plain one in its place, and in the second attempt
+    ],
+)
+def test_prefill_runs_out_of_memory(grouped, where, before, times):
+    """Where letting go of what is kept does not help, the error is the caller's. Later requests know nothing of it.
+
+    before: requests of that shape that have gone well: with one of them steps are captured next, with two they have been.
+    """
+    one, two = (grouped.request("avl, core", 2, seed) for seed in range(2))
+    expected, engine = [grouped.plain(one), grouped.plain(two)], grouped.engine()
+    for _ in range(before):
+        assert tokens(engine, two) == expected[1]
+    with pytest.raises(torch.OutOfMemoryError), out_of_memory(where, times):
+        tokens(engine, one)
+    for _ in range(2):
+        assert tokens(engine, one) == expected[0]
+        assert tokens(engine, two) == expected[1]
+    assert kinds(engine) == [{False, True}]
+
+
+def test_prefill_is_tried_again(grouped):
+    """What is kept of earlier requests goes first."""
+    one, two = (grouped.request("full", rows) for rows in (2, 1))
+    expected, engine = [grouped.plain(one), grouped.plain(two)], grouped.engine()
+    for _ in range(2):
+        tokens(engine, two)
+    kept = [weakref.ref(captured) for captured in engine.captured_sets()]
+    with out_of_memory("storage", times=1):
+        assert tokens(engine, one) == expected[0]
+    gc.collect()
+    assert len(kept) == 1 and kept[0]() is None
+    assert tokens(engine, two) == expected[1]
+
+
+def test_an_error_in_a_generation_frees_its_storage(grouped):
+    """A prefill that fails while the storage of captured steps is its own: the next request of the shape can have it."""
+    one, two = (grouped.request("full", 2, seed) for seed in range(2))
+    expected, engine = grouped.plain(two), grouped.engine()
+    for _ in range(2):
+        tokens(engine, one)
+    failing = engine.stream(one, Sampling(NEW))
+    with pytest.raises(torch.OutOfMemoryError), out_of_memory("storage", times=2):
+        next(failing)
+    assert failing.ended
+    for _ in range(3):
+        assert tokens(engine, two) == expected
+    assert not any(kept.busy for kept in engine.captured_sets())
+
+
+def test_release(grouped):
+    """Nothing of what was captured stays, but what a generation is in the middle of; and everything works afterwards."""
+    requests = [grouped.request(name, rows) for name, rows in (("full", 2), ("avl, core", 1))]
+    expected, engine = [grouped.plain(prepared) for prepared in requests], grouped.engine()
+    for prepared in requests * 2:
+        tokens(engine, prepared)
+    held = [weakref.ref(part) for kept in engine.captured_sets() for part in (kept, *kept.graphs.values())]
+    held += [weakref.ref(kept.cache.tensors) for kept in engine.captured_sets()]
+    assert len(held) == 7
+    assert engine.captured_bytes() >= sum(kept.nbytes for kept in engine.captured_sets()) > 0
+    generation = engine.stream(requests[0], Sampling(NEW))
+    next(generation)
+    engine.release()
+    assert [kept.cache for kept in engine.captured_sets()] == [generation.cache]
+    assert advance_in_turns(generation) == expected[:1]
+    del generation
+    engine.release()
+    gc.collect()
+    assert engine.captured_bytes() == 0 and engine.captured_sets() == []
+    assert all(part() is None for part in held)
+    for _ in range(3):
+        assert [tokens(engine, prepared) for prepared in requests] == expected
+    assert len(engine.captured_sets()) == 2
+
+
+def test_an_engine_that_is_dropped_takes_everything_with_it(grouped):
+    """Nothing of the model, the vision tower above all, holds on to what the engine has captured."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    for _ in range(2):
+        tokens(engine, prepared)
+    held = [weakref.ref(part) for kept in engine.captured_sets() for part in (kept, kept.cache.tensors)]
+    del engine
+    gc.collect()
+    assert len(held) == 2 and all(part() is None for part in held)
+    torch.testing.assert_close(grouped.request("full", 2).inputs_embeds, prepared.inputs_embeds, rtol=0, atol=1e-5)
+
+
+def test_captured_sets_stay_within_the_bound(grouped, monkeypatch):
+    """What is idle is let go of before a prefill, what was used longest ago first."""
+    requests = {rows: grouped.request("full", rows) for rows in (1, 2, 3)}
+    expected = {rows: grouped.plain(prepared) for rows, prepared in requests.items()}
+    unbounded = grouped.engine()
+    for rows in (1, 1, 2, 2, 3, 3):
+        tokens(unbounded, requests[rows])
+    sizes = {kept.cache.layout.batch: kept.nbytes for kept in unbounded.captured_sets()}
+    others = unbounded.captured_bytes() - sum(sizes.values())
+    # The second is the third set's and its prefill's bytes, which are those of the first two: prefills grow with the rows.
+    for bound, left in ((0, [[1], [2], [3], [1]]), (sizes[3] + others // 2, [[1], [1, 2], [1, 2, 3], [3, 1]])):
+        engine, found = grouped.engine(graph_bytes=bound), []
+        idle = idle_bytes(engine, monkeypatch)
+        for rows in (1, 2, 3, 1):
+            for _ in range(2):
+                assert tokens(engine, requests[rows]) == expected[rows]
+            found.append([kept.cache.layout.batch for kept in engine.captured_sets()])
+        assert len(idle) == 8 and max(idle) <= bound
+        assert found == left
+
+
+def idle_bytes(engine, monkeypatch):
+    """A list that grows with every prefill: bytes of what is captured, less the storage that the prefill goes into."""
+    prefill, found = engine.prefill, []
+
+    def watched(prepared, cache):
+        lent = [kept.nbytes for kept in engine.captured_sets() if kept.cache is cache]
+        found.append(engine.captured_bytes() - sum(lent))
+        return prefill(prepared, cache)
+
+    monkeypatch.setattr(engine, "prefill", watched)
+    return found
