@@ -18,8 +18,8 @@ tokens selected against the published way, which has to keep the same ones; and 
 predicted. In float32 the logits of the first token are compared, and all tokens where nothing is left unread in
 decoding; in half precision a float32 twin with fewer layers is compared like that, and the logits to within the dtype's
 noise. What is wrong gets no row, and the exit code is 1. Whoever is timed has answered at least twice before. On a CPU
-providers take turns in every repetition; on a GPU each has the memory to itself. Figures are medians. A provider that
-runs out of memory has a row that says so, and the others go on.
+providers take turns in every repetition; on a GPU each has the memory to itself, and its row is written when it is done.
+Figures are medians. A provider that runs out of memory has a row that says so, one that fails is named, and the others go on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from end_to_end_bench import Bench, Entry
 from end_to_end_report import DOCUMENT, draw, fill, read_rows, show
-from memory import ceiling, free_memory, step_bytes
+from memory import OUT_OF_MEMORY, ceiling, free_memory, step_bytes
 from providers import PROVIDERS
 from record import RESULTS, how, pick, read_text, write_csv
 from shapes import PRESETS, Prompts
@@ -57,7 +57,6 @@ DECODING += ["step_ms", "overhead_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s
 DECODING += ["ceiling_tokens_per_s", "of_ceiling"]
 FIGURES = [f"ttft_ms{end}" for end in ("", "_min", "_max")] + [f"{stage}_ms" for stage in (*STAGES, "prefill")]
 FIGURES += [*DECODING, "kv_mb", "peak_mb"]
-OUT_OF_MEMORY = "out of memory"
 
 
 def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: int) -> list[dict]:
@@ -199,7 +198,7 @@ def twin_complaints(args: argparse.Namespace, configs: dict[str, AdaVConfig]) ->
 
 
 def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
-    """Measure every batch and length, write what there is after each, and return what was wrong."""
+    """Measure every batch and length, write what there is after each group of providers, and return what was wrong."""
     dtype = getattr(torch, args.dtype)
     earlier = _earlier(args) if args.append else []
     refused = {} if dtype == torch.float32 or args.no_twin else twin_complaints(args, configs)
@@ -209,17 +208,24 @@ def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
     complaints = [f"{provider} ({label}): {why}, so it gets no time" for (provider, label), why in refused.items()]
     rows, made = [], how(args, "end_to_end.py", args.device)
     print(f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}", flush=True)
+
+    def complain(wrong: list[str]) -> None:
+        complaints.extend(wrong)
+        print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "", flush=True)
+
     checks = Checks(bench, args.check_batch)
     for batch in args.batches:
         prompts = bench.prompts(batch)
         for new_tokens in args.new_tokens:
             entries, wrong = checks(entries_of(bench, batch, args.quick), prompts, new_tokens)
-            wrong += bench.measure(entries, prompts, new_tokens, args.repeats)
-            print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
-            complaints += wrong
-            rows += [row | made for row in rows_of(entries, bench, prompts, new_tokens)]
-            if rows:
-                write_csv(args.output, with_speedups(merged(earlier, rows)))
+            complain(wrong)
+            before, done = rows, []
+            for group in bench.groups(entries):
+                complain(bench.measure(group, prompts, new_tokens, args.repeats))
+                done += group
+                rows = before + [row | made for row in rows_of(done, bench, prompts, new_tokens)]
+                if rows:
+                    write_csv(args.output, with_speedups(merged(earlier, rows)))
     if rows:
         written = read_rows(args.output)
         draw(written, args.plot)

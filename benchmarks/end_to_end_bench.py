@@ -6,7 +6,16 @@ import gc
 from dataclasses import dataclass, field, replace
 
 import torch
-from memory import Peak, bare_step, copy_bandwidth, decode_weight_bytes, free_memory, read_bandwidth
+from memory import (
+    OUT_OF_MEMORY,
+    Peak,
+    attempt,
+    bare_step,
+    copy_bandwidth,
+    decode_weight_bytes,
+    free_memory,
+    read_bandwidth,
+)
 from providers import Answer, Models, Ours, OursByEngine, Provider, Transformers, Upstream
 from shapes import Preset, Prompts, random_model
 from torch import Tensor
@@ -88,6 +97,11 @@ class Bench:
                 entries.append(Entry(OursByEngine(self.models, config), label, reference, ours))
         return entries
 
+    @property
+    def other_tokens(self) -> float:
+        """The share of other vision tokens that float32 answers may keep."""
+        return OTHER_TOKENS if self.device == "cuda" else 0.0
+
     def prompts(self, batch: int) -> Prompts:
         model = self.models.ours
         return Prompts.random(self.preset, model.config, model.lm_head.weight, batch, self.seed)
@@ -101,21 +115,18 @@ class Bench:
             entry.provider.release()
         free_memory(self.device)
 
-    def _answer(self, provider: Provider, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer | None:
-        """None where it does not fit into memory."""
-        try:
-            return provider.answer(prompts, new_tokens, logits)
-        except torch.OutOfMemoryError:
-            pass
-        # Behind the except: the traceback of the error held the tensors of the failed attempt.
-        self.release()
-        return None
+    def _answer(self, provider: Provider, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer | str:
+        """An answer, or why there is none (attempt)."""
+        answer, failure = attempt(lambda: provider.answer(prompts, new_tokens, logits))
+        if failure:
+            self.release()
+        return failure or answer
 
     @torch.inference_mode()
     def right(self, prompts: Prompts, new_tokens: int, entries=None) -> tuple[list[Entry], list[str]]:
         """Entries whose answers are right, with each one's first answer, and what is wrong with the others. Those that run
         out of memory are among the former, without an answer. entries: all unless given."""
-        truths: dict[int, Answer | None] = {}
+        truths: dict[int, Answer | str] = {}
         right, complaints = [], []
         for entry in progress_bar("checking", self.entries if entries is None else entries, unit=" providers"):
             for provider in (entry.provider, entry.reference, entry.same_as):
@@ -126,26 +137,34 @@ class Bench:
             if wrong:
                 complaints.append(f"{entry.name}: {wrong}, so it gets no time")
             else:
-                answers = [] if answer is None else [answer]
-                right.append(replace(entry, answers=answers, peaks=[], out_of_memory=answer is None))
+                failed = answer == OUT_OF_MEMORY
+                right.append(replace(entry, answers=[] if failed else [answer], peaks=[], out_of_memory=failed))
             self.release()
         return right, complaints
 
-    def _complaint(self, entry: Entry, answer: Answer | None, truths: dict, prompts: Prompts, new_tokens: int):
-        """What is wrong with an answer, of all that can be; None where nothing is, or where there is no answer."""
-        if answer is None:
-            return None
+    def _complaint(
+        self, entry: Entry, answer: Answer | str, truths: dict, prompts: Prompts, new_tokens: int
+    ) -> str | None:
+        """What is wrong with an answer, of all that can be; None where nothing is, or where memory did not suffice."""
+        if isinstance(answer, str):
+            return None if answer == OUT_OF_MEMORY else f"it fails ({answer})"
         for other in (entry.reference, entry.same_as):
-            if other is not None and truths[id(other)] is None:
-                return (
-                    f"{other.name}, which it is compared with, runs out of memory (--check-batch compares fewer rows)"
-                )
+            truth = truths[id(other)] if other is not None else None
+            if isinstance(truth, str):
+                why = "runs out of memory (--check-batch compares fewer rows)" if truth == OUT_OF_MEMORY else "fails"
+                return f"{other.name}, which it is compared with, {why}"
         wrong = self._wrong(entry, answer, truths.get(id(entry.reference)), prompts, new_tokens)
         if wrong is None and entry.same_as is not None and self.dtype == torch.float32:
-            same = answer.tokens == truths[id(entry.same_as)].tokens
-            if not same.all():
-                return f"{1 - same.float().mean():.0%} of its tokens are not those of {entry.same_as.name}"
+            return self._unequal(answer, truths[id(entry.same_as)], entry.same_as.name)
         return wrong
+
+    def _unequal(self, answer: Answer, truth: Answer, other: str) -> str | None:
+        """Whether tokens are not the very same that another way of ours gave to the same vision tokens."""
+        alike, apart = _same_choices(answer, truth)
+        if apart > self.other_tokens:
+            return f"it keeps other vision tokens than {other}"
+        same = (answer.tokens == truth.tokens)[alike]
+        return None if same.all() else f"{1 - same.float().mean():.0%} of its tokens are not those of {other}"
 
     def _wrong(
         self, entry: Entry, answer: Answer, truth: Answer | None, prompts: Prompts, new_tokens: int
@@ -167,7 +186,7 @@ class Bench:
         exact = self.dtype == torch.float32
         entry.same_tokens = float((answer.tokens == truth.tokens).float().mean())
         alike, apart = _same_choices(answer, truth)
-        if exact and apart > (OTHER_TOKENS if self.device == "cuda" else 0):
+        if exact and apart > self.other_tokens:
             return f"it keeps other vision tokens than {other}"
         if not alike.any():
             return None  # the LLM read something else in every row
@@ -192,29 +211,27 @@ class Bench:
             return f"its logits are {relative:.1%} of their spread from those of {other}, allowed is {HALF_LIMITS[self.dtype]:.0%}"
         return None
 
-    @torch.inference_mode()
-    def measure(self, entries: list[Entry], prompts: Prompts, new_tokens: int, repeats: int) -> list[str]:
-        """Time the entries, and say which of them answered otherwise than before.
+    def groups(self, entries: list[Entry]) -> list[list[Entry]]:
+        """Who is measured together. On a CPU all take turns in every repetition, so that a machine that slows down slows all
+        of them. On a GPU what an engine keeps would then be in the others' memory: there each is alone."""
+        return [[entry] for entry in entries] if self.device == "cuda" else [list(entries)]
 
-        On a CPU they take turns in every repetition, so that a machine that slows down slows all of them. On a GPU what an
-        engine keeps would then be in the others' memory: there each has its repetitions after one another.
-        """
+    @torch.inference_mode()
+    def measure(self, group: list[Entry], prompts: Prompts, new_tokens: int, repeats: int) -> list[str]:
+        """Time the entries of a group, say what was wrong with some of them, and leave the others in it."""
         complaints: list[str] = []
-        timed = [entry for entry in entries if not entry.out_of_memory]
-        alone = self.device == "cuda"
+        timed = [entry for entry in group if not entry.out_of_memory]
         with progress_bar("measuring", total=repeats * len(timed), unit=" answers") as shown:
-            for group in [[entry] for entry in timed] if alone else [timed]:
-                self._yardsticks(group, prompts)
-                for entry in list(group):
+            for repeat in range(repeats if timed else 0):
+                if repeat == 0 or self.device != "cuda":  # later the memory of a GPU may be full of what is measured
+                    self._yardsticks(timed, prompts)
+                for entry in [] if repeat else timed:
                     complaints += self._warm_up(entry, prompts, new_tokens)
-                for repeat in range(repeats):
-                    if repeat and not alone:
-                        self._yardsticks(group, prompts)
-                    for entry in [entry for entry in group if entry.checked is not None]:
-                        complaints += self._repeat(entry, prompts, new_tokens, repeat + 1)
-                        shown.update()
-                self.release()
-        entries[:] = [entry for entry in entries if entry.out_of_memory or entry.checked is not None]
+                for entry in [entry for entry in timed if entry.checked is not None]:
+                    complaints += self._repeat(entry, prompts, new_tokens, repeat + 1)
+                    shown.update()
+        self.release()
+        group[:] = [entry for entry in group if entry.out_of_memory or entry.checked is not None]
         return complaints
 
     def _yardsticks(self, entries: list[Entry], prompts: Prompts) -> None:
@@ -233,9 +250,8 @@ class Bench:
         entry.checked = checked if len(checked) == len(prompts.ids) else None
         for _ in range(WARM_UPS[self.device]):
             answer = self._answer(entry.provider, prompts, new_tokens)
-            if answer is None:
-                entry.out_of_memory, entry.checked = True, None
-                return []
+            if isinstance(answer, str):
+                return self._fails(entry, answer)
             if entry.checked is None:
                 entry.checked = answer.tokens
             elif self._differs(entry, answer):
@@ -246,13 +262,17 @@ class Bench:
         gc.collect()
         peak = Peak(self.device)
         answer = self._answer(entry.provider, prompts, new_tokens)
-        if answer is None:
-            entry.out_of_memory, entry.checked = True, None
-            entry.answers.clear()
-            return []
+        if isinstance(answer, str):
+            return self._fails(entry, answer)
         entry.peaks.append(peak.bytes() or 0)
         entry.answers.append(answer)
         return self._refuse(entry, f"repetition {number}") if self._differs(entry, answer) else []
+
+    @staticmethod
+    def _fails(entry: Entry, failure: str) -> list[str]:
+        entry.checked, entry.out_of_memory = None, failure == OUT_OF_MEMORY
+        entry.answers.clear()
+        return [] if entry.out_of_memory else [f"{entry.name}: it fails ({failure}), so it gets no time"]
 
     def _differs(self, entry: Entry, answer: Answer) -> bool:
         return self.dtype == torch.float32 and not torch.equal(answer.tokens, entry.checked)
@@ -265,7 +285,7 @@ class Bench:
 
 def _same_choices(answer: Answer, truth: Answer) -> tuple[Tensor, float]:
     """([B] bool: rows in which the same vision tokens were kept, the share of tokens that were not)."""
-    if truth.kept is None:
+    if not truth.kept:
         return torch.ones(len(answer.tokens), dtype=torch.bool), 0.0
     pairs = list(zip(answer.kept, truth.kept, strict=True))
     others = [int((~torch.isin(ours, theirs)).sum()) for ours, theirs in pairs]

@@ -14,6 +14,8 @@
 # Without a GPU, to try it out:
 #   ADAV_EMULATE=1 XDIST= PRESET=tiny KERNEL=tiny KERNEL_DTYPE= OUT=out PY=.venv/bin/python bash benchmarks/gpu.sh a
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# The models switch cuDNN's attention off (llava.model.builder.prefer_flash_attention); this is for what runs before, or without them.
+export TORCH_CUDNN_SDPA_DEPRIORITIZED="${TORCH_CUDNN_SDPA_DEPRIORITIZED-1}"
 export PYTHONPATH="${SITE:+$SITE:}$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 OUT="${OUT:-/tmp/gpu-out}" PY="${PY:-python3}" PRESET="${PRESET:-llava-v1.6-vicuna-7b}" KERNEL="${KERNEL:-gpu}"
 # Tiny models do not gain by more threads than one: those would only wait for each other.

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from memory import decode_weight_bytes, free_memory
+from memory import attempt, decode_weight_bytes, free_memory
 from record import how, pick, write_csv
 from shapes import PRESETS, Prompts, random_model
 from torch.autograd import DeviceType
@@ -195,6 +195,8 @@ def _attend(q, k, v, causal: bool, backend: SDPBackend | None):
 
 
 def show(rows: list[dict]) -> str:
+    if not rows:
+        return ""
     return columns([tuple(rows[0]), *(tuple(str(value) for value in row.values()) for row in rows)])
 
 
@@ -215,18 +217,16 @@ def main(argv: list[str] | None = None) -> None:
     made = how(args, "gpu_profile.py", args.device)
     preset = PRESETS[args.preset]
     model = random_model(preset.model_config(newline=True), args.device, getattr(torch, args.dtype), seed=0)
-    profiler, stages, kernels = Profiler(model, args.device), [], []
+    profiler, stages, kernels, failures = Profiler(model, args.device), [], [], []
     for batch in args.batches:
         prompts = Prompts.random(preset, model.config, model.lm_head.weight, batch, seed=0)
         for name in CONFIGS:
-            try:
-                row, top = profiler.one(prompts, name, with_kernels=batch == args.batches[0])
-            except torch.OutOfMemoryError:
-                row = None
+            found, failure = attempt(lambda p=prompts, n=name: profiler.one(p, n, len(p.ids) == args.batches[0]))
             free_memory(args.device)
-            if row is None:
-                print(f"batch {batch}, {name}: out of memory", file=sys.stderr)
+            if failure:
+                failures.append(f"batch {batch}, {name}: {failure}")
                 continue
+            row, top = found
             stages.append(row)
             kernels += top
             # After each: what is measured is kept.
@@ -242,6 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(args.out / "sdpa.csv", rows, made)
         print(f"\n{show(rows)}")
         print(f"\npeak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

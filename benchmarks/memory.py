@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+from llava.common.errors import UserError
+
+T = TypeVar("T")
+OUT_OF_MEMORY = "out of memory"
 
 
 def cache_bytes(device: str) -> int:
@@ -67,6 +75,24 @@ def free_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
+    """(what `run` returns, ""), or (None, why it returned nothing): OUT_OF_MEMORY, or the error, whose traceback is printed.
+
+    Errors of any kind: one measurement that breaks must not take the others' figures with it. Bad input (UserError) is
+    raised. Tensors of a failed run are not held any more: free_memory() then frees them.
+    """
+    try:
+        return run(), ""
+    except UserError:
+        raise
+    except Exception as error:
+        # PyTorch's allocator has a class for it; CUDA itself and Triton's launcher say it in a RuntimeError.
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            return None, OUT_OF_MEMORY
+        traceback.print_exc(file=sys.stderr)
+        return None, "".join(traceback.format_exception_only(error)).strip().partition("\n")[0]
 
 
 class Peak:

@@ -8,8 +8,9 @@ LLM over what is left. A method that selects before the LLM pays for its choice 
 what it costs is what it costs with any.
 
 All methods run one after another in every repetition, so that a machine that slows down slows all of them. After each,
-logits must be finite and each layer's cache must hold as many entries as predicted, else no time is printed at all.
-Times are medians, on a CPU with the first repetition (which warms up) among them, on a GPU after one more; FLOPs are predicted (llava.costs.flops).
+logits must be finite and each layer's cache must hold as many entries as predicted, else a method gets no time, is named,
+and the exit code is 1. Times are medians, on a CPU with the first repetition (which warms up) among them, on a GPU after
+one more; FLOPs are predicted (llava.costs.flops).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from memory import attempt, free_memory
 from record import RESULTS, how, pick, write_csv
 from shapes import PRESETS, Preset, Prompts, random_model
 
@@ -104,34 +107,45 @@ class Bench:
             )
         return {stage: 1000 * s for stage, s in {**prepared.seconds, **clock.seconds}.items()}, output
 
-    def repeat(self, entry: Entry) -> None:
-        """Time one entry once more. Exits where its output is not right: the time would be that of something else."""
+    def repeat(self, entry: Entry) -> str:
+        """Time one entry once more. Where its output is not right it says so: the time would be that of something else."""
         milliseconds, output = self.prefill(entry.config)
         cached = tuple(layer.keys.shape[-2] for layer in output.past_key_values.layers)
         if not torch.isfinite(output.logits[0]).all():
-            sys.exit(f"{entry.name}: its logits are not finite, so no time is given")
+            return "its logits are not finite"
         if cached != entry.cost.cached:
-            sys.exit(
-                f"{entry.name}: its layers cache {cached} entries, expected are {entry.cost.cached}, so no time is given"
-            )
+            return f"its layers cache {cached} entries, expected are {entry.cost.cached}"
         entry.times.append(milliseconds)
+        return ""
 
 
-def run(bench: Bench, methods: list[str], shares: list[float], repeats: int) -> list[dict]:
-    """One row per method and budget, `none` first."""
+def run(
+    bench: Bench, methods: list[str], shares: list[float], repeats: int, save: Callable[[list[dict]], None]
+) -> list[str]:
+    """Measure, give `save` one row per method and budget, `none` first, after every repetition, and return what was wrong.
+    What was wrong has no row."""
     budgets = [max(1, int(share * bench.prompts.image.tokens + 1e-6)) for share in shares]
     configs = [AdaVConfig(method="none")]
     configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
     entries = [Entry(config, bench.cost(config), []) for config in configs]
-    with progress_bar("measuring", total=repeats * len(entries), unit=" prefills") as shown:
-        if bench.device.type == "cuda":
-            for entry in entries:  # a GPU compiles kernels and sets up libraries once: that is no method's time
-                bench.prefill(entry.config)
-        for _ in range(repeats):
-            for entry in entries:
-                bench.repeat(entry)
+    plain, complaints = entries[0], []
+    # A GPU compiles kernels and sets up libraries once: that is no method's time.
+    rounds = [False] * (bench.device.type == "cuda") + [True] * repeats
+    with progress_bar("measuring", total=len(rounds) * len(entries), unit=" prefills") as shown:
+        for timed in rounds:
+            for entry in list(entries):
+                wrong, failure = attempt(lambda e=entry: bench.repeat(e))
+                if wrong or failure:
+                    complaints.append(f"{entry.name}: {wrong or failure}, so no time is given")
+                    entries.remove(entry)
+                    free_memory(bench.device.type)
                 shown.update()
-    return [entry.row(entries[0]) for entry in entries]
+            if not timed:
+                for entry in entries:
+                    entry.times.clear()
+            elif plain in entries:  # what the others are set against
+                save([entry.row(plain) for entry in entries])
+    return complaints
 
 
 def show(rows: list[dict]) -> str:
@@ -193,18 +207,25 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device, args.dtype = pick(args.device, args.dtype)
     bench = Bench(PRESETS[args.preset], device, getattr(torch, args.dtype), args.seed)
-    rows = run(bench, args.methods, args.shares, args.repeats)
     made = how(args, "prefill.py", device)
     output = args.output or RESULTS / f"prefill-{args.preset}-{device}.csv"
-    write_csv(output, rows, made)
+    rows: list[dict] = []
+
+    def save(found: list[dict]) -> None:
+        rows[:] = found
+        write_csv(output, rows, made)
+
+    wrong = run(bench, args.methods, args.shares, args.repeats, save)
     prompts = bench.prompts
     print(
         f"{prompts.image.tokens:,} vision tokens of {len(prompts.image.patches)} tiles, {sum(prompts.text)} text tokens; "
         f"medians of {args.repeats}"
     )
-    print(
-        f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}\n\n{show(rows)}\n\n{output}"
-    )
+    print(f"{made['device']}, {made['threads']} threads, {args.dtype}, torch {made['torch']}\n")
+    if rows:
+        print(f"{show(rows)}\n\n{output}")
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

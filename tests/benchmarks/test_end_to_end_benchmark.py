@@ -180,6 +180,7 @@ def measured(tmp_path, monkeypatch):
         end_to_end.main([*FLAGS, "--output", str(output), "--plot", str(tmp_path / "e.png"), *flags])
         return read_rows(output)
 
+    run.output = tmp_path / "e.csv"
     return run
 
 
@@ -314,14 +315,57 @@ def test_on_a_gpu_one_after_another(bench, monkeypatch):
         monkeypatch.setattr(end_to_end_bench, name, lambda _, name=name: events.append(name) or 1e10)
     monkeypatch.setattr(end_to_end_bench, "Peak", lambda _: Peak("cpu"))
     made.device = "cuda"
-    assert not made.measure(right, prompts, 2, repeats=3)
+    groups = made.groups(right)
+    assert [made.measure(group, prompts, 2, repeats=3) for group in groups] == [[], []]
     bandwidth = ["copy_bandwidth", "read_bandwidth", "free_memory"]
     release = ["release ours", "release engine", "free_memory"]
     assert events == [*bandwidth, *["ours"] * 5, *release, *bandwidth, *["engine"] * 5, *release]
-    assert [len(entry.answers) for entry in right] == [3, 3]
+    assert [len(entry.answers) for (entry,) in groups] == [3, 3]
 
 
-@torch.inference_mode()
+@pytest.mark.parametrize("when", ["check", "warm-up", "second repetition"])
+def test_a_provider_that_fails(when, measured, monkeypatch, capsys):
+    """It is named and has no row, its traceback is printed, and the others are measured."""
+    answers, answer = [], OursByEngine.answer
+
+    def fails(provider, *args, **options):
+        answers.append(1)
+        if len(answers) == {"check": 1, "warm-up": 2, "second repetition": 4}[when]:
+            raise RuntimeError("CUDA error: misaligned address\nCompile with TORCH_USE_CUDA_DSA")
+        return answer(provider, *args, **options)
+
+    monkeypatch.setattr(OursByEngine, "answer", fails)
+    said = r"engine \(adav 8\): it fails \(RuntimeError: CUDA error: misaligned address\), so it gets no time"
+    with pytest.raises(SystemExit, match=said):
+        measured("--batches", "2", "--repeats", "2", "--providers", "transformers", "ours", "engine")
+    assert [row["provider"] for row in read_rows(measured.output)] == ["transformers", "ours"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reference_that_fails(bench, monkeypatch):
+    made = bench(ADAV, providers=("ours",))
+    monkeypatch.setattr(Upstream, "answer", lambda *_, **__: 1 / 0)
+    right, complaints = made.right(made.prompts(1), 2)
+    assert not right and complaints == ["ours (it): upstream, which it is compared with, fails, so it gets no time"]
+
+
+def test_rows_are_written_one_after_another_on_a_gpu(measured, monkeypatch):
+    """A run that is cut off keeps what it measured; speeds of all its rows are set against one bandwidth."""
+    bandwidths = iter((1e10, 2e10, 1.5e10))
+    written: list[list[str]] = []
+    write = end_to_end.write_csv
+    monkeypatch.setattr(Bench, "groups", lambda _, entries: [[entry] for entry in entries])
+    monkeypatch.setattr(end_to_end_bench, "copy_bandwidth", lambda _: next(bandwidths))
+    monkeypatch.setattr(
+        end_to_end, "write_csv", lambda f, rows: written.append([row["provider"] for row in rows]) or write(f, rows)
+    )
+    rows = measured("--batches", "2", "--providers", "transformers", "upstream", "ours")
+    names = ["transformers", "upstream", "ours"]
+    assert written == [names[:n] for n in (1, 2, 3)]
+    assert {row["copy_gb_per_s"] for row in rows} == {20.0}
+
+
+@torch.inference_mode()  # as providers answer in the benchmark
 def test_near_ties_on_a_gpu(bench):
     """On a GPU one of a hundred kept tokens may be another one, and its row is then not compared; on a CPU none may."""
     made = bench(ADAV)

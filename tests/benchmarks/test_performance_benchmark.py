@@ -8,6 +8,7 @@ import subprocess
 import fill_performance
 import gpu_profile
 import pytest
+import torch
 from page import DOCUMENT, put
 from record import read_csv, write_csv
 
@@ -201,6 +202,28 @@ def test_the_profile(tmp_path, capsys, page):
         assert times == sorted(times, reverse=True) and len(times) <= gpu_profile.TOP
         assert sum(times) <= 1.001 * float(total["us"])
     assert "captured_mb" in capsys.readouterr().out and not (tmp_path / "sdpa.csv").exists()
+
+
+def test_the_profile_without_what_fails(tmp_path, capsys, monkeypatch):
+    """A configuration that runs out of memory, or fails, is named in the end; the others have their rows."""
+    one = gpu_profile.Profiler.one
+
+    def fails(profiler, prompts, name, with_kernels):
+        if name == "none":
+            raise torch.OutOfMemoryError
+        if name == "adav 144":
+            raise RuntimeError("no image for this device")
+        return one(profiler, prompts, name, with_kernels=False)
+
+    monkeypatch.setattr(gpu_profile.Profiler, "one", fails)
+    with pytest.raises(SystemExit) as stop:
+        gpu_profile.main(["--preset", "tiny", "--device", "cpu", "--batches", "1", "--out", str(tmp_path)])
+    assert stop.value.code == (
+        "batch 1, none: out of memory\nbatch 1, adav 144: RuntimeError: no image for this device"
+    )
+    rows = list(csv.DictReader((tmp_path / "stages.csv").open()))
+    assert [row["config"] for row in rows] == ["A-VL, interval 16"]
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_script_takes_one_word(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 
 import prefill
 import pytest
@@ -16,9 +17,8 @@ from llava.methods.inside_llm import DROPPERS
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 def test_every_method_has_its_row(tmp_path, capsys):
     output = tmp_path / "results" / "prefill.csv"
-    prefill.main(
-        ["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--repeats", "1", "--output", str(output)]
-    )
+    flags = ["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--repeats", "1"]
+    prefill.main([*flags, "--output", str(output)])
     rows = list(csv.DictReader(output.open()))
     names = [name for name in SELECTORS if SELECTORS[name].uses_budget] + list(DROPPERS)
     assert [(row["method"], row["overall_tokens"]) for row in rows] == [
@@ -43,17 +43,31 @@ def test_wrong_output_gets_no_time():
     *others, last = cost.plans
     one_less = dataclasses.replace(last, front=last.front - 1)
     entry = prefill.Entry(config, dataclasses.replace(cost, plans=(*others, one_less)), [])
-    with pytest.raises(
-        SystemExit, match=r"cls at 4: its layers cache \(16, 16, 16, 16\).* \(16, 16, 16, 15\), so no time is given"
-    ):
-        bench.repeat(entry)
+    assert bench.repeat(entry) == "its layers cache (16, 16, 16, 16) entries, expected are (16, 16, 16, 15)"
+    assert not entry.times
     entry = prefill.Entry(config, cost, [])
-    bench.repeat(entry)
-    assert len(entry.times) == 1
+    assert not bench.repeat(entry) and len(entry.times) == 1
     bench.model.lm_head.weight.data[0] = float("inf")
-    with pytest.raises(SystemExit, match="not finite"):
-        bench.repeat(entry)
-    assert len(entry.times) == 1
+    assert bench.repeat(entry) == "its logits are not finite" and len(entry.times) == 1
+
+
+@pytest.mark.parametrize(("fails", "measured"), [("cls", ["none", "random"]), ("none", [])])
+def test_a_method_that_fails(fails, measured, tmp_path, monkeypatch):
+    """It is named and has no row; the others have theirs, unless there is nothing to set them against."""
+    once, output = prefill.Bench.prefill, tmp_path / "p.csv"
+
+    def broken(bench, config):
+        if config.method == fails:
+            raise RuntimeError("no kernel for this")
+        return once(bench, config)
+
+    monkeypatch.setattr(prefill.Bench, "prefill", broken)
+    flags = ["--preset", "tiny", "--device", "cpu", "--repeats", "2", "--methods", "cls", "random"]
+    with pytest.raises(SystemExit) as stop:
+        prefill.main([*flags, "--output", str(output)])
+    assert re.fullmatch(rf"{fails} at \d+: RuntimeError: no kernel for this, so no time is given", stop.value.code)
+    rows = list(csv.DictReader(output.open())) if output.exists() else []
+    assert [row["method"] for row in rows] == measured
 
 
 def test_the_cpu_preset_is_llava_1_6s_image():
