@@ -152,7 +152,9 @@ def test_fails_where_patches_are_out_of_order(capsys, folders, monkeypatch):
         order[[3, 4]] = order[[4, 3]]
         return order
 
-    monkeypatch.setattr(llava.model.llava_arch, "merge_order", swapped)
+    arch = llava.model.llava_arch
+    monkeypatch.setattr(arch, "merge_order", swapped)
+    monkeypatch.setattr(arch, "_layout", arch._layout.__wrapped__)  # nothing of it is kept, before or after
     for name in ("hf-1.5", "hf-1.6", "original-1.6"):
         assert failed(run(capsys, folders / name)), name
 
