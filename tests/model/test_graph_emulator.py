@@ -238,6 +238,102 @@ def test_memory_that_was_freed_after_the_capture(emulation, mode):
         graph.replay()
 
 
+# --- streams -----------------------------------------------------------------------------------------------------
+
+
+def by_stream(side):
+    """(waits for the current stream, waits of the current one for it) of a side stream."""
+    return lambda: side.wait_stream(torch.cuda.current_stream()), lambda: torch.cuda.current_stream().wait_stream(side)
+
+
+def by_event(side):
+    forked, joined = torch.cuda.Event(), torch.cuda.Event()
+
+    def fork():
+        forked.record()
+        forked.wait(side)
+
+    def join():
+        joined.record(side)
+        joined.wait()
+
+    return fork, join
+
+
+@pytest.mark.parametrize("how", [by_stream, by_event])
+def test_a_side_stream_is_part_of_a_capture(emulation, mode, how):
+    given, side, outer = torch.ones(3), torch.cuda.Stream(), torch.cuda.current_stream()
+    fork, join = how(side)
+
+    def run():
+        doubled = given * 2
+        fork()
+        with torch.cuda.stream(side):
+            assert torch.cuda.current_stream() is side
+            found = doubled + 1
+            found.record_stream(side)
+        assert torch.cuda.current_stream() is not side
+        join()
+        return found
+
+    assert run().tolist() == [3, 3, 3]  # outside a capture as well
+    for _ in range(2):  # what one capture knows of streams is nothing to the next
+        graph, found = captured(run)
+        assert len(graph.nodes) == 2 and torch.cuda.current_stream() is outer
+        graph.replay()
+        assert found.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("how", [by_stream, by_event])
+def test_a_side_stream_that_nobody_waits_for(emulation, how):
+    given, side, outer = torch.ones(3), torch.cuda.Stream(), torch.cuda.current_stream()
+    fork, join = how(side)
+
+    def run(*, joins):
+        fork()
+        with torch.cuda.stream(side):
+            given.add_(1)
+        if joins:
+            join()
+            with torch.cuda.stream(side):
+                given.add_(1)  # behind what was waited for
+
+    for joins in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="has unjoined work"), torch.cuda.graph(graph):
+            run(joins=joins)
+        assert given.tolist() == [1, 1, 1] and graph.nodes == []
+        with pytest.raises(RuntimeError, match="without a preceding successful capture"):
+            graph.replay()
+        assert torch.cuda.current_stream() is not outer
+        torch.cuda.set_stream(outer)
+
+
+def test_a_stream_beside_a_capture(emulation):
+    """One that has not waited for the capture's stream has no place in the graph."""
+    given, side = torch.ones(3), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # before the capture: that is something else
+    with pytest.raises(RuntimeError) as found, torch.cuda.graph(torch.cuda.CUDAGraph()), torch.cuda.stream(side):
+        given.add_(1)
+    assert "has not waited for the capture's" in str(found.value.__context__)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: torch.cuda.synchronize(),
+        lambda: torch.cuda.current_stream().synchronize(),
+        lambda: torch.cuda.Event().synchronize(),
+    ],
+    ids=["device", "stream", "event"],
+)
+def test_the_host_cannot_wait_in_a_capture(emulation, wait):
+    wait()
+    with pytest.raises(RuntimeError) as found, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        wait()
+    assert "not permitted when stream is capturing" in str(found.value.__context__)
+
+
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -337,8 +433,9 @@ def test_kernels_are_nodes(emulation, mode, name):
 
 
 def test_everything_is_as_before_in_the_end():
-    names = ("CUDAGraph", "graph", "graph_pool_handle", "is_current_stream_capturing", "Stream", "current_stream")
-    names += ("set_stream", "synchronize", "empty_cache")
+    names = ("CUDAGraph", "graph", "graph_pool_handle", "is_current_stream_capturing", "Stream", "Event", "stream")
+    names += ("current_stream", "set_stream", "synchronize", "empty_cache")
+    record_stream = torch.Tensor.record_stream
     before = {name: getattr(torch.cuda, name) for name in names}
     hidden, weight = torch.randn(2, 8), torch.randn(8)
     with pytest.MonkeyPatch.context() as patch:
@@ -350,6 +447,7 @@ def test_everything_is_as_before_in_the_end():
         with pytest.raises(ValueError, match="allowed are"):
             backend.backend_for(hidden, "cutlass")
     assert all(getattr(torch.cuda, name) is old for name, old in before.items())
+    assert torch.Tensor.record_stream is record_stream
     assert backend.backend_for(hidden) == "reference" and not graphs.available(hidden.device)
     # The Triton module launches by itself again: in the interpreter, or on a GPU.
     if not torch.cuda.is_available():

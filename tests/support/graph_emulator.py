@@ -11,11 +11,13 @@
 The rules are a GPU's. Capturing runs nothing: what it computed is poison afterwards (NaN, or the lowest integer), and what it
 changed is as before. A replay re-executes each operation into the tensors of the capture and knows nothing else: whatever
 the host decided at capture time stays as it was. Reading a tensor on the host, shapes that depend on values, and new
-tensors from the host's numbers are refused and end the capture, whose graph then cannot be replayed. So is a replay
-whose input tensors from before the capture have been freed since: on a GPU their memory would belong to something else.
+tensors from the host's numbers are refused and end the capture, whose graph then cannot be replayed. So are operations
+on a stream that has not waited for the capture's, and a side stream that the capture's has not waited for in the end. A
+replay is refused where input tensors from before the capture have been freed since: on a GPU their memory would belong to
+something else.
 
-What it cannot show: timing, streams, memory that graphs of one pool share, and whatever differs between a kernel and its
-reference (tests/kernels/test_fused_kernels.py is there for that).
+What it cannot show: timing, what streams do at the same time (operations run in the order of the calls), memory that
+graphs of one pool share, and whatever differs between a kernel and its reference (tests/kernels/test_fused_kernels.py is there for that).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from llava.model import graphs
 
 NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing"
 INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
+UNJOINED = "CUDA error: capturing stream has unjoined work"
 NOT_CAPTURED = "Called CUDAGraph::replay without a preceding successful capture."
 
 # Operations that wait for the device without being tagged for it: of the host's numbers a tensor is made.
@@ -102,16 +105,34 @@ class CUDAGraph:
 
 
 class Stream:
-    """torch.cuda.Stream where everything runs at once."""
+    """torch.cuda.Stream. Work is done when it is launched; only a capture cares which stream waits for which."""
 
-    def __init__(self, *args, **kwargs):
-        pass
+    def __init__(self, emulation: Emulation, device=None, priority: int = 0):
+        self._emulation = emulation
 
     def wait_stream(self, stream: Stream) -> None:
-        """All work of the other stream is done by now."""
+        if self._emulation.recorder is not None:
+            self._emulation.recorder.order(stream, self)
 
     def synchronize(self) -> None:
-        """All work is done by now."""
+        self._emulation.wait_on_host("Stream.synchronize")
+
+
+class Event:
+    """torch.cuda.Event: a stream that does nothing but wait and be waited for."""
+
+    def __init__(self, emulation: Emulation, enable_timing: bool = False, blocking: bool = False):
+        self._emulation, self._point = emulation, Stream(emulation)
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._point = Stream(self._emulation)
+        self._point.wait_stream(stream or self._emulation.stream)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or self._emulation.stream).wait_stream(self._point)
+
+    def synchronize(self) -> None:
+        self._emulation.wait_on_host("Event.synchronize")
 
 
 class Emulation:
@@ -119,13 +140,30 @@ class Emulation:
 
     def __init__(self):
         self.recorder: Recorder | None = None
-        self.stream = Stream()
+        self.stream = Stream(self)
 
     def current_stream(self, device=None) -> Stream:
         return self.stream
 
     def set_stream(self, stream: Stream) -> None:
         self.stream = stream
+
+    @contextmanager
+    def use_stream(self, stream: Stream | None) -> Iterator[None]:
+        """torch.cuda.stream."""
+        outer, self.stream = self.stream, stream or self.stream
+        try:
+            yield
+        finally:
+            self.stream = outer
+
+    def synchronize(self, device=None) -> None:
+        self.wait_on_host("synchronize")
+
+    def wait_on_host(self, name: str) -> None:
+        """The host waits for the device: all work is done by now, unless it is being captured."""
+        if self.recorder is not None:
+            self.recorder.refuse(name)
 
     def capturing(self) -> bool:
         return self.recorder is not None
@@ -134,24 +172,24 @@ class Emulation:
     def graph(
         self, cuda_graph: CUDAGraph, pool=None, stream=None, capture_error_mode: str = "global"
     ) -> Iterator[None]:
-        """torch.cuda.graph. As there, a capture that an operation has invalidated ends in an error of its own and leaves the
-        stream of the capture current."""
+        """torch.cuda.graph. As there, a capture that cannot be ended ends in an error of its own and leaves the stream of the
+        capture current."""
         if self.capturing():
             raise RuntimeError(f"{NOT_PERMITTED}: another capture is open")
         cuda_graph.reset()
         cuda_graph._pool = object() if pool is None else pool
-        outer, self.stream = self.stream, Stream() if stream is None else stream
-        self.recorder = recorder = Recorder()
+        outer, self.stream = self.stream, Stream(self) if stream is None else stream
+        self.recorder = recorder = Recorder(self)
         try:
             with recorder, _HostReads(recorder):
                 yield
-            cuda_graph._end_capture(recorder.nodes, recorder.fresh)
         finally:
             self.recorder = None
             recorder.undo()
-            if recorder.invalid:
-                raise RuntimeError(INVALIDATED)
+            if recorder.fault is not None:
+                raise RuntimeError(recorder.fault)
             self.stream = outer
+        cuda_graph._end_capture(recorder.nodes, recorder.fresh)
 
     def launch(self, kernel: Kernel, *operands) -> None:
         """In the place of `launch` of a kernel's Triton module: the reference, now or at every replay."""
@@ -167,16 +205,31 @@ class Recorder(TorchDispatchMode):
     fresh: tensors made since it was entered, by memory; they are kept, so that no memory is given out twice.
     """
 
-    def __init__(self):
+    def __init__(self, emulation: Emulation):
         super().__init__()
         self.nodes: list[Node] = []
         self.fresh: dict[int, Tensor] = {}
-        self.invalid = False  # whether an operation was refused
+        self._emulation, self._origin = emulation, emulation.stream
+        self._refused = False  # whether an operation was
+        # Of each stream that takes part: which nodes its next one comes after.
+        self._before_next: dict[Stream, set[int]] = {self._origin: set()}
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
+    @property
+    def fault(self) -> str | None:
+        """Why the capture cannot be ended now."""
+        if self._refused:
+            return INVALIDATED
+        return UNJOINED if len(self._before_next[self._origin]) < len(self.nodes) else None
+
     def refuse(self, name: str) -> None:
-        self.invalid = True
+        self._refused = True
         raise RuntimeError(f"{NOT_PERMITTED}: {name}")
+
+    def order(self, first: Stream, then: Stream) -> None:
+        """What `then` does next comes after what `first` has done. It takes part in the capture from now on, if `first` does."""
+        if first in self._before_next:
+            self._before_next.setdefault(then, set()).update(self._before_next[first])
 
     def add(self, names: tuple[str, ...], run: Callable[..., None], operands: tuple) -> None:
         """A node. It holds memory from before the capture through tensors of its own, so that it shows when nobody else does."""
@@ -185,6 +238,9 @@ class Recorder(TorchDispatchMode):
             outside = isinstance(leaf, Tensor) and _memory(leaf) not in self.fresh
             return leaf.detach() if outside else leaf
 
+        if self._emulation.stream not in self._before_next:
+            self.refuse(f"{names[0]} on a stream that has not waited for the capture's")
+        self._before_next[self._emulation.stream].add(len(self.nodes))
         self.nodes.append(Node(names, run, tree_map(own, operands)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -349,11 +405,14 @@ def install(patch) -> Emulation:
     patch.setattr(torch.cuda, "graph", emulation.graph)
     patch.setattr(torch.cuda, "graph_pool_handle", object)
     patch.setattr(torch.cuda, "is_current_stream_capturing", emulation.capturing)
-    patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "Stream", partial(Stream, emulation))
+    patch.setattr(torch.cuda, "Event", partial(Event, emulation))
     patch.setattr(torch.cuda, "current_stream", emulation.current_stream)
     patch.setattr(torch.cuda, "set_stream", emulation.set_stream)
-    for name in ("synchronize", "empty_cache"):
-        patch.setattr(torch.cuda, name, lambda *_: None)
+    patch.setattr(torch.cuda, "stream", emulation.use_stream)
+    patch.setattr(torch.cuda, "synchronize", emulation.synchronize)
+    patch.setattr(torch.cuda, "empty_cache", lambda: None)
+    patch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     patch.setattr(graphs, "available", lambda device: True)
     patch.setattr(backend, "backend_for", _backend_for)
     for kernel in KERNELS:
