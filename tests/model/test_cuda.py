@@ -20,9 +20,9 @@ from llava.config import AdaVConfig
 from llava.model.builder import make_fast
 from llava.model.decoding import prefill as prefill_module
 from llava.model.decoding.cache_tensors import CacheTensors
-from llava.model.decoding.decode_step import merge_projections
+from llava.model.decoding.decode_step import Stepper, merge_projections
 from llava.model.decoding.engine import MIN_STEPS_TO_CAPTURE, Engine, PlainSteps
-from llava.model.decoding.sampling import Sampling
+from llava.model.decoding.sampling import Chooser, Sampling
 
 EMULATE = os.environ.get("ADAV_EMULATE") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if EMULATE else "cuda"
@@ -43,6 +43,8 @@ SETTINGS = {
     },
     "text alone": {"method": "cls", **TEXT, "text_rule": "direct"},
 }
+# Settings whose vision tokens go between layers, which the engine leaves to transformers' layers.
+DROPPING = {"fastv", "pyramiddrop"}
 # Settings some of whose steps re-rank the core.
 RANKED = {"avl, core", "avl and text"}
 STEPS, NEW, PLENTY = 7, 24, 1 << 30
@@ -65,12 +67,20 @@ class Loaded:
     model: torch.nn.Module
 
     @classmethod
-    def random(cls, kv_heads: int, dtype: torch.dtype = torch.float32, layers: int = 3, device: str = DEVICE):
+    def random(
+        cls,
+        kv_heads: int,
+        dtype: torch.dtype = torch.float32,
+        layers: int = 3,
+        device: str = DEVICE,
+        merged: bool = True,
+    ):
         # Head size 64, as the kernels' cases have it; 5 tiles of 16 patches and 8 newline tokens.
         preset = Preset(56, (64, 3, 4, 128), (256, layers, 4, 320), 200, (9, 7), kv_heads=kv_heads)
         model = random_model(preset.model_config(newline=True), device, dtype, seed=0)
         make_fast(model)
-        merge_projections(model)  # which make_fast does on a GPU alone
+        if merged:
+            merge_projections(model)  # which make_fast does on a GPU alone
         return cls(preset, model)
 
     @torch.inference_mode()
@@ -100,6 +110,14 @@ def loaded(request):
 @pytest.fixture(scope="module")
 def grouped():
     return Loaded.random(kv_heads=2, layers=2)
+
+
+@pytest.fixture
+def emulated():
+    """The emulation, on a machine with a GPU as well: for what is compared more closely than other kernels round."""
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        yield
 
 
 class Captures:
@@ -206,6 +224,44 @@ def test_captured_tower_is_plain(captures):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - DROPPING))
+def test_fused_prefill_is_the_layers(emulated, name):
+    """What the fused layers leave in the cache is what transformers' layers leave, for rows of different lengths."""
+    loaded = Loaded.random(kv_heads=2, device="cpu")
+    prepared, stepper = loaded.request(name, 3), Stepper.for_model(loaded.model)
+    assert len(set(prepared.lengths)) == 3 and stepper.fused
+    caches, logits = zip(*(filled(loaded.model, prepared, by) for by in (None, stepper)), strict=True)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    for expected, found in zip(*(cache.layers for cache in caches), strict=True):
+        for row in range(3):
+            parts, others = (live_entries(layer, row) for layer in (expected, found))
+            assert all(map(torch.equal, parts.pop("slots"), others.pop("slots")))
+            assert parts["keys"].numel() and parts.keys() == others.keys()
+            torch.testing.assert_close(others, parts, rtol=0, atol=1e-5)
+
+
+def filled(model, prepared, stepper):
+    """(cache, logits) of a prefill by the fused layers of a stepper, or by the model's own."""
+    cache = prepared.caching.cache(STEPS)
+    return cache, prefill_module.prefill(model, prepared, cache, stepper)
+
+
+def live_entries(layer, row):
+    """What later steps read of a row of one layer. slots: its lists; keys, values and scores of the entries in them."""
+    image = layer.image[row, : layer.image_len[row]]
+    core = layer.core[row, : layer.core_len[row]]
+    heads = range(layer.keys.shape[1])
+    texts = [layer.text[row, head, : layer.text_len[row, head]] if layer.text.numel() else image[:0] for head in heads]
+    front = torch.arange(int(layer.front_len[row]))
+    slots = [torch.cat([front, image, text]).long() for text in texts]
+    found = {"slots": [image, core, *texts]}
+    for name in ("keys", "values"):
+        found[name] = torch.cat([getattr(layer, name)[row, head, slots[head]] for head in heads])
+    if "scores" in layer.tensors():
+        found["scores"] = torch.cat([layer.scores[row, head, : len(texts[head])] for head in heads])
+    return found
+
+
 def test_draws_and_ends(grouped):
     """Rows that draw, beside rows that end earlier than others, over captured steps."""
     prepared, engine = grouped.request("avl, core", 3), grouped.engine()
@@ -219,13 +275,14 @@ def test_draws_and_ends(grouped):
     assert kinds(engine) == [{False, True}]
 
 
-@pytest.mark.skipif(EMULATE, reason="re-ranking beside a step needs a GPU's streams, which are not emulated")
 @pytest.mark.parametrize("rows", [1, 3])
-def test_ranking_beside_gives_the_same(loaded, rows):
-    beside, in_line = loaded.engine(rank_beside=True), loaded.engine()
-    for seed in range(4):
-        prepared = loaded.request("avl, core", rows, seed)
+def test_ranking_beside_gives_the_same(grouped, rows):
+    """On a side stream that is joined again: on a GPU at the same time as the layers that follow, emulated in turn."""
+    beside, in_line = grouped.engine(rank_beside=True), grouped.engine()
+    for seed in range(3):
+        prepared = grouped.request("avl, core", rows, seed)
         assert tokens(beside, prepared, 40) == tokens(in_line, prepared, 40)
+    assert kinds(beside) == [{False, True}]
 
 
 # --- what is captured, and when ----------------------------------------------------------------------------------
@@ -403,17 +460,48 @@ def test_captures_that_run_out_of_memory(grouped, captures, name, failing):
     assert kinds(engine) == [kinds_of(name)]
 
 
+@pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")
+def test_a_tower_whose_capture_runs_out_of_memory(captures):
+    """It runs as it is and is not tried again; what comes behind it is captured."""
+    loaded = Loaded.random(kv_heads=4, layers=1)
+    expected = [loaded.request("adav", 2, seed).inputs_embeds for seed in range(3)]
+    answers, engine = loaded.plain(loaded.request("adav", 2)), loaded.engine()
+    captures.failing = 1
+    for seed in (0, 1, 2, 0):
+        prepared = loaded.request("adav", 2, seed)
+        torch.testing.assert_close(prepared.inputs_embeds, expected[seed], rtol=0, atol=1e-5)
+    gc.collect()
+    assert [graph() for graph in captures.graphs] == [None]
+    for _ in range(2):
+        assert tokens(engine, loaded.request("adav", 2)) == answers
+    assert len(captures.graphs) == 3 and kinds(engine) == [{False}]  # prefill and a step
+    engine.release()
+    for _ in range(2):
+        found = loaded.request("adav", 2).inputs_embeds
+        torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-5)
+    assert len(captures.graphs) == 4 and engine.captured_bytes() > 0
+
+
+# Where memory may run out: the storage of keys and values is made ready, the layers of a prompt, those of a decode step,
+# and the choice of the next tokens.
+PLACES = {
+    "storage": (CacheTensors, "begin"),
+    "layers": (prefill_module, "_run"),
+    "step": (Stepper, "__call__"),
+    "choice": (Chooser, "__call__"),
+}
+
+
 @contextmanager
-def out_of_memory(where, times):
-    """The next `times` prefills run out of memory: where the storage of keys and values is made ready, or after the layers."""
-    owner, name = {"storage": (CacheTensors, "begin"), "layers": (prefill_module, "_run")}[where]
-    real, left = getattr(owner, name), [None] * times
+def out_of_memory(where, times, after=0):
+    """Memory runs out `times` times in a place, behind what is done there, once that has gone well `after` times."""
+    owner, name = PLACES[where]
+    real, left = getattr(owner, name), [False] * after + [True] * times
 
     def failing(*args, **kwargs):
         found = real(*args, **kwargs)
-        if left:
-            left.pop()
-            raise torch.OutOfMemoryError("no memory for a prompt")
+        if left and left.pop(0):
+            raise torch.OutOfMemoryError("no memory")
         return found
 
     with pytest.MonkeyPatch.context() as patch:
@@ -448,6 +536,40 @@ def test_prefill_runs_out_of_memory(grouped, where, before, times):
         assert tokens(engine, one) == expected[0]
         assert tokens(engine, two) == expected[1]
     assert kinds(engine) == [{False, True}]
+
+
+@pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")
+@pytest.mark.parametrize(
+    "where, before, after, times",
+    [
+        ("step", 0, 3, 1),
+        ("step", 1, 0, 1),  # the first step on storage that is to be captured
+        ("step", 1, 1, 2),  # in the capture of the second, and in the plain step in its place
+        ("choice", 2, 5, 1),  # behind a replayed step
+        ("choice", 2, MIN_STEPS_TO_CAPTURE, 1),  # behind one that was launched ahead
+    ],
+)
+def test_a_step_runs_out_of_memory(grouped, where, before, after, times):
+    """The error is the caller's, and the generation has ended with what it had. Later requests know nothing of it."""
+    one, two = (grouped.request("full", 2, seed) for seed in range(2))
+    expected, engine = [grouped.plain(one), grouped.plain(two)], grouped.engine()
+    for _ in range(before):
+        assert tokens(engine, two) == expected[1]
+    failing = engine.stream(one, Sampling(NEW))
+    with pytest.raises(torch.OutOfMemoryError), out_of_memory(where, times, after):
+        list(failing)
+    assert failing.ended and next(failing, None) is None
+    for answer, whole in zip(failing.result().answers, expected[0], strict=True):
+        assert 0 < len(answer.tokens) < NEW and answer.finish is None
+        assert answer.tokens == whole[: len(answer.tokens)]
+    for _ in range(2):
+        assert tokens(engine, one) == expected[0]
+        assert tokens(engine, two) == expected[1]
+    assert len(engine.captured_sets()) == 1 and not any(kept.busy for kept in engine.captured_sets())
+    engine.release()
+    for _ in range(2):
+        assert tokens(engine, two) == expected[1]
+    assert kinds(engine) == [{False}]
 
 
 def test_prefill_is_tried_again(grouped):
@@ -548,3 +670,109 @@ def idle_bytes(engine, monkeypatch):
 
     monkeypatch.setattr(engine, "prefill", watched)
     return found
+
+
+# --- merged projections ------------------------------------------------------------------------------------------
+
+
+def allocations(model):
+    """Bytes of each allocation that parameters and buffers lie in."""
+    held = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return {storage.data_ptr(): storage.nbytes() for storage in held}
+
+
+def weights_of(layer):
+    """The weights of one input that are merged, group by group."""
+    attention, mlp = layer.self_attn, layer.mlp
+    groups = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+    return [[module.weight for module in group] for group in groups]
+
+
+def is_merged(layer):
+    return [len({weight.untyped_storage().data_ptr() for weight in group}) == 1 for group in weights_of(layer)]
+
+
+def test_merged_projections_are_the_same_weights_in_the_same_memory():
+    model = Loaded.random(kv_heads=2, layers=2, merged=False).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    total = sum(allocations(model).values())
+    for _ in range(2):  # the second time there is nothing to do
+        merge_projections(model)
+        assert [is_merged(layer) for layer in model.model.layers] == [[True, True]] * 2
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(value, before[name]) and value.is_contiguous() for name, value in after.items())
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+        held = allocations(model)
+        assert sum(held.values()) == total
+    merge_projections(model)
+    assert allocations(model) == held
+
+
+def test_merged_projections_through_a_file(tmp_path):
+    """torch.save writes what they share once, and what is loaded is read by steps that were made before."""
+    plain, merged = (Loaded.random(kv_heads=2, layers=2, merged=merged) for merged in (False, True))
+    for name, loaded in (("plain", plain), ("merged", merged)):
+        torch.save(loaded.model.state_dict(), tmp_path / name)
+    sizes = {name: (tmp_path / name).stat().st_size for name in ("plain", "merged")}
+    assert sizes["merged"] <= sizes["plain"]
+    again = torch.load(tmp_path / "merged")
+    assert all(torch.equal(value, again[name]) for name, value in plain.model.state_dict().items())
+    prepared, engine = merged.request("full", 2), merged.engine()
+    expected = merged.plain(prepared)
+    with torch.no_grad():
+        for layer in merged.model.model.layers:
+            for weight in sum(weights_of(layer), []):
+                weight.neg_()
+    for _ in range(2):
+        assert tokens(engine, prepared) != expected
+    merged.model.load_state_dict(again)
+    assert [is_merged(layer) for layer in merged.model.model.layers] == [[True, True]] * 2
+    assert tokens(engine, prepared) == expected
+    assert kinds(engine) == [{False}]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads alike", "grouped"])
+def test_merged_products_are_the_separate_ones(emulated, kv_heads):
+    """In prefill and in steps, with fewer operations."""
+    found, counts = [], []
+    for merged in (False, True):
+        loaded = Loaded.random(kv_heads, device="cpu", merged=merged)
+        prepared, engine = loaded.request("adav", 3), loaded.engine()
+        fed = torch.randint(3, 200, (STEPS, 3), generator=torch.Generator().manual_seed(0))
+        found.append([forced(loaded.model, prepared, fed, engine) for _ in range(2)][-1])
+        (kept,) = engine.captured_sets()
+        counts.append(len(kept.graphs[False].nodes))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    assert counts[0] - counts[1] == 3 * 3  # two products of q, k, v and one of gate, up, in each of three layers
+
+
+def listen(layer):
+    layer.mlp.register_forward_hook(lambda *_: None)
+
+
+def listen_before(layer):
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: None)
+
+
+def take_the_place(layer):
+    """As accelerate does where it offloads a layer."""
+    layer.self_attn.k_proj.forward = layer.self_attn.k_proj.forward
+
+
+def quantise(layer):
+    """A Linear of another class, as quantised ones and those with adapters are."""
+    layer.mlp.up_proj.__class__ = type("Linear8bit", (torch.nn.Linear,), {})
+
+
+@pytest.mark.parametrize("change", [listen, listen_before, take_the_place, quantise])
+def test_layers_that_are_not_plain_are_not_merged(change):
+    model = Loaded.random(kv_heads=2, layers=3, merged=False).model
+    changed = model.model.layers[1]
+    change(changed)
+    before = [weight.data_ptr() for group in weights_of(changed) for weight in group]
+    merge_projections(model)
+    assert [is_merged(layer) for layer in model.model.layers] == [[True, True], [False, False], [True, True]]
+    assert [weight.data_ptr() for group in weights_of(changed) for weight in group] == before
+    assert Stepper.for_model(model) is None
