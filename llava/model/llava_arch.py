@@ -410,7 +410,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
 def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
     """What identifies an image of a sample whatever batch it is in: prompt, image size, place among its images."""
-    material = ids.numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
+    material = to_host(ids).numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
     return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")
 
 

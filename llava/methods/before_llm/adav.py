@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.common.transfer import to_host
 from llava.methods.before_llm.adav_public import keep_public
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
@@ -70,10 +71,14 @@ class AdaV(Selector):
             for image, text in zip(images, texts, strict=True)
         ]
         if self.compat == "public":
-            found = [
-                keep_public(image, *own, budget, self.min_share)
-                for image, own, budget in zip(images, scores, budgets, strict=True)
-            ]
+            kept, splits = zip(
+                *(
+                    keep_public(image, *own, budget, self.min_share)
+                    for image, own, budget in zip(images, scores, budgets, strict=True)
+                ),
+                strict=True,
+            )
+            found = list(zip(kept, to_host(torch.stack(splits)).tolist(), strict=True))
         else:
             unions = unions_of_best([self._lists(*own, budget) for own, budget in zip(scores, budgets, strict=True)])
             found = [(image.patches[kept], k_text) for image, (kept, k_text) in zip(images, unions, strict=True)]

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
+from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens
 from llava.methods.ranking import lowest_index_topk
 
 
 def keep_public(
     image: ImageTokens, text_score: Tensor | None, saliency: Tensor, budget: int, min_share: float
-) -> tuple[Tensor, int]:
-    """Indices [2 * k * tiles] into the features, with duplicates, and how many of them were chosen by text.
+) -> tuple[Tensor, Tensor]:
+    """Indices [2 * k * tiles] into the features, with duplicates, and how many of them were chosen by text: a tensor that
+    holds the number, for which nobody waits here.
 
     text_score, saliency: float32 [N] in LLM order; without text, saliency fills the whole budget from the same list.
     Raises UserError for tokens that the public code cannot have seen (newline tokens, unpadded crops), and for a
@@ -48,7 +50,7 @@ def keep_public(
     ranked = share + lowest_index_topk(values[share:], total)
     saliency_order = torch.cat([wrong_place[:share], wrong_place[ranked]])
     if text_score is None:
-        return saliency_order, 0
+        return saliency_order, torch.zeros((), dtype=torch.long, device=saliency.device)
 
     text_order = lowest_index_topk(text_score, total)
     spare = total - 2 * share
@@ -58,23 +60,26 @@ def keep_public(
 
     product = captured(text_score[text_order[share:]]) * captured(values[ranked]).flip(0)
     mean = product.sqrt()
-    k_text = share + int(torch.nonzero(mean == mean.max())[0])
-    return torch.cat([text_order[:k_text], saliency_order[: total - k_text]]), k_text
+    k_text = share + (mean == mean.max()).int().argmax()  # of equal ones the first
+    rank = torch.arange(total, device=mean.device)
+    by_saliency = saliency_order[(rank - k_text).clamp_min(0)]
+    return torch.where(rank < k_text, text_order, by_saliency), k_text
 
 
 def _saliency_by_tile(image: ImageTokens, saliency: Tensor) -> Tensor:
     """[tiles, patches of a tile] saliency in raster order of each tile, out of LLM order."""
-    if bool((image.tile < 0).any()):
+    where = image.on_host
+    if len(where.patches) < len(where.tile):
         raise UserError(
             "compat='public' got newline tokens, which the public code does not have; allowed is anyres='fastervlm'"
         )
-    tiles, rows, columns = (int(x.max()) + 1 for x in (image.tile, image.row, image.column))
-    place = ((image.tile * rows + image.row) * columns + image.column).long()
+    tiles, rows, columns = (int(x.max()) + 1 for x in (where.tile, where.row, where.column))
+    place = (where.tile * rows + where.row) * columns + where.column
     if len(place) != tiles * rows * columns or len(place.unique()) != len(place):
         raise UserError(
             f"compat='public' got {len(place)} patches of {tiles} tiles of {rows} x {columns}, but the public code "
             "removes no padding; allowed is anyres='fastervlm'"
         )
     by_tile = torch.empty_like(saliency)
-    by_tile[place] = saliency
+    by_tile[to_device(place, saliency.device)] = saliency
     return by_tile.view(tiles, rows * columns)
