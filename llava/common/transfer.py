@@ -20,3 +20,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def to_host(tensor: Tensor) -> Tensor:
     """`tensor` on the host, which waits for the device where it is on one."""
     return tensor.cpu()
+
+
+def to_host_together(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors of whole numbers (or None, but not all) on the host: those of one device in one copy, as int64."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if len({tensor.device for tensor in given}) > 1:
+        return [None if tensor is None else to_host(tensor) for tensor in tensors]
+    packed = to_host(torch.cat([tensor.flatten().long() for tensor in given]))
+    parts = iter(packed.split([tensor.numel() for tensor in given]))
+    return [None if tensor is None else next(parts).view(tensor.shape) for tensor in tensors]

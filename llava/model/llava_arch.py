@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.common.errors import UserError
-from llava.common.transfer import to_device, to_host
+from llava.common.transfer import to_device, to_host, to_host_together
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
@@ -297,9 +297,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         device = embedding.weight.device
         clock = StageClock(device)
         # 1. Ids, padding and places are read on the host; what is on the device already comes over once.
-        input_ids, attention_mask, labels = (
-            None if given is None else to_host(given) for given in (input_ids, attention_mask, labels)
-        )
+        input_ids, attention_mask, labels = to_host_together(input_ids, attention_mask, labels)
         real = real_tokens(input_ids, attention_mask, self.config)
         scope = config.option("text_scope")
         rows = [self._row(ids, own, scope) for (ids, _), own in zip(real, labels_of(labels, real), strict=True)]

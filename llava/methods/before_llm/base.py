@@ -134,6 +134,10 @@ class ImageTokens:
         n = self.features.shape[0]
         if self.places is not None and not self.places.describes(self):
             self.places = None
+        where = [self.tile, self.row, self.column]
+        if self.places is None and self.features.is_cuda and not any(tensor.is_cuda for tensor in where):
+            # Made by hand: what is still on the host need not be asked for later.
+            self.places = TokenPlaces(*(tensor.long() for tensor in where))
         for name in ("saliency", "tile", "row", "column"):
             shape = tuple(getattr(self, name).shape)
             if shape != (n,):

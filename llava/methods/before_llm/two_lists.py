@@ -28,7 +28,7 @@ def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
     larger (next score / mass captured so far), ties to `first`. The mass of a list is the sum of the scores of the
     tokens that came from it; scores below zero count as zero here. Needs budget <= P.
 
-    The heads of all lists go to the host together and what was chosen comes back together: two waits for a batch.
+    The heads of all lists go to the host together, for which a batch waits once; what was chosen goes back together.
     """
     heads = [_heads(lists) for lists in images]
     packed = to_host(torch.cat([head.flatten() for head in heads]))
@@ -36,7 +36,7 @@ def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
     for lists, part in zip(images, packed.split([head.numel() for head in heads]), strict=True):
         split, *rest = part.tolist()
         length = len(rest) // 4
-        order = [[int(index) for index in rest[s * length : (s + 1) * length]] for s in (0, 1)]
+        order = [list(map(int, rest[s * length : (s + 1) * length])) for s in (0, 1)]
         value = [rest[s * length : (s + 1) * length] for s in (2, 3)]
         splits.append(int(split))
         chosen.append(_union(order, value, splits[-1], lists.budget))
@@ -46,9 +46,9 @@ def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
 
 
 def _heads(lists: TwoLists) -> Tensor:
-    """float64 [1 + 4n]: k_first; of both lists the best n indices, then their scores. Twice the budget is as far as the
-    union can look: what it skips in one list, it has."""
-    n = min(2 * lists.budget, len(lists.first))
+    """float64 [1 + 4n]: k_first; of both lists the best n indices, then their scores. The union looks no further than the
+    budget: it has all that lies before the next unused token of a list, and is short of the budget while it looks."""
+    n = min(lists.budget, len(lists.first))
     orders = [lowest_index_topk(scores, n) for scores in (lists.first, lists.second)]
     values = [scores[order].double().clamp_min(0) for scores, order in zip(lists[:2], orders, strict=True)]
     split = lists.k_first

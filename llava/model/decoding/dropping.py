@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llava.common.errors import UserError
+from llava.common.transfer import to_device
 from llava.constants import IGNORE_INDEX
 from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm.base import Choice, Dropper, ImageSlots
@@ -185,9 +186,9 @@ class Dropping:
 
     def _queries(self, row: Tensor, start: int, count: int, text: Tensor, length: int) -> Tensor:
         """Slots whose attention is read for one image of a row of embeddings [length, D]."""
-        text = text.to(row.device)
         if len(text) == 0:
-            return text.new_tensor([length - 1])
+            return torch.full((1,), length - 1, device=row.device)
+        text = to_device(text, row.device)
         return text[self.dropper.queries(row[start : start + count], row[text])]
 
     def _add_stage(self, device: torch.device) -> None:
@@ -196,9 +197,9 @@ class Dropping:
         longest = max(lengths)
         valid = None
         if min(lengths) < longest:
-            real = torch.tensor(lengths, device=device)
+            real = to_device(torch.tensor(lengths), device)
             valid = torch.arange(longest, device=device) >= longest - real[:, None]
-        shift = torch.tensor([a - b for a, b in zip(whole, lengths, strict=True)], device=device)
+        shift = to_device(torch.tensor([a - b for a, b in zip(whole, lengths, strict=True)]), device)
         self.stages.append(Stage(lengths, valid, shift * int(self.dropper.reindexed)))
 
     @property
@@ -221,7 +222,7 @@ class Dropping:
     def positions(self, device: torch.device) -> Tensor:
         """[B, S]: each row's slots counted from 0 as they are now; 0 in the padding."""
         longest = max(self.stage.lengths)
-        start = longest - torch.tensor(self.stage.lengths, device=device)
+        start = longest - to_device(torch.tensor(self.stage.lengths), device)
         return (torch.arange(longest, device=device) - start[:, None]).clamp(min=0)
 
     def cut(self, layer: int, query: Tensor, key: Tensor, scaling: float, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from llava.common.errors import UserError, first_line
 from llava.common.hub import checkpoint_folder, quiet_loading
+from llava.common.transfer import to_device
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
@@ -73,7 +74,7 @@ class ClipTextTower:
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         embeds = []
         for start in range(0, len(ids), room):
-            part = torch.tensor([[begin, *ids[start : start + room], end]], device=self.clip.device)
+            part = to_device(torch.tensor([[begin, *ids[start : start + room], end]]), self.clip.device)
             embeds.append(self.clip.text_projection(self.clip.text_model(input_ids=part).pooler_output))
         return torch.cat(embeds) if embeds else None
 
