@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 
 def reference(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(summed, normed); shapes as in add_rms_norm."""
     summed = hidden if delta is None else hidden + delta
-    return summed, rms_norm(summed, weight.shape, weight, eps)
+    return summed, torch.rms_norm(summed, weight.shape, weight, eps)

@@ -24,14 +24,22 @@ def reference(
     turned = both.roll(size // 2, dims=-1).mul_(sin.unsqueeze(1))
     both = (both * cos.unsqueeze(1)).add_(turned)
     key, value = both[:, heads:], v.transpose(1, 2)
-    if counts is None:
-        keys[:, :, :tokens] = key
-        values[:, :, :tokens] = value
+    # On a CPU a copy into a slice takes half the time of a scatter.
+    end = tokens if counts is None else _same(counts) if slots is None else None
+    if end is not None:
+        keys[:, :, end - tokens : end] = key
+        values[:, :, end - tokens : end] = value
     else:
         slot = _slots(slots, counts, tokens).expand_as(key)
         keys.scatter_(2, slot, key)
         values.scatter_(2, slot, value)
     return both[:, :heads].contiguous()
+
+
+def _same(counts: Tensor) -> int | None:
+    """The count of all rows, where it is one."""
+    first, *rest = counts.tolist()
+    return first if all(count == first for count in rest) else None
 
 
 def _slots(slots: Tensor | None, counts: Tensor, tokens: int) -> Tensor:

@@ -51,17 +51,18 @@ class Stepper:
     def __call__(self, tokens: Tensor, cache: AdaptiveCache) -> Tensor:
         """tokens [B], after cache.begin_step(1) -> [B, V] float32 logits. Nothing in it needs the host."""
         base = self._model.model
-        hidden, delta = base.embed_tokens(tokens[:, None]), None
+        hidden, delta = base.embed_tokens(tokens), None
         ropes = [_rope(base.rotary_emb(hidden, position_ids=own)) for own in cache.advance()]
         for layer, storage, own in zip(self._layers, cache.layers, cache.numbering, strict=True):
             cos, sin = ropes[own]
 
             def attend(query, key, value, storage=storage, cos=cos, sin=sin, layer=layer):
+                query, key, value = query[:, None], key[:, None], value[:, None]
                 return storage.attend(storage.append(query, key, value, cos, sin), layer.scaling)
 
             hidden, delta = layer(hidden, delta, attend)
         cache.end_step()
-        return self._logits(hidden, delta)[:, 0]
+        return self._logits(hidden, delta)
 
     def prefill(self, hidden: Tensor, positions: Tensor, last: Tensor, sink) -> Tensor:
         """hidden [B, S, D], padded on the right, positions [B, S], last [B]: slot of each row's last token -> [B, V] float32
@@ -70,11 +71,13 @@ class Stepper:
         sink: room_for(layer, key) -> where the layer's rotated keys and its values [B, G, >= S, d] go; fill(layer, query,
         key, value, scaling), called when its attention has seen them.
         """
-        base, delta = self._model.model, None
+        base, delta, shape = self._model.model, None, hidden.shape[:2]
         cos, sin = _rope(base.rotary_emb(hidden, position_ids=positions))
+        hidden = hidden.flatten(0, 1)
         for number, layer in enumerate(self._layers):
 
             def attend(query, key, value, number=number, layer=layer):
+                query, key, value = (part.unflatten(0, shape) for part in (query, key, value))
                 keys, values = sink.room_for(number, key)
                 query = rotate_append(query, key, value, cos, sin, keys, values)
                 keys, values = (states[:, :, : key.shape[1]] for states in (keys, values))
@@ -86,8 +89,8 @@ class Stepper:
                 return attended.transpose(1, 2)
 
             hidden, delta = layer(hidden, delta, attend)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return self._logits(hidden[rows, last], delta[rows, last])
+        last = last + torch.arange(0, len(hidden), shape[1], device=hidden.device)
+        return self._logits(hidden[last], delta[last])
 
     def _logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
         head = self._model.lm_head
@@ -108,13 +111,14 @@ class _Layer:
         self.size, self.scaling = attention.head_dim, attention.scaling
 
     def __call__(self, hidden: Tensor, delta: Tensor | None, attend: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """hidden [B, S, D] and what is still to be added to it -> the same of the next layer.
+        """hidden [N, D] of all rows' tokens and what is still to be added to it -> the same of the next layer.
 
-        attend: query [B, S, H, d], key and value [B, S, G, d] before rotation -> attention's output [B, S, H, d].
+        attend: query [N, H, d], key and value [N, G, d] before rotation -> attention's output, N tokens of [H, d].
+        Two dimensions, since a product takes longer to start with three.
         """
         hidden, states = add_rms_norm(hidden, delta, *self.norms[0])
-        query, key, value = (part.unflatten(-1, (-1, self.size)) for part in self.project(states))
-        attended = attend(query, key, value).flatten(2)
+        query, key, value = (part.view(len(part), -1, self.size) for part in self.project(states))
+        attended = attend(query, key, value).reshape(len(hidden), -1)
         hidden, states = add_rms_norm(hidden, linear(attended, *self.out), *self.norms[1])
         return hidden, linear(self.act(*self.expand(states)), *self.down)
 
