@@ -239,8 +239,18 @@ def _refuse_unknown(values: dict, where: str) -> None:
             raise ConfigError(f'{where}: unknown key "{key}", allowed are {", ".join(known)}')
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One --flag per key of adav_configs.json; what is not given on the command line stays the file's."""
+def add_config_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """--config and one --flag per key of adav_configs.json; what is not given on the command line stays the file's.
+
+    default: what a command adds to the help of --config about its own defaults.
+    """
+    parser.add_argument(
+        "--config", help=f"default: $ADAV_CONFIG, else adav_configs.json of the repository{default and '; ' + default}"
+    )
+    _add_key_flags(parser)
+
+
+def _add_key_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("keys of adav_configs.json")
     for f in fields(AdaVConfig):
         flag = "--" + f.name.replace("_", "-")
@@ -262,11 +272,27 @@ def config_overrides(args: argparse.Namespace) -> dict:
     return overrides
 
 
+def config_of_flags(args: argparse.Namespace, tokens: int | None = None, flag: str = "", **overrides) -> AdaVConfig:
+    """The configuration file that `args` name, with their overrides and further ones.
+
+    tokens: a budget that another argument of the command gave, which is called `flag`. UserError where that and
+    --overall-tokens differ.
+    """
+    overrides |= config_overrides(args)
+    if tokens is not None:
+        if overrides.get("overall_tokens", tokens) != tokens:
+            raise UserError(
+                f"{flag} is {tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
+            )
+        overrides["overall_tokens"] = tokens
+    return AdaVConfig.load(args.config, **overrides)
+
+
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llava.config", description=__doc__.split("\n")[0])
     parser.add_argument("file", nargs="?", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
-    add_config_flags(parser)
+    _add_key_flags(parser)
     args = parser.parse_args()
     config = AdaVConfig.load(args.file, **config_overrides(args))
     if config.options:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.common.command_line import Parser
+from llava.common.command_line import Parser, add_checkpoint_flags
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.find_checkpoint import find_checkpoint
 from llava.common.progress import progress_bar
@@ -198,14 +198,12 @@ def prepare(loaded: LoadedCheckpoint, args: argparse.Namespace) -> list:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m llava.analysis.fit_fitprune_table", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder or hub name, in either format")
-    parser.add_argument("--model-base", help="what a LoRA or projector-only checkpoint was trained on")
+    add_checkpoint_flags(parser)
     parser.add_argument("--questions", required=True, help="question file, one JSON object per line")
     parser.add_argument("--images", required=True, help="folder that their images lie in")
     parser.add_argument("--ratio", required=True, type=float, help="FLOPs reduction in percent, above 0 and below 100")
     parser.add_argument("--out", required=True, type=Path, help="table file to write or add to")
     parser.add_argument("--limit", type=int, default=64, help="use the first N questions with an image (default 64)")
-    parser.add_argument("--conv-mode", help="conversation template; default: the checkpoint's own")
-    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, float16, bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     return parser
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.common.command_line import Parser, positive
+from llava.common.command_line import Parser, add_checkpoint_flags, positive
 from llava.common.errors import UserError
 from llava.common.files import as_user_error_on_write, write_atomically
 from llava.common.progress import progress_bar
@@ -31,11 +31,7 @@ def parser(prog: str, description: str, limit: int) -> Parser:
     made.add_argument("--images", type=Path, required=True, help="folder of its images")
     made.add_argument("--limit", type=positive, default=limit, help=f"only the first N questions ({limit})")
     made.add_argument("--out", type=Path, required=True, help="folder for the .csv files and the plot")
-    made.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
-    made.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
-    made.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="auto: float32 on CPU"
-    )
+    add_checkpoint_flags(made)
     return made
 
 

@@ -20,14 +20,14 @@ import transformers
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from llava.common.command_line import Parser
+from llava.common.command_line import Parser, add_checkpoint_flags
 from llava.common.errors import UserError, exits_cleanly, first_line
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import default_conv_mode, single_turn
+from llava.conversation import single_turn
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.integrations.transformers.reference import build_reference, kind_of
 from llava.mm_utils import process_images, tile_plan, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import Checkpoint
 
 QUESTION = "What is in the picture? Answer the question using a single word or phrase."
@@ -91,20 +91,23 @@ def say(name: str, text: object) -> None:
 def run_ours(args: argparse.Namespace, source: Checkpoint, image: Image.Image, device_map) -> OurSide:
     """Load our model, report the prompt, and compute the logits with every vision token kept."""
     config = AdaVConfig(method="none")
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.checkpoint, args.model_base, config=config, device_map=device_map, torch_dtype=args.dtype
+    checkpoint = LoadedCheckpoint(
+        args.checkpoint,
+        args.model_base,
+        config,
+        device_map=device_map,
+        dtype=args.dtype,
+        purpose="a self-check",
     )
-    for part, found in (("tokenizer", tokenizer), ("image processor", image_processor)):
-        if found is None:
-            raise UserError(f"{args.checkpoint}: has no {part}, without which no prompt can be made")
+    tokenizer, model, image_processor = checkpoint.tokenizer, checkpoint.model, checkpoint.image_processor
     if not source.hf:
         kind_of(model.config)
-    device = model.get_input_embeddings().weight.device
+    device = checkpoint.device
     dtype = model.get_input_embeddings().weight.dtype
     say("checkpoint", f"{args.checkpoint} ({'llava-hf' if source.hf else 'original LLaVA'} format)")
     say("computed in", f"{str(dtype).removeprefix('torch.')} on {device}")
 
-    template = args.conv_mode or default_conv_mode(model.config, tokenizer)
+    template = args.conv_mode or checkpoint.conversation
     ids = tokenizer_image_token(single_turn(template, "<image>\n" + args.question), tokenizer)
     pixels = process_images([image], image_processor, model.config)
     prepared = model.prepare(torch.tensor([ids]), pixels, [image.size])
@@ -247,13 +250,11 @@ def check(args: argparse.Namespace) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m llava.analysis.self_check", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder or hub name, in either format")
-    parser.add_argument("--model-base", help="what a LoRA or projector-only checkpoint was trained on")
+    add_checkpoint_flags(parser)
     parser.add_argument("--image", help="default: a built-in picture of 640 x 480")
     parser.add_argument("--question", default=QUESTION, help="default: %(default)r")
-    parser.add_argument("--conv-mode", help="conversation template; default: the checkpoint's own")
     parser.add_argument("--method", help="also show what this token selection keeps")
     parser.add_argument("--tokens", type=int, help="vision tokens that --method keeps per image (default: 144)")
-    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, float16, bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 

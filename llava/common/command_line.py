@@ -7,6 +7,8 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError in place of argparse's usage text; flags are not abbreviated."""
@@ -16,6 +18,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; --help lists all arguments")
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser, conversation: bool = True) -> None:
+    """What every command that loads a checkpoint takes beside its path: --model-base, --dtype and, unless `conversation`
+    is False, --conv-mode. A command may set another default with set_defaults."""
+    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="auto: float32 on a CPU, the checkpoint's own dtype on a GPU"
+    )
+    if conversation:
+        parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
 
 
 def positive(text: str) -> int:

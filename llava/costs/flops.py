@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.text_table import columns
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import AdaVConfig, add_config_flags, config_of_flags
 from llava.costs.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, SelectorCase, cache_cost, together
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.methods.inside_llm import DROPPERS, Dropper
@@ -240,13 +240,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question-tokens", type=int, help="how many of them follow the image (half)")
     parser.add_argument("--element-size", type=int, default=2, help="bytes per number of the KV cache (2)")
     parser.add_argument("--steps", type=positive, default=64, help="decode steps that KV bytes are given after (64)")
-    parser.add_argument("--config", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
     add_config_flags(parser)
     args = parser.parse_args(argv)
     words = args.text_tokens // 2 if args.question_tokens is None else args.question_tokens
     if not 0 <= words <= args.text_tokens:
         raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
-    config = AdaVConfig.load(args.config, **config_overrides(args))
+    config = config_of_flags(args)
     model_config = read_config(args.checkpoint)
     shape = ModelShape.from_config(model_config)
     plan = tile_plan(args.image_size, model_config, config.option("anyres"))

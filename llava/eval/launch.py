@@ -17,10 +17,10 @@ import signal
 import sys
 from pathlib import Path
 
-from llava.common.command_line import Parser, existing_folder, positive
+from llava.common.command_line import Parser, add_checkpoint_flags, existing_folder, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.find_checkpoint import find_checkpoint
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import add_config_flags, config_of_flags
 from llava.conversation import get_conversation
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.subset import Subset
@@ -42,12 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", "--model-path", default=env.get("CKPT"), help="folder or hub name (default: $CKPT)"
     )
-    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
-    parser.add_argument(
-        "--conv-mode",
-        default=env.get("CONV_MODE"),
-        help="conversation template (default: $CONV_MODE, else the checkpoint's)",
-    )
+    add_checkpoint_flags(parser)
+    parser.set_defaults(conv_mode=env.get("CONV_MODE"))
     parser.add_argument(
         "--data-root",
         type=existing_folder,
@@ -55,7 +51,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="default: $DATA_ROOT, else playground/data/eval",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
-    parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
     parser.add_argument("--shards", type=positive, help="processes (default: one per device or device group)")
     parser.add_argument(
         "--gpus-per-model",
@@ -79,32 +74,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--partial", action="store_true", help="score all but the questions with unreadable images, and say so"
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        help="auto: float32 on CPU, the checkpoint's own on GPU",
-    )
     parser.add_argument("--fresh", action="store_true", help="forget what this very run has answered already")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
     add_config_flags(parser)
     return parser.parse_intermixed_args(argv)
 
 
-def configuration(args: argparse.Namespace) -> AdaVConfig:
-    """The configuration file with the command line's overrides; UserError for whatever cannot be used."""
-    overrides = config_overrides(args)
-    if args.tokens is not None:
-        try:
-            tokens = positive(args.tokens)
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"<tokens> is {error} (vision tokens per image, all tiles together)") from None
-        if overrides.get("overall_tokens", tokens) != tokens:
-            raise UserError(
-                f"<tokens> is {tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
-            )
-        overrides["overall_tokens"] = tokens
-    return AdaVConfig.load(args.config, **overrides)
+def budget(text: str | None) -> int | None:
+    """<tokens>; UserError for what is no number of tokens."""
+    try:
+        return None if text is None else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"<tokens> is {error} (vision tokens per image, all tiles together)") from None
 
 
 def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
@@ -116,7 +97,7 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
         raise UserError("--split goes with one benchmark, not with all")
     if args.limit and args.subset:
         raise UserError("--limit takes the first questions and --subset draws them; give one of them")
-    config = configuration(args)
+    config = config_of_flags(args, budget(args.tokens), "<tokens>")
     family = FAMILIES.get(args.family)
     name = args.checkpoint or (family and family.checkpoint)
     if not name:

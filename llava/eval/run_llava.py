@@ -27,7 +27,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--query", required=True)
     parser.add_argument("--sep", default=",", help="between image files (,)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=512)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     return parser.parse_args(argv)
 
 
@@ -58,33 +57,26 @@ def main(argv: list[str] | None = None) -> None:
     config, decoding = configuration(args), sampling(args)
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
-    from llava.conversation import default_conv_mode
     from llava.eval.runs.image_reader import UnreadableImage, read_image
-    from llava.mm_utils import process_images, tokenizer_image_token
-    from llava.model.builder import load_pretrained_model
-    from llava.model.decoding.engine import Engine
+    from llava.inference.loaded_checkpoint import LoadedCheckpoint
+    from llava.mm_utils import tokenizer_image_token
     from llava.model.decoding.sampling import Sampling
 
     try:
         images = [read_image(path) for path in files]
     except UnreadableImage as error:
         raise UserError(f"--image-file: cannot be read as an image ({error})") from None
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path, args.model_base, config=config, torch_dtype=args.dtype
+    checkpoint = LoadedCheckpoint(
+        args.model_path, args.model_base, config, dtype=args.dtype, purpose="a question about an image"
     )
-    for part, found in (("tokenizer", tokenizer), ("image processor", image_processor)):
-        if found is None:
-            raise UserError(f"{args.model_path}: has no {part}, which a question needs")
-    prompt = single_turn(args.conv_mode or default_conv_mode(model.config, tokenizer), asked)
-    input_ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None].to(model.device)
-    pixels = process_images(images, image_processor, model.config, config.option("anyres"))
-    prepared = model.prepare(
-        input_ids, [tiles.to(model.device, model.dtype) for tiles in pixels], [image.size for image in images]
-    )
+    prompt = single_turn(args.conv_mode or checkpoint.conversation, asked)
+    ids = tokenizer_image_token(prompt, checkpoint.tokenizer, return_tensors="pt")
+    encoded = checkpoint.encode([checkpoint.pixels(image, config) for image in images], config)
+    prepared = checkpoint.prepare_ids([ids], encoded, config)
     wanted = Sampling(args.max_new_tokens)
     if decoding:
         wanted = Sampling(args.max_new_tokens, args.temperature, args.top_p or 1.0, decoding["seed"])
-    answering = Engine(model, tokenizer).stream(prepared, wanted)
+    answering = checkpoint.engine.stream(prepared, wanted)
     for _ in progress_bar("answering", answering, total=args.max_new_tokens, unit=" tokens"):
         pass
     (answer,) = answering.result().answers

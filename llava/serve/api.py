@@ -18,9 +18,9 @@ import sys
 import threading
 from pathlib import Path
 
-from llava.common.command_line import Parser, positive
+from llava.common.command_line import Parser, add_checkpoint_flags, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import add_config_flags, config_of_flags
 from llava.serve.service.image_input import ImageLimits
 from llava.serve.service.listening import listen, port_number, shown_host
 
@@ -28,11 +28,9 @@ from llava.serve.service.listening import listen, port_number, shown_host
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava.serve.api", description=__doc__.split("\n")[0])
     parser.add_argument("--model-path", required=True, help="folder or hub name of a checkpoint")
-    parser.add_argument("--model-base", help="the LLM under a LoRA or projector-only checkpoint")
+    add_checkpoint_flags(parser, conversation=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=port_number, default=8000)
-    parser.add_argument("--config", help="configuration file: $ADAV_CONFIG, else the repository's adav_configs.json")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument(
         "--image-folder", action="append", default=[], help="requests may name images below it; repeatable"
     )
@@ -67,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.mm_utils import get_model_name_from_path
     from llava.serve.service.service import Service
 
-    config = AdaVConfig.load(args.config, **config_overrides(args))
+    config = config_of_flags(args)
     folders, key = tuple(map(_folder, args.image_folder)), _key(args.api_key_env)
     listening = listen(
         args.host, args.port

@@ -14,10 +14,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava.common.command_line import Parser, names, positive
+from llava.common.command_line import Parser, add_checkpoint_flags, names, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.find_checkpoint import find_checkpoint
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import AdaVConfig, add_config_flags, config_of_flags, config_overrides
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation
 
@@ -35,32 +35,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model-path", "--ckpt", default=DEMO, help=f"folder or hub name (default: the demo checkpoint {DEMO})"
     )
-    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    add_checkpoint_flags(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=positive, default=64, help="(64)")
     parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each method (5)")
     parser.add_argument("--steps", type=positive, default=6, help="decode steps of A-VL's cache to show (6)")
     parser.add_argument("--layer", type=positive, help="layer whose cache is shown, from 1 (default: most layers)")
     parser.add_argument("--columns", type=positive, default=4, help="methods beside each other (4)")
-    parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
     add_config_flags(parser)
     return parser.parse_args(argv)
 
 
 def configurations(args: argparse.Namespace) -> dict[str, AdaVConfig]:
     """Method -> the configuration file with the command line's overrides, and that method."""
-    overrides = config_overrides(args)
-    if "method" in overrides:
+    if "method" in config_overrides(args):
         raise UserError("--method names one method, allowed here is --methods with one or several")
-    if args.tokens:
-        if overrides.get("overall_tokens", args.tokens) != args.tokens:
-            raise UserError(
-                f"--tokens is {args.tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
-            )
-        overrides["overall_tokens"] = args.tokens
-    return {name: AdaVConfig.load(args.config, method=name, **overrides) for name in args.methods}
+    return {name: config_of_flags(args, args.tokens, "--tokens", method=name) for name in args.methods}
 
 
 def check(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> None:

@@ -13,6 +13,7 @@ from tiny_checkpoints import make_image
 import llava.mm_utils
 import llava.model.llava_arch
 from llava.analysis import self_check
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.model.builder import load_pretrained_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,15 +174,13 @@ def test_fails_where_a_weight_differs(capsys, folders, monkeypatch):
 
 
 def test_fails_in_half_precision_too(capsys, folders, monkeypatch):
-    load = self_check.load_pretrained_model
-
     def other(*args, **kwargs):
-        loaded = load(*args, **kwargs)
+        loaded = LoadedCheckpoint(*args, **kwargs)
         with torch.no_grad():
-            loaded[1].model.mm_projector[0].bias += 0.3
+            loaded.model.model.mm_projector[0].bias += 0.3
         return loaded
 
-    monkeypatch.setattr(self_check, "load_pretrained_model", other)
+    monkeypatch.setattr(self_check, "LoadedCheckpoint", other)
     assert failed(run(capsys, folders / "original-1.6", "--dtype", "bfloat16"))
 
 

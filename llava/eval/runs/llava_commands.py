@@ -18,11 +18,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.common.command_line import Parser, existing_file, existing_folder, positive
+from llava.common.command_line import Parser, add_checkpoint_flags, existing_file, existing_folder, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import as_user_error_on_write, digest_of, read_json, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import AdaVConfig, add_config_flags, config_of_flags
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation
 from llava.eval.benchmarks.base import Benchmark
@@ -161,8 +161,7 @@ def _difference(before: dict, now: dict) -> str:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that all of LLaVA's commands share, and this project's own."""
     parser.add_argument("--model-path", required=True, help="folder or hub name")
-    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    add_checkpoint_flags(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as LLaVA's scripts ask (0)")
     parser.add_argument("--top_p", "--top-p", type=float)
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1, help="only 1")
@@ -170,25 +169,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--visual-token-num", type=positive, help="vision tokens per image, all tiles together: overall_tokens"
     )
-    parser.add_argument("--config", help="default: $ADAV_CONFIG, else adav_configs.json of the repository")
     add_config_flags(parser)
 
 
 def configuration(args: argparse.Namespace) -> AdaVConfig:
     """The configuration file with the command line's overrides; says what --visual-token-num means."""
-    overrides = config_overrides(args)
-    if args.visual_token_num:
-        tokens = args.visual_token_num
-        if overrides.get("overall_tokens", tokens) != tokens:
-            raise UserError(
-                f"--visual-token-num is {tokens}, but --overall-tokens is {overrides['overall_tokens']}; give one of them"
-            )
-        overrides["overall_tokens"] = tokens
+    tokens = args.visual_token_num
+    config = config_of_flags(args, tokens, "--visual-token-num")
+    if tokens:
         print(
             f"note: --visual-token-num {tokens} means overall_tokens: {tokens} per image, all tiles together",
             file=sys.stderr,
         )
-    return AdaVConfig.load(args.config, **overrides)
+    return config
 
 
 def sampling(args: argparse.Namespace) -> dict:
@@ -220,7 +213,6 @@ def parse(name: str, argv: list[str] | None) -> argparse.Namespace:
         help="devices per process (default: $GPUS_PER_MODEL, else 1)",
     )
     parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch ({BATCH_SIZE})")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--fresh", action="store_true", help="answer everything anew")
     if COMMANDS[name].reads in (ScienceFile, MMBenchFile):
         parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter")

@@ -6,9 +6,9 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from llava.common.command_line import positive
+from llava.common.command_line import add_checkpoint_flags, positive
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
-from llava.config import AdaVConfig, add_config_flags, config_overrides
+from llava.config import AdaVConfig, add_config_flags, config_of_flags
 from llava.shapes.checkpoints import SCENES
 from llava.shapes.tokenizer import is_demo_vocabulary
 
@@ -29,25 +29,18 @@ LIMITS = (
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--model-path and what goes with it, the keys of adav_configs.json, and how answers are decoded."""
     parser.add_argument("--model-path", help=f"folder or hub name (default: the demo, {DEMO.checkpoint})")
-    parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    add_checkpoint_flags(parser, conversation=False)
     parser.add_argument("--max-new-tokens", type=positive, help=f"of an answer (512; demo: {DEMO_ANSWER})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature (1)")
     parser.add_argument("--seed", type=int, default=0, help="with a temperature (0)")
-    parser.add_argument(
-        "--config",
-        help="default: $ADAV_CONFIG, else adav_configs.json of the repository; the demo with neither this nor "
-        f"--overall-tokens keeps {DEMO.tokens} tokens",
-    )
-    add_config_flags(parser)
+    add_config_flags(parser, f"the demo with neither this nor --overall-tokens keeps {DEMO.tokens} tokens")
 
 
 def configuration(args: argparse.Namespace) -> AdaVConfig:
     """The configuration file with the flags' overrides."""
-    overrides = config_overrides(args)
-    config = AdaVConfig.load(args.config, **overrides)
-    given = args.config or os.environ.get("ADAV_CONFIG") or "overall_tokens" in overrides
+    config = config_of_flags(args)
+    given = args.config or os.environ.get("ADAV_CONFIG") or args.overall_tokens is not None
     if args.model_path is None and not given:
         return config.replaced(overall_tokens=DEMO.tokens)
     return config
