@@ -123,8 +123,8 @@ class QwenCompression(Compression):
                 )
         prompts = self._prompts(kwargs.get("input_ids", inputs), kwargs)
         if prompts is not None:
-            # generate() passes every argument that prepare_inputs_for_generation names to it, at every step. The prompts
-            # go this way, so that this object holds no state of a request.
+            # generate() passes every argument that prepare_inputs_for_generation names to it, at every step. The
+            # prompts go this way, so that this object holds no state of a request.
             kwargs["prompts"] = prompts
         return self._generate(inputs, generation_config, *others, **kwargs)
 
