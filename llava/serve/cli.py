@@ -145,7 +145,7 @@ def _edit_lines() -> None:
     with suppress(ImportError):
         import readline
 
-        readline.set_completer_delims(" ")  # the default also splits at "/" and "-", which occur in paths and methods
+        readline.set_completer_delims(" ")  # the default also splits at "/" and "-", which occur in paths
         readline.set_completer(_complete)
         readline.parse_and_bind("tab: complete")
 

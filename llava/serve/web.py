@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
     """Draw the first pictures of the demo's test split into a new folder. Returns (path, question) of each.
 
-    The kinds of questions take turns. several_tiles: scenes for LLaVA-1.6, which are larger than a tile.
+    The kinds of questions take turns. several_tiles: scenes of the LLaVA-1.6 demo, else of the LLaVA-1.5 demo.
     """
     from PIL import Image
 
@@ -64,7 +64,7 @@ def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
 
 
 def most_tokens(service) -> int:
-    """Upper limit of vision tokens of an image: patches of a tile times the tiles of the largest grid, plus tile 0."""
+    """Number of patches of the largest image, which is the largest useful budget."""
     from llava.mm_utils import grid_pinpoints
 
     config, patches = service.model.model.config, service.model.shape.tile_patches
@@ -138,8 +138,8 @@ def serve(app, streams, service, bound: socket.socket) -> None:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None):
-            # Running answers and gradio's streams keep connections open, and uvicorn waits for connections. So both end
-            # before uvicorn's own shutdown. close() joins a thread, so it must not run on the event loop.
+            # Running answers and gradio's streams keep connections open, and uvicorn waits for connections. So both
+            # end before uvicorn's own shutdown. close() joins a thread, so it must not run on the event loop.
             await asyncio.to_thread(service.close, finish=False)
             streams.set()
             await super().shutdown(sockets)
