@@ -3,8 +3,8 @@
     python -m llava.serve.web [--model-path M] [--port 7860] [limits] [flags of adav_configs.json]
 
 Without --model-path it shows the demo checkpoint. The server listens on 127.0.0.1 unless --host names another address.
-Anyone who reaches the port can use it. It needs pip install -e ".[serve]". Ctrl-C or SIGTERM ends it, and uploaded files
-are then deleted.
+Anyone who reaches the port can use it. It needs pip install -e ".[serve]". Ctrl-C or SIGTERM ends it, and deletes the
+uploaded files.
 """
 
 from __future__ import annotations

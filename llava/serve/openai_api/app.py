@@ -2,8 +2,8 @@
 
     app = make_app(service, Server("llava-shapes-v1.5", ImageLimits()), key=None)
 
-A few threads of the app read requests and open their images. The model runs in the service's thread. The event loop only
-passes pieces of answers on (stream.py).
+A few threads of the app read requests and open their images. The model runs in the service's thread. The event loop
+only passes pieces of answers on (stream.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """OpenAI's chat completions: request bodies become requests of the service, and errors become OpenAI's error objects.
 
 There are three kinds of fields. READ fields are supported. IGNORED fields do not change an answer. NEUTRAL fields would
-change it and are not supported, so only values that change nothing are allowed. Every other field is refused. null means
-that a field is absent.
+change it and are not supported, so only values that change nothing are allowed. Every other field is refused. A field
+that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -233,7 +233,8 @@ def _content(content, where: str) -> tuple[str, list[str]]:
 
 
 def _picture(url: str, server: Server, pixels_left: int, where: str) -> Image.Image:
-    """The opened image of a URL. http(s) is never fetched: a request could reach hosts that only this server reaches."""
+    """The opened image of a URL. pixels_left: pixels that this request may still use."""
+    # http(s) is never fetched: a request could otherwise reach hosts that only this server can reach.
     limits = replace(server.limits, max_pixels=pixels_left)
     scheme = url[:16].partition(":")[0].lower()
     try:
@@ -249,7 +250,7 @@ def _picture(url: str, server: Server, pixels_left: int, where: str) -> Image.Im
 
 
 def _sampling(fields: dict, server: Server) -> Sampling:
-    """The Sampling of a request. Without a seed the draws are random, as with OpenAI. Default temperature: 0 (greedy)."""
+    """The Sampling of a request. Without a seed the draws are random, as with OpenAI. Temperature 0 is the default."""
     most = _whole(fields, "max_tokens", server.max_tokens)
     most = _whole(fields, "max_completion_tokens", most)
     temperature = _number(fields, "temperature", 0.0)

@@ -34,7 +34,7 @@ def chunk(ident: str, created: int, model: str, delta: dict | None, finish: str 
 
 
 def usage(answered: Answered) -> dict:
-    """OpenAI's usage object. prompt_tokens counts tokens that entered the LLM, so dropped vision tokens do not count."""
+    """OpenAI's usage object. prompt_tokens counts tokens that entered the LLM, so not the dropped vision tokens."""
     prompt, new = answered.prompt_tokens, answered.new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
