@@ -51,7 +51,7 @@ def _key(default, rule: Rule | None, help: str):
     """A dataclass field that carries its rule and its help text, so that checks and flags need no second table."""
     metadata = {"rule": rule, "help": help}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)  # dataclasses refuse a mutable default
+        return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -169,7 +169,6 @@ class AdaVConfig:
         config = object.__new__(cls)
         for f in fields(cls):
             default = f.default_factory() if f.default is MISSING else f.default
-            # The class is frozen, so its own __setattr__ raises.
             object.__setattr__(config, f.name, overrides.get(f.name, values.get(f.name, default)))
         config._check(str(path) + (" with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""))
         return config
@@ -228,7 +227,6 @@ class AdaVConfig:
         It is a warning and no error, because one file may hold the options of several methods.
         """
         for name in self.unused_options():
-            # stacklevel 3: the warning belongs to the caller of the public function that called this one.
             warnings.warn(f'options.{name} is set, but method "{self.method}" does not use it', stacklevel=3)
 
     def check_method_options(self) -> None:

@@ -125,7 +125,6 @@ def turn_markers(name: str, tokenizer) -> tuple[tuple[int, ...], ...]:
     for marker in _TURN_MARKERS[get_conversation(name).style]:
         for text in (marker, " " + marker, "\n" + marker):
             ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-            # The ids of the space or newline are removed, so that only those of the marker stay.
             lead = tuple(tokenizer(text[: -len(marker)], add_special_tokens=False).input_ids) if text != marker else ()
             ids = ids[len(lead) :] if lead and ids[: len(lead)] == lead else ids
             if ids:

@@ -70,7 +70,6 @@ def select_best_resolution(image_size, pinpoints) -> tuple[int, int]:
     best, best_rank = None, None
     for w, h in pinpoints:
         scale = min(w / width, h / height)
-        # int() truncates each side before the product, as both originals do.
         usable = min(int(width * scale) * int(height * scale), width * height)
         rank = (usable, usable - w * h)
         if best_rank is None or rank > best_rank:
@@ -108,7 +107,6 @@ def tile_plan(image_size, model_config, anyres: str | None = None) -> TilePlan:
     # 1. One tile (LLaVA-1.5).
     if ratio != "anyres":
         if ratio == "pad":
-            # LLaVA: the image in the middle of a square of its longer side.
             square = max(width, height)
             offset = ((square - width) // 2, (square - height) // 2)
             return TilePlan((width, height), side, None, (square, square), (width, height), offset)
@@ -190,7 +188,7 @@ def expand_to_square(image: Image.Image, color) -> Image.Image:
 
 def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
     """The tiles of an image: first the whole image squeezed into one tile, then the crops in raster order."""
-    canvas = Image.new("RGB", plan.canvas, (0, 0, 0))  # black padding, as in LLaVA-1.6
+    canvas = Image.new("RGB", plan.canvas, (0, 0, 0))
     canvas.paste(image.resize(plan.resized), plan.offset)
     side = plan.tile_size
     across, down = plan.grid
@@ -221,7 +219,6 @@ def process_images(images, image_processor, model_config, anyres: str | None = N
     else:
         # transformers' processor for LLaVA-1.5 crops and never pads, so a llava-hf checkpoint is left to it.
         if ratio == "pad" and not is_hf(model_config):
-            # The mean colour becomes about zero after normalisation.
             color = tuple(int(mean * 255) for mean in image_processor.image_mean)
             images = [expand_to_square(image, color) for image in images]
         pixels = [_pixel_values([image], image_processor)[0] for image in images]

@@ -18,7 +18,6 @@ CLOSE = 5  # pixels between blocks that belong together
 
 def stacked(blocks: Sequence[Image.Image], gap: int = CLOSE) -> Image.Image:
     """Blocks below each other, aligned left. gap: pixels between them."""
-    # PIL cannot make an image of size 0, so an empty list gives one pixel.
     height = sum(block.height for block in blocks) + gap * max(0, len(blocks) - 1)
     page = Image.new("RGB", (max((block.width for block in blocks), default=1), max(1, height)), PAGE)
     y = 0
@@ -104,7 +103,6 @@ def heat_scale(width: int, low: str, high: str) -> Image.Image:
     ends = Image.new("RGB", (width, line_height(SMALL)), PAGE)
     ends.paste(text_block(low, width // 2, SMALL, FAINT, 1))
     right = text_block(high, width // 2, SMALL, FAINT, 1)
-    # text_block is aligned left. Cropping it after its last inked column aligns it right.
     ink = (np.asarray(right) != PAGE).any(axis=(0, 2)).nonzero()[0]
     right = right.crop((0, 0, int(ink[-1]) + 1 if len(ink) else 1, right.height))
     ends.paste(right, (width - right.width, 0))

@@ -127,7 +127,7 @@ def _step(image, plan, side, cache: CacheStates, step: int, layer: int | None, s
     rows = classes if layer is None else classes[layer - 1 : layer]
     core, secondary, minor = ((rows == name).sum(axis=1).mean() for name in (CORE, SECONDARY, MINOR))
     numbers = f"{core:.4g} + {secondary:.4g} + {minor:.4g}"
-    room = max(body.width, 130)  # pixels that the longest label needs, which may be wider than a small view
+    room = max(body.width, 130)
     return stacked([text_block(label, room, SMALL, INK, 1), text_block(numbers, room, SMALL, FAINT, 1), body], 2)
 
 

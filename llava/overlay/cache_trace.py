@@ -34,7 +34,7 @@ def trace(model, prepared: PreparedPrompt, steps: int) -> list[np.ndarray]:
     """
     engine = Engine(model, graphs=False)
     engine.ends = set()  # no token ends the answer, so that all steps run
-    generation = engine.stream(prepared, Sampling(steps + 1))  # prefill gives the first token, each step one more
+    generation = engine.stream(prepared, Sampling(steps + 1))
     return [image_classes(generation.cache, prepared) for _ in generation]
 
 

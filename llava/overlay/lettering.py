@@ -86,7 +86,7 @@ def wrapped(text: str, width: int, size: int = SIZE, lines: int = 3, bold: bool 
         if last:
             return [*found, text[: _prefix(text, width - round(font.getlength("…")), font)].rstrip() + "…"]
         space = text.rfind(" ", 0, fits + 1)
-        fits = space if space > 0 else max(1, fits)  # at least one letter, or the loop would not end
+        fits = space if space > 0 else max(1, fits)
         found.append(text[:fits].rstrip())
         text = text[fits:].lstrip()
     return found or [""]
@@ -110,6 +110,5 @@ def text_block(
     block = Image.new("RGB", (width, height * (lines if exactly else len(parts))), PAGE)
     draw = ImageDraw.Draw(block)
     for nth, part in enumerate(parts):
-        # Anchored at the middle of the line, because fonts differ in the height of their letters.
         draw.text((0, nth * height + height // 2), part, color, font_for(part, size, bold), anchor="lm")
     return block

@@ -166,7 +166,7 @@ class MethodMeasurer:
         (memory,) = kv_bytes(generated.cache, costs, [len(answer.tokens)])
         tokens, cache = vision_tokens(prepared, 0), None
         if traceable(prepared) and len(selection.indices):
-            again = self._prepare(config)  # a PreparedPrompt holds the state of one generation
+            again = self._prepare(config)
             cache = CacheStates(selection, trace(self.model, again, steps), again.caching.policy.interval)
         return MethodResult(
             selection,

@@ -98,7 +98,7 @@ def draw_overlay(
         if why and has_scores(kept):
             split = f"{kept.report['k_text']} by the question : {kept.report['k_saliency']} by saliency"
             maps[f"{name}: why these tokens ({split})"] = draw_scores(image, plan, side, kept)
-    if len(panels) == len(maps) == 1:  # a single method leaves room beside its panel
+    if len(panels) == len(maps) == 1:
         parts, maps = [beside([parts[0], *maps.values()], 2 * GAP)], {}
     # 3. The width of the page is known now. Stages and sections are fitted into it, two side by side on a wide page.
     sections = sections or {}
@@ -127,16 +127,17 @@ def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selecti
     Reads report["text_score"] and report["saliency_score"] [N], report["k_text"] and report["k_saliency"]. Kept tokens
     are outlined on both maps. UserError if the report has no scores, or scores of another image.
     """
-    # mm_utils imports torch; this function needs it, but the rest of the page does not.
     from llava.common.errors import UserError
     from llava.mm_utils import NEWLINE, merge_order
 
+    # 1. The place of each token and the shares of the budget, from the plan and the report.
     if not has_scores(selection):
         raise UserError("the selection's report has no scores to draw; allowed are selections of adav and adav_cover")
     report, tokens = selection.report, merge_order(plan, side).tolist()
     places = [(-1, -1, -1) if at == NEWLINE else (at // side**2, at % side**2 // side, at % side) for at in tokens]
     k_text, k_saliency = report["k_text"], report["k_saliency"]
     share = k_text / max(1, k_text + k_saliency)
+    # 2. One heat map per score.
     maps = []
     for name, by, count, bar, color in (
         ("text_score", "Closeness to the question", k_text, (0, share), TEXT_COLOR),

@@ -72,9 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
     config = AdaVConfig.load(args.config, **config_overrides(args))
     folders, key = tuple(map(_folder, args.image_folder)), _key(args.api_key_env)
-    listening = listen(
-        args.host, args.port
-    )  # bound before the checkpoint is loaded, so that a port in use is an error at once
+    # Bound before the checkpoint is loaded, so that a port in use is an error at once.
+    listening = listen(args.host, args.port)
     # 2. The service and the app.
     name = get_model_name_from_path(args.model_path)
     service = Service.load(
@@ -122,7 +121,6 @@ def main(argv: list[str] | None = None) -> None:
         f"{name} ({config.method}, {config.overall_tokens} tokens per image) on http://{shown_host(host)}:{port}/v1",
         flush=True,
     )
-    # partition: an IPv6 address may end in its zone, as in fe80::1%eth0.
     if key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         print("warning: anyone who reaches this address may ask; --api-key-env asks for a key", file=sys.stderr)
     Stopping(settings).run(sockets=[listening])

@@ -48,7 +48,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if self._interrupted or not self.interactive:
                     say("")
-                    return 130  # 128 + SIGINT, as shells report it
+                    return 130
                 self._interrupted = True
                 say("\n(Ctrl-C once more leaves, as do Ctrl-D and /quit)")
             except (EOFError, Leave):
@@ -145,7 +145,7 @@ def _edit_lines() -> None:
     with suppress(ImportError):
         import readline
 
-        readline.set_completer_delims(" ")  # the default also splits at "/" and "-", which occur in paths
+        readline.set_completer_delims(" ")
         readline.set_completer(_complete)
         readline.parse_and_bind("tab: complete")
 
@@ -164,8 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     chat = Chat(config, lambda path: picture_from_file(path, ImageLimits()))
     for path in args.image:
         chat.command(f"/image {path}")
-    sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end the chat
-    # 2. The chat.
+    sys.stdin.reconfigure(errors="replace")
     try:
         if sys.stdin.isatty():
             _edit_lines()

@@ -77,7 +77,7 @@ def check(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> None:
         raise UserError(
             f"--question has {DEFAULT_IMAGE_TOKEN} in it, allowed is text alone: the image is put before it"
         )
-    first = next(iter(configs.values()))  # configurations differ only in the method
+    first = next(iter(configs.values()))
     adaptive = first.vision_adaptive_attention and first.cache_policy == "avl"
     if args.output.suffix.lower() == ".gif" and not adaptive:
         raise UserError(

@@ -26,7 +26,7 @@ from llava.serve.service.listening import listen, port_number, shown_host
 from llava.serve.service.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
 from llava.serve.web_page.cards import MOST
 
-EXAMPLES = 6  # pictures below the question
+EXAMPLES = 6
 GRACE = 2  # seconds that open connections get when the server ends
 
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         raise UserError(f'the page needs {", ".join(missing)}: pip install -e ".[serve]"')
     config, checkpoint = configuration(args), checkpoint_of(args)
-    sampling(args)  # only for its errors
+    sampling(args)
     # SIGTERM would end the process at once and leave the folder of uploads behind.
     signal.signal(signal.SIGTERM, _interrupt)
     # 2. Bind the port, then load: a port in use is an error at once.
@@ -175,7 +175,6 @@ def main(argv: list[str] | None = None) -> None:
                 GRADIO_TEMP_DIR=folder,
                 GRADIO_EXAMPLES_CACHE=folder,
             )
-            # Each visitor may ask up to MOST configurations at once.
             with load(checkpoint, args, config, max_waiting=MOST * args.users) as service:
                 app, streams = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
                 host, port = bound.getsockname()[:2]

@@ -156,7 +156,7 @@ def _without(rest: list[str], prefix: str) -> list[str]:
     kept, skip = [], False
     for word in rest:
         if word.startswith(prefix):
-            skip = "=" not in word  # --name=value is one word; otherwise the value is the next word
+            skip = "=" not in word
         elif skip and not word.startswith("--"):
             skip = False
         else:
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     command, notes = translate(sys.argv[1:] if argv is None else argv)
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError("lmms_eval is not installed; make lmms-eval installs it and what it needs")
-    if os.environ.get("RANK", "0") == "0":  # under torchrun or accelerate, one rank prints the notes
+    if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
     # exec, and no child process: signals and the exit code then are those of lmms-eval.

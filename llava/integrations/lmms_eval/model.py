@@ -89,7 +89,7 @@ class AdaVLlava(lmms):
                 "method reads are computed from queries and keys"
             )
         if conv_mode is not None:
-            get_conversation(conv_mode)  # an unknown name fails before the checkpoint is loaded
+            get_conversation(conv_mode)
         self.config = AdaVConfig.load(config, **typed(keys))
         loaded = LoadedCheckpoint(
             pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
@@ -125,7 +125,6 @@ class AdaVLlava(lmms):
         with progress_bar("Model Responding", total=len(requests), disable=self.rank != 0 or None) as progress:
             for batch in self._batches(requests):
                 prepared = self._prepare([requests[i] for i in batch])
-                # All requests of a batch have equal settings, so those of the first one apply.
                 for i, answer in zip(batch, self._generate(prepared, requests[batch[0]].args[1]), strict=True):
                     answers[i] = answer
                 for row, selections in enumerate(prepared.selections):
@@ -144,7 +143,6 @@ class AdaVLlava(lmms):
         """Batches of request indices. Requests of a batch have equal generation settings; their order is kept."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            # Settings are dicts, which cannot be keys. default=repr: a task may put any object in them.
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         for indices in groups.values():
             for start in range(0, len(indices), self.batch_size):
@@ -153,6 +151,7 @@ class AdaVLlava(lmms):
     @torch.inference_mode()
     def _prepare(self, requests: list[Instance]):
         """The PreparedPrompt of a batch. UserError for videos, and where placeholders and images do not match."""
+        # 1. Token ids and images of each request.
         rows, images = [], []
         for request in requests:
             context, _, doc_to_visual, doc_id, task, split = request.args
@@ -172,6 +171,7 @@ class AdaVLlava(lmms):
             prompt = single_turn(self.conv_mode, context)
             rows.append(tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"))
             images += [visual.convert("RGB") for visual in shown]
+        # 2. Pixels of all images, and the padded batch.
         pixels = None
         if images:
             pixels = process_images(images, self.image_processor, self.model.config, self.config.option("anyres"))

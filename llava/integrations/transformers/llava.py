@@ -120,7 +120,7 @@ class LlavaCompression(Compression):
             given.pop(name, None) for name in ("pixel_values", "image_sizes", "attention_mask", "labels")
         )
         if not self._anyres:
-            sizes = None  # every image is one tile, so its size does not matter
+            sizes = None
         elif sizes is not None:
             sizes = [(int(width), int(height)) for height, width in sizes]  # transformers has (height, width)
         # 2. Find the placeholders of each image, and keep one of them.

@@ -109,7 +109,7 @@ class QwenCompression(Compression):
     def generate(self, inputs=None, generation_config=None, *others, **kwargs):
         """Token ids as the model's own generate() returns them: the prompt as it was given, then the new tokens."""
         settings = generation_config or self.model.generation_config
-        # All three read the whole prompt again, or a part of it, after the vision tokens have been dropped.
+        # The prompt is shortened once, for one prefill. Each of these reads it in another way.
         helpers = [kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")]
         for name, asked in (
             ("no KV cache", kwargs.get("use_cache", settings.use_cache) is False),
@@ -170,7 +170,6 @@ class QwenCompression(Compression):
         prompts = self._prompts(input_ids, kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        # Positions are computed from the whole prompt, before any token is dropped.
         vision = {name: kwargs.pop(name, None) for name in ("image_grid_thw", "mm_token_type_ids")}
         whole = {"input_ids": input_ids, "attention_mask": attention_mask, **vision}
         positions = self.model._prepare_position_ids_for_generation(input_ids, whole)
@@ -199,7 +198,7 @@ class QwenCompression(Compression):
                 "past_key_values holds an earlier prompt, allowed under compress() is the whole prompt anew"
             )
         pixels, grid = given.pop("pixel_values", None), given.get("image_grid_thw")
-        self.last_selection = []  # a request without images must not show the selections of an earlier one
+        self.last_selection = []
         if pixels is None:
             return None
         if ids is None or grid is None:

@@ -37,11 +37,10 @@ class QwenPrompts:
         if (grid[:, 0] != 1).any():
             raise UserError("image_grid_thw has several frames, allowed under compress() are images, and no videos")
         side = tower.spatial_merge_size
-        # grid counts patches; a vision token is a square of side x side patches.
         self._sizes = [(height // side, width // side) for _, height, width in grid.tolist()]
         self._places = self._find(ids)
         self._features = None
-        if self._method.needs_image:  # "no_image" does not run the tower
+        if self._method.needs_image:
             with QwenSaliency(tower) as saliency:
                 self._features = model.get_image_features(pixels, grid, return_dict=True).pooler_output
             self._saliency = saliency.of(grid)
@@ -125,7 +124,6 @@ class QwenPrompts:
             start, end = turn_around(ids.tolist(), int(columns[0]), markers)
         inside = torch.zeros_like(said)
         inside[start:end] = True
-        # Placeholders and the markers around images are no words.
         image_marks = [
             config.image_token_id,
             config.video_token_id,

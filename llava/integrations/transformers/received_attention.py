@@ -63,7 +63,6 @@ class QwenSaliency:
         hidden = positional[0]
         query, key, _ = attention.qkv(hidden).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
         cos, sin = named["position_embeddings"]
-        # float32, because transformers rotates in float32 as well.
         query, key = (_rotated(states.float(), cos.float()[:, None], sin.float()[:, None]) for states in (query, key))
         # cu_seqlens has the ends of the images: patches of one image must not attend to another image.
         lengths = named["cu_seqlens"].diff().tolist()

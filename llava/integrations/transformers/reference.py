@@ -81,7 +81,7 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
     # 3. The model. assign=True puts the tensors into the meta parameters, into which nothing can be copied.
     reference = _empty(source.settings, kind, config, weights)
     reference.load_state_dict(weights, strict=False, assign=True)
-    reference.tie_weights()  # a tied lm_head is not in the files
+    reference.tie_weights()
     # strict=False allows names that the class does not have, so missing weights are found here.
     empty = [name for name, value in reference.named_parameters() if value.is_meta]
     if empty:
@@ -130,7 +130,6 @@ def _empty(settings: dict, kind: str, config, weights: dict[str, Tensor]):
         # Our model keeps the tower only up to the layer whose features are used, so the features are its last output.
         vision["num_hidden_layers"], feature_layer = max(layers) + 1, -1
     for name in ("weight", "bias"):
-        # This norm belongs to the pooled output, which LLaVA does not read.
         like = weights["model.vision_tower.pre_layrnorm.weight"]
         weights.setdefault(f"model.vision_tower.post_layernorm.{name}", torch.zeros_like(like))
     # 3. Both together.

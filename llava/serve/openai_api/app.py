@@ -129,7 +129,6 @@ class Api:
         """The refusal of a request whose key is missing or wrong; None for a request that may pass."""
         if self.key is None:
             return None
-        # compare_digest takes the same time for every wrong key. Headers are latin-1 in ASGI.
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self.key):
             return None

@@ -18,7 +18,6 @@ class Metrics:
     """Counters of one server: responses by HTTP status, and measurements of finished answers."""
 
     def __init__(self, service: Service):
-        # Its own registry: in the global one, a second app in the same process would register the names twice.
         self._registry = CollectorRegistry()
         self._registry.register(ServiceCollector(service))
         self._responses = Counter(

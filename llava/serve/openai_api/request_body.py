@@ -282,7 +282,7 @@ def _typed(fields: dict, name: str, kind: type, default):
 
 def _whole(fields: dict, name: str, default: int) -> int:
     value = fields.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool):  # bool is a subclass of int
+    if not isinstance(value, int) or isinstance(value, bool):
         raise Refused(f"{name} is {_kind(value)}, allowed is a whole number", name)
     return value
 

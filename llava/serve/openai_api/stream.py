@@ -32,7 +32,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
-            if size > most:  # a chunked request declares no length
+            if size > most:
                 raise too_large
             parts.append(part)
         return b"".join(parts)

@@ -63,11 +63,10 @@ class BatchAnswerer(LoadedCheckpoint):
 
     def __init__(self, model_path, model_base, config: AdaVConfig, device_map, dtype, max_prompt_tokens, image_cache):
         super().__init__(model_path, model_base, config, device_map=device_map, dtype=dtype, purpose="a conversation")
-        # At least one position of the context is left for the answer.
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self._recent = RecentImages(image_cache)
-        # A fast tokenizer changes its own padding and truncation settings in a call, so it is not thread-safe. `job` has
-        # a copy behind a lock, while the engine decodes with the original.
+        # A tokenizer changes its own settings during a call, so it is not thread-safe. `job` uses a copy behind a lock,
+        # while the engine decodes with the original.
         self._reader, self._reading = deepcopy(self.tokenizer), threading.Lock()
         self._reader.model_max_length = int(1e30)  # no warning of transformers: `job` raises PromptTooLong instead
 
@@ -122,7 +121,6 @@ class BatchAnswerer(LoadedCheckpoint):
         # All tokens enter the LLM, or kept tokens have positions up to that of the last token.
         if config.method in dropper_names() or not method.uses_budget or config.option("positions") == "original":
             return len(order)
-        # An image without features (width 0) is enough to ask the method how many tokens it keeps.
         tile = order.div(self.shape.tile_patches, rounding_mode="floor").masked_fill(order == NEWLINE, -1)
         outline = ImageTokens(order.new_empty((len(order), 0)), order, tile, order, order)
         budget = method.num_kept(outline, config.overall_tokens)
@@ -168,7 +166,7 @@ class BatchAnswerer(LoadedCheckpoint):
             for row, job in enumerate(jobs):
                 if outputs is not None and outputs[row] is not None:
                     job.reply.add(outputs[row].text)
-                # 3. Measure a row in the step in which it ends: later its cache entries are no longer its own.
+                # 3. Measure a row in the step in which it ends: later steps feed padding to it.
                 if generation.answers[row].finish is not None and not job.reply.over:
                     measured = self._measured(prepared, generation, row, plans[row], costs)
                     times = _times(job, began, first, now, measured["new_tokens"])
@@ -182,7 +180,6 @@ class BatchAnswerer(LoadedCheckpoint):
 
     def _encoded(self, pictures: list[Picture], config: AdaVConfig) -> tuple[dict[bytes, EncodedImage], set[bytes]]:
         """(encoded images by digest, digests of those that an earlier request had encoded)."""
-        # Images are shared between configurations whose encoding is equal, for example with another budget.
         encoding = self.model.encoding(config)
         wanted = {picture.digest: picture for picture in pictures}
         known = {digest: self._recent.get((digest, encoding)) for digest in wanted}
