@@ -2,7 +2,8 @@
 
     python -m llava.config [FILE] [--method adav --overall-tokens 144 ...]
 
-prints the configuration that would be used, or says in one sentence what is wrong with it. Imports no torch.
+The command prints the configuration that would be used, or one sentence that says what is wrong with it. This module
+does not import torch, so that the launcher and --help start fast.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ DEFAULT_FILE = Path(__file__).resolve().parent.parent / "adav_configs.json"
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message names the file, the key, what was found, what is allowed."""
+    """Raised for a configuration that cannot be used.
+
+    The message is one sentence. It names the file, the key, the value that was found and the values that are allowed.
+    """
 
 
 def _key(default, rule: Rule | None, help: str):
+    """A dataclass field that carries its rule and its help text, so that checks and flags need no second table."""
     metadata = {"rule": rule, "help": help}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -52,11 +57,13 @@ def _key(default, rule: Rule | None, help: str):
 
 @dataclass(frozen=True)
 class AdaVConfig:
-    """The whole configuration of a run. Fields are the keys of adav_configs.json, in its order.
+    """The whole configuration of a run. The fields are the keys of adav_configs.json, in the order of the file.
 
-    Raises ConfigError (one sentence) wherever a value cannot be used.
+    Keys with the help text "A-VL" are settings of arXiv 2409.14846, those with "H2O" of arXiv 2306.14048.
+    Raises ConfigError (one sentence) for a value that cannot be used.
     """
 
+    # The rule of `method` is None: its values come from the index of methods, which may grow at run time.
     method: str = _key("adav", None, "how vision tokens are chosen")
     overall_tokens: int = _key(144, whole(1), "vision tokens kept per image, all tiles together")
     vision_adaptive_attention: bool = _key(False, BOOL, "A-VL: split the vision KV cache into core, secondary, minor")
@@ -80,6 +87,8 @@ class AdaVConfig:
         self._check("the configuration")
 
     def _check(self, where: str) -> None:
+        """Raise ConfigError for the first value or combination that is not allowed. where: how the message begins."""
+        # 1. Each key by its own rule. This comes first: the checks below compute with the values.
         for f in fields(self):
             value = getattr(self, f.name)
             rule = f.metadata["rule"] or one_of(*method_names())
@@ -87,12 +96,14 @@ class AdaVConfig:
                 raise ConfigError(
                     f'{where}: "{f.name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}'
                 )
+        # 2. Options of the method. An unknown option passes: it may belong to a user's own method.
         for name, value in self.options.items():
             rule = OPTION_RULES.get(name)
             if rule and not rule.test(value):
                 raise ConfigError(
                     f'{where}: "options.{name}" is {json.dumps(value, default=repr)}, allowed is {rule.allowed}'
                 )
+        # 3. A-VL's rates. Both are shares of the same vision tokens, so they limit each other.
         rate, compute = self.vision_adaptive_attention_rate, self.vision_adaptive_attention_compute_rate
         if compute < rate:
             raise ConfigError(
@@ -104,6 +115,7 @@ class AdaVConfig:
                 f'{where}: "prefill_filter_rate" is {self.prefill_filter_rate}, allowed beside '
                 f'"vision_adaptive_attention" is at most "vision_adaptive_attention_rate", which is {rate}'
             )
+        # 4. H2O's shares come in pairs, and they replace the fixed shares of all_use_h2o.
         if (self.h2o_heavy_share is None) != (self.h2o_recent_share is None):
             raise ConfigError(f'{where}: "h2o_heavy_share" and "h2o_recent_share" go together, but only one is set')
         if self.h2o_heavy_share is not None and self.h2o_heavy_share + self.h2o_recent_share > 1:
@@ -116,6 +128,7 @@ class AdaVConfig:
                 f'{where}: "all_use_h2o" is true and "h2o_heavy_share" is {self.h2o_heavy_share}, allowed is one of them: '
                 "the first stands for shares of its own"
             )
+        # 5. Combinations of keys and options: two settings that contradict each other, or one that needs another.
         if self.prefill_filter_flag and self.method in dropper_names():
             raise ConfigError(
                 f'{where}: "prefill_filter_flag" is true, but method "{self.method}" drops tokens inside the LLM itself; '
@@ -142,16 +155,17 @@ class AdaVConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike | None = None, **overrides) -> AdaVConfig:
-        """Read a configuration file; keyword arguments override it.
+        """Read a configuration file and return it with the keyword arguments in place of the file's values.
 
-        path: a file; None means $ADAV_CONFIG where that is set, else the repository's adav_configs.json.
-        Raises ConfigError for a missing file, JSON that cannot be read (with line and column), an unknown key,
-        a wrong type or a value out of range.
+        path: a file. None means $ADAV_CONFIG if it is set, else the repository's adav_configs.json.
+        Raises ConfigError for a missing file, for JSON that cannot be read (with line and column), for an unknown key,
+        for a wrong type and for a value out of range.
         """
         path = Path(path or os.environ.get("ADAV_CONFIG") or DEFAULT_FILE)
         values = read_json_object(path, ConfigError)
         _refuse_unknown(values, str(path))
         _refuse_unknown(overrides, "the overrides")
+        # Without __init__: its check would not know the file, and the message must name it.
         config = object.__new__(cls)
         for f in fields(cls):
             default = f.default_factory() if f.default is MISSING else f.default
@@ -160,61 +174,63 @@ class AdaVConfig:
         return config
 
     def replaced(self, **overrides) -> AdaVConfig:
-        """A configuration with some keys changed; ConfigError for an unknown key and for a value that cannot be used."""
+        """A copy with some keys changed. ConfigError for an unknown key and for a value that cannot be used."""
         _refuse_unknown(overrides, "the overrides")
         return replace(self, **overrides)
 
     def to_dict(self) -> dict:
-        """The keys and values of the file, every default filled in."""
+        """Keys and values as in the file, with every default filled in."""
         return asdict(self)
 
     @property
     def digest(self) -> str:
-        """Ten hex digits that differ wherever any setting differs."""
+        """Ten hex digits that identify the settings. Two configurations that differ have different digests."""
+        # Sorted keys: the order of `options` in the file must not change the digest.
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
 
     def option(self, name: str):
-        """An option that every method takes (positions, text_scope, anyres), or its default.
-
-        compat="public" implies the tile path of the published numbers.
-        """
+        """The value of an option that every method takes (positions, text_scope, anyres), or its default."""
+        # compat "public" reproduces published numbers, which were measured with FasterVLM's tiles.
         if name == "anyres" and self.options.get("compat") == "public":
             return "fastervlm"
         return self.options.get(name, COMMON_OPTIONS[name])
 
     @property
     def method_class(self) -> type:
-        """The selector or dropper of that name (imports torch)."""
+        """The class of the selector or dropper that `method` names. This imports torch."""
         return method_class(self.method)
 
     @property
     def method_options(self) -> dict:
-        """The options that the method takes; it is a dataclass whose fields are its options."""
+        """The part of `options` that the method takes. A method is a dataclass, and its fields are its options."""
         names = {f.name for f in fields(self.method_class)}
         return {name: value for name, value in self.options.items() if name in names}
 
     def make_method(self):
-        """The selector or dropper with its options. UserError for options that do not go together."""
+        """A selector or dropper with its options. UserError for options that contradict each other."""
         return self.method_class(**self.method_options)
 
     def make_cache_policy(self) -> CachePolicy:
-        """The KV cache policy with its settings."""
+        """The KV cache policy with its settings. This imports torch."""
         from llava.methods.kv_cache import CACHES
 
         return CACHES[self.cache_policy].from_config(self)
 
     def unused_options(self) -> list[str]:
-        """Options that neither the method nor the path around it takes. They change nothing and are worth a warning."""
+        """Names of options that neither the method nor the image path around it takes. They have no effect."""
         common = set(COMMON_OPTIONS) - set(getattr(self.method_class, "ignored_options", ()))
         return sorted(set(self.options) - common - set(self.method_options))
 
     def warn_of_unused_options(self) -> None:
-        """Warn of each option that changes nothing. An option without a rule may belong to a user's own method."""
+        """Warn of each option that has no effect.
+
+        It is a warning and no error, because one file may hold the options of several methods.
+        """
         for name in self.unused_options():
             warnings.warn(f'options.{name} is set, but method "{self.method}" does not use it', stacklevel=3)
 
     def check_method_options(self) -> None:
-        """ConfigError where an option of the path around the method asks for what the method cannot give."""
+        """Raise ConfigError if an option of the image path asks for something that the method cannot give."""
         if self.option("positions") == "original" and getattr(self.method_class, "makes_tokens", False):
             raise ConfigError(
                 f'"options.positions" is "original", but method "{self.method}" makes tokens that stood nowhere in the '
@@ -223,7 +239,10 @@ class AdaVConfig:
 
     @property
     def cache_policy(self) -> str:
-        """The name of the KV cache's policy (llava.methods.kv_cache): H2O's switches take the place of A-VL's."""
+        """Name of the KV cache policy (a key of llava.methods.kv_cache.CACHES).
+
+        H2O wins where both are switched on: in A-VL's code it is the baseline that replaces A-VL.
+        """
         if self.all_use_h2o or self.h2o_heavy_share is not None:
             return "h2o"
         return "avl" if self.vision_adaptive_attention or self.text_pruning_flag else "full"
@@ -233,6 +252,7 @@ class AdaVConfig:
 
 
 def _refuse_unknown(values: dict, where: str) -> None:
+    """Raise ConfigError for a key that is no field: a mistyped key would otherwise be ignored silently."""
     known = [f.name for f in fields(AdaVConfig)]
     for key in values:
         if key not in known:
@@ -254,12 +274,13 @@ def _add_key_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("keys of adav_configs.json")
     for f in fields(AdaVConfig):
         flag = "--" + f.name.replace("_", "-")
-        spellings = dict.fromkeys((flag, "--" + f.name))  # once, where the key is one word
+        # Both spellings, --overall-tokens and --overall_tokens. dict.fromkeys removes the duplicate of a one-word key.
+        spellings = dict.fromkeys((flag, "--" + f.name))
         group.add_argument(*spellings, dest=f.name, default=None, metavar="VALUE", help=f.metadata["help"])
 
 
 def config_overrides(args: argparse.Namespace) -> dict:
-    """The overrides that were given as flags: values are read as JSON, and as a string where they are not JSON."""
+    """The overrides that were given as flags. A value is read as JSON, or as a string if it is not JSON."""
     overrides = {}
     for f in fields(AdaVConfig):
         text = getattr(args, f.name, None)
@@ -290,12 +311,13 @@ def config_of_flags(args: argparse.Namespace, tokens: int | None = None, flag: s
 
 @exits_cleanly
 def main() -> None:
+    """Print the configuration that the arguments give."""
     parser = argparse.ArgumentParser(prog="python -m llava.config", description=__doc__.split("\n")[0])
     parser.add_argument("file", nargs="?", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
     _add_key_flags(parser)
     args = parser.parse_args()
     config = AdaVConfig.load(args.file, **config_overrides(args))
-    if config.options:
+    if config.options:  # these checks import torch, which takes seconds
         config.check_method_options()
         config.warn_of_unused_options()
     print(config)

@@ -1,5 +1,5 @@
-"""Markers of the LLaVA protocol (arXiv 2304.08485), as its users know them."""
+"""Markers of the LLaVA protocol (arXiv 2304.08485), under LLaVA's own names."""
 
-IMAGE_TOKEN_INDEX = -200  # stands in input_ids where an image goes; no vocabulary has it
-IGNORE_INDEX = -100  # labels that the loss passes over
+IMAGE_TOKEN_INDEX = -200  # placeholder of an image in input_ids; it is negative, so no vocabulary has it
+IGNORE_INDEX = -100  # label of a token without loss; the default ignore_index of torch's cross_entropy
 DEFAULT_IMAGE_TOKEN = "<image>"

@@ -1,7 +1,7 @@
-"""Conversation templates: how a question becomes the prompt that a checkpoint was trained on.
+"""Conversation templates: they turn a question into the prompt that a checkpoint was trained on.
 
-The strings are LLaVA's protocol (github.com/haotian-liu/LLaVA, conversation.py): they are facts of the
-checkpoints and must not be reworded.
+The strings are LLaVA's protocol (github.com/haotian-liu/LLaVA, conversation.py). The checkpoints were trained on these
+strings, so they must not be reworded.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ VICUNA_SYSTEM = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """A template and the messages said so far; `append_message` works on a `copy()`.
+    """A template and the messages so far. Call `append_message` on a `copy()`, because templates are shared.
 
     style: "vicuna" (ROLE: message), "chatml" (role tokens and end tokens), "mistral" ([INST] brackets), "plain".
-    sep ends a user's message, sep2 an assistant's. `stop` is the text at which an answer ends.
+    sep, sep2: end of a user's message, and of an assistant's. stop: the text at which an answer ends.
     """
 
     name: str
@@ -34,10 +34,11 @@ class Conversation:
     messages: list = field(default_factory=list)
 
     def copy(self) -> Conversation:
+        """A conversation with its own list of messages."""
         return replace(self, messages=list(self.messages))
 
     def append_message(self, role: str, message: str | None) -> None:
-        """Add a message; None as the last one leaves the role's cue for the model to go on from."""
+        """Add a message. None as the last message leaves the role's cue, after which the model writes its answer."""
         self.messages.append((role, message))
 
     def get_prompt(self) -> str:
@@ -47,6 +48,7 @@ class Conversation:
     def _vicuna(self) -> str:
         text = self.system + self.sep
         for i, (role, message) in enumerate(self.messages):
+            # No space after the colon of the cue: the model's first token brings its own.
             text += f"{role}: {message}{(self.sep, self.sep2)[i % 2]}" if message else f"{role}:"
         return text
 
@@ -57,7 +59,7 @@ class Conversation:
         return text
 
     def _mistral(self) -> str:
-        text = ""
+        text = ""  # this template has no system text, and the tokenizer adds the BOS
         for i, (_, message) in enumerate(self.messages):
             if message:
                 text += f"[INST] {message} [/INST]" if i % 2 == 0 else f" {message} {self.sep2}"
@@ -82,7 +84,7 @@ conv_templates = {
     "plain": Conversation("plain", "plain", "", ("", ""), "\n", "\n", "\n"),
 }
 
-# The pieces of text that open or close a turn, per style: what lies between two of them is one turn.
+# Pieces of text that open or close a turn, per style. The text between two of them is one turn.
 _TURN_MARKERS = {
     "vicuna": ("USER:", "ASSISTANT:", "</s>"),
     "chatml": ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>"),
@@ -92,14 +94,14 @@ _TURN_MARKERS = {
 
 
 def get_conversation(name: str) -> Conversation:
-    """An empty conversation of the template `name`; UserError names the templates there are."""
+    """An empty conversation of the template `name`. UserError for an unknown name lists the templates."""
     if name not in conv_templates:
         raise UserError(f'unknown conversation template "{name}", allowed are {", ".join(conv_templates)}')
     return conv_templates[name].copy()
 
 
 def default_conv_mode(model_config, tokenizer=None) -> str:
-    """The template that goes with a checkpoint, told by its tokenizer and model type, never by a folder name."""
+    """Name of a checkpoint's template. It follows from tokenizer and model type, never from the name of a folder."""
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     if "<|im_start|>" in vocabulary:
         return "chatml_direct"
@@ -109,7 +111,7 @@ def default_conv_mode(model_config, tokenizer=None) -> str:
 
 
 def single_turn(name: str, question: str) -> str:
-    """The prompt that asks `question` (with its <image> placeholders) under template `name`."""
+    """Prompt of one question (with its <image> placeholders) under template `name`, up to the assistant's cue."""
     conversation = get_conversation(name)
     conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
@@ -117,10 +119,8 @@ def single_turn(name: str, question: str) -> str:
 
 
 def turn_markers(name: str, tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token ids of the turn markers of template `name`, with and without a space before them.
-
-    Sentencepiece gives "USER:" other ids at the start of a text than after a special token, hence both.
-    """
+    """Token ids of the turn markers of template `name`: alone, after a space and after a newline; longest first."""
+    # SentencePiece gives "USER:" different ids at the start of a text than after a special token, a space or a newline.
     found = set()
     for marker in _TURN_MARKERS[get_conversation(name).style]:
         for text in (marker, " " + marker, "\n" + marker):

@@ -1,8 +1,8 @@
 """Images before the vision tower (tiles and pixels) and prompts before the LLM (token ids).
 
-Everything that depends on the shape of an image is decided in one place, `tile_plan`: which grid of tiles, where
-the image lies in it, and in which order the LLM sees the patches. Each checkpoint format follows its own original
-where the two differ: LLaVA's repository (arXiv 2310.03744) and transformers' LlavaNext processors.
+`tile_plan` makes all decisions that depend on the shape of an image: the grid of tiles, the place of the image in it,
+and the order in which the LLM reads the patches. There are two originals: LLaVA's repository (arXiv 2310.03744) and the
+LlavaNext processors of transformers. Where they differ, a checkpoint follows the original of its own format.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
-NEWLINE = -1  # in a merge order: the slot of the learned newline token
+NEWLINE = -1  # in a merge order: the place of a newline token, which is no patch of the tower's output
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How one image becomes tiles. Sizes are (width, height) in pixels.
+    """Describes how one image becomes tiles. Sizes are (width, height) in pixels.
 
-    image_size  the image itself
-    tile_size   side of a tile = input side of the vision tower
-    grid        (columns, rows) of crops; None where the whole image is the only tile
-    canvas      the picture that is cut into crops; with one tile, the square that is scaled to it
+    image_size  size of the image
+    tile_size   side of a tile, which is the input side of the vision tower
+    grid        (columns, rows) of crops; None if the whole image is the only tile
+    canvas      size of the picture that is cut into crops; with one tile, size of the square that is scaled to the tile
     resized     size of the image inside the canvas
-    offset      (x, y) of the image inside the canvas; negative where the canvas is a part cut out of the image
-    merge       "flat" (tile after tile), "spatial" (crops as one raster), "spatial_unpad" (that, less the padding,
-                with a newline token after each row)
-    hf          transformers' arithmetic where it differs from LLaVA's
+    offset      (x, y) of the image inside the canvas; negative if the canvas is a part cut out of the image
+    merge       order of the patches: "flat" (tile after tile), "spatial" (crops as one raster), "spatial_unpad" (crops
+                as one raster without padding, and a newline token after each row)
+    hf          True for the arithmetic of transformers where it differs from LLaVA's
     """
 
     image_size: tuple[int, int]
@@ -49,19 +49,23 @@ class TilePlan:
 
     @property
     def tiles(self) -> int:
+        """Number of tiles: the whole image, and the crops of the grid."""
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
 def grid_pinpoints(model_config) -> list[tuple[int, int]]:
-    """The canvas sizes (width, height) that a checkpoint allows, in its own order (the first wins ties)."""
+    """The canvas sizes (width, height) that a checkpoint allows, in its own order. The first one wins ties."""
     value = model_config.image_grid_pinpoints
-    if isinstance(value, str):
+    if isinstance(value, str):  # LLaVA-1.6's config.json stores the list as a string
         value = ast.literal_eval(value)
     return [(int(w), int(h)) for w, h in value]
 
 
 def select_best_resolution(image_size, pinpoints) -> tuple[int, int]:
-    """LLaVA-1.6's rule: most usable pixels (upscaling adds none), then least waste; the first wins ties."""
+    """The canvas (width, height) that LLaVA-1.6 takes for an image: most usable pixels, then least waste.
+
+    Upscaling adds no usable pixels. The first of `pinpoints` wins ties.
+    """
     width, height = image_size
     best, best_rank = None, None
     for w, h in pinpoints:
@@ -74,41 +78,48 @@ def select_best_resolution(image_size, pinpoints) -> tuple[int, int]:
 
 
 def select_fullest_resolution(image_size, pinpoints) -> tuple[int, int]:
-    """FasterVLM's rule (arXiv 2412.01818): the canvas that the image fills best, upscaling allowed; first wins ties.
+    """The canvas (width, height) that FasterVLM (arXiv 2412.01818) takes: the one that the image fills best.
 
-    The filled share of a canvas is the ratio of the two aspect ratios.
+    Upscaling is allowed. The first of `pinpoints` wins ties.
     """
+    # The filled share of a canvas is the ratio of the two aspect ratios, the smaller one divided by the larger one.
     aspect = image_size[0] / image_size[1]
     return max(pinpoints, key=lambda p: min(aspect, p[0] / p[1]) / max(aspect, p[0] / p[1]))
 
 
 def is_hf(model_config) -> bool:
-    """True for a checkpoint in transformers' own LLaVA format, False for LLaVA's original one."""
+    """True for a checkpoint in the format of transformers, False for one in LLaVA's original format."""
     return getattr(model_config, "mm_checkpoint_format", "llava") == "llava_hf"
 
 
 def tile_plan(image_size, model_config, anyres: str | None = None) -> TilePlan:
-    """The plan for an image of `image_size` (width, height) under a checkpoint's configuration.
+    """The TilePlan of an image of `image_size` (width, height) under a checkpoint's configuration.
 
-    anyres: "official" or "fastervlm" (design decision 9); None takes the model's own setting.
+    anyres: "official" (the rule of the checkpoint's own format) or "fastervlm" (arXiv 2412.01818: another canvas, no
+        unpadding and no newline tokens). None takes the model's own setting.
+    Raises UserError for an image without pixels.
     """
     width, height = int(image_size[0]), int(image_size[1])
     if width < 1 or height < 1:
         raise UserError(f"an image of {width} x {height} pixels, allowed is at least 1 x 1")
     side = model_config.mm_tile_size
     ratio = model_config.image_aspect_ratio
+    # 1. One tile (LLaVA-1.5).
     if ratio != "anyres":
         if ratio == "pad":
             square = max(width, height)
             offset = ((square - width) // 2, (square - height) // 2)
             return TilePlan((width, height), side, None, (square, square), (width, height), offset)
-        # CLIP's own processor: the shorter side becomes a tile's side, and the middle is cut out.
+        # CLIP's own processor: the shorter side becomes a tile's side, and the middle is cut out. The offset is
+        # negative, because the square lies inside the image.
         square = min(width, height)
         offset = (-((width - square) // 2), -((height - square) // 2))
         return TilePlan((width, height), side, None, (square, square), (width, height), offset)
+    # 2. Several tiles (LLaVA-1.6): the canvas by the rule of the tile path.
     published = (anyres or getattr(model_config, "mm_anyres", "official")) == "fastervlm"
     choose = select_fullest_resolution if published else select_best_resolution
     canvas = choose((width, height), grid_pinpoints(model_config))
+    # 3. The image fills the canvas in one direction. ceil may exceed the canvas by a pixel, hence min.
     scale_w, scale_h = canvas[0] / width, canvas[1] / height
     if scale_w < scale_h:
         resized = (canvas[0], min(math.ceil(height * scale_w), canvas[1]))
@@ -127,13 +138,12 @@ def tile_plan(image_size, model_config, anyres: str | None = None) -> TilePlan:
 
 
 def unpadded_bounds(plan: TilePlan, rows: int, columns: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of the part of a [rows, columns] patch grid that is image and not padding.
-
-    LLaVA truncates the scaled size; transformers rounds it to seven digits first.
-    """
+    """(top, bottom, left, right) of the part of a [rows, columns] patch grid that is image and not padding."""
     width, height = plan.image_size
 
     def scaled(length, factor):
+        # transformers rounds to seven digits before it truncates. Otherwise 23.999999999 would give 23 here and 24
+        # there, and the number of vision tokens would not match the placeholders of its processor.
         return int(round(length * factor, 7)) if plan.hf else int(length * factor)
 
     if width / height > columns / rows:
@@ -145,10 +155,10 @@ def unpadded_bounds(plan: TilePlan, rows: int, columns: int) -> tuple[int, int, 
 
 @lru_cache(maxsize=512)
 def merge_order(plan: TilePlan, side: int, tiles: int | None = None) -> Tensor:
-    """Which patch stands where in the sequence that the LLM sees: the one index map of the whole system.
+    """The order in which the LLM reads the tokens of an image. The whole code base uses this one index map.
 
-    side: patches per tile side. tiles: how many tiles there really are; 1 stands for an image that was not cut.
-    Returns int64 [N]: tile * side**2 + row * side + column, or NEWLINE.
+    side: patches per tile side. tiles: the number of tiles that the tower got; 1 means that the image was not cut.
+    Returns int64 [N]: tile * side**2 + row * side + column, or NEWLINE. The result is cached: do not write into it.
     """
     per_tile = side * side
     whole = torch.arange(per_tile)
@@ -159,6 +169,7 @@ def merge_order(plan: TilePlan, side: int, tiles: int | None = None) -> Tensor:
     crops = torch.arange(per_tile, plan.tiles * per_tile)
     if plan.merge == "flat":
         return torch.cat([whole, crops])
+    # [tile row, tile column, row, column] -> one raster over all crops, so that a patch stands beside its neighbours.
     raster = crops.view(down, across, side, side).permute(0, 2, 1, 3).reshape(down * side, across * side)
     if plan.merge == "spatial_unpad":
         top, bottom, left, right = unpadded_bounds(plan, *raster.shape)
@@ -168,7 +179,7 @@ def merge_order(plan: TilePlan, side: int, tiles: int | None = None) -> Tensor:
 
 
 def expand_to_square(image: Image.Image, color) -> Image.Image:
-    """Pad an image to a square, itself in the middle (LLaVA-1.5's `pad`); odd paddings put the spare pixel last."""
+    """The image in the middle of a square of one colour (LLaVA-1.5's `pad`). An odd pixel of padding goes last."""
     side = max(image.size)
     square = Image.new(image.mode, (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -176,7 +187,7 @@ def expand_to_square(image: Image.Image, color) -> Image.Image:
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
-    """The whole image squeezed into one tile, then the crops of the padded canvas in raster order."""
+    """The tiles of an image: first the whole image squeezed into one tile, then the crops in raster order."""
     canvas = Image.new("RGB", plan.canvas, (0, 0, 0))
     canvas.paste(image.resize(plan.resized), plan.offset)
     side = plan.tile_size
@@ -188,10 +199,11 @@ def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
 
 
 def process_images(images, image_processor, model_config, anyres: str | None = None):
-    """Pixels for the vision tower.
+    """Pixels of images for the vision tower, made as the checkpoint's own processor makes them.
 
-    images: PIL images. Returns [B, 3, H, W] (one tile each) or [B, T, 3, H, W] where all have as many tiles, else a
-    list of [T, 3, H, W]. Follows the checkpoint's own processor: a llava-hf one gives what transformers gives.
+    images: PIL images. anyres: see tile_plan.
+    Returns [B, 3, H, W] for one tile each, [B, T, 3, H, W] if all images have the same number of tiles, else a list of
+    [T, 3, H, W]. A llava-hf checkpoint gives the pixels that transformers gives.
     """
     images = [image.convert("RGB") for image in images]
     published = (anyres or getattr(model_config, "mm_anyres", "official")) == "fastervlm"
@@ -205,6 +217,7 @@ def process_images(images, image_processor, model_config, anyres: str | None = N
                 tiles = cut_tiles(image, tile_plan(image.size, model_config, anyres))
                 pixels.append(_pixel_values(tiles, image_processor))
     else:
+        # transformers' processor for LLaVA-1.5 crops and never pads, so a llava-hf checkpoint is left to it.
         if ratio == "pad" and not is_hf(model_config):
             color = tuple(int(mean * 255) for mean in image_processor.image_mean)
             images = [expand_to_square(image, color) for image in images]
@@ -214,14 +227,15 @@ def process_images(images, image_processor, model_config, anyres: str | None = N
 
 
 def _pixel_values(images, image_processor) -> Tensor:
-    """[T, 3, H, W]: resize, crop and normalise PIL images as one tile each."""
+    """Pixels [T, 3, H, W] of PIL images: each is resized, cropped and normalised as one tile."""
     if hasattr(image_processor, "image_grid_pinpoints"):
-        # transformers' anyres processor would cut each tile again; its settings, applied to a finished tile.
+        # transformers' anyres processor would cut each finished tile into tiles again.
         image_processor = _single_tile_processor(image_processor)
     return image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def _single_tile_processor(image_processor):
+    """A CLIP processor for one tile with the settings of an anyres processor."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     settings = {k: v for k, v in image_processor.to_dict().items() if k in CLIPImageProcessorPil().to_dict()}
@@ -230,22 +244,25 @@ def _single_tile_processor(image_processor):
 
 
 def _hf_tiles(image: Image.Image, image_processor, model_config) -> Tensor:
+    """Pixels [T, 3, H, W] of one image, cut into tiles by transformers' own processor."""
     pixels = image_processor([image], return_tensors="pt")["pixel_values"][0]
+    # The processor may pad the tiles of a batch to the largest number, so the count comes from the plan.
     return pixels[: tile_plan(image.size, model_config).tiles]
 
 
 def tokenizer_image_token(prompt: str, tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors=None):
-    """Token ids of a prompt, with `image_token_index` wherever it says <image>.
+    """Token ids of a prompt, with `image_token_index` in place of each <image>.
 
-    The text between placeholders is tokenised piece by piece, with one BOS at the front (LLaVA's rule); a
-    tokenizer that knows <image> as a token of its own (llava-hf) takes the prompt whole, as its processor does.
-    Returns a list, or an int64 tensor [S] with return_tensors="pt".
+    LLaVA's rule: each piece of text between placeholders is tokenised by itself, and one BOS stays at the front.
+    A tokenizer that has <image> as a token of its own (llava-hf) gets the whole prompt, as its processor does it.
+    Returns a list, or an int64 tensor [S] with return_tensors="pt". ValueError for another value of return_tensors.
     """
     if DEFAULT_IMAGE_TOKEN in tokenizer.get_added_vocab():
         placeholder = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
         ids = [image_token_index if i == placeholder else i for i in tokenizer(prompt).input_ids]
     else:
         pieces = [list(tokenizer(piece).input_ids) for piece in prompt.split(DEFAULT_IMAGE_TOKEN)]
+        # The tokenizer puts a BOS before every piece. Some tokenizers have none, hence the test.
         bos = int(bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id)
         ids = pieces[0]
         for piece in pieces[1:]:
@@ -258,7 +275,7 @@ def tokenizer_image_token(prompt: str, tokenizer, image_token_index: int = IMAGE
 
 
 def left_pad(rows, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Stack token id rows (tensors [S_i]) for generation: (input_ids [B, S], attention_mask [B, S]), padded left."""
+    """(input_ids [B, S], attention_mask [B, S]) of token id rows (tensors [S_i]), padded left for generation."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
@@ -269,6 +286,6 @@ def left_pad(rows, pad_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last part of a path or hub name; checkpoint-N folders keep their parent's name in front."""
+    """The last part of a path or hub name. A folder checkpoint-N keeps its parent's name in front, as in LLaVA."""
     parts = os.fspath(model_path).rstrip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]

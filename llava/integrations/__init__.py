@@ -1,1 +1,1 @@
-"""Other people's frameworks, met where they are. Nothing here is imported by the rest of the package."""
+"""Adapters to other frameworks. The rest of the package does not import them, apart from the commands that need one."""

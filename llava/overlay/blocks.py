@@ -1,4 +1,4 @@
-"""Pages out of blocks: images under each other, beside each other, in a grid; legends and bars. Imports no torch."""
+"""Blocks of a page: images stacked, side by side or in a grid; legends and bars. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image
 from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SMALL, line_height, text_block
 from llava.overlay.views import DARK, HEAT, OUTLINE, PADDING, PADDING_LINE, heat_color
 
-PANEL, ROOM = 300, 460  # pixels: the least width of a panel; views stand beside each other where so much is enough
-STAGE = 0.42  # size of a view of one stage or step, against full size
-GAP = 14  # pixels between things
-CLOSE = 5  # between things that belong together
+PANEL, ROOM = 300, 460  # pixels: minimum width of a panel; width in which the views of one image stand side by side
+STAGE = 0.42  # scale of a view of one stage or step; 1 is full size
+GAP = 14  # pixels between blocks
+CLOSE = 5  # pixels between blocks that belong together
 
 
 def stacked(blocks: Sequence[Image.Image], gap: int = CLOSE) -> Image.Image:
-    """Blocks under each other, flush left."""
+    """Blocks below each other, aligned left. gap: pixels between them."""
     height = sum(block.height for block in blocks) + gap * max(0, len(blocks) - 1)
     page = Image.new("RGB", (max((block.width for block in blocks), default=1), max(1, height)), PAGE)
     y = 0
@@ -28,7 +28,7 @@ def stacked(blocks: Sequence[Image.Image], gap: int = CLOSE) -> Image.Image:
 
 
 def beside(blocks: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
-    """Blocks beside each other, flush with the top."""
+    """Blocks side by side, aligned at the top. gap: pixels between them."""
     width = sum(block.width for block in blocks) + gap * max(0, len(blocks) - 1)
     page = Image.new("RGB", (max(1, width), max((block.height for block in blocks), default=1)), PAGE)
     x = 0
@@ -39,12 +39,12 @@ def beside(blocks: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
 
 
 def padded(block: Image.Image, width: int) -> Image.Image:
-    """A block with empty page to its right, up to `width` pixels."""
+    """A block that is at least `width` pixels wide, with empty page at its right."""
     return stacked([block, Image.new("RGB", (width, 1), PAGE)], 0) if block.width < width else block
 
 
 def grid(blocks: Sequence[Image.Image], columns: int, gap: int = GAP) -> Image.Image:
-    """Blocks in rows of `columns`, all columns as wide as the widest block."""
+    """Blocks in rows of `columns` blocks. All columns are as wide as the widest block."""
     width = max((block.width for block in blocks), default=1)
     blocks = [padded(block, width) for block in blocks]
     rows = [beside(blocks[at : at + columns], gap) for at in range(0, len(blocks), columns)]
@@ -52,13 +52,13 @@ def grid(blocks: Sequence[Image.Image], columns: int, gap: int = GAP) -> Image.I
 
 
 def flowed(blocks: Sequence[Image.Image], width: int, gap: int = GAP) -> Image.Image:
-    """Blocks of about one size in rows of at most `width` pixels."""
+    """Blocks of similar size in a grid of at most `width` pixels. See `shelves` for blocks of different sizes."""
     widest = max((block.width for block in blocks), default=1)
     return grid(blocks, max(1, (width + gap) // (widest + gap)), gap)
 
 
 def framed(blocks: Sequence[Image.Image]) -> Image.Image:
-    """The finished page: blocks under each other with a margin around them."""
+    """The finished page: blocks below each other, with a margin around them. None is skipped."""
     inside = stacked([block for block in blocks if block is not None], GAP)
     page = Image.new("RGB", (inside.width + 2 * GAP, inside.height + 2 * GAP), PAGE)
     page.paste(inside, (GAP, GAP))
@@ -66,7 +66,7 @@ def framed(blocks: Sequence[Image.Image]) -> Image.Image:
 
 
 def view_block(views: Sequence[tuple[str, Image.Image]], room: int) -> Image.Image:
-    """The views of one image with their labels: beside each other where `room` pixels allow it, else stacked."""
+    """The labelled views of one image: side by side if they fit into `room` pixels, else stacked."""
     blocks = [
         stacked([text_block(label, view.width, SMALL, FAINT, 1), view], 2) if label else view for label, view in views
     ]
@@ -75,13 +75,13 @@ def view_block(views: Sequence[tuple[str, Image.Image]], room: int) -> Image.Ima
 
 
 def section(title: str, body: Image.Image) -> Image.Image:
-    """A part of the page: its title, under a thin line, and what is in it."""
+    """A part of the page: a thin line, the title, and the picture `body`."""
     line = Image.new("RGB", (body.width, 1), (215, 215, 215))
     return stacked([line, text_block(title, body.width, LARGE, INK, 2, bold=True), body], 8)
 
 
 def shelves(blocks: Sequence[Image.Image], width: int, gap: int = 2 * GAP) -> list[Image.Image]:
-    """Blocks of any size in order, beside each other as long as a row of `width` pixels has room."""
+    """Rows of blocks of any size, in order. A row takes blocks as long as they fit into `width` pixels."""
     rows, row = [], []
     for block in blocks:
         if row and sum(one.width + gap for one in row) + block.width > width:
@@ -91,14 +91,14 @@ def shelves(blocks: Sequence[Image.Image], width: int, gap: int = 2 * GAP) -> li
 
 
 def split_bar(width: int, start: float, end: float, color) -> Image.Image:
-    """A bar of which the part from `start` to `end` (0 to 1) is coloured."""
+    """A bar of `width` pixels. The part from `start` to `end` (0 to 1) is coloured, the rest is grey."""
     bar = np.full((8, width, 3), 222, dtype=np.uint8)
     bar[:, round(start * width) : round(end * width)] = color
     return Image.fromarray(bar)
 
 
 def heat_scale(width: int, low: str, high: str) -> Image.Image:
-    """What the colours of a heat map mean: the scale, and what its two ends stand for."""
+    """The colour scale of a heat map, with the words `low` and `high` at its ends."""
     ramp = np.repeat(heat_color(np.linspace(0, 1, width))[None], 8, axis=0).astype(np.uint8)
     ends = Image.new("RGB", (width, line_height(SMALL)), PAGE)
     ends.paste(text_block(low, width // 2, SMALL, FAINT, 1))
@@ -110,11 +110,15 @@ def heat_scale(width: int, low: str, high: str) -> Image.Image:
 
 
 def legend(entries: Sequence[tuple[str, str | tuple]], width: int) -> Image.Image:
-    """Swatches with what they mean, in rows of `width` pixels. A swatch is a colour, or the name of one below."""
+    """A legend in rows of `width` pixels. entries: (swatch, its meaning).
+
+    A swatch is an RGB colour, a name that `_swatch` draws, or "" for text alone.
+    """
     side = line_height(SMALL)
     blocks = []
     for swatch, text in entries:
         words = text_block(text, width - side - CLOSE, SMALL, FAINT, 3)
+        # text_block is as wide as it may be; cropped to its ink, several entries fit into a row.
         ink = (np.asarray(words) != PAGE).any(axis=(0, 2)).nonzero()[0]
         words = words.crop((0, 0, int(ink[-1]) + 1 if len(ink) else 1, words.height))
         blocks.append(beside([_swatch(swatch, side), words] if swatch else [words], 6))
@@ -122,6 +126,7 @@ def legend(entries: Sequence[tuple[str, str | tuple]], width: int) -> Image.Imag
 
 
 def _swatch(kind: str | tuple, side: int) -> Image.Image:
+    """A square of `side` pixels that looks like a patch of this kind on the page."""
     square = np.zeros((side, side, 3), dtype=np.uint8)
     if isinstance(kind, tuple):
         square[:] = kind

@@ -1,8 +1,10 @@
-"""Draws what an adaptive KV cache does with an image's tokens while the answer is generated: a strip, or frames of a GIF.
+"""Draws the vision tokens of an adaptive KV cache while the answer is generated: a strip, or frames of a GIF.
 
-In all functions: states: [1 + steps] arrays [layers, K] of classes after prefill and after each decode step, of the K tokens
-of `selection` (llava/overlay/cache_trace.py makes them); layer: counted from 1; None: of each patch the class that most layers
-give it. Imports no torch.
+In all functions:
+    states  [1 + steps] arrays [L, K]: the classes of the K tokens of `selection` in L layers, after prefill and after
+            each decode step. llava/overlay/cache_trace.py makes them.
+    layer   a layer, counted from 1; None draws for each patch the class that it has in most layers
+This file does not import torch.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
     from llava.mm_utils import TilePlan
 
-MOST_STEPS = 12  # views in a strip; of more steps these are drawn, evenly spread
-FRAME, FIRST_FRAME = 700, 1400  # milliseconds of a frame
+MOST_STEPS = 12  # views in a strip; of more steps, this many are drawn at even distances
+FRAME, FIRST_FRAME = 700, 1400  # milliseconds that a frame is shown; longer for the first, which marks the start
 
 
 @dataclass(frozen=True)
 class CacheStates:
-    """The cache of one answer. interval: decode steps between re-rankings, -1 for never."""
+    """The cache during one answer. interval: decode steps between re-rankings of the core, -1 for never."""
 
     selection: Selection
     states: Sequence[np.ndarray]
@@ -37,12 +39,14 @@ class CacheStates:
 
 
 def shown(classes: np.ndarray, layer: int | None = None) -> np.ndarray:
-    """[K] the class of each token to draw, of [layers, K]: one layer's, or the one of most layers.
+    """The class [K] to draw for each token. classes: [L, K] of all layers; layer: see the head of this file.
 
-    Where two classes have as many layers, the one that is read more counts: core, secondary, minor, absent.
+    If two classes have the same number of layers, the one that is read more often counts, in the order core, secondary,
+    minor, absent.
     """
     if layer is not None:
         return classes[layer - 1]
+    # argmax takes the first maximum, so the order of this tuple decides ties.
     votes = np.stack([(classes == name).sum(axis=0) for name in (CORE, SECONDARY, MINOR, ABSENT)])
     return np.array([CORE, SECONDARY, MINOR, ABSENT])[votes.argmax(axis=0)]
 
@@ -55,7 +59,11 @@ def draw_caches(
     layer: int | None = None,
     width: int = 4 * ROOM,
 ) -> Image.Image:
-    """A strip per label: small views after prefill and after each step, in rows of `width` pixels; and what the colours mean."""
+    """One strip per label of `caches`, and a legend.
+
+    A strip has small views after prefill and after each decode step, in rows of `width` pixels.
+    image, plan, side: see llava/overlay/page.py.
+    """
     strips = []
     for name, cache in caches.items():
         count = len(cache.states)
@@ -77,7 +85,10 @@ def cache_frames(
     columns: int = 4,
     footer: str = "",
 ) -> list[Image.Image]:
-    """Pages of one size, one after prefill and one after each step, with a view per label."""
+    """Pages of equal size, one after prefill and one after each decode step, with a view per label of `caches`.
+
+    columns: views side by side. title, footer: text above and below.
+    """
     frames = []
     for step in range(max(len(cache.states) for cache in caches.values())):
         panels = [
@@ -94,7 +105,8 @@ def cache_frames(
 
 
 def save_frames(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write frames as a GIF that repeats; all share the colours of the first, so that what stays does not flicker."""
+    """Write frames as a GIF that repeats. `path` is overwritten."""
+    # One palette for all frames and no dithering: otherwise areas that do not change would flicker.
     palette = frames[0].quantize(255, dither=Image.Dither.NONE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     durations = [FIRST_FRAME] + [FRAME] * len(others)
@@ -102,6 +114,7 @@ def save_frames(frames: Sequence[Image.Image], path: Path) -> None:
 
 
 def _step(image, plan, side, cache: CacheStates, step: int, layer: int | None, scale: float) -> Image.Image:
+    """The views after one step, below its label and its counts (core + secondary + minor, mean over layers)."""
     classes = cache.states[step]
     views = [
         view for _, view in class_views(image, plan, side, places_of(cache.selection), shown(classes, layer), scale)
@@ -119,6 +132,7 @@ def _step(image, plan, side, cache: CacheStates, step: int, layer: int | None, s
 
 
 def _legend(interval: int, layer: int | None, width: int) -> Image.Image:
+    """The legend of the classes. Without re-ranking (interval -1) there is no secondary class."""
     names = {CORE: "core: read at every step", MINOR: "minor: evicted after prefill"}
     if interval > 0:
         names[SECONDARY] = (

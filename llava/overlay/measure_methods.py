@@ -1,4 +1,4 @@
-"""Runs several methods on one image and question, and measures each: what the overlay command draws."""
+"""Runs several methods on one image and question and measures each of them, for the overlay command."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ from llava.overlay.cache_trace import trace, traceable
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method on the image and question.
+    """Answer and cost of one method on the image and question.
 
-    kept, total: vision tokens left after the last cut, and without any method; layer_mean: in a layer, mean over layers
-    first_token, prefill: seconds, median over runs; kv_bytes: live at the end of the answer; flops: predicted, from
-    pixels to the first token; cache: what A-VL held at each step, None where it is off
+    selection            the vision tokens that were kept
+    answer, new_tokens   the text and its number of tokens
+    kept, total          vision tokens after the last cut, and without any method
+    layer_mean           vision tokens in a layer, mean over layers
+    first_token, prefill seconds, median over runs
+    kv_bytes             live bytes of the KV cache at the end of the answer
+    flops                predicted, from pixels to the first token
+    cache                classes of A-VL's cache at each step; None if A-VL's vision part is off
     """
 
     selection: Selection
@@ -45,7 +50,8 @@ class MethodResult:
     cache: CacheStates | None = None
 
     def notes(self) -> list[str]:
-        """The cost in lines; what is predicted and not measured says so."""
+        """The cost, one line each. A line says if its number is predicted and not measured."""
+        # layer_mean repeats `kept` for a method before the LLM; it is shown only where tokens drop inside the LLM.
         inside = [f"{self.layer_mean:.1f} vision tokens in a layer, mean over layers"]
         return [
             *(inside if abs(self.layer_mean - self.kept) > 0.05 else []),
@@ -56,7 +62,7 @@ class MethodResult:
 
 
 def _unit(value: float, units: tuple[str, ...]) -> str:
-    """A number of about three digits with its unit; units are a thousand apart."""
+    """A number of about three digits with its unit. Each unit is a thousand times the one before."""
     power = 0
     while value >= 1000 and power < len(units) - 1:
         value, power = value / 1000, power + 1
@@ -66,8 +72,8 @@ def _unit(value: float, units: tuple[str, ...]) -> str:
 class MethodMeasurer:
     """A loaded checkpoint with one image and one question.
 
-    plan, side: how the image is cut, patches per tile side. UserError where the checkpoint lacks tokenizer or image
-    processor, or the prompt is longer than its context.
+    plan: the TilePlan of the image. side: patches per tile side.
+    UserError for a checkpoint without tokenizer or image processor, and for a prompt that is longer than its context.
     """
 
     def __init__(
@@ -97,13 +103,16 @@ class MethodMeasurer:
         steps: int = 6,
         tick: Callable[[], None] = lambda: None,
     ) -> dict[str, MethodResult]:
-        """Label -> MethodResult. repeats: timed runs of each method, after one that is not; methods take turns, so that a machine
-        that gets busy slows all of them. steps: decode steps that A-VL's cache is watched for. tick: called after each
-        run."""
+        """Label -> MethodResult.
+
+        configs: label -> configuration. repeats: timed runs of each method, after one run that is not timed.
+        steps: decode steps for which A-VL's cache is recorded. tick: called after each run, for a progress bar.
+        """
+        # Methods take turns. If the machine becomes busy, all of them slow down, and the comparison stays fair.
         times: dict[str, list[tuple[float, float]]] = {label: [] for label in configs}
         for nth in range(repeats):
             for label, config in configs.items():
-                if nth == 0:
+                if nth == 0:  # warm-up: allocations, CUDA kernels and captured graphs of this shape
                     self._first_token(config, max_new_tokens)
                     tick()
                 times[label].append(self._first_token(config, max_new_tokens))
@@ -116,7 +125,7 @@ class MethodMeasurer:
         return found
 
     def conditions(self, repeats: int) -> str:
-        """How the numbers came about, in a few sentences."""
+        """A few sentences that say how the numbers were measured, and on which hardware."""
         device = self.engine.device
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
@@ -132,14 +141,14 @@ class MethodMeasurer:
 
     @torch.inference_mode()
     def _first_token(self, config: AdaVConfig, max_new_tokens: int) -> tuple[float, float]:
-        """Seconds from tiles to the first token, and of these in prefill."""
+        """(seconds from tiles to the first token, seconds of prefill in them)."""
         start = self._now()
         generation = self.engine.stream(self._prepare(config), Sampling(max_new_tokens))
         next(generation)
         return self._now() - start, generation.seconds["prefill"]
 
     def _now(self) -> float:
-        """Seconds, once the device has done what it was asked for."""
+        """The time in seconds after all work on the device has finished. CUDA kernels run asynchronously."""
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         return time.perf_counter()
@@ -148,6 +157,7 @@ class MethodMeasurer:
     def _answered(
         self, config: AdaVConfig, max_new_tokens: int, steps: int, first_token: float, prefill: float
     ) -> MethodResult:
+        """Answer the question under one configuration, and collect answer, costs and cache states."""
         prepared = self._prepare(config)
         generated = self.engine.generate(prepared, Sampling(max_new_tokens))
         (answer,), (selection,) = generated.answers, prepared.selections[0]
@@ -173,6 +183,7 @@ class MethodMeasurer:
         )
 
     def _prepare(self, config: AdaVConfig):
+        """A PreparedPrompt of the question. UserError for a prompt that is longer than the context."""
         prepared = self.model.prepare(self._ids, [self._pixels], [self.image.size], config=config)
         if prepared.lengths[0] > self.context:
             raise UserError(

@@ -1,14 +1,14 @@
-"""Draws which vision tokens each method kept of one image, why, and at what cost: methods side by side on one page.
+"""Draws the vision tokens that methods kept of one image, their scores and their costs, side by side on one page.
 
     python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm --tokens 144 -o out.png
 
-runs the methods (llava/serve/overlay.py). The page alone, of selections that are there already:
+runs the methods and draws the page (llava/serve/overlay.py). From selections that exist already:
 
     picture = draw_overlay(image, tile_plan(image.size, model.config), side, {"adav": selection}, {"adav": "red"})
     picture.save("kept.png")
 
-In all functions: image: the picture as it was opened, any mode; plan: how it was cut into tiles (llava.mm_utils.tile_plan);
-side: patches per tile side. All return PIL images. Imports no torch.
+In all functions: image is the picture as it was opened, in any mode; plan is its TilePlan (llava.mm_utils.tile_plan);
+side is the number of patches per tile side. Drawings are PIL images. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
     from llava.mm_utils import TilePlan
 
-MOST_STAGES = 12  # views in a row of stages; of more cuts these are drawn, evenly spread
+MOST_STAGES = 12  # views in a row of stages; of more cuts, this many are drawn at even distances
 TEXT_COLOR, SALIENCY_COLOR = (0, 130, 140), (215, 105, 20)
 
 
@@ -69,21 +69,22 @@ def draw_overlay(
     sections: dict[str, Image.Image] | None = None,
     footer: str = "",
 ) -> Image.Image:
-    """One panel per method: its name, how many tokens it kept, the patches that they stand for, its answer.
+    """A page with one panel per method: its name, the number of tokens that it kept, their patches, its answer.
 
-    selections: method name (or any other label) -> what it kept of this image
-    answers:    label -> answer, where there is one
-    title:      above everything, for example the question; subtitle: smaller, under it
-    columns:    panels beside each other
-    notes:      label -> lines under its answer, for example measured costs
-    why:        also heat maps of both scores of AdaV, and what is left after each cut of methods inside the LLM, where
-                the selections' reports have them
-    sections:   title -> further picture under the panels (llava.overlay.cache_strip); footer: small print at the end
+    selections: method name (or any other label) -> the Selection of this image
+    answers:    label -> answer; None for no answers
+    title:      text above everything, for example the question; subtitle: smaller text below it
+    columns:    panels side by side
+    notes:      label -> lines below its answer, for example measured costs
+    why:        also draws heat maps of both scores of AdaV, and the tokens that stay after each cut of a method inside
+                the LLM, if the report of the selection has them
+    sections:   title -> another picture below the panels (llava.overlay.cache_strip); footer: small print at the end
 
     An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a
-    square, and the crops put back where they were cut. Padding is hatched. Of a method inside the LLM what its last cut
-    has left is drawn. Tokens that are no patch (newline, merged) are counted, and have no place to be drawn.
+    square, and the crops at the places where they were cut. Padding is hatched. For a method inside the LLM the page
+    shows the tokens after its last cut. Tokens that are no patch (newline, merged) are counted but not drawn.
     """
+    # 1. The panels.
     image = image.convert("RGB")
     panels = [
         _panel(name, image, plan, side, selection, answers, (notes or {}).get(name, ()))
@@ -91,13 +92,15 @@ def draw_overlay(
     ]
     columns = max(1, min(columns, len(panels)))
     parts = [grid(panels, columns)] if panels else [Image.new("RGB", (PANEL, 1), PAGE)]
+    # 2. The heat maps of AdaV's scores.
     maps = {}
     for name, kept in selections.items():
         if why and has_scores(kept):
             split = f"{kept.report['k_text']} by the question : {kept.report['k_saliency']} by saliency"
             maps[f"{name}: why these tokens ({split})"] = draw_scores(image, plan, side, kept)
-    if len(panels) == len(maps) == 1:  # the heat maps of a single method stand beside it
+    if len(panels) == len(maps) == 1:
         parts, maps = [beside([parts[0], *maps.values()], 2 * GAP)], {}
+    # 3. The width of the page is known now. Stages and sections are fitted into it, two side by side on a wide page.
     sections = sections or {}
     width = max([parts[0].width, 2 * PANEL, *(picture.width for picture in [*maps.values(), *sections.values()])])
     room = width if width < 3 * ROOM else (width - 2 * GAP) // 2
@@ -105,6 +108,7 @@ def draw_overlay(
         if why and kept.report.get("survivors"):
             maps[f"{name}: what is left inside the LLM"] = draw_stages(image, plan, side, kept, room)
     parts += shelves([section(text, picture) for text, picture in [*maps.items(), *sections.items()]], width)
+    # 4. Title, legend and footer.
     top = [text_block(title, width, LARGE, INK, 3, bold=True)] if title else []
     top += [text_block(subtitle, width, SMALL, FAINT, 3)] if subtitle else []
     ends = [legend(_meanings(plan, side, selections, why), width)]
@@ -113,35 +117,38 @@ def draw_overlay(
 
 
 def draw_scores(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> Image.Image:
-    """The score_maps of a selection beside each other."""
+    """Both score maps of an AdaV selection side by side."""
     return beside(score_maps(image, plan, side, selection))
 
 
 def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selection) -> list[Image.Image]:
-    """Heat maps of both scores of an AdaV selection, and how its budget was split between them.
+    """Heat maps of both scores of an AdaV selection, each with its share of the budget.
 
-    Reads report["text_score"] and report["saliency_score"] [N], report["k_text"] and report["k_saliency"]. What was kept
-    is outlined, by whichever score. UserError where the report has no scores.
+    Reads report["text_score"] and report["saliency_score"] [N], report["k_text"] and report["k_saliency"]. Kept tokens
+    are outlined on both maps. UserError if the report has no scores, or scores of another image.
     """
     from llava.common.errors import UserError
     from llava.mm_utils import NEWLINE, merge_order
 
+    # 1. The place of each token and the shares of the budget, from the plan and the report.
     if not has_scores(selection):
         raise UserError("the selection's report has no scores to draw; allowed are selections of adav and adav_cover")
     report, tokens = selection.report, merge_order(plan, side).tolist()
     places = [(-1, -1, -1) if at == NEWLINE else (at // side**2, at % side**2 // side, at % side) for at in tokens]
     k_text, k_saliency = report["k_text"], report["k_saliency"]
     share = k_text / max(1, k_text + k_saliency)
+    # 2. One heat map per score.
     maps = []
     for name, by, count, bar, color in (
         ("text_score", "Closeness to the question", k_text, (0, share), TEXT_COLOR),
         ("saliency_score", "Saliency ([CLS] attention)", k_saliency, (share, 1), SALIENCY_COLOR),
     ):
+        # Newline tokens have no saliency (NaN). They are not drawn, but NaN would spoil the maximum.
         scores = np.nan_to_num(np.array(report[name].tolist()), nan=0.0)
         if len(scores) != len(places):
             raise UserError(f"the selection has {len(scores)} scores, but this image {len(places)} tokens")
         largest = float(scores.max(initial=0))
-        # The root: a softmax gives most patches a hundredth of the best one, which would all be black.
+        # Square root: a softmax gives most patches about a hundredth of the maximum. Without the root all are black.
         levels = np.sqrt(scores.clip(0) / largest) if largest > 0 else np.zeros(len(scores))
         views = view_block(heat_views(image, plan, side, places, levels, places_of(selection)), ROOM)
         width = max(PANEL, views.width)
@@ -162,9 +169,9 @@ def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selecti
 def draw_stages(
     image: Image.Image, plan: TilePlan, side: int, selection: Selection, width: int = 4 * ROOM
 ) -> Image.Image:
-    """What is left of an image before and after each cut inside the LLM, one small view per stage, in rows of `width`.
+    """Small views of the tokens that stay: before the first cut inside the LLM and after each cut, in rows of `width`.
 
-    Reads report["survivors"] and report["cuts"], where each was.
+    Reads report["survivors"] (slots after each cut) and report["cuts"] (where each cut was made).
     """
     stages, where = selection.report["survivors"], selection.report["cuts"]
     shown = np.unique(np.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().astype(int)).tolist()
@@ -177,17 +184,17 @@ def draw_stages(
 
 
 def has_scores(selection: Selection) -> bool:
-    """Whether a selection's report has both scores of AdaV."""
+    """True if the report of a selection has both scores of AdaV."""
     return {"text_score", "saliency_score", "k_text", "k_saliency"} <= selection.report.keys()
 
 
 def counted(selection: Selection) -> str:
-    """What is left of an image in words: "58 of 420 tokens (12 newline, 3 merged)"."""
+    """The tokens that stay, in words: "58 of 420 tokens (12 newline, 3 made)"."""
     if not selection.total:
-        return "no vision token"  # the tower did not even run
+        return "no vision token"  # `no_image`: the tower did not run
     left = left_of(selection)
     patches = [place for place in left if place[0] >= 0]
-    repeated = len(patches) - len(set(patches))
+    repeated = len(patches) - len(set(patches))  # AdaV with compat "public" keeps some patches twice
     stages = selection.report.get("survivors")
     numbers = selection.indices.tolist()
     if stages:
@@ -200,6 +207,7 @@ def counted(selection: Selection) -> str:
 
 
 def _panel(name, image, plan, side, selection, answers, notes) -> Image.Image:
+    """The panel of one method: name, count, views, answer and notes below each other."""
     views = view_block(kept_views(image, plan, side, selection), ROOM)
     width = max(PANEL, views.width)
     blocks = [
@@ -215,6 +223,7 @@ def _panel(name, image, plan, side, selection, answers, notes) -> Image.Image:
 
 
 def _stage(image, plan, side, places, label: str) -> Image.Image:
+    """The small view of one stage, below its label and its number of tokens."""
     views = beside([view for _, view in kept_at(image, plan, side, places, STAGE)], 6)
     width = max(views.width, 120)
     told = [text_block(label, width, SMALL, INK, 1), text_block(f"{len(places)} tokens", width, SMALL, FAINT, 1)]
@@ -222,13 +231,14 @@ def _stage(image, plan, side, places, label: str) -> Image.Image:
 
 
 def width_of(columns: int) -> int:
-    """Pixels that a page of so many columns may take: what draw_caches can be given as `width`."""
+    """Width in pixels of a page with this number of columns. It serves as `width` of draw_caches."""
     return max(3, columns) * (ROOM + GAP) - GAP
 
 
 def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: bool) -> list[tuple]:
-    """The legend: what can be seen on this page, and no more."""
+    """Entries of the legend. Only what this page shows is explained."""
     entries = [("kept", "kept"), ("dropped", "dropped")]
+    # A negative offset means that the image was cropped, so there is no padding.
     if plan.resized != plan.canvas and plan.offset[0] >= 0 and plan.offset[1] >= 0:
         entries.append(("padding", "padding, no part of the image"))
     if why and any(map(has_scores, selections.values())):

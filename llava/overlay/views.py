@@ -1,8 +1,8 @@
-"""Views of one image under its tiles: patches drawn where they were cut out, by whether they are kept, a score or a class.
+"""Views of one image: its patches at the places where they were cut, drawn as kept or dropped, by score, or by class.
 
 An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a square,
-and the crops put back where they were cut. Geometry comes from the TilePlan that cut the image; nothing here knows a
-model. Imports no torch.
+and the crops at the places where they were cut. All geometry comes from the TilePlan of the image. This file needs no
+model and does not import torch.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
     from llava.mm_utils import TilePlan
 
-VIEW, THUMBNAIL = 384, 240  # pixels: the longer side of a view of the crops (or the only tile), of tile 0 beside crops
-DARK = 0.3  # brightness that a dropped patch keeps
+# Longer side in pixels: of the view of the crops (or of the only tile), and of tile 0 beside crops.
+VIEW, THUMBNAIL = 384, 240
+DARK = 0.3  # brightness of a dropped patch: still visible, but clearly darker than a kept one
 OUTLINE = (255, 214, 0)
 PADDING, PADDING_LINE = (150, 150, 150), (190, 190, 190)
 
-# Of a heat map, from no score to the largest: brightness rises all the way, so that it reads the same in grey.
+# Colours of a heat map, from score 0 to the largest. Brightness rises all the way, so that a grey print shows the same.
 HEAT = ((8, 8, 40), (60, 20, 110), (140, 35, 105), (205, 70, 65), (245, 135, 25), (252, 200, 70), (255, 255, 210))
-# Classes of a patch in an adaptive KV cache.
+# Classes of a vision token in an adaptive KV cache. They are small integers, because states are uint8 arrays.
 ABSENT, MINOR, SECONDARY, CORE = range(4)
 CLASS_COLORS = {CORE: (255, 170, 0), SECONDARY: (60, 130, 255), MINOR: (150, 145, 150)}
 
-Place = tuple[int, int, int]  # tile, row, column; -1 where a token is no patch
+Place = tuple[int, int, int]  # (tile, row, column); the tile is -1 for a token that is no patch
 
 
 @dataclass(frozen=True)
 class View:
-    """What is seen, in pixels of a canvas: the image, `resized`, at `offset`, under rows x columns patches.
+    """Geometry of one view: the image of size `resized` at `offset` on a canvas, under rows x columns patches.
 
-    longest: pixels of the longer side when drawn at full size; first: the tile in its upper left corner
+    canvas, resized, offset: (width, height) or (x, y) in pixels of the canvas, as in TilePlan.
+    longest: pixels of the longer side at full size. first: the tile in the upper left corner.
     """
 
     label: str
@@ -49,7 +51,7 @@ class View:
     first: int
 
     def at(self, place: Place, side: int) -> tuple[int, int] | None:
-        """(row, column) of a patch in this view; None where it is not seen here."""
+        """(row, column) of a patch in this view; None if the view does not show it."""
         tile, row, column = place
         across, down = self.columns // side, self.rows // side
         if not self.first <= tile < self.first + across * down:
@@ -59,7 +61,7 @@ class View:
 
 
 def views_of(plan: TilePlan, side: int) -> list[View]:
-    """The views of an image; side: patches per tile side."""
+    """The views of an image. side: patches per tile side."""
     if plan.grid is None:
         return [View("", plan.canvas, plan.resized, plan.offset, side, side, VIEW, 0)]
     across, down = plan.grid
@@ -71,24 +73,24 @@ def views_of(plan: TilePlan, side: int) -> list[View]:
 
 
 def places_of(selection: Selection) -> list[Place]:
-    """Where each token of a selection lies; -1 for tokens that are no patch (newline, made)."""
+    """Place of each token of a selection; the tile is -1 for tokens that are no patch (newline, made)."""
     return list(zip(*(getattr(selection, name).tolist() for name in ("tile", "row", "column")), strict=True))
 
 
 def left_of(selection: Selection) -> list[Place]:
-    """Where the tokens lie that are left: what entered the LLM, or what its last cut inside the LLM has left."""
+    """Places of the tokens that stay at the end: after the last cut inside the LLM, or all if there is no cut."""
     stages = selection.report.get("survivors")
     return survivors_of(selection, stages[-1]) if stages else places_of(selection)
 
 
 def survivors_of(selection: Selection, slots) -> list[Place]:
-    """Where the tokens lie that one cut inside the LLM left; slots: an entry of report["survivors"]."""
+    """Places of the tokens that stay after one cut inside the LLM. slots: an entry of report["survivors"]."""
     places = places_of(selection)
     return [places[slot] if slot >= 0 else (-1, -1, -1) for slot in slots.tolist()]
 
 
 def on_view(view: View, side: int, places: Sequence[Place], values: np.ndarray, elsewhere) -> np.ndarray:
-    """[rows, columns] the value of each patch of a view; `elsewhere` for patches that are not among `places`."""
+    """The value of each patch of a view, [rows, columns]. Patches that are not among `places` have `elsewhere`."""
     seen = np.full((view.rows, view.columns), elsewhere, dtype=values.dtype)
     for place, value in zip(places, values, strict=True):
         at = view.at(place, side)
@@ -100,14 +102,14 @@ def on_view(view: View, side: int, places: Sequence[Place], values: np.ndarray, 
 def kept_views(
     image: Image.Image, plan: TilePlan, side: int, selection: Selection, scale: float = 1
 ) -> list[tuple[str, Image.Image]]:
-    """(label, picture) per view: patches that are left bright and outlined, dropped ones dark, padding hatched."""
+    """(label, picture) per view: kept patches are bright and outlined, dropped ones dark, padding is hatched."""
     return kept_at(image, plan, side, left_of(selection), scale)
 
 
 def kept_at(
     image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], scale: float = 1
 ) -> list[tuple[str, Image.Image]]:
-    """kept_views of the patches at `places`."""
+    """kept_views with the patches at `places` as the kept ones."""
     return [
         (
             view.label,
@@ -126,9 +128,9 @@ def heat_views(
     kept: Sequence[Place] = (),
     scale: float = 1,
 ) -> list[tuple[str, Image.Image]]:
-    """(label, picture) per view: every patch in the colour of its level, over the image in grey; `kept` outlined.
+    """(label, picture) per view: every patch in the colour of its level over the image in grey; `kept` is outlined.
 
-    places, levels [N]: 0 to 1; patches that have none (cut away as padding) are dark.
+    places, levels: [N], levels from 0 to 1. Patches without a level (cut away as padding) are dark.
     """
     drawn = []
     for view in views_of(plan, side):
@@ -137,7 +139,7 @@ def heat_views(
         none = np.isnan(seen)
         color = heat_color(np.where(none, 0, seen))
         grey = pixels.mean(axis=-1, keepdims=True)
-        # The image at a quarter of its contrast: enough to find one's way, too little to be taken for a score.
+        # A quarter of the image's contrast is enough to recognise it, and too little to look like a score.
         pixels = np.where(_cells(none, cell), DARK * pixels, 0.25 * grey + 0.75 * _cells(color, cell))
         chosen = on_view(view, side, kept, np.ones(len(kept), bool), False)
         drawn.append((view.label, Image.fromarray(_outlined(pixels.astype(np.uint8), chosen, cell, (255, 255, 255)))))
@@ -147,8 +149,10 @@ def heat_views(
 def class_views(
     image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], classes: np.ndarray, scale: float = 1
 ) -> list[tuple[str, Image.Image]]:
-    """(label, picture) per view: patches by their class in the KV cache (CORE, SECONDARY, MINOR); those that are in no layer (ABSENT)
-    or no token are nearly black."""
+    """(label, picture) per view: patches in the colour of their class in the KV cache (CORE, SECONDARY, MINOR).
+
+    Patches that no layer holds (ABSENT) and patches that are no token are nearly black.
+    """
     drawn = []
     for view in views_of(plan, side):
         pixels, cell = _canvas(image, view, scale)
@@ -163,16 +167,15 @@ def class_views(
 
 
 def heat_color(levels: np.ndarray) -> np.ndarray:
-    """[..., 3] float colours of levels from 0 to 1."""
+    """Colours [..., 3] (float, 0 to 255) of levels [...] from 0 to 1."""
     at = np.linspace(0, 1, len(HEAT))
     return np.stack([np.interp(levels, at, [color[c] for color in HEAT]) for c in range(3)], axis=-1)
 
 
 def _canvas(image: Image.Image, view: View, scale: float) -> tuple[np.ndarray, int]:
-    """The canvas of a view, [h, w, 3] uint8 with hatched padding, and the pixels of a patch's side in it.
-
-    Every patch is a square of the same whole number of pixels.
-    """
+    """(canvas [h, w, 3] uint8 with hatched padding, side of a patch in its pixels)."""
+    # All patches are squares of the same whole number of pixels, so the picture is scaled to fit them. Below 5 pixels
+    # an outline would cover the patch; small views have no outlines and may go down to 2.
     cell = max(5 if scale == 1 else 2, int(view.longest * scale) // max(view.rows, view.columns))
     width, height = view.columns * cell, view.rows * cell
     scale_x, scale_y = width / view.canvas[0], height / view.canvas[1]
@@ -187,21 +190,22 @@ def _canvas(image: Image.Image, view: View, scale: float) -> tuple[np.ndarray, i
 
 
 def _cells(values: np.ndarray, cell: int) -> np.ndarray:
-    """[rows, columns, ...] -> [rows * cell, columns * cell, 1 or 3]: every patch as a square of pixels."""
+    """Values [rows, columns, ...] as pixels [rows * cell, columns * cell, 1 or 3]: every patch becomes a square."""
     grown = values.repeat(cell, axis=0).repeat(cell, axis=1)
     return grown if grown.ndim == 3 else grown[..., None]
 
 
 def _kept(pixels: np.ndarray, cell: int, kept: np.ndarray) -> Image.Image:
+    """The picture with dark patches where `kept` [rows, columns] is False, and outlines around the others."""
     pixels = np.where(_cells(kept, cell), pixels, (pixels * DARK).astype(np.uint8))
     return Image.fromarray(_outlined(pixels, kept, cell, OUTLINE))
 
 
 def _outlined(pixels: np.ndarray, chosen: np.ndarray, cell: int, color) -> np.ndarray:
-    """The outline of the chosen patches: their pixels that touch another patch or the edge. None on the smallest patches,
-    of which it would leave nothing."""
-    if cell < 5:
+    """The picture with the outline of the chosen patches: their pixels that touch another patch or the edge."""
+    if cell < 5:  # the outline would leave nothing of so small a patch
         return pixels
+    # A pixel is deep if its four neighbours are chosen too. The padding of 1 makes the edge count as not chosen.
     inside = np.pad(_cells(chosen, cell)[..., 0], 1)
     deep = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
     pixels = pixels.copy()

@@ -4,8 +4,8 @@
         [--image-folder DIR ...] [--max-batch 8] [--max-waiting 64] [--max-image-bytes N] [--max-pixels N]
         [--max-body-bytes N] [--api-key-env NAME]
 
-SIGTERM and Ctrl-C finish what is running, refuse what is new, and exit with 0. Port 0 takes a free one. What is not said by
-flags or by a request is as in adav_configs.json.
+On SIGTERM and Ctrl-C the server finishes running answers, refuses new requests and exits with 0. Port 0 takes a free
+port. A setting that neither a flag nor the request gives comes from adav_configs.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llava.serve.service.listening import listen, port_number, shown_host
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line. UserError for arguments that cannot be used."""
     parser = Parser(prog="python -m llava.serve.api", description=__doc__.split("\n")[0])
     parser.add_argument("--model-path", required=True, help="folder or hub name of a checkpoint")
     add_checkpoint_flags(parser, conversation=False)
@@ -54,6 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
+    """Load the checkpoint and serve it until a signal comes."""
+    # 1. Everything that can fail without the checkpoint fails first: loading it may take minutes.
     args = parse(argv)
     try:
         import uvicorn
@@ -67,9 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 
     config = config_of_flags(args)
     folders, key = tuple(map(_folder, args.image_folder)), _key(args.api_key_env)
-    listening = listen(
-        args.host, args.port
-    )  # before the checkpoint is loaded: a port that is taken is found out at once
+    # Bound before the checkpoint is loaded, so that a port in use is an error at once.
+    listening = listen(args.host, args.port)
+    # 2. The service and the app.
     name = get_model_name_from_path(args.model_path)
     service = Service.load(
         args.model_path,
@@ -85,12 +88,17 @@ def main(argv: list[str] | None = None) -> None:
     app = make_app(service, Server(name, limits, folders, args.max_tokens, args.max_body_bytes), key)
 
     class Stopping(uvicorn.Server):
-        """Tells the service at the first signal, so that what waits is refused while what runs is finished."""
+        """A uvicorn server that closes the service at the first signal.
+
+        Waiting requests are then refused while running answers are finished.
+        """
 
         def handle_exit(self, sig, frame) -> None:
+            # In a thread: close() joins the service's thread, and a signal handler must not block the event loop.
             threading.Thread(target=service.close, name="llava-closing").start()
             super().handle_exit(sig, frame)
 
+    # 3. The server. proxy_headers=False: a client could otherwise claim any address. h11 is the pure Python parser.
     settings = uvicorn.Config(
         app,
         http="h11",
@@ -102,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
-    # uvicorn raises the signals again when it has stopped: by then they have been obeyed.
+    # uvicorn installs its own handlers while it runs, and raises the signals again when it has stopped. These handlers
+    # ignore them then, so that the exit code is 0.
     for name_of in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name_of, lambda *_: None)
     host, port = listening.getsockname()[:2]
@@ -116,20 +125,24 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _count(text: str) -> int:
+    """argparse type of a whole number of at least 0."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number of at least 0")
     return int(text)
 
 
 def _folder(name: str) -> Path:
+    """An existing folder as an absolute path without links. Image paths are compared with it in this form."""
     if not Path(name).is_dir():
         raise UserError(f"--image-folder {name}: is no folder")
     return Path(name).resolve()
 
 
 def _key(variable: str | None) -> str | None:
+    """The API key in an environment variable, or None without one. UserError for an empty or non-ASCII key."""
     if variable is None:
         return None
+    # From the environment, because arguments of a process are visible to every user of the machine.
     key = os.environ.get(variable, "").strip()
     if not key or not key.isascii():
         raise UserError(

@@ -3,9 +3,9 @@
     python -m llava.serve.cli [--model-path M] [--image cat.png] [flags of adav_configs.json]
     printf '/image cat.png\\nWhat is on the mat?\\n' | python -m llava.serve.cli > answers.txt
 
-Without --model-path it talks to the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer, twice it
-leaves, as does Ctrl-D. Answers go to stdout, everything else to stderr. Where stdin is no terminal there is no prompt, every
-line is a question or a command, and the exit code is 2 if one of them could not be carried out.
+Without --model-path it loads the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer. Ctrl-C twice,
+or Ctrl-D, leaves the program. Answers go to stdout, all other text goes to stderr. If stdin is no terminal, there is no
+prompt, every line is a question or a command, and the exit code is 2 if one of them failed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ PROMPT = "> "
 
 
 class Terminal:
-    """A chat on stdin, stdout and stderr, with one service."""
+    """A chat with one service on stdin, stdout and stderr."""
 
     def __init__(self, service, chat: Chat, sampling):
         self.service, self.chat, self.sampling = service, chat, sampling
         self.interactive = sys.stdin.isatty()
-        self.failures = 0  # lines that could not be carried out
-        self._interrupted = False  # Ctrl-C was the last thing that was heard
+        self.failures = 0  # lines that ended with an error
+        self._interrupted = False  # the last input was Ctrl-C
 
     def run(self) -> int:
-        """Until the end of the input, /quit or a second Ctrl-C; the exit code."""
+        """Read lines until the end of the input, /quit or a second Ctrl-C. Returns the exit code."""
         while True:
             try:
                 line = self._read()
@@ -56,7 +56,7 @@ class Terminal:
         return 2 if self.failures and not self.interactive else 0
 
     def take(self, line: str) -> None:
-        """One line: a command, or a question."""
+        """Carry out one line: a command or a question. An error is printed and counted."""
         try:
             if line.startswith("/"):
                 say(self.chat.command(line))
@@ -67,12 +67,14 @@ class Terminal:
             say(f"error: {error}")
 
     def _answer(self, text: str) -> None:
+        """Ask a question, print the answer while it is generated, then its cost. Ctrl-C ends the answer."""
         reply = self.service.submit(self.chat.request(text, self.sampling))
         try:
             try:
                 _stream(reply)
             except KeyboardInterrupt:
                 reply.cancel()
+            # The row ends at the next decode step. Without this wait, its last text could come after the next prompt.
             answered = reply.result()
         finally:
             print(flush=True)
@@ -87,7 +89,8 @@ class Terminal:
             say("(an empty answer; the question is as if it had not been asked)")
 
     def _read(self) -> str:
-        """The next line; EOFError at the end."""
+        """The next line of stdin. EOFError at the end of the input."""
+        # input() offers line editing, but it prints its prompt to stdout, where only answers belong.
         if self.interactive and sys.stdout.isatty():
             return input(PROMPT)
         if self.interactive:
@@ -99,7 +102,7 @@ class Terminal:
 
 
 def _stream(reply) -> None:
-    """Pieces as they come, the space in front of the first word left out."""
+    """Print the pieces of an answer as they come, without the space before its first word."""
     begun = False
     for piece in reply:
         piece = piece if begun else piece.lstrip()
@@ -108,11 +111,12 @@ def _stream(reply) -> None:
 
 
 def say(text: str, end: str = "\n") -> None:
+    """Print a line that is no answer, to stderr."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _complete(text: str, nth: int) -> str | None:
-    """readline's completion: commands, methods after /method, files after /image."""
+    """The nth completion of `text` for readline: commands, methods after /method, files after /image."""
     import readline
 
     line = readline.get_line_buffer()
@@ -128,6 +132,7 @@ def _complete(text: str, nth: int) -> str | None:
 
 
 def _paths(text: str) -> Iterator[str]:
+    """Paths that begin with `text`; folders end in "/". A folder that cannot be read has none."""
     folder, name = os.path.split(text)
     with suppress(OSError):
         for path in Path(folder or ".").expanduser().iterdir():
@@ -136,7 +141,7 @@ def _paths(text: str) -> Iterator[str]:
 
 
 def _edit_lines() -> None:
-    """Line editing, history and completion, where Python has readline."""
+    """Switch on line editing, history and completion. Some builds of Python have no readline."""
     with suppress(ImportError):
         import readline
 
@@ -147,6 +152,8 @@ def _edit_lines() -> None:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
+    """Load the checkpoint and chat until the input ends; exits with the code of the chat."""
+    # 1. Arguments and images. Their errors come before the checkpoint is loaded.
     parser = Parser(prog="python -m llava.serve.cli", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument(
@@ -171,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
             code = Terminal(service, chat, decoding).run()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read the answers has enough
+    except BrokenPipeError:  # the program that reads the answers has closed its end, as `head` does
+        # Python flushes stdout at exit, which would raise again and print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

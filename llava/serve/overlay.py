@@ -3,9 +3,10 @@
     python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm,... [--tokens 144] -o out.png
         [--model-path M] [--model-base B] [--conv-mode C] [--config FILE] [--repeats 5] [--steps 6] [--layer L] [flags]
 
-Per method: the patches that it kept, its answer and what it cost; heat maps of AdaV's scores; what is left after each cut of
-methods inside the LLM; under A-VL (--vision-adaptive-attention true) the cache after each decode step, which -o out.gif
-shows one after another. Any key of adav_configs.json is a flag and holds for all methods.
+For each method the picture shows the patches that it kept, its answer and its cost. It also shows heat maps of AdaV's
+scores, the tokens that stay after each cut of a method inside the LLM, and, under A-VL (--vision-adaptive-attention
+true), the KV cache after each decode step. -o out.gif shows these steps as an animation. Every key of adav_configs.json
+is a flag and applies to all methods.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SUFFIXES = (".png", ".gif")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line. UserError for arguments that cannot be used."""
     parser = Parser(prog="python -m llava.serve.overlay", description=__doc__.split("\n")[0])
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--question", required=True)
@@ -54,7 +56,7 @@ def configurations(args: argparse.Namespace) -> dict[str, AdaVConfig]:
 
 
 def check(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> None:
-    """UserError for what can be told without the checkpoint."""
+    """Raise UserError for every mistake that shows without the checkpoint, whose loading takes long."""
     if args.output.suffix.lower() not in SUFFIXES:
         raise UserError(f"-o is {args.output}, allowed are names that end in {' or '.join(SUFFIXES)}")
     if not args.output.parent.is_dir():
@@ -80,6 +82,8 @@ def check(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> None:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
+    """Run the methods, print their answers and costs, and write the picture."""
+    # 1. Arguments. torch is imported only when they are right.
     args = parse(argv)
     configs = configurations(args)
     check(args, configs)
@@ -94,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         image = picture_from_file(args.image, ImageLimits())
     except ImageRefused as error:
         raise UserError(f"--image: {error}") from None
+    # 2. Measure.
     first = next(iter(configs.values()))
     run = MethodMeasurer(
         checkpoint.folder,
@@ -108,8 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     layers = run.model.config.num_hidden_layers
     if args.layer and args.layer > layers:
         raise UserError(f"--layer is {args.layer}, allowed is 1 to {layers}")
+    # Runs per method: one warm-up, the timed ones, and the one whose answer is shown.
     with progress_bar("overlay", total=len(configs) * (args.repeats + 2), unit=" runs") as bar:
         looks = run.looks(configs, args.max_new_tokens, args.repeats, args.steps, bar.update)
+    # 3. Print the numbers before the picture is written, so that they are not lost if writing fails.
     for name, look in looks.items():
         print(
             f"{name}: {look.answer or '(empty)'}",
@@ -130,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
-    """Draw the page, or the frames of a GIF, and write it."""
+    """Draw the page, or the frames of a GIF, and write the file. OSError if it cannot be written."""
     from llava.overlay.cache_strip import cache_frames, draw_caches, save_frames
     from llava.overlay.page import draw_overlay, width_of
 
@@ -161,7 +168,7 @@ def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
 
 
 def describe(run, config: AdaVConfig) -> str:
-    """What was asked of what, in a line."""
+    """One line about the image, its tiles, the budget and the cache policy."""
     plan = run.plan
     tiles = "one tile" if plan.grid is None else f"1 + {plan.grid[0]} x {plan.grid[1]} tiles"
     width, height = plan.image_size
@@ -170,7 +177,8 @@ def describe(run, config: AdaVConfig) -> str:
 
 
 def past_the_end(looks: dict, steps: int) -> str:
-    """What to say where A-VL's cache was watched for longer than an answer took."""
+    """A sentence for cache states that go on after the end of an answer, else ""."""
+    # The first token comes from prefill, so an answer of n tokens has n - 1 decode steps.
     shortest = min(look.new_tokens for look in looks.values())
     if shortest > steps:
         return ""

@@ -2,8 +2,9 @@
 
     python -m llava.serve.web [--model-path M] [--port 7860] [limits] [flags of adav_configs.json]
 
-Without --model-path it shows the demo checkpoint. Bound to 127.0.0.1 unless --host says otherwise; whoever reaches the
-port can use it. Needs pip install -e ".[serve]". Ctrl-C or SIGTERM ends it, and what was uploaded is gone with it.
+Without --model-path it shows the demo checkpoint. The server listens on 127.0.0.1 unless --host names another address.
+Anyone who reaches the port can use it. It needs pip install -e ".[serve]". Ctrl-C or SIGTERM ends it, and deletes the
+uploaded files.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from llava.serve.service.start import add_model_flags, checkpoint_of, configurat
 from llava.serve.web_page.cards import MOST
 
 EXAMPLES = 6
-GRACE = 2  # seconds that open connections have when the server ends
+GRACE = 2  # seconds that open connections get when the server ends
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line. UserError for arguments that cannot be used."""
     parser = Parser(prog="python -m llava.serve.web", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
@@ -43,7 +45,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
-    """(path, question) of the first pictures of the demo's test split, one kind of question after another."""
+    """Draw the first pictures of the demo's test split into a new folder. Returns (path, question) of each.
+
+    The kinds of questions take turns. several_tiles: scenes of the LLaVA-1.6 demo, else of the LLaVA-1.5 demo.
+    """
     from PIL import Image
 
     from llava.shapes.dataset import scene_questions
@@ -59,7 +64,7 @@ def draw_examples(several_tiles: bool, folder: Path) -> list[tuple[str, str]]:
 
 
 def most_tokens(service) -> int:
-    """Vision tokens of the largest image: patches of a tile, times the tiles of the largest grid and the whole image."""
+    """Number of patches of the largest image, which is the largest useful budget."""
     from llava.mm_utils import grid_pinpoints
 
     config, patches = service.model.model.config, service.model.shape.tile_patches
@@ -70,7 +75,7 @@ def most_tokens(service) -> int:
 
 
 def warm_up(service, example: tuple[str, str], limits: ImageLimits) -> None:
-    """Answer a question before anyone asks, so that the first visitor's times are not those of setting up."""
+    """Answer one question before the page is open. Otherwise the first visitor's times would include the set-up."""
     from llava.model.decoding.sampling import Sampling
     from llava.serve.service.request import Request, Turn
 
@@ -80,7 +85,11 @@ def warm_up(service, example: tuple[str, str], limits: ImageLimits) -> None:
 
 
 def application(service, args: argparse.Namespace, name: str, several_tiles: bool, uploads: Path):
-    """(the ASGI application: gradio's, behind the guard; the event that ends its streams)"""
+    """(the ASGI application, which is gradio's behind the guard; the event that ends gradio's open streams).
+
+    uploads: folder of uploaded files; the examples are drawn into it. several_tiles: see draw_examples.
+    """
+    # 1. The page.
     import gradio
     from fastapi import FastAPI
 
@@ -101,6 +110,7 @@ def application(service, args: argparse.Namespace, name: str, several_tiles: boo
         users=args.users,
         queue=args.queue,
     )
+    # 2. The server. What the page does not need is off: API pages, server-side rendering, MCP, PWA.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gradio.mount_gradio_app(
         app,
@@ -115,19 +125,21 @@ def application(service, args: argparse.Namespace, name: str, several_tiles: boo
         theme=page_theme(),
         css_paths=[Path(__file__).parent / "web_page" / "page.css"],
     )
+    # gradio.mount_gradio_app returns the outer app; its own app, with the event, is the route that was added last.
     return Guard(app, uploads, limits.max_bytes), app.routes[-1].app.stop_event
 
 
 def serve(app, streams, service, bound: socket.socket) -> None:
-    """Until SIGINT or SIGTERM, which end as KeyboardInterrupt, so that whoever called can clean up.
+    """Serve until SIGINT or SIGTERM. Both raise KeyboardInterrupt at the end, so that the caller can clean up.
 
-    streams: the event that ends gradio's open streams; without it and with answers on their way nobody's connection would
-    end by itself.
+    streams: the event that ends gradio's open streams. bound: a listening socket.
     """
     import uvicorn
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None):
+            # Running answers and gradio's streams keep connections open, and uvicorn waits for connections. So both
+            # end before uvicorn's own shutdown. close() joins a thread, so it must not run on the event loop.
             await asyncio.to_thread(service.close, finish=False)
             streams.set()
             await super().shutdown(sockets)
@@ -141,17 +153,22 @@ def _interrupt(*_):
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
+    """Load the checkpoint and serve the page until a signal comes."""
+    # 1. Everything that can fail without the checkpoint fails first.
     args = parse(argv)
     missing = [name for name in ("gradio", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'the page needs {", ".join(missing)}: pip install -e ".[serve]"')
     config, checkpoint = configuration(args), checkpoint_of(args)
     sampling(args)
+    # SIGTERM would end the process at once and leave the folder of uploads behind.
     signal.signal(signal.SIGTERM, _interrupt)
+    # 2. Bind the port, then load: a port in use is an error at once.
     bound = listen(args.host, args.port)
     try:
         with tempfile.TemporaryDirectory(prefix="adav-page-") as folder:
-            # Read by gradio when it is imported: no telemetry, and no file of it outside this folder.
+            # gradio reads these variables when it is imported. They switch off telemetry and keep its files in this
+            # folder, which is deleted at the end.
             os.environ.update(
                 GRADIO_ANALYTICS_ENABLED="False",
                 HF_HUB_DISABLE_TELEMETRY="1",

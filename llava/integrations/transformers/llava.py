@@ -1,8 +1,9 @@
 """compress() for transformers' LlavaForConditionalGeneration (1.5) and LlavaNextForConditionalGeneration (1.6).
 
-While the block lasts, generate() and forward() of the model run our own model on its weights: tower, selection, splicing,
-decoder loop and caches are those of load_pretrained_model, so what comes out is what they give. Here is what lies
-between: the processor's prompts, in which an image is one id per token, and transformers' arguments and results.
+Inside the block, generate() and forward() of the model run our own model on its weights. Tower, selection, splicing,
+decoder loop and caches are those of load_pretrained_model, so the results are the same. This file translates between
+the two: prompts of transformers' processor have one placeholder per vision token, ours have one per image. Arguments
+and results have the names and shapes of transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llava.model.builder import configure
 from llava.model.prompt_rows import labels_of, real_tokens
 
 CLASSES = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
-# Arguments of transformers that go past the images and the prompt, or that say how to read a tower that is ours here.
+# Arguments that bypass the prompt or the images, or that configure the tower. Our tower takes them from the checkpoint.
 _REFUSED = (
     "inputs_embeds",
     "past_key_values",
@@ -34,9 +35,10 @@ _REFUSED = (
 
 
 class LlavaCompression(Compression):
-    """Of one model of CLASSES, with a Llama or Mistral LLM and a CLIP tower. See `compress`."""
+    """Compression of a model of CLASSES that has a Llama or Mistral LLM and a CLIP tower. See `compress`."""
 
     def redirections(self):
+        """generate() and forward() of our model on the weights of `model`. UserError for what cannot be used."""
         if not isinstance(self.model, CLASSES):
             raise UserError(
                 f"compress() got a {type(self.model).__name__}, allowed are "
@@ -64,11 +66,12 @@ class LlavaCompression(Compression):
 
     @property
     def _anyres(self) -> bool:
+        """True for LLaVA-1.6, which cuts an image into tiles."""
         return isinstance(self.model, LlavaNextForConditionalGeneration)
 
     @torch.no_grad()
     def generate(self, *args, **kwargs):
-        """As the model's own generate(): the prompt as it came, and the new tokens behind it."""
+        """Token ids as the model's own generate() returns them: the prompt as it was given, then the new tokens."""
         given = _by_name(GenerationMixin.generate, self.model, args, kwargs)
         inputs, ids = given.pop("inputs", None), given.pop("input_ids", None)
         if (inputs is None) == (ids is None):
@@ -79,15 +82,16 @@ class LlavaCompression(Compression):
             raise UserError(
                 "assistant_model does not go with compress(), allowed are greedy search, sampling and beams"
             )
+        # Read at each call: a user may change the model's generation_config inside the block.
         self._twin.generation_config = self.model.generation_config
         prepared = self._twin.prepare(**self._prompts(ids, given))
         self.last_selection = [selection for row in prepared.selections for selection in row]
         return self._twin.generate(prepared=prepared, prompt_ids=ids.to(prepared.inputs_embeds.device), **given)
 
     def forward(self, *args, **kwargs):
-        """As the model's own forward() on whole prompts: logits and loss of what is left of them.
+        """Output of the model's own forward() for whole prompts: logits and loss of the tokens that stay.
 
-        Rows are padded left to the longest of what is left; no cache is made, and none can be gone on from.
+        Rows are padded left to the longest shortened row. No cache is made, and an earlier cache cannot be continued.
         """
         given = _by_name(type(self.model).forward, self.model, args, kwargs)
         if given.pop("use_cache", None):
@@ -100,7 +104,11 @@ class LlavaCompression(Compression):
         return self._twin(**self._prompts(ids, given), use_cache=False, **given)
 
     def _prompts(self, ids: Tensor, given: dict) -> dict:
-        """What our model takes for input_ids [B, S] and what came with them, which is taken out of `given`."""
+        """Arguments of our model for input_ids [B, S] and the arguments that came with them.
+
+        The arguments that are used here are removed from `given`.
+        """
+        # 1. Check the arguments, and take images, mask and labels out of them.
         if ids.dim() != 2:
             raise UserError(f"input_ids have shape {list(ids.shape)}, allowed is [rows, tokens]")
         for name in _REFUSED:
@@ -112,15 +120,17 @@ class LlavaCompression(Compression):
             given.pop(name, None) for name in ("pixel_values", "image_sizes", "attention_mask", "labels")
         )
         if not self._anyres:
-            sizes = None  # every image is one tile
+            sizes = None
         elif sizes is not None:
-            sizes = [(int(width), int(height)) for height, width in sizes]  # the other way round in transformers
+            sizes = [(int(width), int(height)) for height, width in sizes]  # transformers has (height, width)
+        # 2. Find the placeholders of each image, and keep one of them.
         image_id = self.model.config.image_token_id
         rows = real_tokens(ids, mask, self._twin.config)
         kept = _one_per_image([row for row, _ in rows], image_id, self._twin.slots(pixels, sizes, self.config))
         folded = [
             row.masked_fill(row == image_id, IMAGE_TOKEN_INDEX)[keep] for (row, _), keep in zip(rows, kept, strict=True)
         ]
+        # 3. Pad the shorter rows again. The mask marks padding, so any id will do.
         folded, mask = left_pad(folded, 0)
         prompts = {"input_ids": folded, "attention_mask": mask, "images": pixels, "image_sizes": sizes}
         if labels is not None:
@@ -130,16 +140,17 @@ class LlavaCompression(Compression):
 
 
 def _by_name(method, model, args: tuple, kwargs: dict) -> dict:
-    """Arguments of a call of `method`, by name."""
+    """Arguments of a call of `method`, by name. Positional ones are matched with the signature."""
     given = dict(inspect.signature(method).bind(model, *args, **kwargs).arguments)
     del given["self"]
     return given | given.pop("kwargs", {})
 
 
 def _one_per_image(rows: list[Tensor], image_id: int, counts: list[int]) -> list[Tensor]:
-    """Per row [S] of ids: the mask [S] that leaves one id per image, the first of those that stand for it.
+    """Per row of ids [S]: the bool mask [S] that keeps the first placeholder of each image and all text.
 
-    counts: of every image, in reading order over the rows, how many there have to be. UserError where they are not there.
+    counts: vision tokens of each image, in reading order over the rows; the processor repeats the placeholder as often.
+    Raises UserError if an image has fewer placeholders, or if placeholders and images do not match.
     """
     masks, image = [], 0
     for b, row in enumerate(rows):
@@ -147,6 +158,8 @@ def _one_per_image(rows: list[Tensor], image_id: int, counts: list[int]) -> list
         keep = row != image_id
         at = 0
         while at < len(places):
+            # Length of the run of adjacent placeholders. Two images without text between them form one run, so only
+            # as many as this image needs are taken from it.
             run = next((n for n in range(1, len(places) - at) if places[at + n] != places[at] + n), len(places) - at)
             if image == len(counts):
                 raise UserError(f"{len(counts)} images came with prompts that have placeholders for more, in row {b}")

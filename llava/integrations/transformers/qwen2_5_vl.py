@@ -1,12 +1,13 @@
-"""QwenCompression: fewer vision tokens in transformers' Qwen2.5-VL, chosen before the LLM, at their own M-RoPE positions.
+"""compress() for transformers' Qwen2.5-VL: vision tokens are selected before the LLM and keep their M-RoPE positions.
 
     with compress(model, method="adav", overall_tokens=256):
         output = model.generate(**processor(images=images, text=prompts, return_tensors="pt", padding=True))
 
-The tower has no [CLS] token: saliency is the attention that a token's patches receive (received_attention.py). A vision
-token is what the tower's merger makes of 2 x 2 patches; its features and the word embeddings are compared as in LLaVA.
-Kept tokens keep their (time, height, width) positions of the whole prompt, and the text goes on where it would without
-compression: dropping a token is the same as hiding it from all others, but it costs nothing.
+The tower has no [CLS] token, so saliency is the attention that a token's patches receive (received_attention.py). The
+tower's merger makes one vision token of 2 x 2 patches. Its features are compared with word embeddings, as in LLaVA.
+Kept tokens have the (time, height, width) positions that they have in the whole prompt, and the text continues at the
+position that it has without compression. Dropping a token therefore gives the same result as masking it, but it also
+saves the compute.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ NAME = "Qwen2.5-VL"
 
 
 class QwenCompression(Compression):
-    """compress() of one Qwen2_5_VLForConditionalGeneration: its generate(), and its forward() on whole prompts.
+    """Compression of a Qwen2_5_VLForConditionalGeneration: its generate(), and its forward() on whole prompts.
 
-    Selectors that read features, saliency and words go: adav, adav_cover, t2i, cls, mix, fastervlm (an image is one tile),
-    divprune, cdpruner (by embeddings), random, none, no_image, and a user's own. The words of a question are the text behind
-    its image, without the markers around images; text_scope "turn" needs `processor`. options.positions is always
-    "original" here. Refused: videos, methods inside the LLM, adaptive KV caches, and methods that need [CLS] or square tiles.
+    Selectors that read features, saliency and words are supported: adav, adav_cover, t2i, cls, mix, fastervlm (an image
+    is one tile), divprune, cdpruner (by embeddings), random, none, no_image, and a user's own. The words of a question
+    are the text after its image, without the markers around images. text_scope "turn" needs `processor`.
+    options.positions is always "original" here. Videos, methods inside the LLM, adaptive KV caches, and methods that
+    need [CLS] or square tiles are refused with a UserError.
     """
 
     # --- what can be compressed -------------------------------------------------------------------------------------
 
     def redirections(self):
+        """The three methods of the model that are replaced. UserError if model or configuration cannot be used."""
         if not isinstance(self.model, Qwen2_5_VLForConditionalGeneration):
             raise UserError(
                 f"compress() got a {type(self.model).__name__}, allowed for {NAME} is a "
@@ -45,11 +48,13 @@ class QwenCompression(Compression):
             )
         self._check_config()
         self._markers = self._turn_markers() if self.config.option("text_scope") == "turn" else ()
+        # transformers keeps rope_deltas of the last prompt on the model. `_shorten` changes it; __exit__ restores it.
         self._rope_deltas = self.model.model.rope_deltas
         self._generate, self._forward = self.model.generate, self.model.forward
         self._prepare_inputs = self.model.prepare_inputs_for_generation
 
-        @functools.wraps(self._forward)  # generate() looks at the signature
+        # generate() reads the signature of forward() to check its arguments, and would refuse them without wraps.
+        @functools.wraps(self._forward)
         def forward(*args, **kwargs):
             return self.forward(*args, **kwargs)
 
@@ -64,7 +69,7 @@ class QwenCompression(Compression):
         self.model.model.rope_deltas = self._rope_deltas
 
     def _check_config(self) -> None:
-        """UserError where the configuration asks for what this family does not have."""
+        """Raise UserError for a setting that is not available for this family."""
         config = self.config
         name, given = config.method, config.options
         if name in dropper_names():
@@ -92,6 +97,7 @@ class QwenCompression(Compression):
         config.warn_of_unused_options()
 
     def _turn_markers(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the turn markers. Qwen's chat template uses ChatML, so LLaVA's ChatML markers apply."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         if tokenizer is None:
             raise UserError('options.text_scope is "turn", which needs words: pass compress(..., processor=processor)')
@@ -101,8 +107,9 @@ class QwenCompression(Compression):
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *others, **kwargs):
-        """As the model's own generate(): the prompt as it came, and the new tokens behind it."""
+        """Token ids as the model's own generate() returns them: the prompt as it was given, then the new tokens."""
         settings = generation_config or self.model.generation_config
+        # The prompt is shortened once, for one prefill. Each of these reads it in another way.
         helpers = [kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")]
         for name, asked in (
             ("no KV cache", kwargs.get("use_cache", settings.use_cache) is False),
@@ -116,36 +123,44 @@ class QwenCompression(Compression):
                 )
         prompts = self._prompts(kwargs.get("input_ids", inputs), kwargs)
         if prompts is not None:
+            # generate() passes every argument that prepare_inputs_for_generation names to it, at every step. The
+            # prompts go this way, so that this object holds no state of a request.
             kwargs["prompts"] = prompts
         return self._generate(inputs, generation_config, *others, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, prompts: QwenPrompts | None = None, **kwargs):
-        """In prefill the LLM reads what is left of the prompts, and in each step its mask is that.
+        """Inputs of one step: the shortened prompts in prefill, and their attention mask in every step.
 
-        generate() itself goes on with the whole prompts: what it returns, lengths and positions of new tokens are those of
-        a run without compression.
+        generate() itself works with the whole prompts. The ids that it returns, its lengths and the positions of new
+        tokens are therefore those of a run without compression.
         """
         if prompts is None:
             return self._prepare_inputs(input_ids, **kwargs)
-        copies = len(input_ids) // prompts.rows  # of each prompt: beams, or several answers
+        copies = len(input_ids) // prompts.rows  # rows per prompt: beams, or several answers
+        # 1. Prefill: embeddings and positions of the tokens that stay, made once per prompt and repeated for its rows.
         if kwargs.get("is_first_iteration"):
             mask, whole = kwargs.get("attention_mask"), kwargs["position_ids"][:, ::copies]
             embeds = self._shorten(prompts, input_ids[::copies], None if mask is None else mask[::copies])
             kwargs["inputs_embeds"] = embeds.repeat_interleave(copies, dim=0)
             kwargs["position_ids"] = prompts.positions(whole).repeat_interleave(copies, dim=1)
+            # It counts tokens of the whole prompt, and would cut the shortened embeddings.
             kwargs["next_sequence_length"] = None
-        # The placeholders are gone, and with them what says where they are.
+        # 2. The placeholders are replaced, so arguments that describe them must not reach the model.
         kwargs["mm_token_type_ids"] = None
         kwargs.pop("image_grid_thw", None)
+        # 3. The mask covers the entries of the KV cache: the shortened prompt and the new tokens. None where nothing is
+        # padding, which lets SDPA take its faster causal path.
         mask = torch.nn.functional.pad(prompts.mask, (0, input_ids.shape[1] - prompts.length), value=1)
         kwargs["attention_mask"] = None if mask.all() else mask.repeat_interleave(copies, dim=0)
         return self._prepare_inputs(input_ids, **kwargs)
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """As the model's own forward(); on whole prompts with images, logits and loss of what is left of them.
+        """Output of the model's own forward(). For whole prompts with images: logits and loss of the tokens that stay.
 
-        Rows are then padded left to the longest of what is left; no cache is made, and none can be gone on from.
+        Rows are then padded left to the longest shortened row. No cache is made, and an earlier cache cannot be
+        continued.
         """
+        # Steps of generate() come without pixels: prefill has embeddings, decode steps have new ids.
         if kwargs.get("pixel_values") is None:
             return self._forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if kwargs.pop("use_cache", None):
@@ -170,7 +185,7 @@ class QwenCompression(Compression):
         )
 
     def _prompts(self, ids: Tensor | None, given: dict) -> QwenPrompts | None:
-        """The prompts of a request whose images are looked at, or None without images; takes pixel_values out of `given`."""
+        """QwenPrompts of a request, or None for a request without images. Removes pixel_values from `given`."""
         for name in ("pixel_values_videos", "video_grid_thw"):
             if given.get(name) is not None:
                 raise UserError(f"{name} came with the prompt, allowed under compress() are images, and no videos")
@@ -193,7 +208,11 @@ class QwenCompression(Compression):
         return QwenPrompts(self.model, ids, pixels, grid, self.config)
 
     def _shorten(self, prompts: QwenPrompts, ids: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        """Embeddings of what is left; who goes on from its cache by hand finds rope_deltas that count from the whole."""
+        """Embeddings [B, L, D] of the tokens that stay.
+
+        It also adds the number of dropped tokens to the model's rope_deltas, so that a caller who continues from the
+        cache by hand gets positions that count from the whole prompt.
+        """
         embeds = prompts.shorten(ids, mask, self._markers, labels)
         self.last_selection = prompts.selections
         inner = self.model.model

@@ -1,7 +1,7 @@
-"""Prompts of one request to Qwen2.5-VL: where their images are, which tokens stay, and where those stood.
+"""Prompts of one request to Qwen2.5-VL: the places of their images, the tokens that stay, and their old columns.
 
-The processor repeats an image's placeholder once for each vision token; what is left of a prompt is therefore a choice of
-its columns, and everything else (embeddings, positions, labels) follows from that choice.
+The processor repeats the placeholder of an image once per vision token. A shortened prompt is therefore a choice of
+columns of the whole prompt. Embeddings, positions and labels follow from that choice.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from llava.model.prompt_rows import turn_around
 
 
 class QwenPrompts:
-    """B prompts of S columns each and the images in them, before compression; after `shorten`, also what is left.
+    """B prompts of S columns and their images. After `shorten` it also holds the shortened prompts of L columns.
 
-    ids [B, S]; grid [I, 3] and pixels: as the processor gives them. UserError where they do not fit together.
+    ids [B, S], grid [I, 3] (of I images) and pixels: as the processor returns them. UserError if they do not match.
 
-    mask        [B, L] of what is left, padded left
-    columns     [B, L] where in the prompts it stood; whatever in the padding
-    dropped     [B, 1] how many tokens each prompt lost
-    selections  per image, in reading order
+    mask        [B, L] int64 mask of the shortened prompts, padded left
+    columns     [B, L] the column of each token in the whole prompt; any value in the padding
+    dropped     [B, 1] number of tokens that each prompt lost
+    selections  the Selection of each image, in reading order
     """
 
     def __init__(self, model, ids: Tensor, pixels: Tensor, grid: Tensor, config: AdaVConfig):
@@ -46,7 +46,7 @@ class QwenPrompts:
             self._saliency = saliency.of(grid)
 
     def _find(self, ids: Tensor) -> list[tuple[int, Tensor]]:
-        """Per image, in reading order: its row, and the columns [N] of its placeholders."""
+        """(row, columns [N] of the placeholders) of each image, in reading order."""
         sizes = [height * width for height, width in self._sizes]
         rows, columns = torch.nonzero(ids == self.model.config.image_token_id, as_tuple=True)
         if sum(sizes) != len(rows):
@@ -59,17 +59,20 @@ class QwenPrompts:
         return [(int(row[0]), own) for row, own in parts]
 
     def shorten(self, ids: Tensor, attention_mask: Tensor | None, markers, labels: Tensor | None = None) -> Tensor:
-        """Choose the tokens of every image. Returns the embeddings [B, L, D] of what is left.
+        """Select the tokens of every image. Returns the embeddings [B, L, D] of the shortened prompts.
 
-        attention_mask [B, S] or None; markers: of turns, where the question is the text of the image's turn, else none;
-        labels [B, S]: what is to be learnt is no question, or a selector in training would be told the answer.
+        attention_mask: [B, S], or None for rows without padding.
+        markers: turn markers for text_scope "turn"; empty for text_scope "after".
+        labels: [B, S]. Tokens with a label are not part of the question: a selector in training would see the answer.
         """
+        # 1. Which columns are real tokens, and which of them may be part of a question.
         words = self.model.get_input_embeddings()
         ids = ids.to(words.weight.device)
         real = (
             torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
         )
         said = real if labels is None else real & (labels.to(ids.device) == IGNORE_INDEX)
+        # 2. Select the tokens of all images of the batch together.
         if self._features is None:
             self.selections = [_no_tokens(words.weight) for _ in self._places]
         else:
@@ -78,17 +81,19 @@ class QwenPrompts:
             texts = [words(ids[row][which]) for (row, _), which in zip(self._places, asked, strict=True)]
             options = self.config.method_options
             self.selections = select_all(self.config.method, seen, texts, self.config.overall_tokens, **options)
-            self._features = self._saliency = None  # what is not kept is let go of
+            self._features = self._saliency = None  # frees the memory of dropped tokens before the LLM runs
+        # 3. The columns that stay: text, and the placeholders of kept tokens.
         keep = real.clone()
         for (row, columns), selection in zip(self._places, self.selections, strict=True):
             keep[row, columns] = False
             keep[row, columns[selection.indices.to(columns.device)]] = True
         counts = keep.sum(dim=1, keepdim=True)
         length = int(counts.max())
-        # Kept columns in order at the right end; what is before them in a shorter row is padding.
+        # 4. Left-padded rows. A stable sort of 0 and 1 moves kept columns to the right end and keeps their order.
         self.columns = torch.argsort(keep.int(), dim=1, stable=True)[:, -length:]
         left = torch.arange(length, device=ids.device) >= length - counts
         self.mask, self.dropped = left.long(), real.sum(dim=1, keepdim=True) - counts
+        # 5. Embeddings. Boolean indexing runs row by row, and so do the features of the images in reading order.
         kept_ids = ids[keep]
         rows = words(kept_ids)
         is_image = kept_ids == self.model.config.image_token_id
@@ -96,7 +101,7 @@ class QwenPrompts:
         return rows.new_zeros(*left.shape, rows.shape[-1]).index_put((left,), rows)
 
     def _seen(self, nth: int, ids: Tensor, real: Tensor) -> ImageTokens:
-        """What a selector sees of the nth image."""
+        """ImageTokens of the nth image: one tile in raster order."""
         height, width = self._sizes[nth]
         number = torch.arange(height * width)
         row = self._places[nth][0]
@@ -107,11 +112,12 @@ class QwenPrompts:
             tile=torch.zeros_like(number),
             row=number // width,
             column=number % width,
+            # Padding must not change the key, or `random` would depend on the other prompts of the batch.
             key=sample_key(ids[row][real[row]], (width, height), before),
         )
 
     def _question(self, ids: Tensor, said: Tensor, columns: Tensor, markers) -> Tensor:
-        """[S] which ids of a prompt are the text that is asked about the image at `columns`."""
+        """Bool mask [S] of the ids that are the question about the image at `columns`."""
         config = self.model.config
         start, end = int(columns[-1]) + 1, len(ids)
         if markers:
@@ -127,10 +133,10 @@ class QwenPrompts:
         return inside & said & ~torch.isin(ids, ids.new_tensor(image_marks))
 
     def positions(self, whole: Tensor) -> Tensor:
-        """whole [4, B, S]: order in the text, time, height, width -> [4, B, L] of what is left.
+        """Positions [4, B, L] of the shortened prompts; whole [4, B, S]: order in the text, time, height, width.
 
-        The last three are those that the tokens had. The first is only read to see whether several texts were packed into
-        one row: a gap in it would look like that, so it is counted anew.
+        Kept tokens have their old time, height and width. The order in the text is counted again: transformers reads it
+        only to see whether several texts are packed into one row, and takes a gap in it for the start of another text.
         """
         left = whole.gather(2, self.columns[None].to(whole.device).expand(4, -1, -1))
         mask = self.mask.to(whole.device)
@@ -138,12 +144,12 @@ class QwenPrompts:
         return left.masked_fill(mask[None] == 0, 0)
 
     def labels(self, whole: Tensor) -> Tensor:
-        """whole [B, S] -> [B, L] of what is left."""
+        """Labels [B, L] of the shortened prompts; whole: [B, S]. Padding has no loss."""
         left = whole.gather(1, self.columns.to(whole.device))
         return left.masked_fill(self.mask.to(whole.device) == 0, IGNORE_INDEX)
 
 
 def _no_tokens(words: Tensor) -> Selection:
-    """`no_image`: the tower did not even run."""
+    """The empty Selection of an image under `no_image`, for which the tower does not run."""
     none = torch.empty(0, dtype=torch.long, device=words.device)
     return Selection(none, words[:0], none, none, none, words[:0, 0].float(), total=0)

@@ -1,8 +1,8 @@
-"""transformers' own LLaVA class with the weights of a checkpoint: what `self_check` compares our model with.
+"""transformers' own LLaVA class with the weights of a checkpoint. `self_check` compares our model with it.
 
-A `llava-hf` checkpoint is loaded by transformers itself. For an original one the class is built here and its weights
-are read from the files under their original names, past our loader; only weights that exist nowhere on disk (a LoRA
-merged into its base) are taken from the model that our loader made.
+transformers itself loads a `llava-hf` checkpoint. For an original checkpoint the class is built here, and its weights
+are read from the files without our loader, so that an error of our loader shows. Only weights that are not on disk (a
+LoRA merged into its base) come from the model that our loader made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llava.model.checkpoint import Checkpoint
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
-# LLaVA's names -> the names of transformers' modules; the first that fits.
+# Prefixes of LLaVA's weight names -> prefixes of transformers' names. The first match counts, so "model." comes late.
 _NAMES = (
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
     (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -39,13 +39,14 @@ _NAMES = (
     (r"model\.", "model.language_model."),
     (r"lm_head\.", "lm_head."),
 )
+# Buffers that old checkpoints contain. transformers computes them and has no place for them in its state dict.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")
 
 
 def kind_of(config) -> str:
-    """`llava` or `llava_next`: the transformers class that does what a checkpoint with our `config` does.
+    """Key of CLASSES ("llava" or "llava_next") whose class computes the same as a checkpoint with our `config`.
 
-    UserError where there is none.
+    UserError if no class of transformers does.
     """
     anyres, merge = config.image_aspect_ratio == "anyres", config.mm_patch_merge_type
     if config.mm_projector_type != "mlp2x_gelu" or (anyres, merge) not in ((True, "spatial_unpad"), (False, "flat")):
@@ -59,23 +60,29 @@ def kind_of(config) -> str:
 def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None, dtype: torch.dtype, device_map):
     """transformers' model for the checkpoint `source`, in evaluation mode.
 
-    config: of our model; merged: our model's weights, where source is no whole checkpoint.
+    config: configuration of our model. merged: weights of our model, for a source that is no full checkpoint.
+    Raises UserError for missing weights.
     """
+    # 1. transformers' own format.
     if source.hf:
         with quiet_loading():
             loaded = CLASSES[source.settings["model_type"]].from_pretrained(
                 source.folder, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
             )
         return loaded.eval()
+    # 2. Weights of the original format under transformers' names.
     kind = kind_of(config)
     weights = merged if source.kind != "full" else _read_weights(source.folder)
     weights = {_rename(name): value.to(dtype) for name, value in weights.items() if not _BUFFERS.search(name)}
+    # LLaVA's checkpoints often have no tower: it is a CLIP checkpoint of its own.
     if not any(name.startswith("model.vision_tower.") for name in weights):
         tower = _read_tower(source)
         weights |= {"model.vision_tower." + name: value.to(dtype) for name, value in tower.items()}
+    # 3. The model. assign=True puts the tensors into the meta parameters, into which nothing can be copied.
     reference = _empty(source.settings, kind, config, weights)
     reference.load_state_dict(weights, strict=False, assign=True)
     reference.tie_weights()
+    # strict=False allows names that the class does not have, so missing weights are found here.
     empty = [name for name, value in reference.named_parameters() if value.is_meta]
     if empty:
         raise UserError(f"{source.folder}: {len(empty)} weights are missing, among them {empty[0]}")
@@ -87,10 +94,11 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
 
 
 def share_weights(model):
-    """transformers' model on the very tensors of our `model`, for measuring one beside the other: no copy is made.
+    """transformers' model on the tensors of our `model`, in evaluation mode. No weight is copied.
 
-    Its tower is whole, as a checkpoint's is and as transformers runs it. Ours ends at the layer whose features are used;
-    what lies above changes no output, so the last of our layers lends it its weights.
+    It serves to measure both models side by side. Its tower has all layers, because transformers runs all of them. Our
+    tower ends at the layer whose features are used. The layers above do not change the output, so they share the
+    weights of our last layer.
     """
     weights = {_rename(name): value for name, value in model.state_dict().items() if not _BUFFERS.search(name)}
     ours = model.get_vision_tower().config.num_hidden_layers
@@ -103,33 +111,42 @@ def share_weights(model):
 
 
 def _empty(settings: dict, kind: str, config, weights: dict[str, Tensor]):
-    """The class without weights: parameters on the meta device, buffers computed. settings: of the LLM."""
+    """transformers' model without weights: parameters are on the meta device, buffers are computed.
+
+    settings: config.json of the LLM. weights: under transformers' names; missing norms of the tower are added to it.
+    """
+    # 1. Configuration of the LLM. Keys of LLaVA and keys that name another class must not reach from_dict.
     text_class = MistralConfig if settings["model_type"] == "llava_mistral" else LlamaConfig
     skipped = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     settings = {k: v for k, v in settings.items() if not k.startswith("mm_") and k not in skipped}
     text = text_class.from_dict(settings)
+    # The file may state another size: tokens can be added to the embedding without an update of config.json.
     text.vocab_size = weights["model.language_model.embed_tokens.weight"].shape[0]
+    # 2. Configuration of the tower: as many layers as there are weights for.
     vision = dict(config.mm_vision_config)
     layers = [int(m[1]) for m in (re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", k) for k in weights) if m]
     feature_layer = config.mm_vision_select_layer
     if max(layers) + 1 < vision["num_hidden_layers"]:
-        # Our model keeps the tower only up to the layer whose features are used.
+        # Our model keeps the tower only up to the layer whose features are used, so the features are its last output.
         vision["num_hidden_layers"], feature_layer = max(layers) + 1, -1
     for name in ("weight", "bias"):
-        # Of the pooled output, which nobody reads.
         like = weights["model.vision_tower.pre_layrnorm.weight"]
         weights.setdefault(f"model.vision_tower.post_layernorm.{name}", torch.zeros_like(like))
+    # 3. Both together.
     common = {"vision_config": vision, "text_config": text.to_dict(), "vision_feature_layer": feature_layer}
     common["tie_word_embeddings"] = text.tie_word_embeddings
     if kind == "llava_next":
+        # transformers lists canvas sizes as (height, width), LLaVA as (width, height).
         full = LlavaNextConfig(**common, image_grid_pinpoints=[[h, w] for w, h in config.image_grid_pinpoints])
     else:
         full = LlavaConfig(**common)
+    # Buffers are in no file, so they must be computed: on the meta device the rotary frequencies would have no values.
     with init_empty_weights(include_buffers=False):
         return CLASSES[kind](full)
 
 
 def _rename(name: str) -> str:
+    """transformers' name of a LLaVA weight. UserError for a name that is unknown."""
     for pattern, replacement in _NAMES:
         match = re.match(pattern, name)
         if match:
@@ -138,15 +155,18 @@ def _rename(name: str) -> str:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint folder by name, from safetensors files if there are any, else from .bin files."""
     files = sorted(folder.glob("model*.safetensors"))
     tensors: dict[str, Tensor] = {}
     for file in files or sorted(folder.glob("pytorch_model*.bin")):
+        # weights_only: a pickle from the hub could otherwise run code.
         read = load_file(file) if files else torch.load(file, map_location="cpu", weights_only=True)
         tensors.update(read)
     return tensors
 
 
 def _read_tower(source: Checkpoint) -> dict[str, Tensor]:
+    """Weights of the CLIP tower that a checkpoint names: a folder inside it, another folder or a hub name."""
     name = source.settings["mm_vision_tower"]
     inside = source.folder / name
     with quiet_loading():

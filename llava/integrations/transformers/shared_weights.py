@@ -1,7 +1,7 @@
-"""Our model on the very modules of a transformers LLaVA in memory: nothing is copied, and nothing of it is changed.
+"""Our model on the modules of a transformers LLaVA in memory. No weight is copied, and that model is not changed.
 
-What holds weights is the model's own, whatever it is by now (adapters included). What is ours is what calls them: the tower
-up to the layer that is used, attention that shows its rows, the decoder loop.
+Modules that hold weights are the model's own, in their present state (with adapters, if there are any). The code that
+calls them is ours: the tower up to the layer that is used, attention that shows its rows, and the decoder loop.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from llava.model.checkpoint import Checkpoint
 
 
 def on_weights_of(model, config: AdaVConfig):
-    """Our model, in evaluation mode, on the weights of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration.
+    """Our model, in evaluation mode, on the weights of `model`.
 
-    UserError where its weights are quantised or offloaded, or of an architecture that load_pretrained_model would refuse.
+    model: a LlavaForConditionalGeneration or a LlavaNextForConditionalGeneration.
+    UserError for weights that are quantised, offloaded or on several devices, and for an architecture that
+    load_pretrained_model refuses.
     """
+    # 1. Check the model. Hooks of accelerate and quantised modules would be lost, because our code calls the parts.
     name = Path(model.config._name_or_path or type(model).__name__)
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"{name}: its weights are quantised, allowed under compress() are those of a float dtype")
@@ -31,11 +34,13 @@ def on_weights_of(model, config: AdaVConfig):
             f"{name}: its weights lie on {' and '.join(devices)}, allowed under compress() is one device with all of them "
             "(meta: offloaded); load_pretrained_model divides a model over several"
         )
+    # 2. Build our model on the meta device: its own weights would take as much memory again.
     config.check_method_options()
     ours = Checkpoint(name, None, model.config.to_dict(), "full", hf=True).model_config()
     check_config(config, ours)
     with torch.device("meta"):
         twin = MODEL_CLASSES[ours.model_type](ours).eval()
+    # 3. Put the model's modules into it.
     decoder, theirs = twin.model, model.model
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
         _take(decoder, part, getattr(theirs.language_model, part))
@@ -49,7 +54,10 @@ def on_weights_of(model, config: AdaVConfig):
 
 
 def _take(parent: nn.Module, name: str, theirs: nn.Module) -> None:
-    """Put `theirs` in the place of parent.name where that holds tensors itself; else go on with its parts."""
+    """Replace parent.name by `theirs` if it holds tensors itself; otherwise do the same with each of its parts.
+
+    Modules without tensors stay ours, because they have our code, for example attention that returns rows.
+    """
     ours = getattr(parent, name)
     if ours._parameters or ours._buffers:
         setattr(parent, name, theirs)

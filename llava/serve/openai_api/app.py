@@ -1,9 +1,9 @@
-"""The routes of the API, and which error is which status.
+"""The routes of the API, and the HTTP status of each error.
 
     app = make_app(service, Server("llava-shapes-v1.5", ImageLimits()), key=None)
 
-A request is read and its images are opened in a few threads of the app's own; the model runs in the service's thread; the
-event loop only passes pieces on (api_answer.py).
+A few threads of the app read requests and open their images. The model runs in the service's thread. The event loop
+only passes pieces of answers on (stream.py).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from llava.serve.openai_api.stream import Answer, Events, Pieces, read_body
 from llava.serve.service.reply import Failed
 from llava.serve.service.service import Busy, Closed, Service
 
-# Threads that read requests and open images: each may hold the largest picture that is allowed.
+# Threads that read requests and open images. Each may hold the largest picture that is allowed, so they are few.
 READERS = 2
-RETRY_AFTER = 1  # seconds, for who finds the queue full
-GONE = 499  # of a client that is gone; nobody reads it
+RETRY_AFTER = 1  # seconds; a header of the answer that says that the queue is full
+GONE = 499  # status for a client that has disconnected, as nginx counts it; it appears only in the metrics
 log = logging.getLogger("llava.serve")
 
 
 class JSON(Response):
-    """A JSON body in ASCII: half a character that came with a request must not break its answer."""
+    """A JSON response in ASCII. A lone surrogate in a request may come back in an error, and UTF-8 cannot encode it."""
 
     media_type = "application/json"
 
@@ -46,12 +46,16 @@ class JSON(Response):
 
 
 def make_app(service: Service, server: Server, key: str | None = None) -> FastAPI:
-    """The app; closing it closes the service. key: what every request but those for /health must bring as a bearer."""
+    """The ASGI app of a service. When it shuts down, it closes the service.
+
+    key: the bearer token that every request needs, except for /health. None: no token is needed.
+    """
     api = Api(service, server, key)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
         yield
+        # uvicorn has given running answers their time by now. close() joins a thread, so it must not block the loop.
         await asyncio.to_thread(service.close, False)
         api.readers.shutdown(wait=True)
 
@@ -78,35 +82,38 @@ def make_app(service: Service, server: Server, key: str | None = None) -> FastAP
 
 
 def failed(error: Exception) -> JSON:
-    """An error as a response."""
+    """The JSON response for an error."""
     status, body = error_of(error)
     headers = {429: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return JSON(body, status, headers)
 
 
 class Api:
-    """The routes of one service."""
+    """The routes of one service. All methods run on the event loop, except `submit`."""
 
     def __init__(self, service: Service, server: Server, key: str | None):
         self.service, self.server = service, server
         self.key = None if key is None else key.encode()
         self.metrics, self.created = Metrics(service), int(time.time())
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="llava-reader")
-        self.coming = 0  # requests that are being read
+        self.coming = 0  # requests that are being read; they are in no queue yet, so Service cannot limit them
 
     async def health(self) -> Response:
-        """Live: this answers. Ready: questions are taken."""
+        """GET /health. live: the process answers. ready: the service takes requests; status 503 if not."""
         stats, ready = self.service.stats(), self.service.alive
         content = {"live": True, "ready": ready, "waiting": stats["waiting"], "running": stats["running"]}
         return JSON(content, 200 if ready else 503)
 
     async def counts(self, request: Request) -> Response:
+        """GET /metrics"""
         return self.unauthorised(request) or Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
         return self.unauthorised(request) or JSON({"object": "list", "data": [self.card()]})
 
     async def model(self, request: Request, name: str) -> Response:
+        """GET /v1/models/NAME"""
         if refusal := self.unauthorised(request):
             return refusal
         if name == self.server.model:
@@ -115,10 +122,11 @@ class Api:
         return failed(Refused(words, "model", 404, "model_not_found"))
 
     def card(self) -> dict:
+        """The model as OpenAI's model object."""
         return {"id": self.server.model, "object": "model", "created": self.created, "owned_by": "adav"}
 
     def unauthorised(self, request: Request) -> Response | None:
-        """A refusal where the key is missing or wrong; how long the comparison takes does not tell how wrong."""
+        """The refusal of a request whose key is missing or wrong; None for a request that may pass."""
         if self.key is None:
             return None
         kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -139,36 +147,41 @@ class Api:
         return response
 
     async def answer(self, request: Request) -> Response:
+        """The response to a chat request. Raises Refused, Busy, Closed, Failed or ClientDisconnect."""
+        # 1. Refuse what can be refused without reading the body.
         arrived = time.perf_counter()
         if not self.service.alive:
             raise Closed("the service has been closed")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which the page of another site cannot send without being asked for leave
+        # Another site's page can send other types without a CORS preflight, so they would allow cross-site requests.
+        if kind != "application/json":
             raise Refused(f"the body is of type {kind[:80]!r}, allowed is application/json", status=415)
         if self.coming >= self.service.max_waiting + self.service.max_batch:
             raise Busy(f"{self.coming} requests are being read, which is as many as may be; try again later")
+        # 2. Read the body, and submit the request in a reader thread.
         pieces = Pieces()
         self.coming += 1
         try:
             body = await read_body(request, self.server.max_body, self.server.read_seconds)
             reading = asyncio.get_running_loop().run_in_executor(self.readers, self.submit, body, pieces, arrived)
-            del body
+            del body  # it may hold megabytes of images, which this frame would keep until the answer ends
             answer = await reading
         finally:
             self.coming -= 1
+        # 3. Answer. After the first piece the status is sent, so an error before it still has its own status.
         try:
-            first = await answer.first(request)  # what goes wrong until then has a status of its own
+            first = await answer.first(request)
             if answer.stream:
                 return Events(answer, first)
             response = JSON(await answer.whole(request, first))
-        except BaseException:
+        except BaseException:  # CancelledError too: the row must be freed in every case
             answer.end()
             raise
         answer.end()
         return response
 
     def submit(self, body: bytes, pieces: Pieces, arrived: float) -> Answer:
-        """Read a request and queue it; in a thread of the readers."""
+        """Read a request and queue it. Runs in a reader thread: decoding images would block the event loop."""
         request, chat = read_chat(body, self.server, self.service.configure)
         reply = self.service.submit(request, pieces.put)
         return Answer(self.server.model, chat, reply, pieces, self.metrics, arrived)

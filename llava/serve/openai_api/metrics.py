@@ -1,4 +1,4 @@
-"""What the API counts, in Prometheus' text format, in a registry of its own."""
+"""Metrics of the API in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from llava.serve.service.reply import Answered
 from llava.serve.service.service import Service
 
+# Upper bounds of the histograms' buckets in seconds, about three per decade.
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 class Metrics:
-    """Counters of one server: responses by status as they are sent, answers by what they measured."""
+    """Counters of one server: responses by HTTP status, and measurements of finished answers."""
 
     def __init__(self, service: Service):
         self._registry = CollectorRegistry()
@@ -39,13 +40,15 @@ class Metrics:
         }
 
     def responded(self, status: int) -> None:
+        """Count a response to a chat request."""
         self._responses.labels(status=str(status)).inc()
 
     def disconnected(self) -> None:
+        """Count a request whose client disconnected before the end of its answer."""
         self._disconnects.inc()
 
     def answered(self, answered: Answered, seconds: float) -> None:
-        """seconds: from the arrival of the request to its end."""
+        """Record a finished answer. seconds: from the arrival of the request to its end."""
         for name, value in (answered.seconds | {"request": seconds}).items():
             self._seconds[name].observe(value)
         kept, total = answered.vision_tokens
@@ -53,17 +56,18 @@ class Metrics:
         self._vision.labels(what="dropped").inc(total - kept)
 
     def text(self) -> bytes:
-        """The exposition format, version 0.0.4."""
+        """All metrics in Prometheus' exposition format, version 0.0.4."""
         return generate_latest(self._registry)
 
 
 class ServiceCollector:
-    """Reads the service's own counts when they are asked for."""
+    """A Prometheus collector that reads the counts of a service when the metrics are requested."""
 
     def __init__(self, service: Service):
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
+        """The metrics of Service.stats."""
         stats = self._service.stats()
         for name in ("waiting", "running"):
             yield GaugeMetricFamily(f"adav_requests_{name}", f"Requests that are {name}", value=stats[name])

@@ -1,7 +1,8 @@
-"""The protocol of OpenAI's chat completions: request bodies read into what the service takes, and errors as it has them.
+"""OpenAI's chat completions: request bodies become requests of the service, and errors become OpenAI's error objects.
 
-What can be honoured is; what changes no answer is ignored (IGNORED); what would change it and is not there is refused
-unless it asks for nothing (NEUTRAL), as is every field that is not known. null is as good as absent.
+There are three kinds of fields. READ fields are supported. IGNORED fields do not change an answer. NEUTRAL fields would
+change it and are not supported, so only values that change nothing are allowed. Every other field is refused. A field
+that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ IGNORED = (
     "prompt_cache_key",
     "prompt_cache_retention",
 )
+# Field -> its allowed values; no value is allowed where the tuple is empty.
 NEUTRAL = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -59,16 +61,16 @@ NEUTRAL = {
     "verbosity": (),
     "web_search_options": (),
 }
-# Fields of a message that a client sends back as it got them.
+# EMPTY: fields of an assistant's message that clients send back as they received them. They must be empty.
 MESSAGE = ("role", "content", "name")
 EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-MAX_STOPS = 4
-MAX_DEPTH = 32  # of nested arrays and objects
+MAX_STOPS = 4  # OpenAI's limit
+MAX_DEPTH = 32  # nested arrays and objects; recursive code may walk the body later
 
 
 class Refused(UserError):
-    """A request that is not answered: HTTP status, OpenAI's code, and the field it is about."""
+    """A request that is not answered. param: the field with the mistake; status: of HTTP; code: OpenAI's error code."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -77,8 +79,15 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Server:
-    """What requests are read against. model: the served name; folders: that image files may come from; max_tokens: of an
-    answer whose request does not say; max_body: bytes of a request; read_seconds: that a client may take to send it."""
+    """Settings that requests are checked against.
+
+    model         the served name
+    limits        of images; max_pixels counts all images of a request together
+    folders       folders from which requests may name image files
+    max_tokens    new tokens of an answer if the request states no limit
+    max_body      bytes of a request
+    read_seconds  time that a client has to send a request
+    """
 
     model: str
     limits: ImageLimits = ImageLimits()
@@ -90,7 +99,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Chat:
-    """How a request wants to be answered."""
+    """The form of the answer that a request asks for: a stream or one object, with or without usage."""
 
     config: AdaVConfig
     stream: bool
@@ -98,17 +107,23 @@ class Chat:
 
 
 def read_chat(body: bytes, server: Server, configure: Callable[[dict], AdaVConfig]) -> tuple[Request, Chat]:
-    """A request's body; Refused says in one sentence what is wrong with it. configure: `adav` -> a configuration."""
+    """The Request and Chat of a request body. Refused says in one sentence what is wrong with it.
+
+    configure: turns the field `adav` into a configuration, see Service.configure.
+    """
+    # 1. Unknown fields, and fields that are not supported.
     fields = {name: value for name, value in read_json(body).items() if value is not None}
     for name in fields:
         if name not in (*READ, *IGNORED, *NEUTRAL):
             raise Refused(f"unknown field {_shown(name)}, allowed are {', '.join((*READ, *IGNORED, *NEUTRAL))}")
     for name, allowed in NEUTRAL.items():
+        # The types are compared too, because False == 0 in Python. A penalty of 0.0 is allowed as well as 0.
         if name in fields and not any(fields[name] == one and type(fields[name]) is type(one) for one in allowed):
             if name.endswith("penalty") and fields[name] == 0:
                 continue
             words = " or ".join(json.dumps(one) for one in allowed) or "leaving it out"
             raise Refused(f"{name} is not supported, allowed is {words}", name)
+    # 2. Fields that choose the form of the answer.
     model = _typed(fields, "model", str, server.model)
     if model != server.model:
         raise Refused(
@@ -125,6 +140,7 @@ def read_chat(body: bytes, server: Server, configure: Callable[[dict], AdaVConfi
             raise Refused(f"unknown stream option {_shown(name)}, allowed is include_usage", "stream_options")
     if not isinstance(options.get("include_usage", False), bool):
         raise Refused("stream_options.include_usage is neither true nor false", "stream_options")
+    # 3. The configuration and the conversation. Images are opened last, because they cost the most.
     try:
         config = configure(_typed(fields, "adav", dict, {}))
     except UserError as error:
@@ -134,9 +150,9 @@ def read_chat(body: bytes, server: Server, configure: Callable[[dict], AdaVConfi
 
 
 def read_json(body: bytes) -> dict:
-    """One JSON object; Refused for whatever else a body holds."""
+    """The JSON object of a body. Refused for anything else, and for more than MAX_DEPTH nested levels."""
 
-    def no_constant(name):
+    def no_constant(name):  # Python's parser accepts NaN and Infinity, which are no JSON
         raise ValueError(f"{name} is no JSON")
 
     try:
@@ -147,7 +163,7 @@ def read_json(body: bytes) -> dict:
         raise Refused(f"the body is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
     except RecursionError:
         raise Refused(f"the body nests deeper than {MAX_DEPTH}") from None
-    except ValueError as error:
+    except ValueError as error:  # a constant, or a number with more digits than Python converts
         raise Refused(f"the body is not JSON ({str(error)[:100]})") from None
     if not isinstance(value, dict):
         raise Refused(f"the body is {_kind(value)}, allowed is a JSON object")
@@ -168,6 +184,7 @@ def read_json(body: bytes) -> dict:
 
 
 def _turns(fields: dict, server: Server) -> tuple[Turn, ...]:
+    """The turns of a conversation with their opened images. max_pixels is shared by all images of the request."""
     messages = _typed(fields, "messages", list, [])
     if not messages:
         raise Refused("messages is missing or empty, allowed is a list of messages", "messages")
@@ -193,7 +210,7 @@ def _turns(fields: dict, server: Server) -> tuple[Turn, ...]:
 
 
 def _content(content, where: str) -> tuple[str, list[str]]:
-    """The text of a message and the addresses of its images, each in its order."""
+    """(text of a message, URLs of its images in their order). Text parts are joined by newlines."""
     if isinstance(content, str) or content is None:
         return content or "", []
     if not isinstance(content, list):
@@ -216,6 +233,8 @@ def _content(content, where: str) -> tuple[str, list[str]]:
 
 
 def _picture(url: str, server: Server, pixels_left: int, where: str) -> Image.Image:
+    """The opened image of a URL. pixels_left: pixels that this request may still use."""
+    # http(s) is never fetched: a request could otherwise reach hosts that only this server can reach.
     limits = replace(server.limits, max_pixels=pixels_left)
     scheme = url[:16].partition(":")[0].lower()
     try:
@@ -231,6 +250,7 @@ def _picture(url: str, server: Server, pixels_left: int, where: str) -> Image.Im
 
 
 def _sampling(fields: dict, server: Server) -> Sampling:
+    """The Sampling of a request. Without a seed the draws are random, as with OpenAI. Temperature 0 is the default."""
     most = _whole(fields, "max_tokens", server.max_tokens)
     most = _whole(fields, "max_completion_tokens", most)
     temperature = _number(fields, "temperature", 0.0)
@@ -252,6 +272,7 @@ def _sampling(fields: dict, server: Server) -> Sampling:
 
 
 def _typed(fields: dict, name: str, kind: type, default):
+    """A field of type `kind`, or its default. Refused for another type."""
     value = fields.get(name, default)
     if not isinstance(value, kind):
         words = {str: "a string", bool: "true or false", dict: "an object", list: "a list"}[kind]
@@ -274,13 +295,14 @@ def _number(fields: dict, name: str, default: float) -> float:
 
 
 def _kind(value) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value in words, for an error message."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value)) or _shown(value)
 
 
 def _shown(value) -> str:
-    """A value as an error shows it: not too long, whatever it is."""
+    """A value in an error message, shortened to 80 characters."""
+    # str() of a very long int raises ValueError.
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     text = json.dumps(value) if not isinstance(value, (dict, list)) else _kind(value)
@@ -291,7 +313,7 @@ def _shown(value) -> str:
 
 
 def error_of(error: Exception) -> tuple[int, dict]:
-    """HTTP status and OpenAI's object of what went wrong with a request."""
+    """(HTTP status, OpenAI's error object) of an error. Any other UserError has status 400."""
     status, code, param = 400, None, None
     if isinstance(error, Refused):
         status, code, param = error.status, error.code, error.param

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's chat completions have them, whole and as the events of a stream, and what is measured beside them."""
+"""Answers in the form of OpenAI's chat completions, whole or as events of a stream, with measurements beside them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from llava.serve.service.reply import Answered
 
 
 def new_id() -> str:
+    """A new id of a completion, in OpenAI's form."""
     return "chatcmpl-" + secrets.token_hex(12)
 
 
 def completion(ident: str, model: str, answered: Answered, config: AdaVConfig) -> dict:
-    """The whole answer as one object."""
+    """A finished answer as one chat.completion object."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": answered.text, "refusal": None},
@@ -26,20 +27,20 @@ def completion(ident: str, model: str, answered: Answered, config: AdaVConfig) -
 
 
 def chunk(ident: str, created: int, model: str, delta: dict | None, finish: str | None = None, **more) -> dict:
-    """One event of a streamed answer; delta None: an event without a choice."""
+    """One chat.completion.chunk object of a stream. delta None: without a choice, as for the usage at the end."""
     choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
     head = {"id": ident, "object": "chat.completion.chunk", "created": created, "model": model}
     return head | {"choices": choices} | more
 
 
 def usage(answered: Answered) -> dict:
-    """prompt_tokens are those that entered the LLM: vision tokens that were not kept are not among them."""
+    """OpenAI's usage object. prompt_tokens counts tokens that entered the LLM, so not the dropped vision tokens."""
     prompt, new = answered.prompt_tokens, answered.new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def measured(answered: Answered, config: AdaVConfig) -> dict:
-    """What the answer took, beside OpenAI's fields."""
+    """The object `adav` of an answer: its configuration and what was measured. Fields as in Answered."""
     (kept, total), (live, allocated) = answered.vision_tokens, answered.kv_bytes
     return {
         "method": config.method,

@@ -1,4 +1,4 @@
-"""A loaded checkpoint that answers batches of requests with one configuration, and measures each row as it ends."""
+"""A loaded checkpoint that answers batches of requests and measures each row when it ends."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ from llava.model.encoded_images import EncodedImage, RecentImages
 from llava.serve.service.reply import Answered, KeptTokens, Reply
 from llava.serve.service.request import PromptTooLong, Request, chat_prompt
 
-# No prompt that fits has more letters per token: what is longer need not be read to be refused.
+# Upper bound of letters per token. A prompt with more letters than this cannot fit, so it is refused before the
+# tokenizer, which would need long for it.
 LETTERS = 200
 
 
 @dataclass(frozen=True)
 class Picture(Pixels):
-    """One image of a request as the vision tower takes it. digest: of its content, so that equal ones are encoded once."""
+    """Pixels of one image of a request. digest: hash of its content, so that equal images are encoded once."""
 
     digest: bytes
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request that is ready for a batch: token ids with image placeholders, and its images in reading order."""
+    """A request that is ready for a batch.
+
+    ids: [S] token ids with image placeholders, without padding. pictures: its images in reading order.
+    submitted: time of submission, in seconds of perf_counter.
+    """
 
     ids: Tensor
     pictures: tuple[Picture, ...]
@@ -51,20 +56,28 @@ class Job:
 
 
 class BatchAnswerer(LoadedCheckpoint):
-    """A loaded checkpoint that answers requests in batches. `job` may be called from any thread; `answer` belongs to one."""
+    """A loaded checkpoint that answers requests in batches.
+
+    `job` may be called from any thread. `answer` and `free_memory` must always be called from the same thread.
+    """
 
     def __init__(self, model_path, model_base, config: AdaVConfig, device_map, dtype, max_prompt_tokens, image_cache):
         super().__init__(model_path, model_base, config, device_map=device_map, dtype=dtype, purpose="a conversation")
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self._recent = RecentImages(image_cache)
-        # Reading a prompt changes settings of a tokenizer for a moment: its own copy, while the model's decodes.
+        # A tokenizer changes its own settings during a call, so it is not thread-safe. `job` uses a copy behind a lock,
+        # while the engine decodes with the original.
         self._reader, self._reading = deepcopy(self.tokenizer), threading.Lock()
-        self._reader.model_max_length = int(1e30)  # what is too long is said here
+        self._reader.model_max_length = int(1e30)  # no warning of transformers: `job` raises PromptTooLong instead
 
-    # --- before the queue, in the thread of whoever asks ------------------------------------------------------------
+    # --- before the queue, in the caller's thread -------------------------------------------------------------------
 
     def job(self, request: Request, config: AdaVConfig, reply: Reply, submitted: float) -> Job:
-        """A request made ready; UserError where it cannot be answered. Holds no PIL image."""
+        """The Job of a request. UserError if it cannot be answered, PromptTooLong if it does not fit.
+
+        A Job holds no PIL image, so a waiting request keeps only its pixels for the tower in memory.
+        """
+        # 1. Check the configuration and the length of the text.
         self.check(config)
         prompt = chat_prompt(self.conversation, request.turns)
         if len(prompt) > LETTERS * self.max_prompt_tokens:
@@ -72,6 +85,7 @@ class BatchAnswerer(LoadedCheckpoint):
                 f"the prompt has {len(prompt):,} letters, allowed are {self.max_prompt_tokens:,} tokens: "
                 "a shorter conversation would fit"
             )
+        # 2. Check the length with images. It needs only their sizes, so the pixels come last.
         images = [image for turn in request.turns for image in turn.images]
         with self._reading:
             ids = tokenizer_image_token(prompt, self._reader, return_tensors="pt")
@@ -82,13 +96,14 @@ class BatchAnswerer(LoadedCheckpoint):
                 f"the prompt has {length:,} tokens, images included, allowed are {self.max_prompt_tokens:,}: "
                 "a shorter conversation, fewer images or fewer vision tokens would fit"
             )
+        # 3. Limit the answer to the rest of the context.
         room = self.context - length
         sampling = replace(request.sampling, max_new_tokens=min(request.sampling.max_new_tokens, room))
         pictures = tuple(self._picture(image, config) for image in images)
         return Job(ids, pictures, config, sampling, reply, submitted)
 
     def check(self, config: AdaVConfig) -> None:
-        """UserError where a configuration does not go with this checkpoint."""
+        """Raise UserError if a configuration does not fit this checkpoint."""
         config.check_method_options()
         method = config.make_method()
         if config.method in dropper_names():
@@ -98,11 +113,12 @@ class BatchAnswerer(LoadedCheckpoint):
             prefill_filter.check(self.model.config)
 
     def longest(self, plan: TilePlan, config: AdaVConfig) -> int:
-        """Positions that an image takes in the LLM at most."""
+        """Upper limit of the positions that an image takes in the LLM."""
         order = merge_order(plan, self.shape.side)
         method = config.make_method()
         if not method.needs_image:
             return 0
+        # All tokens enter the LLM, or kept tokens have positions up to that of the last token.
         if config.method in dropper_names() or not method.uses_budget or config.option("positions") == "original":
             return len(order)
         tile = order.div(self.shape.tile_patches, rounding_mode="floor").masked_fill(order == NEWLINE, -1)
@@ -111,7 +127,9 @@ class BatchAnswerer(LoadedCheckpoint):
         return budget if budget < len(outline.patches) else len(order)
 
     def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:
+        """The Picture of a PIL image."""
         image = image if image.mode == "RGB" else image.convert("RGB")
+        # The size is hashed too: the bytes of a 2 x 8 image may equal those of a 4 x 4 image.
         digest = hashlib.blake2b(repr(image.size).encode(), digest_size=32)
         digest.update(image.tobytes())
         return Picture(**vars(self.pixels(image, config)), digest=digest.digest())
@@ -120,8 +138,11 @@ class BatchAnswerer(LoadedCheckpoint):
 
     @torch.inference_mode()
     def answer(self, jobs: list[Job]) -> None:
-        """Answer jobs of one configuration as one batch. Raises what went wrong; their replies are then as far as they
-        have come."""
+        """Answer jobs of equal configuration as one batch, and finish their replies.
+
+        If it raises, unfinished replies have the text that was generated so far.
+        """
+        # 1. Encode the images and prepare the prompts.
         began = time.perf_counter()
         config = jobs[0].config
         pictures = [picture for job in jobs for picture in job.pictures]
@@ -132,6 +153,7 @@ class BatchAnswerer(LoadedCheckpoint):
         costs = predicted(prepared, counts, self.shape, config)
         plans = iter([image.plan for image in images])
         plans = [[next(plans) for _ in job.pictures] for job in jobs]
+        # 2. Generate step by step. A row whose client has cancelled ends before the next step.
         generation = self.engine.stream(prepared, [job.sampling for job in jobs])
         first = None
         while True:
@@ -144,6 +166,7 @@ class BatchAnswerer(LoadedCheckpoint):
             for row, job in enumerate(jobs):
                 if outputs is not None and outputs[row] is not None:
                     job.reply.add(outputs[row].text)
+                # 3. Measure a row in the step in which it ends: later steps feed padding to it.
                 if generation.answers[row].finish is not None and not job.reply.over:
                     measured = self._measured(prepared, generation, row, plans[row], costs)
                     times = _times(job, began, first, now, measured["new_tokens"])
@@ -156,7 +179,7 @@ class BatchAnswerer(LoadedCheckpoint):
                 return
 
     def _encoded(self, pictures: list[Picture], config: AdaVConfig) -> tuple[dict[bytes, EncodedImage], set[bytes]]:
-        """Images by digest, each encoded at most once; and which of them had been encoded before."""
+        """(encoded images by digest, digests of those that an earlier request had encoded)."""
         encoding = self.model.encoding(config)
         wanted = {picture.digest: picture for picture in pictures}
         known = {digest: self._recent.get((digest, encoding)) for digest in wanted}
@@ -168,17 +191,17 @@ class BatchAnswerer(LoadedCheckpoint):
         return known | {picture.digest: image for picture, image in zip(new, made, strict=True)}, set(known)
 
     def free_memory(self) -> None:
-        """After a failure: let go of what can be made again."""
+        """Free memory after a failure: encoded images and captured graphs. Both are made again when needed."""
         self._recent = RecentImages(self._recent.capacity)
         self.engine.release()
 
     def _measured(
         self, prepared: PreparedPrompt, generation: BatchGeneration, row: int, plans: list[TilePlan], costs: list
     ) -> dict:
-        """What an Answered says about the tokens and the memory of a row that has just ended."""
+        """The fields of Answered about tokens and memory, of a row that has just ended."""
         new_tokens = [len(answer.tokens) for answer in generation.answers]
         bytes_ = (0, 0)
-        if generation.cache is not None:  # None: cancelled before prefill
+        if generation.cache is not None:  # None if all rows were cancelled before prefill
             found = kv_bytes(generation.cache, costs, new_tokens)[row]
             bytes_ = found["kv_bytes_live"], found["kv_bytes_allocated"]
         selections = prepared.selections[row]
@@ -194,7 +217,10 @@ class BatchAnswerer(LoadedCheckpoint):
 
 
 def _times(job: Job, began: float, first: float | None, now: float, new_tokens: int) -> dict:
-    """seconds and tokens_per_second of a row that ends `now`; perf_counter's seconds. first: when the first token was there."""
+    """The fields seconds and tokens_per_second of Answered, of a row that ends `now`.
+
+    began, first, now: perf_counter when the batch began, when its first token was there, and now.
+    """
     decode = now - first if first is not None else 0.0
     seconds = {"waited": began - job.submitted, "first_token": (first or now) - began, "decode": decode}
     return {
@@ -204,12 +230,16 @@ def _times(job: Job, began: float, first: float | None, now: float, new_tokens: 
 
 
 def _for_looking(selection):
-    """A selection on the CPU, in memory of its own, without the features that the LLM has read."""
+    """A copy of a selection on the CPU, without features.
+
+    A view of a device tensor would keep the memory of the whole batch as long as a client keeps its answer.
+    """
     values = {f.name: _moved(getattr(selection, f.name)) for f in fields(selection) if f.name != "features"}
     return replace(selection, features=torch.empty(len(selection.indices), 0), **values)
 
 
 def _moved(value):
+    """A copy of a value with all of its tensors on the CPU, at any depth."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

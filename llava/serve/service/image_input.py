@@ -1,10 +1,10 @@
-"""Opens images that strangers send: bytes, data URLs and files of allowed folders, within limits, as RGB pictures.
+"""Opens untrusted images (bytes, data URLs, files of allowed folders) within limits, as RGB pictures.
 
     limits = ImageLimits()
     picture = picture_from_bytes(data, limits)               # also _from_data_url, _from_file, _from_folders
 
-What is too large is refused by its header, before anything is decoded. Animations give their first frame; EXIF
-orientation is applied. Imports no torch.
+An image that is too large is refused by its header, before it is decoded. An animation gives its first frame. EXIF
+orientation is applied. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ from PIL import Image, ImageOps
 
 from llava.common.errors import UserError, first_line
 
+# Pillow has many more decoders. Untrusted files reach only these, which keeps the attack surface small.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 class ImageRefused(UserError):
-    """An image that is not opened; the message is one sentence that says why."""
+    """Raised for an image that is not opened. The message is one sentence that says why."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """max_bytes: of the file; max_pixels: width x height; max_side: of the longer side, in pixels, since LLaVA-1.5 pads
-    an image to a square."""
+    """Limits of an image. max_bytes: of the file; max_pixels: width x height; max_side: pixels of the longer side."""
 
     max_bytes: int = 20 << 20
     max_pixels: int = 50_000_000
+    # LLaVA-1.5 pads an image to a square: one of 1 x 50,000,000 pixels would become 2.5e15 pixels.
     max_side: int = 8192
 
 
 def picture_from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
-    """An RGB picture of a file's content; ImageRefused says why there is none."""
+    """The RGB picture in the bytes of an image file. ImageRefused if there is none."""
     if len(data) > limits.max_bytes:
         raise ImageRefused(f"an image of {len(data):,} bytes, allowed are {limits.max_bytes:,}")
-    webp = _webp_size(data)  # Pillow sets the whole canvas up as soon as it opens one
+    webp = _webp_size(data)  # Pillow allocates the canvas of a WebP file in Image.open, before its size can be checked
     if webp is not None:
         _check_size(webp, limits)
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, limits)
             image.load()
-            _check_size(image.size, limits)  # a frame may be larger than its header says
+            _check_size(image.size, limits)  # decoding may find a frame that is larger than the header says
             return _upright(image).convert("RGB")
     except ImageRefused:
         raise
@@ -67,11 +68,12 @@ def picture_from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def picture_from_data_url(url: str, limits: ImageLimits) -> Image.Image:
-    """An RGB picture of a URL like data:image/png;base64,...; what type it is, its content says."""
+    """The RGB picture in a URL such as data:image/png;base64,... The content decides the type, not the URL."""
     head, comma, body = url.partition(",")
     kind, *parameters = head.removeprefix("data:").lower().split(";")
     if not head.startswith("data:") or not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
         raise ImageRefused(f"a data URL that begins with {head[:60]!r}, allowed is data:image/...;base64,...")
+    # base64 has 4 letters for 3 bytes, rounded up. Checked before decoding, which needs memory for both.
     if len(body) > -(-limits.max_bytes // 3) * 4:
         raise ImageRefused(f"an image of some {len(body) * 3 // 4:,} bytes, allowed are {limits.max_bytes:,}")
     try:
@@ -82,9 +84,9 @@ def picture_from_data_url(url: str, limits: ImageLimits) -> Image.Image:
 
 
 def picture_from_file(path: str | os.PathLike, limits: ImageLimits) -> Image.Image:
-    """An RGB picture of a file that the user of this very process names."""
+    """The RGB picture in a file. The path is trusted: the user of this process names it, or it has been checked."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # open() on a pipe would block until its other end opens
             raise ImageRefused(f"{_short(path)} is no file")
         with open(path, "rb") as file:
             data = file.read(limits.max_bytes + 1)
@@ -100,10 +102,11 @@ def picture_from_file(path: str | os.PathLike, limits: ImageLimits) -> Image.Ima
 
 
 def picture_from_folders(reference: str, folders: Sequence[Path], limits: ImageLimits) -> Image.Image:
-    """An RGB picture of a file below one of `folders`: a path, absolute or relative to one of them, or a file:// URL.
+    """The RGB picture in a file below one of `folders`.
 
-    Links and `..` are resolved first. What lies elsewhere and what is not there get the same answer.
+    reference: a path, absolute or relative to one of the folders, or a file:// URL. Links and `..` are resolved first.
     """
+    # One message for files elsewhere and for files that do not exist: it must not tell which paths exist.
     refused = ImageRefused(f"{_short(reference)} is not a file below a folder that images may come from")
     name = reference
     if reference.startswith("file:"):
@@ -124,12 +127,13 @@ def picture_from_folders(reference: str, folders: Sequence[Path], limits: ImageL
             try:
                 return picture_from_file(path, limits)
             except ImageRefused as error:
+                # The message must not show the resolved path of this machine.
                 raise ImageRefused(str(error).replace(str(path), _short(reference), 1)) from None
     raise refused
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As EXIF says that it is to be seen; damaged EXIF says nothing."""
+    """The image turned as its EXIF orientation says. Damaged EXIF data is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -137,6 +141,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Raise ImageRefused for an image whose size (width, height) is beyond the limits."""
     width, height = size
     if width < 1 or height < 1:
         raise ImageRefused(f"an image of {width} x {height} pixels, allowed is at least 1 x 1")
@@ -151,7 +156,7 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a WebP file by its header (RFC 9649), None for anything else."""
+    """(width, height) in the header of a WebP file (RFC 9649), None for anything else."""
     if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     if data[12:16] == b"VP8X":
@@ -165,6 +170,6 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _short(text) -> str:
-    """A name as an error shows it: one line, not too long."""
+    """A name in an error message: on one line, at most 200 characters."""
     text = repr(os.fspath(text))[1:-1]
     return text if len(text) <= 200 else text[:200] + "..."

@@ -1,4 +1,4 @@
-"""Where a server listens: flags' ports, sockets that are bound before a checkpoint is loaded, addresses as they are shown."""
+"""Sockets of the servers: port flags, sockets that are bound before a checkpoint is loaded, and addresses as text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from llava.common.errors import UserError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; UserError where that cannot be."""
+    """A socket that listens at an address. UserError if that is not possible."""
     try:
+        # getaddrinfo finds the family: create_server takes an IPv6 address only with AF_INET6.
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=512)
     except OSError as error:
@@ -18,12 +19,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def port_number(text: str) -> int:
-    """argparse type of a port; 0 takes a free one."""
+    """argparse type of a port. 0 takes a free port."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r}, allowed is a port from 0 to 65535")
     return int(text)
 
 
 def shown_host(host: str) -> str:
-    """A host as it stands in an address."""
+    """A host in the form that URLs use: an IPv6 address is in brackets."""
     return f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""What a front gets back: a Reply that fills while the model answers, and at its end an Answered with what was measured."""
+"""The result of a request: a Reply that grows while the model answers, and at its end an Answered with measurements."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Failed(Exception):
-    """The model failed on a request that was good as far as could be told; the message is one sentence."""
+    """Raised if the model failed on a request in which no mistake was found. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """One image of a request: how it was cut into tiles, and what was kept of it (on the CPU, without features)."""
+    """One image of a request: its tiles, and the Selection of its vision tokens (on the CPU, without features)."""
 
     plan: TilePlan
     selection: Selection
@@ -31,18 +31,20 @@ class Answered:
 
     text                the whole decoded text, cut before the stop string, without special tokens
     finish              "stop" (end token or stop string), "length" or "cancelled"
-    prompt_tokens       that entered the LLM: text and kept vision tokens; new_tokens: generated, the end token included
-    images              per image of the conversation, in order; side: patches per tile side. llava.serve.overlay draws
+    prompt_tokens       tokens that entered the LLM: text and kept vision tokens
+    new_tokens          generated tokens, with the end token
+    images              per image of the conversation, in order; llava.overlay.page draws them with
                         draw_overlay(picture, images[i].plan, side, {name: images[i].selection})
-    vision_tokens       (left after the last cut, before selection), all images together
-    seconds             waited: from submit to the start of its batch, cutting images into tiles included; first_token: from
-                        there to the first token (tower, selection and prefill of the whole batch); decode: from there
-                        to the row's last token
-    tokens_per_second   of decoding, the first token excluded; None where there was but one
+    side                patches per tile side
+    vision_tokens       (after the last cut, before selection), all images together
+    seconds             waited: from submit to the start of the batch, with the cutting of images into tiles;
+                        first_token: from there to the first token (tower, selection and prefill of the whole batch);
+                        decode: from there to the last token of the row
+    tokens_per_second   of decoding, without the first token; None for an answer of one token
     kv_bytes            (live: entries of the row's own tokens, allocated: its share of the storage), at its end
     prefill_flops       predicted for this request alone
     batch               requests that were answered together
-    images_reused       images whose way through the vision tower an earlier request had paid for
+    images_reused       images that an earlier request had encoded
     """
 
     text: str
@@ -61,10 +63,10 @@ class Answered:
 
 
 class Reply:
-    """The answer to one request while it is being made. For one consumer, in any thread.
+    """The answer to one request while it is generated. It is for one consumer, in any thread.
 
-    Iterating gives pieces of text as they become certain; result() waits for the end. Both raise what went wrong with
-    the request: a UserError, or Failed.
+    Iteration gives pieces of text as soon as they cannot change any more. result() waits for the end. Both raise the
+    error of the request, a UserError or Failed.
     """
 
     def __init__(
@@ -73,8 +75,12 @@ class Reply:
         on_cancel: Callable[[Reply], None] | None = None,
         on_end: Callable[[Answered | None], None] | None = None,
     ):
-        """listener: called in the service's thread with each piece, and with None at the end. on_cancel: called when the
-        answer is no longer wanted. on_end: called once with the finished answer, or with None where the request failed."""
+        """Make a reply without text.
+
+        listener: called in the service's thread with each piece, and with None at the end.
+        on_cancel: called when the consumer cancels.
+        on_end: called once, with the finished answer, or with None if the request failed.
+        """
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._text: list[str] = []
         self._over = threading.Event()
@@ -84,56 +90,63 @@ class Reply:
         self.cancelled = False
 
     def __iter__(self) -> Iterator[str]:
+        """Pieces of text until the end of the answer. Raises the error of the request at the end."""
         while (piece := self._pieces.get()) is not None:
             yield piece
-        self._pieces.put(None)  # for whoever iterates again
+        self._pieces.put(None)  # a second iteration finds the end at once, and does not block
         self.result()
 
     def result(self, timeout: float | None = None) -> Answered:
-        """The finished answer. TimeoutError where there is none after `timeout` seconds."""
+        """The finished answer. TimeoutError if it is not there after `timeout` seconds; None waits without limit."""
         if not self._over.wait(timeout):
             raise TimeoutError(f"no answer within {timeout} seconds")
         if self._error is not None:
+            # Without the old traceback: each raise would lengthen it, and its frames keep their variables alive.
             raise self._error.with_traceback(None)
         return self._answered
 
     def cancel(self) -> None:
-        """The answer is no longer wanted: a request that waits is withdrawn, one that runs ends at the next step."""
+        """Cancel the request. A waiting request leaves the queue; a running one ends before the next decode step."""
         self.cancelled = True
-        on_cancel = self._on_cancel  # the service's thread may end the reply meanwhile
+        on_cancel = self._on_cancel  # a local name, because the service's thread may set the attribute to None
         if on_cancel is not None:
             on_cancel(self)
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing more to come."""
+        """True if the answer has ended: finished, cancelled or failed."""
         return self._over.is_set()
 
     @property
     def text(self) -> str:
-        """What is certain by now."""
+        """The text so far, without parts that may still change."""
         return "".join(self._text)
 
     # --- for the service ------------------------------------------------------------------------------------------
 
     def add(self, piece: str) -> None:
+        """Append a piece of text."""
         if piece:
             self._text.append(piece)
             self._tell(piece)
 
     def finish(self, answered: Answered) -> None:
+        """End with an answer."""
         self._answered = answered
         self._end()
 
     def fail(self, error: Exception) -> None:
+        """End with an error, which result() and iteration raise."""
         self._error = error
         self._end()
 
     def _end(self) -> None:
+        # Counted first: whoever waits for the end may read the service's counts at once.
         if self._on_end is not None:
             self._on_end(self._answered)
         self._over.set()
         self._tell(None)
+        # A client may keep its Reply. Without this it would keep the service, and with it the model, alive.
         self._listener = self._on_cancel = self._on_end = None
 
     def _tell(self, piece: str | None) -> None:
@@ -142,5 +155,5 @@ class Reply:
             return
         try:
             self._listener(piece)
-        except Exception:  # whoever listened is gone
+        except Exception:  # the listener's side is gone, for example a closed event loop; the batch must go on
             self.cancelled = True

@@ -1,4 +1,4 @@
-"""What a front asks of the service: turns of a conversation, and the prompt that they become."""
+"""Requests to the service: turns of a conversation, and the prompt that they become."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation
 from llava.model.decoding.sampling import Sampling
 
-# How a style of template opens its system text; others have no place for one.
+# Text before the system text, per style of template. Other styles have no system text.
 _SYSTEM = {"vicuna": "", "chatml": "<|im_start|>system\n"}
 
 
 class PromptTooLong(UserError):
-    """A conversation that does not fit into the model's context, or into what the service allows of it."""
+    """Raised for a conversation that is longer than the model's context or than the service's limit."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. role: "system" (the first turn alone), "user" or "assistant"; images: of this turn, in their order.
+    """One message.
 
-    Images stand before the text, as LLaVA was trained, unless the text places them all with <image>.
+    role: "system" (only in the first turn), "user" or "assistant". images: of this turn, in their order. They come
+    before the text, as in LLaVA's training, unless the text places all of them with <image>.
     """
 
     role: str
@@ -35,7 +36,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation that ends with a user's turn, to be answered. config: None takes the service's own."""
+    """A conversation that ends with a user's turn. config: None takes the service's own configuration."""
 
     turns: tuple[Turn, ...]
     config: AdaVConfig | None = None
@@ -43,11 +44,12 @@ class Request:
 
 
 def chat_prompt(template: str, turns: Sequence[Turn]) -> str:
-    """The prompt of a conversation under a template, with one <image> per image, up to the assistant's cue.
+    """The prompt of a conversation under a template, up to the assistant's cue, with one <image> per image.
 
-    A system turn takes the place of the template's own system text; a template without a place for one has it before the
-    first message. UserError where turns are out of order or empty, or <image> and images do not match.
+    A system turn replaces the template's own system text. If the template has no system text, it goes before the first
+    message. UserError for turns that are empty or out of order, and if <image> and images do not match.
     """
+    # 1. Lone surrogates, which JSON allows: the tokenizer would fail on them with an error that names no message.
     conversation = get_conversation(template)
     turns = list(turns)
     for turn in turns:
@@ -55,6 +57,7 @@ def chat_prompt(template: str, turns: Sequence[Turn]) -> str:
             turn.text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(f"a message of role {turn.role!r} has half a character (a lone surrogate)") from None
+    # 2. The system text.
     lead = ""
     if turns and turns[0].role == "system":
         system = turns.pop(0)
@@ -64,6 +67,7 @@ def chat_prompt(template: str, turns: Sequence[Turn]) -> str:
             conversation = replace(conversation, system=_SYSTEM[conversation.style] + system.text)
         elif system.text:
             lead = system.text + "\n\n"
+    # 3. The messages. Roles must alternate, because the templates write them by position.
     if not turns or turns[-1].role != "user":
         raise UserError("the last message is not the user's, allowed are conversations that end with one")
     for at, turn in enumerate(turns):
@@ -80,7 +84,7 @@ def chat_prompt(template: str, turns: Sequence[Turn]) -> str:
 
 
 def _placed(turn: Turn, number: int) -> str:
-    """The text of a turn with its placeholders."""
+    """The text of a turn with one placeholder per image. number: of the message, for errors."""
     if not turn.text and not turn.images:
         raise UserError(f"message {number} ({turn.role}) is empty, allowed is text, or a user's images")
     if turn.images and turn.role != "user":

@@ -1,12 +1,12 @@
-"""The service: one checkpoint on a thread of its own, which answers the requests of any number of threads in batches.
+"""The service: one checkpoint on its own thread. It answers requests of any number of threads in batches.
 
     with Service.load("playground/llava-shapes-v1.5", config=AdaVConfig()) as service:
         reply = service.submit(Request((Turn("user", "What colour is the circle?", (picture,)),)))
         for piece in reply: print(piece, end="")
         reply.result().seconds
 
-Requests that wait together and have the same configuration form a batch, in the order in which they came. One batch runs
-at a time: comparisons do not slow each other down.
+Waiting requests with equal configurations form a batch, in the order of their arrival. One batch runs at a time, so
+that configurations that are compared do not slow each other down.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from llava.serve.service.request import Request, Turn
 
 __all__ = ["Answered", "Busy", "Closed", "Failed", "KeptTokens", "Reply", "Request", "Service", "Turn"]
 
-# Seconds that a first request waits for others to come along. Batches are not joined on their way, so whoever comes a
-# little later than the others would wait for all of their answers.
+# Seconds that the first request waits for others. A running batch takes no new rows, so a request that came just after
+# its start would wait for all of its answers.
 GATHER = 0.01
-# Options that name files: a request may not choose them, the service's own configuration may.
+# Options that name files. Only the service's own configuration may set them: a request could otherwise read any file.
 FILE_OPTIONS = ("table", "text_tower")
-# Of the numbers that a request may set: more than there ever are tokens, layers or steps.
+# Largest number that a request may set. There are never so many tokens, layers or steps, and torch fails on numbers
+# beyond 64 bits.
 LARGEST = 10**9
 log = logging.getLogger("llava.serve")
 
 
 class Busy(UserError):
-    """As many requests are waiting as may wait."""
+    """Raised if the queue is full."""
 
 
 class Closed(UserError):
-    """The service has been closed, or was before the request's turn came."""
+    """Raised for a request to a closed service, and for one that still waited when the service was closed."""
 
 
 class Service:
-    """One checkpoint and one Engine on a thread of its own.
+    """One checkpoint and one Engine on its own thread.
 
-    model: a BatchAnswerer, which belongs to the service from now on. max_batch: requests that are answered together;
-    max_waiting: requests that may wait for their turn.
+    model: a BatchAnswerer; nothing else may use it from now on. config: for requests without a configuration.
+    max_batch: requests that are answered together. max_waiting: requests that may wait.
     """
 
     def __init__(self, model, config: AdaVConfig, max_batch: int = 8, max_waiting: int = 64):
@@ -59,6 +60,8 @@ class Service:
         model.check(config)
         self._waiting: deque = deque()
         self._running: list[Reply] = []
+        # Its lock guards the queue, the running replies, the counts and _closing. Replies end outside of it, because
+        # ending one calls its listener, which may do anything.
         self._changed = threading.Condition()
         self._closing = False
         self._counts: Counter[str] = Counter()
@@ -80,10 +83,12 @@ class Service:
         max_prompt_tokens: int | None = None,
         image_cache: int = 0,
     ) -> Service:
-        """Load a checkpoint (as load_pretrained_model does) and serve it. UserError for whatever is wrong with it.
+        """A service of a checkpoint, which is loaded as load_pretrained_model loads it.
 
-        max_prompt_tokens: None is all that the model's context holds. image_cache: bytes of encoded images that are kept
-        for later requests about the same picture; with 0 no request is faster because of another.
+        max_prompt_tokens: limit of a prompt; None allows what the model's context holds.
+        image_cache: bytes of encoded images that are kept for later requests about the same picture. With 0 no request
+            becomes faster because of an earlier one.
+        Raises UserError for a checkpoint that cannot be loaded or does not fit the configuration.
         """
         from llava.serve.service.batches import BatchAnswerer
 
@@ -97,10 +102,12 @@ class Service:
         self.close(finish=False)
 
     def configure(self, settings: dict) -> AdaVConfig:
-        """The service's configuration with some keys changed by a request; ConfigError says what is wrong with them.
+        """The service's configuration with the keys of a request. UserError for keys or values that cannot be used.
 
-        Options that name files stay the service's own: a request that sets them to something else is refused.
+        A request that changes an option that names a file is refused.
         """
+        # Keys are checked here, because AdaVConfig(**...) would raise TypeError. An unknown option would be accepted
+        # and only give a warning, which a client does not see.
         unknown = [key for key in settings if key not in self.config.to_dict()]
         if unknown:
             allowed = ", ".join(self.config.to_dict())
@@ -118,14 +125,14 @@ class Service:
         return config
 
     def submit(self, request: Request, listener: Callable[[str | None], None] | None = None) -> Reply:
-        """Queue a request. Its images are made ready in the caller's thread.
+        """Queue a request and return its Reply. Its images are cut into tiles in the caller's thread.
 
         listener: called in the service's thread with each piece of the answer, and with None at its end.
-        UserError for a request that cannot be answered, Busy where too many wait, Closed after close().
+        Raises UserError for a request that cannot be answered, Busy for a full queue, Closed after close().
         """
         submitted = time.perf_counter()
         with self._changed:
-            self._refuse()
+            self._refuse()  # checked twice: before the work on the images, and again before the request is queued
         reply = Reply(listener, on_cancel=self.withdraw, on_end=self.count)
         job = self.model.job(request, request.config or self.config, reply, submitted)
         with self._changed:
@@ -135,7 +142,10 @@ class Service:
         return reply
 
     def close(self, finish: bool = True) -> None:
-        """Stop: what waits fails with one sentence, what runs is answered first (finish), or ends where it is."""
+        """Stop the service. Waiting requests fail with Closed.
+
+        finish: running requests are answered first; False cancels them. Returns when the thread has ended.
+        """
         with self._changed:
             self._closing = True
             waiting, running = [job.reply for _, job in self._waiting], list(self._running)
@@ -146,17 +156,20 @@ class Service:
         if not finish:
             for reply in running:
                 reply.cancel()
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread():  # a listener may call close(); a thread cannot join itself
             self._thread.join()
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken and answered."""
+        """True while requests are accepted and answered."""
         return self._thread.is_alive() and not self._closing
 
     def stats(self) -> dict:
-        """Requests waiting and running now; answered, cancelled and failed so far; their prompt_tokens and new_tokens;
-        batches: size -> how many batches of it there were."""
+        """Counts of requests and tokens.
+
+        waiting, running: requests now. answered, cancelled, failed: requests so far. prompt_tokens, new_tokens: of
+        ended requests. batches: size of a batch -> number of batches of that size.
+        """
         with self._changed:
             names = ("answered", "cancelled", "failed", "prompt_tokens", "new_tokens")
             return {
@@ -166,10 +179,10 @@ class Service:
                 "batches": dict(sorted(self._batches.items())),
             }
 
-    # --- for its replies ------------------------------------------------------------------------------------------
+    # --- called by replies ----------------------------------------------------------------------------------------
 
     def withdraw(self, reply: Reply) -> None:
-        """Take a cancelled request out of the queue, if it still waits."""
+        """Remove a cancelled request from the queue. Does nothing for a request that is running or has ended."""
         with self._changed:
             left = [one for one in self._waiting if one[1].reply is not reply]
             waited = len(left) < len(self._waiting)
@@ -178,7 +191,7 @@ class Service:
             reply.finish(Answered("", "cancelled"))
 
     def count(self, answered: Answered | None) -> None:
-        """A request has come to its end; None: it failed."""
+        """Count a request that has ended. None: it failed."""
         with self._changed:
             if answered is None:
                 self._counts["failed"] += 1
@@ -190,27 +203,33 @@ class Service:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _refuse(self) -> None:
+        """Raise Closed or Busy if no request can be taken. The lock must be held."""
         if not self.alive:
             raise Closed("the service has been closed")
         if len(self._waiting) >= self.max_waiting:
             raise Busy(f"{self.max_waiting} requests are waiting, which is as many as may wait; try again later")
 
     def _serve(self) -> None:
+        """The loop of the service's thread."""
         while self._serve_batch():
             pass
 
     def _serve_batch(self) -> bool:
-        """One batch; False once the service has been closed. (A frame of its own: no request outlives its batch.)"""
+        """Answer one batch. False after the service has been closed.
+
+        This is its own function, so that its stack frame and with it the tensors of the batch are freed at its end. A
+        local name in the loop would keep them until the next batch arrives.
+        """
         jobs = self._next_batch()
         if jobs:
             self._answer(jobs)
         return bool(jobs)
 
     def _next_batch(self) -> list:
-        """Wait for requests: the first and those behind it that have its configuration. Empty: the service closes."""
+        """Wait for requests. Returns the first and later ones of equal configuration; empty if the service closes."""
         with self._changed:
             self._running = []
-            while not self._waiting:  # the first may have been withdrawn while others were waited for
+            while not self._waiting:  # the first request may be withdrawn during the second wait
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self._closing, timeout=GATHER)
                 if self._closing:
@@ -225,8 +244,10 @@ class Service:
             return chosen
 
     def _answer(self, jobs: list) -> None:
-        """A batch through the model. Where it fails before any answer has begun, its halves are tried by themselves, so
-        that nobody fails for another's request and memory may suffice."""
+        """Answer a batch. If it fails before any answer has begun, answer its two halves separately.
+
+        A request then fails only for its own sake, and a smaller batch may fit into memory.
+        """
         try:
             with self._changed:
                 self._batches[len(jobs)] += 1
@@ -234,6 +255,7 @@ class Service:
             return
         except Exception as error:
             failure = _failure(error)
+        # Outside the except block: there the exception still holds the frames, and so the tensors of the batch.
         self.model.free_memory()
         if len(jobs) > 1 and not any(job.reply.over or job.reply.text for job in jobs):
             middle = len(jobs) // 2
@@ -246,19 +268,19 @@ class Service:
 
 
 def _key(config: AdaVConfig) -> str:
-    """Equal for configurations whose requests may share a batch."""
+    """A key of a configuration. Requests with equal keys may share a batch."""
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
 def _numbers(value) -> list:
-    """All numbers in a JSON value."""
+    """All numbers in a JSON value, at any depth."""
     if isinstance(value, (dict, list)):
         return [found for one in (value.values() if isinstance(value, dict) else value) for found in _numbers(one)]
     return [value] if isinstance(value, (int, float)) else []
 
 
 def _failure(error: Exception) -> Exception:
-    """What a reply raises for it: without the frames, which hold the tensors of the batch."""
+    """The exception that a reply raises for `error`, without its traceback, whose frames hold tensors of the batch."""
     if isinstance(error, UserError):
         return type(error)(str(error))
     log.error("a batch failed", exc_info=error)

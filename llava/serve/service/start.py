@@ -1,4 +1,4 @@
-"""What the page and the terminal chat start with: a checkpoint (the demo's without another), a configuration, a service."""
+"""Start of the page and of the terminal chat: flags, checkpoint (by default the demo), configuration and service."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from llava.model.decoding.sampling import Sampling
     from llava.serve.service.service import Service
 
-DEMO = SCENES[-1]  # several tiles
-DEMO_ANSWER = 16  # new tokens: its answers are one word
+DEMO = SCENES[-1]  # the checkpoint with several tiles
+DEMO_ANSWER = 16  # new tokens; its answers are one word
+# The page and the chat show this before the first answer, so that nobody takes the demo for a real model.
 LIMITS = (
     "This demo checkpoint is tiny and knows some seventy words about drawn shapes, digits and letters: on a photograph, or "
     "asked freely, it answers nonsense. Text-guided selection (adav, t2i, mix) is flattered: the checkpoint was trained "
@@ -27,7 +28,7 @@ LIMITS = (
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model-path and what goes with it, the keys of adav_configs.json, and how answers are decoded."""
+    """Add the flags of checkpoint, decoding and configuration to a parser."""
     parser.add_argument("--model-path", help=f"folder or hub name (default: the demo, {DEMO.checkpoint})")
     add_checkpoint_flags(parser, conversation=False)
     parser.add_argument("--max-new-tokens", type=positive, help=f"of an answer (512; demo: {DEMO_ANSWER})")
@@ -47,7 +48,7 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
-    """How answers are decoded; UserError for values that cannot be."""
+    """The Sampling of the flags. UserError for values that cannot be used."""
     from llava.model.decoding.sampling import Sampling
 
     most = args.max_new_tokens or (DEMO_ANSWER if args.model_path is None else 512)
@@ -55,17 +56,17 @@ def sampling(args: argparse.Namespace) -> Sampling:
 
 
 def checkpoint_of(args: argparse.Namespace) -> EvalCheckpoint:
-    """The checkpoint that the flags name; UserError where there is none."""
+    """The checkpoint that the flags name. UserError if there is none."""
     return find_checkpoint(args.model_path or DEMO.checkpoint)
 
 
 def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfig, **limits) -> Service:
-    """A service of the checkpoint; limits: its keyword arguments. UserError for whatever is wrong with it."""
+    """A service of the checkpoint. limits: keyword arguments of Service.load. UserError for a bad checkpoint."""
     from llava.serve.service.service import Service
 
     return Service.load(checkpoint.folder, model_base=args.model_base, config=config, dtype=args.dtype, **limits)
 
 
 def limits_of(service: Service) -> str:
-    """What the answers of a checkpoint are worth, where that has to be said; "" for others."""
+    """LIMITS for a demo checkpoint, "" for any other. The vocabulary decides, not the name of the folder."""
     return LIMITS if is_demo_vocabulary(service.model.tokenizer) else ""

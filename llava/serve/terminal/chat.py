@@ -1,11 +1,11 @@
-"""A chat about pictures: its turns, its settings and its commands, apart from any terminal.
+"""A chat about pictures: its turns, settings and commands. It knows nothing of the terminal.
 
     chat = Chat(service.config, read_picture)
     chat.command("/image cat.png")
     request = chat.request("What is on the mat?", sampling)      # for Service.submit
-    chat.answered("A cat.")                                      # without this, as if it had not been asked
+    chat.answered("A cat.")                                      # without this call the question is forgotten
 
-Each turn is answered afresh from the whole conversation, so that tokens are selected anew for each question.
+Each answer is generated from the whole conversation, so that vision tokens are selected again for each question.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.methods.index import method_names
 
-if TYPE_CHECKING:  # torch comes with them, which nobody should wait for who mistyped a flag
+if TYPE_CHECKING:  # these import torch; a mistyped flag should be reported without that wait
     from llava.model.decoding.sampling import Sampling
     from llava.serve.service.request import Request, Turn
 
@@ -39,26 +39,26 @@ COMMANDS = {
 
 
 class Leave(Exception):
-    """/quit."""
+    """Raised by /quit."""
 
 
 class Chat:
-    """One conversation. read: opens the picture at a path, UserError where it cannot."""
+    """One conversation. read: a function that opens the picture at a path, or raises UserError."""
 
     def __init__(self, config: AdaVConfig, read: Callable[[Path], Image.Image]):
         self.config = config
         self.turns: list[Turn] = []
-        self.pictures: list[Image.Image] = []  # of the next question
-        self._names: list[tuple[str, ...]] = []  # per question asked: the files of its pictures
+        self.pictures: list[Image.Image] = []  # for the next question
+        self._names: list[tuple[str, ...]] = []  # per answered question: the files of its pictures
         self._next_names: list[str] = []
         self._read = read
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with "/"; what there is to say about it. UserError, and nothing has changed."""
+        """Carry out a line that begins with "/", and return the text to show. After a UserError nothing has changed."""
         name, _, rest = line.strip().partition(" ")
         if name not in COMMANDS:
             raise UserError(f"{name} is no command, allowed are {', '.join(COMMANDS)}")
-        return getattr(self, "_" + name[1:])(rest.strip())
+        return getattr(self, "_" + name[1:])(rest.strip())  # only names of COMMANDS get here
 
     def request(self, text: str, sampling: Sampling) -> Request:
         """The whole conversation with `text` as its next question."""
@@ -68,8 +68,10 @@ class Chat:
         return Request((*self.turns, self._asked), self.config, sampling)
 
     def answered(self, text: str) -> bool:
-        """The question of the last request and its answer are part of the conversation from now on; not so, and False,
-        where the answer is empty, which no template has a place for."""
+        """Add the last question and its answer to the conversation. False if the answer is empty: nothing is added.
+
+        No template can write an empty answer.
+        """
         from llava.serve.service.request import Turn
 
         if not text.strip():
@@ -146,24 +148,25 @@ class Chat:
 
 
 def _nothing(name: str, rest: str) -> None:
+    """Raise UserError if a command without arguments has one."""
     if rest:
         raise UserError(f'{name} takes nothing, but "{rest}" follows it')
 
 
 def _unquoted(text: str) -> str:
-    """A path as terminals write it when a file is dropped on them: in quotes, or with its spaces escaped."""
+    """A path without quotes and escapes. Terminals write them when a file is dropped on the window."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return text.replace("\\ ", " ")
 
 
 def _whole(text: str):
-    """A number where it is one; what it is otherwise, AdaVConfig says."""
+    """The number in a text, or the text itself, which AdaVConfig then refuses with its own message."""
     return int(text) if text.strip().isdecimal() else text.strip()
 
 
 def _value(text: str):
-    """A value of the configuration: JSON, and a string where it is none, as on the command line."""
+    """A value of the configuration: JSON, or a string if it is not JSON, as on the command line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

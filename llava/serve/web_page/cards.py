@@ -1,4 +1,4 @@
-"""What the page shows of one answer, as HTML: the text as it comes, what it cost, and which patches it was read from."""
+"""HTML of one answer on the page: its text while it is generated, its cost, and the patches that were kept."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from llava.overlay.views import kept_views
 from llava.serve.service.cost_text import duration, rate, size
 from llava.serve.service.reply import Answered, KeptTokens
 
-MOST = 3  # configurations beside each other
-FOLD = 600  # pixels: width of a row of stages
-LONG = 60  # letters from which on an answer is set as text, not as a headline
+MOST = 3  # configurations side by side
+FOLD = 600  # width in pixels of a row of stages
+LONG = 60  # letters; a longer answer has the size of text and not of a headline
 
 
 def escaped(text: str) -> str:
-    """Text for HTML that goes through gradio's templates: their marks (${...}, {{...}}) must not survive either."""
+    """Text as HTML. It also escapes ${...} and {{...}}, which gradio's templates would evaluate."""
     return html.escape(text).replace("{", "&#123;").replace("$", "&#36;").replace("\\", "&#92;")
 
 
 def example_strip(examples: Sequence[tuple[str, str]]) -> str:
-    """Buttons with a picture and its question; examples: (path, question) each."""
+    """A row of buttons, each with a picture and its question. examples: (path, question) of each."""
     buttons = []
     for nth, (path, question) in enumerate(examples):
         with Image.open(path) as picture:
@@ -36,27 +36,32 @@ def example_strip(examples: Sequence[tuple[str, str]]) -> str:
 
 
 def empty_card(hint: str) -> str:
+    """A card without an answer. hint: the text in its place."""
     return f'<div class="card"><div class="answer empty">{escaped(hint)}</div></div>'
 
 
 def sentence(text: str) -> str:
-    """What went wrong."""
+    """An error message."""
     return f'<div class="sentence" role="alert">{escaped(text)}</div>'
 
 
 def failed_card(text: str) -> str:
+    """A card with an error message."""
     return f'<div class="card">{sentence(text)}</div>'
 
 
 def running_card(text: str, question: str) -> str:
-    """An answer on its way."""
+    """A card with the text of an unfinished answer."""
     return f'<div class="card">{_answer(text, question, cursor=True)}</div>'
 
 
 def answered_card(answered: Answered, image: Image.Image, question: str) -> str:
-    """A finished answer: its question and text, vision tokens kept, time to the first token, tokens per second, bytes of the KV cache,
-    and the image with its kept patches."""
-    if not answered.seconds:  # withdrawn before its turn came
+    """A card with a finished answer.
+
+    It shows question and text, vision tokens kept, time to the first token, tokens per second, live bytes of the KV
+    cache, and the image with its kept patches.
+    """
+    if not answered.seconds:  # cancelled while it waited, so nothing was measured
         return empty_card("stopped")
     kept, total = answered.vision_tokens
     notes = {"length": "the limit of new tokens ended it", "cancelled": "stopped"}
@@ -81,7 +86,7 @@ def answered_card(answered: Answered, image: Image.Image, question: str) -> str:
 
 
 def _answer(text: str, question: str, cursor: bool = False) -> str:
-    """An answer below the question that it answers, which need not be the one that is being written."""
+    """A question and its answer. The question is shown because the user may already be writing another one."""
     asked = f'<div class="asked">{escaped(question)}</div>'
     size = " long" if len(text) > LONG else ""
     end = "<span class=cursor></span>" * cursor
@@ -89,12 +94,11 @@ def _answer(text: str, question: str, cursor: bool = False) -> str:
 
 
 def _views(image: Image.Image, side: int, seen: KeptTokens) -> str:
-    """The picture as one tile or as crops, with what is not kept dark, and below it, folded, why. Nothing of it becomes a
-    file on the server."""
+    """The picture with its dropped patches dark, and below it, folded, the scores and the cuts inside the LLM."""
+    # All pictures are data URLs: a file on the server would have to be served, guarded and deleted.
     figures = []
-    for label, view in reversed(
-        kept_views(image, seen.plan, side, seen.selection)
-    ):  # crops first: most tokens are theirs
+    # Crops first, because they have most of the tokens.
+    for label, view in reversed(kept_views(image, seen.plan, side, seen.selection)):
         caption = escaped(label or "patches that were kept")
         figures.append(f"<figure><figcaption>{caption}</figcaption>{_picture(view, caption)}</figure>")
     report, folds = seen.selection.report, ""
@@ -107,6 +111,7 @@ def _views(image: Image.Image, side: int, seen: KeptTokens) -> str:
 
 
 def _fold(title: str, pictures: Sequence[Image.Image]) -> str:
+    """Pictures that are hidden until the title is clicked. title: HTML."""
     shown = "".join(_picture(picture, title) for picture in pictures)
     return f"<details><summary>{title}</summary><div>{shown}</div></details>"
 
@@ -116,6 +121,7 @@ def _picture(picture: Image.Image, alt: str) -> str:
 
 
 def data_url(picture: Image.Image) -> str:
+    """A picture as a data URL (PNG)."""
     data = io.BytesIO()
     picture.save(data, "PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -1,9 +1,9 @@
-"""The page: a picture, a question, and up to three configurations that answer it side by side.
+"""The page: a picture, a question, and up to three configurations that answer side by side.
 
     blocks = build_page(service, limits, Sampling(), name="llava-1.5-7b", examples=[(path, question)], ...)
 
-What belongs to a question lives in the call that answers it; of a session the page keeps nothing but the replies that it
-may still have to stop.
+The state of a question lives in the call that answers it. Of a session the page keeps only the replies that it may have
+to stop.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from llava.serve.web_page.cards import (
     sentence,
 )
 
-NAMES = "ABC"[:MOST]  # of the configurations beside each other
-REFRESH = 0.1  # seconds between two looks at an answer on its way
+NAMES = "ABC"[:MOST]  # of the configurations side by side
+REFRESH = 0.1  # seconds between two updates of an unfinished answer
 WHOLE = ("none", "no_image")  # methods without a budget
-# What a column's controls set, in the order in which their values come to the handler.
+# Keys that the controls of a column set, in the order in which the handler receives their values.
 KEYS = (
     "method",
     "overall_tokens",
@@ -52,9 +52,10 @@ HEAD = """<h1>LLaVA with fewer vision tokens</h1>
 <p>Ask about a picture, and see which of its patches each method lets the language model read, what it answers from them,
 and what that costs. Answers are those of <b>{name}</b>.</p>"""
 HINT = "The answer comes here."
-# In the browser, so that it is done before anyone can ask again: no answer stands below another picture.
+# Empties the cards. It runs in the browser, so that it is done before the user can ask again; otherwise an answer could
+# stand below another picture.
 CLEAR = f"() => Array({MOST}).fill({json.dumps(empty_card(HINT))})"
-# In the browser: a click on an example tells which one it was.
+# Runs in the browser: sends the number of the example that was clicked.
 PICK = """element.addEventListener("click", event => {
   const button = event.target.closest("button[data-nth]");
   if (button) trigger("click", {nth: Number(button.dataset.nth)});
@@ -75,11 +76,14 @@ def build_page(
 ) -> gr.Blocks:
     """The page of one service.
 
-    name: the checkpoint's; caveat: what its answers are worth, "" for nothing to say
-    most_tokens: vision tokens of the largest image; examples: (path of a picture, question) each
-    users: questions that are answered at the same time; queue: questions that may wait beside them
+    limits: of uploaded pictures. sampling: decoding of all answers.
+    name: of the checkpoint. caveat: text about the worth of its answers, or "".
+    most_tokens: upper end of the slider of vision tokens. examples: (path of a picture, question) of each.
+    users: questions that are answered at the same time. queue: further questions that may wait.
     """
+    # 1. The layout. delete_cache: seconds between two clean-ups, and age at which an upload is deleted.
     with gr.Blocks(title="AdaV", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        # The replies of a session. When its visitor leaves, gradio deletes the state, which stops them.
         running = gr.State((), delete_callback=stop)
         gr.HTML(HEAD.format(name=escaped(name)), elem_id="head")
         if caveat:
@@ -112,11 +116,13 @@ def build_page(
                     cards.append(gr.HTML(empty_card(HINT), elem_id=f"card-{letter}"))
                 columns.append(column)
 
+        # 2. The handlers.
         def pick(event: gr.EventData) -> Sequence[str]:
+            """(picture, question) of the example that was clicked."""
             return examples[event.nth]
 
         def check(upload: dict | None) -> str:
-            """What is wrong with a picture is said as soon as it is there."""
+            """An error message for a picture that cannot be used, shown as soon as it is uploaded; else ""."""
             try:
                 _open(upload, limits)
             except UserError as error:
@@ -124,7 +130,7 @@ def build_page(
             return ""
 
         def answer(upload: dict | None, text: str, shown: int, *values) -> Iterator[tuple]:
-            """(replies, note, card A, card B, card C), again and again while answers come."""
+            """Yields (replies, note, card A, card B, card C) while the answers are generated."""
             nothing = tuple(gr.skip() for _ in NAMES)
             try:
                 image, text = _open(upload, limits), (text or "").strip()
@@ -146,21 +152,22 @@ def build_page(
                     except UserError as error:
                         shown_cards[name] = failed_card(str(error))
                 yield (tuple(replies.values()), "", *shown_cards.values())
-                for name, reply in replies.items():  # in the order in which the service takes them
+                for name, reply in replies.items():
                     for shown_cards[name] in _follow(reply, image, text):
                         yield (gr.skip(), gr.skip(), *shown_cards.values())
-            finally:
+            finally:  # also when gradio closes this generator, because the visitor has left or asked again
                 stop(replies.values())
 
+        # 3. The events.
         inputs = [picture, question, count, *(control for column in controls for control in column)]
-        # As it was sent: gradio would open pictures itself, and knows no limits; what controls may say, AdaVConfig knows.
+        # preprocess=False: gradio would open pictures itself, without limits. AdaVConfig checks the values of controls.
         sent = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
         for trigger in (ask.click, question.submit):
             trigger(answer, inputs, [running, note, *cards], concurrency_limit=users, concurrency_id="answer", **sent)
         quick = {**sent, "concurrency_limit": None}
         end.click(stop, running, None, **quick)
         sample.click(pick, None, [picture, question], **quick)
-        # In the browser alone: a cancel from the server could end an answer that was asked for right after the change.
+        # Only in the browser: a cancel on the server could end an answer that was requested right after the change.
         picture.change(None, None, cards, js=CLEAR, **quick)
         picture.change(check, picture, note, **quick)
         count.change(lambda n: [gr.update(visible=at < n) for at in range(len(NAMES))], count, columns, **quick)
@@ -171,21 +178,23 @@ def build_page(
 
 
 def first_choices(config: AdaVConfig) -> list[AdaVConfig]:
-    """What the columns show before anyone has chosen: the service's own, a rival with the same budget, everything."""
+    """The initial configurations of the columns: the service's own, another method with its budget, all tokens."""
     rival = "fastervlm" if config.method == "adav" else "adav"
     return [config, replace(config, method=rival), replace(config, method="none")]
 
 
 def stop(replies) -> None:
-    """End what is not over."""
+    """Cancel the replies that have not ended."""
     for reply in replies:
         if not reply.over:
             reply.cancel()
 
 
 def _follow(reply: Reply, image: Image.Image, question: str) -> Iterator[str]:
-    """The card of one answer, as it grows: every so often even where nothing is new, since gradio can only end a
-    generator (its visitor has left) between two things that it yields."""
+    """Yields the card of one answer every REFRESH seconds until it ends.
+
+    It yields even if there is no new text: gradio can end a generator (its visitor has left) only at a yield.
+    """
     try:
         while not reply.over:
             try:
@@ -193,24 +202,26 @@ def _follow(reply: Reply, image: Image.Image, question: str) -> Iterator[str]:
             except TimeoutError:
                 yield running_card(reply.text, question)
         yield answered_card(reply.result(), image, question)
-    except Exception as error:  # a request's own failure: the other columns go on
+    except Exception as error:  # a failed request must not stop the other columns
         yield failed_card(first_line(error))
 
 
 def _open(upload: dict | None, limits: ImageLimits) -> Image.Image:
-    """The picture that was uploaded (gradio's FileData; the guard has seen to it that its path is one of an upload)."""
+    """The uploaded picture. upload: gradio's FileData; the guard has checked that its path is an upload."""
     if not upload:
         raise UserError("there is no picture yet; drop one on the page, or take an example")
     path = Path(upload["path"])
     try:
         return picture_from_file(path, limits)
-    except UserError as error:  # under the name that the user knows, not where it lies here
+    except UserError as error:  # the message must have the name that the user knows, not a path of the server
         raise UserError(str(error).replace(str(path), path.name)) from None
 
 
 def _budget(method: str) -> list[str]:
-    """Classes of the control of vision tokens: out of sight for a method that has no budget, its place kept, so that
-    answers stay beside each other."""
+    """CSS classes of the slider of vision tokens. It is hidden for a method without a budget.
+
+    Its place stays empty, so that the answers of all columns begin at the same height.
+    """
     return ["no-budget"] if method in WHOLE else []
 
 
@@ -241,7 +252,7 @@ def _controls(name: str, start: AdaVConfig, most_tokens: int) -> list:
 
 
 def page_theme() -> gr.themes.Base:
-    """Fonts of the reader's own system, so that nothing is fetched from anywhere."""
+    """The theme of the page. Its fonts are those of the reader's system: gradio's own would be fetched from the web."""
     theme = gr.themes.Default(
         primary_hue="indigo",
         neutral_hue="slate",
