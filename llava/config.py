@@ -260,9 +260,9 @@ def _refuse_unknown(values: dict, where: str) -> None:
 
 
 def add_config_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
-    """--config and one --flag per key of adav_configs.json; what is not given on the command line stays the file's.
+    """Add --config and one flag per key of adav_configs.json to a parser. A key without its flag keeps the file's value.
 
-    default: what a command adds to the help of --config about its own defaults.
+    default: a sentence about the command's own defaults, for the help of --config.
     """
     parser.add_argument(
         "--config", help=f"default: $ADAV_CONFIG, else adav_configs.json of the repository{default and '; ' + default}"
@@ -294,10 +294,10 @@ def config_overrides(args: argparse.Namespace) -> dict:
 
 
 def config_of_flags(args: argparse.Namespace, tokens: int | None = None, flag: str = "", **overrides) -> AdaVConfig:
-    """The configuration file that `args` name, with their overrides and further ones.
+    """The configuration file that `args` name, with the overrides of its flags and of the caller.
 
-    tokens: a budget that another argument of the command gave, which is called `flag`. UserError where that and
-    --overall-tokens differ.
+    tokens: the budget from another argument of the command, whose name is `flag`. UserError where it differs from
+    --overall-tokens.
     """
     overrides |= config_overrides(args)
     if tokens is not None:

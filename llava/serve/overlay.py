@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def configurations(args: argparse.Namespace) -> dict[str, AdaVConfig]:
-    """Method -> the configuration file with the command line's overrides, and that method."""
+    """Method -> its configuration: the file, the flags of the command line, and this method."""
     if "method" in config_overrides(args):
         raise UserError("--method names one method, allowed here is --methods with one or several")
     return {name: config_of_flags(args, args.tokens, "--tokens", method=name) for name in args.methods}

@@ -39,8 +39,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(args: argparse.Namespace) -> AdaVConfig:
-    """The configuration file with the flags' overrides."""
+    """The configuration file with the overrides of the flags. The demo has its own default of overall_tokens."""
     config = config_of_flags(args)
+    # The file's default is meant for LLaVA's larger images, and would drop few tokens of a demo image.
     given = args.config or os.environ.get("ADAV_CONFIG") or args.overall_tokens is not None
     if args.model_path is None and not given:
         return config.replaced(overall_tokens=DEMO.tokens)
