@@ -146,6 +146,7 @@ class Run:
         self.refresh()
 
     def close(self) -> None:
+        """Release the lock of this process. Worker processes that still run keep theirs."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -177,14 +178,17 @@ class Run:
         )
 
     def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
+        """Write the work order of one shard; return its path."""
         path = self.order_of(shard)
         self.order(shard, samples, batch_size).write(path)
         return path
 
     def order_of(self, shard: int) -> Path:
+        """Return the path of the work order of one shard."""
         return self.shards / f"order-{shard}.json"
 
     def answers_of(self, shard: int) -> Path:
+        """Return the path of the answer file of one shard."""
         return self.shards / f"shard-{shard}.jsonl"
 
     def refresh(self) -> None:

@@ -17,6 +17,7 @@ def summarise(rows: list[dict]) -> dict:
     """
     if not rows:
         return {}
+    # 1. Lists over images and samples.
     before = [n for row in rows for n in row["total"]]
     after = [n for row in rows for n in row["kept"]]
     # Rows of earlier versions of the code lack layer_mean, and prefill_flops as well.
@@ -26,6 +27,7 @@ def summarise(rows: list[dict]) -> dict:
     for row in rows:
         for stage, value in row["seconds"].items():
             seconds[stage] += value
+    # 2. Means, sums and maxima.
     order = [*STAGES, *sorted(seconds.keys() - set(STAGES))]
     report = {
         "answered": len(rows),

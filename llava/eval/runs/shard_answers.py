@@ -81,6 +81,7 @@ def merge(samples: list[Sample], answered: dict[tuple, dict], path: Path, model_
     model_id: name of the checkpoint. salt: digest of the run's identity.
     Raises UserError if a sample has no answer, or an answer belongs to no sample.
     """
+    # 1. Answers and samples must match one to one.
     missing = [sample for sample in samples if sample.key not in answered]
     unknown = answered.keys() - {sample.key for sample in samples}
     if missing:
@@ -89,6 +90,7 @@ def merge(samples: list[Sample], answered: dict[tuple, dict], path: Path, model_
         )
     if unknown:
         raise UserError(f"{path.parent}: {len(unknown)} answers belong to no question; run again with --fresh")
+    # 2. The rows, in LLaVA's format.
     try:
         # Imported here, because nothing else that runs a model needs it.
         import shortuuid
