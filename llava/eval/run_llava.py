@@ -3,8 +3,8 @@
     python -m llava.eval.run_llava --model-path M --image-file a.jpg[,b.jpg] --query "What is in the image?"
         [--conv-mode C] [--sep ,] [--visual-token-num K] [--temperature 0] [--max_new_tokens 512] [flags]
 
-Each image gets its placeholder before the query, in the order of the files, unless the query places them itself with
-<image>. Files alone: an address is refused, since what a model is asked about should not depend on the network.
+Each image gets a placeholder before the query, in the order of the files, unless the query has <image> itself. Images
+must be files. An address is refused, because the question to a model should not depend on the network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def image_files(text: str, sep: str) -> list[Path]:
-    """The paths in --image-file; UserError for an address or a file that is not there."""
+    """Return the paths in --image-file. Raises UserError for an address or a missing file."""
     names = [name.strip() for name in (text.split(sep) if sep else [text])]
     for name in names:
         if "://" in name:
@@ -43,7 +43,7 @@ def image_files(text: str, sep: str) -> list[Path]:
 
 
 def question(query: str, images: int) -> str:
-    """The query with one placeholder per image."""
+    """Return the query with one placeholder per image. Raises UserError if it has another number of them."""
     placed = query.count(DEFAULT_IMAGE_TOKEN)
     if placed not in (0, images):
         raise UserError(f"--query places {placed} images with {DEFAULT_IMAGE_TOKEN}, but --image-file names {images}")
@@ -52,6 +52,7 @@ def question(query: str, images: int) -> str:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
+    # 1. Check all input before torch is imported. get_conversation raises for an unknown template.
     args = parse(argv)
     files = image_files(args.image_file, args.sep)
     asked = question(args.query, len(files))
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.model.decoding.engine import Engine
     from llava.model.decoding.sampling import Sampling
 
+    # 2. Images and checkpoint.
     try:
         images = [read_image(path) for path in files]
     except UnreadableImage as error:
@@ -75,12 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     for part, found in (("tokenizer", tokenizer), ("image processor", image_processor)):
         if found is None:
             raise UserError(f"{args.model_path}: has no {part}, which a question needs")
+    # 3. Prompt and tiles.
     prompt = single_turn(args.conv_mode or default_conv_mode(model.config, tokenizer), asked)
     input_ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None].to(model.device)
     pixels = process_images(images, image_processor, model.config, config.option("anyres"))
     prepared = model.prepare(
         input_ids, [tiles.to(model.device, model.dtype) for tiles in pixels], [image.size for image in images]
     )
+    # 4. The answer.
     wanted = Sampling(args.max_new_tokens)
     if decoding:
         wanted = Sampling(args.max_new_tokens, args.temperature, args.top_p or 1.0, decoding["seed"])

@@ -113,7 +113,6 @@ class LoadedCheckpoint:
 
         The result does not depend on a question, so questions about one image can share it.
         """
-        # A batch of text questions only. The tower has no tiles to concatenate then.
         if not images:
             return []
         return self.model.encode([image.pixels for image in images], [image.size for image in images], config, clock)
