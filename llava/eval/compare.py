@@ -2,9 +2,9 @@
 
     python -m llava.eval.compare [--methods adav,random --budgets 25,10,5 --limit N ...]          (make compare)
 
-Each cell (checkpoint, method, budget, seed) is a run of the launcher, so the command goes on where it was interrupted,
-and cells that an earlier start finished cost nothing. A budget is a share of the vision tokens that `none` reads, mean
-over the questions. `none` and `adav` are always measured: budgets and differences are told against them.
+Each cell (checkpoint, method, budget, seed) is a run of the launcher. So the command continues after an interruption,
+and cells that are finished cost nothing. A budget is a share of the vision tokens that `none` reads, as a mean over the
+questions. `none` and `adav` are always measured: budgets are relative to `none`, differences to `adav`.
 Writes compare.csv, compare.md and compare.png.
 """
 
@@ -35,25 +35,29 @@ from llava.methods.index import method_names
 FOLDER = REPOSITORY / "playground" / "compare"
 CHECKPOINTS = "playground/llava-shapes-v1.5,playground/llava-shapes-v1.6"
 REFERENCE = "adav"
-# Ends of the scale: they have no budget.
+# The ends of the scale, all vision tokens and no image. They have no budget.
 ENDS = ("none", "no_image")
 _KEPT = "what is answered is kept; the same command goes on from there"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Questions by default, which keep a whole comparison under an hour on two cores, and samples per batch."""
+    """The default number of questions, and the samples per batch."""
 
     questions: int
     batch: int
 
 
+# With these numbers, a whole comparison takes less than an hour on two cores.
 ONE_TILE, SEVERAL_TILES = Workload(1000, 32), Workload(400, 16)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the comparison. tiles_only: only for checkpoints that cut images into tiles."""
+    """One line of the comparison.
+
+    options: of the method. tiles_only: measured only for checkpoints that cut images into tiles.
+    """
 
     method: str
     options: dict = field(default_factory=dict)
@@ -61,13 +65,18 @@ class Entry:
 
 
 def entries() -> dict[str, Entry]:
-    """Name -> what is measured under it: every method of the configuration, and AdaV as its authors' code keeps."""
+    """Return name -> entry for every method of the configuration, and for AdaV as in its authors' code."""
+    # compat "public" implies the tile rule "fastervlm", which makes sense only for images of several tiles.
     found = {name: Entry(name) for name in method_names()}
     return found | {"adav-public": Entry("adav", {"compat": "public"}, tiles_only=True)}
 
 
 def cells(chosen: list[str], budgets: list[float], seeds: int, full: float) -> list[Cell]:
-    """The cells of one checkpoint but `none`: `full` is the mean of vision tokens per image that `none` reads."""
+    """Return all cells of one checkpoint except `none`.
+
+    chosen: names of `entries`. budgets: percent. seeds: runs of a method that draws at random. full: vision tokens per
+    image that `none` reads, mean over the questions.
+    """
     found = []
     for name in chosen:
         entry = entries()[name]
@@ -75,6 +84,7 @@ def cells(chosen: list[str], budgets: list[float], seeds: int, full: float) -> l
             found += [Cell(name, entry.method)] if name != "none" else []
             continue
         for percent in budgets:
+            # 1e-6: 29 % of 100 is 28.999999999999996 in floating point, and must become 29.
             tokens = max(1, int(percent / 100 * full + 1e-6))
             for seed in range(seeds) if _takes_seed(entry.method) else [None]:
                 options = entry.options | ({} if seed is None else {"seed": seed})
@@ -83,13 +93,14 @@ def cells(chosen: list[str], budgets: list[float], seeds: int, full: float) -> l
 
 
 def _takes_seed(method: str) -> bool:
+    """Return whether a method draws at random."""
     from llava.methods.before_llm import option_names, selector_names
 
     return method in selector_names() and "seed" in option_names(method)
 
 
 class Comparison:
-    """The runs of one checkpoint, none of them started."""
+    """The comparison on one checkpoint. No run is started before `measure`."""
 
     def __init__(self, checkpoint: EvalCheckpoint, output: Path, limit: int | None, device: str):
         self.checkpoint, self.output = checkpoint, output
@@ -99,6 +110,7 @@ class Comparison:
         self.generation = Generation(self.benchmark.max_new_tokens, device=device)
 
     def run(self, cell: Cell) -> Run:
+        """Return the run of a cell."""
         budget = {} if cell.tokens is None else {"overall_tokens": cell.tokens}
         config = AdaVConfig(method=cell.method, options=dict(cell.options), **budget)
         return Run(self.benchmark, config, self.checkpoint, self.generation, self.output, limit=self.limit)
@@ -106,16 +118,18 @@ class Comparison:
     def measure(
         self, chosen: list[str], budgets: list[float], seeds: int, shards: int, devices: list[str], fresh: bool
     ) -> list[dict]:
-        """Answer whatever is missing; the rows of this checkpoint for compare.csv."""
+        """Answer the missing questions; return the rows of this checkpoint for compare.csv."""
 
         def answer(wanted: list[Cell], title: str) -> tuple[dict[Cell, Run], dict[Cell, dict]]:
             runs = {cell: self.run(cell) for cell in wanted}
             reports = evaluate_runs(list(runs.values()), shards, devices, self.load.batch, fresh, title)
             return runs, dict(zip(runs, reports, strict=True))
 
+        # 1. `none` first: its vision tokens turn percentages into numbers of tokens.
         name, whole = self.checkpoint.short_name, Cell("none", "none")
         runs, reports = answer([whole], f"{name}, none")
         full = reports[whole]["vision_tokens_per_image"]["before"]
+        # 2. All other cells share the worker processes, so the checkpoint is loaded once per shard.
         chosen = [entry for entry in chosen if self.checkpoint.anyres or not entries()[entry].tiles_only]
         others = cells(chosen, budgets, seeds, full)
         more_runs, more_reports = answer(others, f"{name}, {len(others)} runs")
@@ -143,12 +157,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in args.methods:
         if name not in known:
             raise UserError(f'--methods: "{name}" is no method, allowed are {", ".join(known)}')
+    # The order of the command line does not matter: methods are in the order of the index.
     args.methods = [name for name in known if name in {*args.methods, "none", REFERENCE}]
     return args
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measure and write compare.csv, anew after each checkpoint, so that an interruption leaves what is finished."""
+    """Measure all checkpoints and write compare.csv."""
     devices = device_groups()
     shards = args.shards or len(devices) or cores()
     checkpoints = [find_checkpoint(name) for name in args.checkpoints]
@@ -159,11 +174,13 @@ def compare(args: argparse.Namespace) -> None:
     rows: list[dict] = []
     for comparison in comparisons:
         rows += comparison.measure(args.methods, args.budgets, args.seeds, shards, devices, args.fresh)
+        # Written after each checkpoint, so that an interruption keeps the finished ones.
         write_rows(rows, args.out / "compare.csv")
 
 
 def present(folder: Path) -> str:
-    """compare.md and compare.png from the compare.csv of `folder`; returns the table."""
+    """Write compare.md and compare.png from the compare.csv in `folder`; return the table."""
+    # Imported here, because matplotlib takes a second to load.
     from llava.eval.results.compare_plot import draw
 
     rows = read_rows(folder / "compare.csv")
@@ -191,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _refuse_same_name(checkpoints: list[EvalCheckpoint]) -> None:
+    """Raise UserError if two checkpoints have the same short name, under which compare.csv would mix them."""
     short = [checkpoint.short_name for checkpoint in checkpoints]
     for name in short:
         if short.count(name) > 1:

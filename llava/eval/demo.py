@@ -2,8 +2,8 @@
 
     python -m llava.eval.demo          (make demo)
 
-Runs the shapes benchmark on the first questions of its test split, through the launcher's own code, afresh each time:
-times are those of this machine, now. Pictures and table also go to playground/demo/.
+Runs the shapes benchmark on the first questions of its test split, with the code of the launcher. All questions are
+answered again each time, so the times are those of this machine now. Pictures and table also go to playground/demo/.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ seventy words about drawn shapes: on a photograph, or asked freely, they answer 
 
 
 def make_runs(scene: Scene, output: Path, limit: int | None = None, device: str = "cpu") -> dict[str, Run]:
-    """Label -> run, none of them started."""
+    """Return label -> run for one checkpoint. No run is started.
+
+    limit: number of questions, at most those of the scene. output: folder above the run folders.
+    """
     checkpoint = find_checkpoint(scene.checkpoint)
     benchmark = BENCHMARKS["shapes"](DATA_ROOT, checkpoint)
     generation = Generation(benchmark.max_new_tokens, device=device)
@@ -52,11 +55,12 @@ def make_runs(scene: Scene, output: Path, limit: int | None = None, device: str 
 
 
 def table(reports: list[tuple[str, str, dict]]) -> str:
-    """(checkpoint, label, report of its run) per line -> the table."""
+    """Return the table in Markdown. reports: (checkpoint, label, report of its run), one per line."""
     head = ("checkpoint", "method", "accuracy", "n", "tokens kept", "ms/question", "KV cache")
     lines = [head]
     for checkpoint, label, report in reports:
         tokens, score = report["vision_tokens_per_image"], report["score"]
+        # Seconds of the stages, summed over shards: time of one question on one shard, without loading.
         milliseconds = 1000 * sum(report["seconds_per_stage"].values()) / report["answered"]
         lines.append(
             (
@@ -73,27 +77,32 @@ def table(reports: list[tuple[str, str, dict]]) -> str:
 
 
 def draw(runs: dict[str, Run]) -> Path:
-    """Write the picture of one checkpoint: which tokens each method kept of one image, side by side.
+    """Draw which tokens of one image each method kept, side by side; return the path of the picture.
 
-    The question is the first one that the whole model answers rightly.
+    runs: the finished runs of one checkpoint. The question is the first that the model with all tokens gets right.
     """
+    # Imported here: they import torch, and the measurements run in worker processes.
     from llava.eval.runs.image_reader import read_image
     from llava.inference.loaded_checkpoint import LoadedCheckpoint
     from llava.mm_utils import tile_plan
     from llava.overlay.page import draw_overlay
 
+    # 1. The question.
     first = next(iter(runs.values()))
     answers = {label: _answers(run) for label, run in runs.items()}
     sample = _first_right(first.samples, answers["none"], first)
+    # 2. What each method keeps of its image.
     generation = first.generation
     loaded = LoadedCheckpoint(
         str(first.checkpoint.folder), config=first.config, device=generation.device, dtype=generation.dtype
     )
     image = read_image(first.benchmark.image_folder / sample.image)
+    # The picture has one division into tiles, so runs with another one cannot be drawn in it.
     official = {label: run for label, run in runs.items() if run.config.option("anyres") == "official"}
     selections = {
         label: loaded.prepare([sample.prompt], [image], run.config).selections[0][0] for label, run in official.items()
     }
+    # 3. The picture.
     picture = draw_overlay(
         image,
         tile_plan(image.size, loaded.model.config),
@@ -110,11 +119,13 @@ def draw(runs: dict[str, Run]) -> Path:
 
 
 def _answers(run: Run) -> dict[tuple, str]:
+    """Return key -> answer of a finished run."""
     rows = [json.loads(line) for line in (run.folder / "merge.jsonl").read_text().splitlines()]
     return {sample.key: row["text"] for sample, row in zip(run.samples, rows, strict=True)}
 
 
 def _first_right(samples: list[Sample], answers: dict[tuple, str], run: Run) -> Sample:
+    """Return the first sample with a right answer, or the first of all if there is none."""
     labels = run.benchmark.labels()
     right = (s for s in samples if answers[s.key].strip().lower() == labels[s.question_id]["answer"].lower())
     return next(right, samples[0])
@@ -129,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.monotonic()
     devices = device_groups()
     shards = len(devices) or min(cores(), 4)
+    # 1. Measure both checkpoints.
     measured, everything = [], []
     for scene in SCENES:
         runs = make_runs(scene, args.output, args.limit, "cuda" if devices else "cpu")
@@ -142,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         name = Path(scene.checkpoint).name
         measured += [(name, label, report) for label, report in zip(runs, reports, strict=True)]
         everything.append(runs)
+    # 2. Draw and print.
     pictures = [draw(runs) for runs in progress_bar("pictures", everything, unit=" pictures")]
     text = table(measured)
     write_atomically(FOLDER / "table.md", text + "\n")

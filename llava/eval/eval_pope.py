@@ -1,8 +1,10 @@
 """POPE's F1 of an answer file, with the flags of LLaVA's script of this name.
 
-    python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file llava_pope_test.jsonl --result-file A.jsonl
+    python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file llava_pope_test.jsonl
+        --result-file A.jsonl
 
-A thin front of llava.eval.benchmarks.pope: joined by key, not by order; the mean of the three F1 is printed too.
+The score is that of llava.eval.benchmarks.pope: answers are joined with labels by key, not by order. The mean of the
+three F1 values is printed too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """ScienceQA's accuracy of an answer file, with the flags of LLaVA's script of this name.
 
-    python -m llava.eval.eval_science_qa --base-dir scienceqa --result-file A.jsonl [--output-file F] [--output-result F]
+    python -m llava.eval.eval_science_qa --base-dir scienceqa --result-file A.jsonl
+        [--output-file F] [--output-result F]
 
-A thin front of llava.eval.benchmarks.sqa. Whether a question had an image is told by the <image> in its prompt, or by the
-image in an answer file of ours.
+The score is that of llava.eval.benchmarks.sqa. A question had an image if its prompt has <image>, or, in an answer file
+of this project, if its metadata has an image.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from llava.eval.benchmarks.answer_file import read_answers
 
 
 def had_image(row: dict) -> bool:
+    """Return whether the question of an answer row had an image."""
     return DEFAULT_IMAGE_TOKEN in str(row.get("prompt")) or "image" in (row.get("metadata") or {})
 
 
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Total: {score['questions']}, Correct: {correct}, Accuracy: {100 * score['accuracy']:.2f}%{images}")
     problems = sqa.read_problems(args.base_dir, args.split)
     picked = {key: sqa.chosen(text, len(problems[key]["choices"])) for key, (text, _) in answers}
+    # The two files have the keys of LLaVA's script, for tools that read them.
     if args.output_file:
         sides: dict[str, list] = {"correct": [], "incorrect": []}
         for key, (text, image) in answers:

@@ -2,7 +2,7 @@
 
     python -m llava.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --result-file A.jsonl | --result-dir DIR
 
-A thin front of llava.eval.benchmarks.textvqa: answers are joined by image id and the question in their prompt.
+The score is that of llava.eval.benchmarks.textvqa: answers are joined by image id and the question in their prompt.
 """
 
 from __future__ import annotations

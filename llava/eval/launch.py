@@ -2,10 +2,10 @@
 
     python -m llava.eval.launch BENCHMARK|all [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
 
-The scripts below scripts/ are this command with a family; "all" are the seven benchmarks of the published table, answered by
-the same processes and printed as that table. Under torchrun each rank takes its share (llava.eval.runs.machines).
-The same command goes on after any interruption, also with another number of shards or ranks.
-A single process imports no torch: whatever is wrong with the input shows before a model is loaded.
+The scripts in scripts/ call this command with a family. "all" means the seven benchmarks of the published table: the
+same processes answer them, and the result is printed as that table. Under torchrun each rank takes its share
+(llava.eval.runs.machines). The same command continues after any interruption, also with another number of shards or
+ranks. A single process imports no torch, so errors of the input show before a model is loaded.
 Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
 """
 
@@ -36,6 +36,7 @@ from llava.eval.runs.worker_processes import device_groups
 def parse(argv: list[str] | None) -> argparse.Namespace:
     env = os.environ
     parser = Parser(prog="python -m llava.eval.launch", description=__doc__.split("\n")[0])
+    # 1. What is evaluated.
     parser.add_argument("benchmark", help=", ".join([*BENCHMARKS, f"or all, which is {', '.join(TABLE)}"]))
     parser.add_argument("tokens", nargs="?", help="vision tokens per image; overrides overall_tokens")
     parser.add_argument("--family", choices=FAMILIES, help="whose checkpoint to evaluate where CKPT names none")
@@ -61,6 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch (default {BATCH_SIZE})"
     )
+    # 4. Questions and answers.
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--split", help="of the benchmark (default: its first)")
     parser.add_argument("--limit", type=positive, help="only the first N questions")
@@ -77,6 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget what this very run has answered already")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
     add_config_flags(parser)
+    # Intermixed, because the scripts put --family between the benchmark and the tokens. Plain parse_args would match
+    # the optional tokens with nothing before it reads the flag, and then refuse them.
     return parser.parse_intermixed_args(argv)
 
 
@@ -89,7 +93,8 @@ def budget(text: str | None) -> int | None:
 
 
 def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
-    """The runs that the command line asks for, every input checked."""
+    """Return the runs that the command line asks for. All input is checked: raises UserError."""
+    # 1. Arguments that exclude each other.
     if args.benchmark not in (*BENCHMARKS, "all"):
         raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join([*BENCHMARKS, "all"])}')
     names = TABLE if args.benchmark == "all" else [args.benchmark]
@@ -102,11 +107,13 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
     name = args.checkpoint or (family and family.checkpoint)
     if not name:
         raise UserError("no checkpoint is named; give --family, --checkpoint or CKPT=")
+    # The family's template belongs to the family's own checkpoint. Another checkpoint says its template itself.
     conversation = args.conv_mode or (family.conversation if family and not args.checkpoint else None)
     if conversation is not None:
         get_conversation(conversation)
     checkpoint = find_checkpoint(name, fetch=not args.plan)
     model_base = find_checkpoint(args.model_base, fetch=not args.plan) if args.model_base else None
+    # 3. One run per benchmark. Making a run reads and checks its questions and images.
     subset = Subset(args.subset, args.subset_seed) if args.subset else None
     runs = []
     for each in names:
@@ -138,7 +145,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks | None = None) -> None:
-    """What the command line asks for, by the only process or by rank 0."""
+    """Run, or with --plan print, what the command line asks for. Called by the only process or by rank 0.
+
+    shards: number of shards of all ranks. devices: those of this process.
+    """
     try:
         runs = plan(args, devices)
     except KeyboardInterrupt:
@@ -151,6 +161,7 @@ def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], 
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))
     if len(runs) > 1:
+        # The unpruned runs in --output are needed too, because the average is relative to them.
         from llava.eval.results.published_table import show_runs
 
         print(show_runs([run.folder for run in runs], args.output))

@@ -1,4 +1,7 @@
-"""LLaVA's command of that name: questions in LLaVA's .jsonl format, short answers (128 tokens) (llava.eval.runs.llava_commands says more)."""
+"""LLaVA's command of this name: questions in LLaVA's .jsonl format, short answers (128 tokens).
+
+llava.eval.runs.llava_commands describes it.
+"""
 
 from llava.eval.runs.llava_commands import main
 

@@ -1,4 +1,7 @@
-"""LLaVA's command of that name: MMBench's table (llava.eval.runs.llava_commands says more)."""
+"""LLaVA's command of this name: the questions of MMBench's table.
+
+llava.eval.runs.llava_commands describes it.
+"""
 
 from llava.eval.runs.llava_commands import main
 

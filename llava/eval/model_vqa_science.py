@@ -1,4 +1,7 @@
-"""LLaVA's command of that name: ScienceQA in LLaVA's format, with or without image (llava.eval.runs.llava_commands says more)."""
+"""LLaVA's command of this name: questions of ScienceQA in LLaVA's format, with or without image.
+
+llava.eval.runs.llava_commands describes it.
+"""
 
 from llava.eval.runs.llava_commands import main
 

@@ -2,8 +2,8 @@
 
     python -m llava.eval.prepare BENCHMARK [--split S] [--source DIR] [--data-root DIR]
 
-Needs the datasets library: pip install "adav[prepare]". A download or a conversion that was interrupted goes on with the
-same command. --source reads a copy of the data set's repository on disk instead of the hub.
+Needs the datasets library: pip install "adav[prepare]". The same command continues an interrupted download or
+conversion. --source reads a copy of the data set's repository on disk instead of the hub.
 Exit codes: 0 done, 2 bad input (one sentence).
 """
 
@@ -25,10 +25,13 @@ from llava.eval.scoring.annotations import told_when_malformed
 
 
 def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = False) -> str:
-    """Write the files of one split of a benchmark; returns a line that says what there is now.
+    """Write the files of one split of a benchmark; return a line of text about the result.
 
-    source: a copy of the data set's repository; None: the hub. partial: another number of questions is no error.
+    source: a copy of the data set's repository; None is the hub. partial: accept another number of questions.
+    Raises UserError if the split has no recipe, if the question file exists and was not made here, and for a malformed
+    data set.
     """
+    # 1. Is there something to do? The stamp tells files of this command from files that the user has downloaded.
     recipe = RECIPES.get(benchmark.name)
     if recipe is None or benchmark.split not in recipe.parts:
         known = ", ".join(f"{name} {'/'.join(entry.parts)}" for name, entry in RECIPES.items())
@@ -39,10 +42,12 @@ def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = Fa
         if not stamp.is_file():
             raise UserError(f"{benchmark.question_file} is there already, and not from here; move it away first")
         return f"{benchmark.name} {benchmark.split}: {read_json(stamp)['questions']:,} questions, prepared before"
+    # 2. Convert.
     parts, expected = recipe.parts[benchmark.split]
     tables = [rows(recipe, config, split, source) for config, split in parts]
     with told_when_malformed(Path(source or recipe.repo)):
         count = recipe.convert(benchmark, *tables)
+    # 3. Check the number. Without the question file, the next start converts again.
     if count != expected and not partial:
         benchmark.question_file.unlink()
         raise UserError(
@@ -55,18 +60,22 @@ def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = Fa
 
 
 def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterable[dict]:
-    """The rows of one part of a data set, images as the files that were uploaded, with a progress bar."""
+    """Return the rows of one part of a data set, with a progress bar. Images are the uploaded files, not decoded.
+
+    config, split: names in the data set. source: a copy of its repository, or None for the hub.
+    """
     try:
         import datasets
     except ImportError:
         raise UserError('prepare needs the datasets library: pip install "adav[prepare]"') from None
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say too
+    # The library logs the same text that its exceptions have, and draws progress bars into log files too.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
-        datasets.disable_progress_bars()  # of its downloads; it draws them into log files too
+        datasets.disable_progress_bars()
     if source is None:
         try:
             table = datasets.load_dataset(recipe.repo, config, split=split)
-        except Exception as error:  # the hub, the network and the disk fail in many ways; all of them end here
+        except Exception as error:  # hub, network and disk raise many types, without a common base
             raise UserError(f"{recipe.repo}, {config} {split}: cannot be loaded ({first_line(error)})") from None
     else:
         folder = source / ("data" if config == "default" else config)
@@ -77,6 +86,7 @@ def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterab
             table = datasets.Dataset.from_parquet(files)
         except Exception as error:  # pyarrow and datasets have no common exception for a damaged file
             raise UserError(f"{folder}: cannot be read as parquet ({first_line(error)})") from None
+    # decode=False: the recipes write the uploaded files. The second case is a column of lists of images (SEED-Bench).
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))

@@ -3,8 +3,8 @@
     python -m llava.eval.run_llava --model-path M --image-file a.jpg[,b.jpg] --query "What is in the image?"
         [--conv-mode C] [--sep ,] [--visual-token-num K] [--temperature 0] [--max_new_tokens 512] [flags]
 
-Each image gets its placeholder before the query, in the order of the files, unless the query places them itself with
-<image>. Files alone: an address is refused, since what a model is asked about should not depend on the network.
+Each image gets a placeholder before the query, in the order of the files, unless the query has <image> itself. Images
+must be files. An address is refused, because the question to a model should not depend on the network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def image_files(text: str, sep: str) -> list[Path]:
-    """The paths in --image-file; UserError for an address or a file that is not there."""
+    """Return the paths in --image-file. Raises UserError for an address or a missing file."""
     names = [name.strip() for name in (text.split(sep) if sep else [text])]
     for name in names:
         if "://" in name:
@@ -42,7 +42,7 @@ def image_files(text: str, sep: str) -> list[Path]:
 
 
 def question(query: str, images: int) -> str:
-    """The query with one placeholder per image."""
+    """Return the query with one placeholder per image. Raises UserError if it has another number of them."""
     placed = query.count(DEFAULT_IMAGE_TOKEN)
     if placed not in (0, images):
         raise UserError(f"--query places {placed} images with {DEFAULT_IMAGE_TOKEN}, but --image-file names {images}")
@@ -51,6 +51,7 @@ def question(query: str, images: int) -> str:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
+    # 1. Check all input before torch is imported. get_conversation raises for an unknown template.
     args = parse(argv)
     files = image_files(args.image_file, args.sep)
     asked = question(args.query, len(files))
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.mm_utils import tokenizer_image_token
     from llava.model.decoding.sampling import Sampling
 
+    # 2. Images and checkpoint.
     try:
         images = [read_image(path) for path in files]
     except UnreadableImage as error:

@@ -2,8 +2,8 @@
 
     python -m llava.eval.score BENCHMARK ANSWERS.jsonl [--split S] [--partial] [--data-root DIR] [--output FILE]
 
-Answers belong to questions by question_id, and by prompt where that repeats; never by their order. Prints the score as
-JSON. Exit codes: 0 done, 2 bad input (one sentence).
+Answers are joined with questions by question_id, and by prompt if an id repeats; never by their order. Prints the score
+as JSON. Exit codes: 0 done, 2 bad input (one sentence).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m llava.eval.table DIR... [--format markdown|csv|latex] [--published MODEL|none] [--output FILE]
 
-DIR: run folders, or folders above them (runs/). One row per checkpoint, configuration and part of the questions; the
-average is relative to the run with method none of the same checkpoint and part, and an average over columns that are not
-all there says so: (6/7). Published rows stand next to those with the same method and budget, with the difference.
-Imports no torch.
+DIR: run folders, or folders above them (runs/). The table has one row per checkpoint, configuration and part of the
+questions. The average is relative to the run with method none of the same checkpoint and part. If columns are missing,
+it says over how many it is: (6/7). Published rows are printed below the rows with the same method and budget, with the
+difference. Imports no torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         write_atomically(args.output, table + "\n")
     print(table)
-    if said:  # beside a table that a program reads, not in it
+    # A program may read CSV or LaTeX from stdout, so the notes go to stderr.
+    if said:
         print(f"\n{said}", file=sys.stdout if args.format == "markdown" else sys.stderr)
 
 

@@ -2,9 +2,9 @@
 
     python -m llava.eval.worker ORDER.json [ORDER.json ...]
 
-Started by llava.eval.launch, which writes the work orders (several configurations of one checkpoint may share a worker) and
-merges the answers. torch is imported last, so that a worker whose launcher is gone ends at once.
-Exit codes: 0 done, 2 bad input (one sentence on stderr), 143 stopped, by SIGTERM after the batch at hand.
+llava.eval.launch starts it, writes the work orders, and merges the answers. One worker may have orders of several
+configurations of one checkpoint. torch is imported last, so that a worker whose launcher is gone ends at once.
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 143 stopped by SIGTERM, after the current batch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ import warnings
 from llava.common.errors import exits_cleanly
 from llava.eval.runs.work_order import WorkOrder
 
+# 128 + 15: the exit code of a shell for a process that SIGTERM ended.
 STOPPED = 143
 
 
 def _end_with_the_launcher() -> None:
-    """Exit when the launcher's end of our stdin closes, however it died: nobody would merge what we go on to write."""
+    """Start a thread that ends this process when the launcher's end of stdin closes.
+
+    stdin closes whenever the launcher dies, also by SIGKILL. Nobody would merge further answers.
+    """
 
     def watch():
         while os.read(0, 1):
             pass
+        # sys.exit would end only this thread.
         os._exit(STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -44,11 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     orders = [WorkOrder.read(path) for path in args.orders]
     from llava.eval.runs.answer_shard import ShardAnswerer
 
-    # The launcher passes these on; whatever else is printed goes to the shard's log.
+    # The launcher shows lines that begin with "warning: ". All other output goes to the shard's log.
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     answerer = ShardAnswerer(orders[0])
-    # Only now: until here there is nothing to finish, and SIGTERM may end the process at once.
+    # Not earlier: before the first batch there is nothing to finish, and SIGTERM may end the process at once.
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     for order in orders:

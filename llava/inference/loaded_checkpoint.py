@@ -1,4 +1,6 @@
-"""LoadedCheckpoint: a checkpoint that answers questions. Evaluation, serving, overlay, lmms-eval and analyses load with it.
+"""LoadedCheckpoint: a loaded checkpoint that answers questions.
+
+Evaluation, serving, overlay, lmms-eval and the analyses all load a checkpoint with it.
 
 loaded = LoadedCheckpoint("playground/llava-shapes-v1.6", config=config)
 prepared = loaded.prepare(["What color is the circle?"], [image], config)
@@ -28,25 +30,31 @@ from llava.model.encoded_images import EncodedImage
 
 @dataclass(frozen=True)
 class Pixels:
-    """An image as the vision tower takes it: pixels [3, H, W] or [T, 3, H, W], and (width, height) of the original."""
+    """One image as input of the vision tower.
+
+    pixels: [3, H, W] for one tile, [T, 3, H, W] for several. size: (width, height) of the original image in pixels.
+    """
 
     pixels: Tensor
     size: tuple[int, int]
 
     def pin_memory(self) -> Pixels:
-        """The same in pinned memory; DataLoader calls it where it is told to pin."""
+        """Return a copy in pinned memory."""
+        # DataLoader pins tensors and containers by itself. For any other object it calls this method.
         return Pixels(self.pixels.pin_memory(), self.size)
 
 
 class LoadedCheckpoint:
     """Tokenizer, model, image processor and engine of one checkpoint.
 
-    path, model_base: folder or hub name, and the LLM under a LoRA or projector-only checkpoint. config: the model's own.
-    device: "cpu", "cuda", or "auto", which is the GPU where there is one; device_map: as transformers takes it, in place of
-    device. dtype: a name, or "auto". purpose: what the checkpoint is needed for, in the error message.
+    path: folder or hub name. model_base: the LLM under a LoRA or projector-only checkpoint, or None.
+    config: the configuration that the model is loaded with.
+    device: "cpu", "cuda", or "auto" (the GPU if there is one). device_map: passed to transformers; replaces device.
+    dtype: name of a dtype, or "auto". purpose: words for the error message: what the checkpoint is needed for.
 
-    shape: sizes that costs are counted from. conversation: the template of the checkpoint. context: positions of the LLM.
-    Raises UserError where the checkpoint has no tokenizer or image processor, and for "cuda" without a GPU.
+    Attributes: shape has the sizes that costs are counted from; conversation is the name of the checkpoint's
+    conversation template; context is the LLM's number of positions.
+    Raises UserError if the checkpoint has no tokenizer or no image processor, and for "cuda" without a GPU.
     """
 
     def __init__(
@@ -73,20 +81,26 @@ class LoadedCheckpoint:
             torch_dtype=dtype,
         )
         for part, found in (("tokenizer", self.tokenizer), ("image processor", self.image_processor)):
+            # The loader returns None for a missing part, because some callers (training) can do without it.
             if found is None:
                 raise UserError(f"{path}: has no {part}, which {purpose} needs")
+        # With a device_map, layers may be on several devices. Prompts go to the device of the word embeddings.
         self.device = self.model.get_input_embeddings().weight.device
         self.engine = Engine(self.model, self.tokenizer)
         self.shape = ModelShape.from_config(self.model.config)
         self.conversation = default_conv_mode(self.model.config, self.tokenizer)
 
     def pixels(self, image: Image.Image, config: AdaVConfig) -> Pixels:
-        """An image cut into tiles, as the checkpoint and the configuration want it."""
+        """Cut an image into tiles, by the rule of the checkpoint and the option `anyres` of the configuration."""
         (tiles,) = process_images([image], self.image_processor, self.model.config, config.option("anyres"))
         return Pixels(tiles, image.size)
 
     def token_ids(self, prompt: str, has_image: bool, conversation: str | None = None) -> Tensor:
-        """[S] ids of a conversation of one turn; the image's placeholder comes first."""
+        """Return the token ids [S] of a conversation of one turn.
+
+        conversation: name of a template; None takes the checkpoint's. With an image, its placeholder comes first.
+        """
+        # Placeholder and line break before the question: the order that LLaVA's checkpoints were trained with.
         placeholder = DEFAULT_IMAGE_TOKEN + "\n" if has_image else ""
         text = single_turn(conversation or self.conversation, placeholder + prompt)
         return tokenizer_image_token(text, self.tokenizer, return_tensors="pt")
@@ -95,7 +109,10 @@ class LoadedCheckpoint:
     def encode(
         self, images: Sequence[Pixels], config: AdaVConfig, clock: StageClock | None = None
     ) -> list[EncodedImage]:
-        """Pixels through the vision tower and, where need be, the projector. No question changes the result."""
+        """Encode images with the vision tower and, unless the method defers it, the projector.
+
+        The result does not depend on a question, so questions about one image can share it.
+        """
         if not images:
             return []
         return self.model.encode([image.pixels for image in images], [image.size for image in images], config, clock)
@@ -108,7 +125,10 @@ class LoadedCheckpoint:
         config: AdaVConfig,
         conversation: str | None = None,
     ) -> PreparedPrompt:
-        """A batch of questions. images: one for each prompt, None where it has none."""
+        """Prepare a batch of questions about encoded images.
+
+        images: one entry per prompt; None for a prompt without image.
+        """
         rows = [
             self.token_ids(prompt, image is not None, conversation)
             for prompt, image in zip(prompts, images, strict=True)
@@ -117,7 +137,11 @@ class LoadedCheckpoint:
 
     @torch.inference_mode()
     def prepare_ids(self, rows: Sequence[Tensor], images: list[EncodedImage], config: AdaVConfig) -> PreparedPrompt:
-        """A batch of token ids [S] with placeholders; images: flat, in reading order."""
+        """Prepare a batch of token ids.
+
+        rows: ids [S] of each row, with placeholders. images: flat over the batch, in reading order.
+        """
+        # The mask goes along, because ids alone do not tell padding: a pad id may also be a real token of the prompt.
         ids, mask = left_pad(list(rows), self.engine.pad)
         return self.model.prepare(ids, attention_mask=mask, config=config, encoded=images)
 
@@ -128,7 +152,10 @@ class LoadedCheckpoint:
         config: AdaVConfig,
         conversation: str | None = None,
     ) -> PreparedPrompt:
-        """A batch of questions about images that are decoded already: encode, then splice."""
+        """Prepare a batch of questions about decoded images: encode, then splice.
+
+        images: one entry per prompt; None for a prompt without image.
+        """
         encoded = iter(self.encode([self.pixels(image, config) for image in images if image is not None], config))
         return self.splice(
             prompts, [None if image is None else next(encoded) for image in images], config, conversation

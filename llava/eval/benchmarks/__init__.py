@@ -1,4 +1,4 @@
-"""One file per benchmark: where its files lie, what is asked, how answers are scored. Imports no torch."""
+"""Benchmarks, one file each: where its files are, its questions and its score. Imports no torch."""
 
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.gqa import GQA

@@ -1,4 +1,4 @@
-"""Files of answers, ours (merge.jsonl) or LLaVA's: read, joined with the questions by key, and scored."""
+"""Answer files, of this project (merge.jsonl) or of LLaVA: they are read, joined with the questions, and scored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava.eval.benchmarks.questions import Sample, read_lines
 
 
 def read_answers(path: Path) -> list[dict]:
-    """The rows of an answer file. UserError for a damaged line, or one without question_id and text."""
+    """Return the rows of an answer file. Raises UserError for a damaged line, or one without question_id and text."""
     rows = []
     for number, row in read_lines(path):
         if not isinstance(row.get("question_id"), (int, str)) or not isinstance(row.get("text"), str):
@@ -24,7 +24,7 @@ def read_answers(path: Path) -> list[dict]:
 
 
 def answers_by_id(path: Path) -> list[tuple]:
-    """(question_id, text) of an answer file in which no id comes twice; UserError counts those that do."""
+    """Return (question_id, text) of each row of an answer file. Raises UserError if a question_id repeats."""
     rows = read_answers(path)
     ids = [row["question_id"] for row in rows]
     twice = len(ids) - len(set(ids))
@@ -36,11 +36,12 @@ def answers_by_id(path: Path) -> list[tuple]:
 def match(
     samples: list[Sample], rows: list[dict], path: Path, partial: bool = False
 ) -> tuple[list[Sample], list[dict]]:
-    """The samples that `rows` (of `path`) answer, and the rows in the same order, which is that of the samples.
+    """Return (the answered samples, their rows), both in the order of `samples`.
 
-    Raises UserError, with counts, for answers to other questions, several answers to one, and, unless `partial`,
-    questions without an answer.
+    rows: from `path`, in any order. Raises UserError, with counts, for answers to other questions, for several answers
+    to one question, and, unless `partial`, for questions without an answer.
     """
+    # 1. Join by question_id as a string (some of LLaVA's files have numbers where others have strings), and by prompt.
     by_id: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_id[str(sample.question_id)].append(sample)
@@ -55,6 +56,7 @@ def match(
             again += 1
         else:
             unknown_ids += 1
+    # 2. Report all problems in one message.
     problems = []
     if unknown_ids:
         problems.append(f"{unknown_ids} of {len(rows)} answers are to none of these {len(samples)} questions")
@@ -71,7 +73,8 @@ def match(
 
 
 def _asked(row: dict, sample: Sample) -> bool:
-    """Whether the row's prompt is the sample's; LLaVA's files leave the instruction out for some benchmarks."""
+    """Return whether the prompt of a row is that of the sample. A row without prompt is decided by its id alone."""
+    # For some benchmarks, LLaVA's answer files have the prompt with the instruction, for others without it.
     if not isinstance(row.get("prompt"), str):
         return True
     prompt = row["prompt"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
@@ -79,7 +82,10 @@ def _asked(row: dict, sample: Sample) -> bool:
 
 
 def score_file(benchmark: Benchmark, path: Path, partial: bool = False) -> dict:
-    """The score of an answer file, labelled where only a part of the questions is answered and `partial` allows it."""
+    """Return the score of an answer file.
+
+    partial: allow unanswered questions; the score is then labelled. Raises UserError as `match` does.
+    """
     samples = benchmark.load_questions()
     answered, rows = match(samples, read_answers(path), path, partial)
     if len(answered) < len(samples):

@@ -1,4 +1,4 @@
-"""Base of every benchmark: files in LLaVA's layout, a prompt per row, and a score or an upload file at the end."""
+"""Benchmark, the base class of all benchmarks: files in LLaVA's layout, a prompt per row, a score or an upload file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llava.eval.scoring.verdicts import Verdict
 class Benchmark(ABC):
     """One split of one benchmark, for one run or one file of answers.
 
-    A subclass says where its files are (`question_file`, `image_folder`, `annotation_files`), what to ask (`prompt`),
-    and how answers are judged (`score`). One that reads another format than LLaVA's .jsonl overrides `read`.
+    A subclass says where its files are (`question_file`, `image_folder`, `annotation_files`), what to ask (`prompt`)
+    and how answers are scored (`score`). A subclass whose questions are not in LLaVA's .jsonl format overrides `read`.
 
-    data_root   folder with one sub-folder per benchmark (playground/data/eval as LLaVA users know it)
-    checkpoint  whose answers are judged; None where only a file of answers is known
-    split       one of `splits`, the first if None
+    data_root   folder with one sub-folder per benchmark (LLaVA's playground/data/eval)
+    checkpoint  the checkpoint whose answers are scored; None if only a file of answers is known
+    split       one of `splits`; None takes the first
     """
 
     name: ClassVar[str]
@@ -38,7 +38,7 @@ class Benchmark(ABC):
         self.data_root = Path(data_root)
         self.checkpoint = checkpoint
         self.split = split or self.splits[0]
-        #: What part of the split is asked, in words for the score ("the first 100 of 5,000"); None: all of it.
+        #: The part of the split that is asked, in words for the score ("the first 100 of 5,000"); None: all of it.
         self.partial: str | None = None
 
     @property
@@ -51,56 +51,63 @@ class Benchmark(ABC):
 
     @abstractmethod
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """What goes into score.json: a score, joined by the sample's key and never by order, or an upload file's path.
+        """Return the content of score.json: a score, or the path of an upload file that this call writes.
 
-        samples[i] was answered by rows[i] (a row of merge.jsonl). folder: the run's, for further files. Annotations
-        without an answer are an error unless `self.partial`; answers without an annotation always are.
+        rows[i] is the answer to samples[i], a row of merge.jsonl. folder: folder of the run, for further files.
+        Answers and annotations are joined by key, never by order. Raises UserError for an answer without annotation,
+        and, unless `self.partial`, for an annotation without answer.
         """
 
     def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
-        """What each answer is worth, in the order of `samples`; None where a server alone can tell.
+        """Return the verdict of each answer, in the order of `samples`; None if only a server can judge them.
 
-        samples, rows, folder: as for `score`, of a run that is scored already. Their `terms` add up to its headline.
+        samples, rows, folder: as for `score`, of a run that has been scored. The verdicts' `terms` add up to the
+        headline of that score.
         """
         return None
 
     def finish(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """The score of a finished run, labelled where only a part of the split was asked."""
+        """Return the score of a finished run, with a label if only a part of the split was asked."""
         label = {"partial": self.partial} if self.partial else {}
         return {**label, **self.score(samples, rows, folder)}
 
     def published(self, score: dict) -> float | None:
-        """The number of a score that published tables print: percent, or points. None: the server alone knows it."""
+        """Return the number of a score that published tables print: percent or points. None if there is no score."""
         if self.headline is None or self.headline not in score:
             return None
         return score[self.headline] * (1 if self.points else 100)
 
     def make_data(self) -> None:  # noqa: B027 (nothing to make is the usual case)
-        """Build files that need no download; does nothing where they are there."""
+        """Build files that need no download. Does nothing if they exist."""
 
     def prompt(self, row: dict) -> str:
-        """The question as the model reads it, without image placeholder and conversation template."""
+        """Return the question as the model reads it, without image placeholder and conversation template."""
         return row["text"]
 
     def group(self, sample: Sample) -> Hashable:
-        """Samples of one group are scored together (rotations, pairs): a subset takes whole groups. Here each alone."""
+        """Return the group of a sample. The samples of a group are scored together, so a subset takes whole groups.
+
+        By default each sample is its own group. MMBench groups the rotations of a question, MME the pair of an image.
+        """
         return sample.key
 
     def annotation_files(self) -> list[Path]:
-        """Files and folders without which answers cannot be scored, or their upload file not be written."""
+        """Return the files and folders that are needed to score answers or to write their upload file."""
         return []
 
     def needed_files(self) -> list[Path]:
-        """Files and folders without which the run could not be scored in the end; checked before it starts."""
+        """Return the files and folders that must exist before a run starts."""
+        # The annotations too: a run of many hours should not fail at its score.
         return [self.question_file, self.image_folder, *self.annotation_files()]
 
     def read(self) -> list[Sample]:
+        """Return all samples of the split, without a look at their images."""
         return read_questions(self.question_file, self.prompt)
 
     def load(self, limit: int | None = None, subset: Subset | None = None) -> list[Sample]:
-        """The checked samples of this benchmark: all, the first `limit`, or a drawn `subset`.
+        """Return the checked samples of this benchmark: all, the first `limit`, or a drawn `subset`.
 
-        Sets `partial` where they are not all. Raises UserError for whatever is wrong.
+        Sets `partial` if they are not all. Raises UserError for a missing file or image, or a malformed question.
         """
         self.make_data()
         self._refuse_missing(self.needed_files())
@@ -113,11 +120,11 @@ class Benchmark(ABC):
         return samples
 
     def chosen(self, every: list[Sample], limit: int | None, subset: Subset | None) -> list[Sample]:
-        """The part of all samples that a run asks."""
+        """Return the part of all samples that a run asks."""
         return subset.draw(every, self.group) if subset else every[:limit]
 
     def load_questions(self) -> list[Sample]:
-        """The samples without their images: what scoring a file of answers needs."""
+        """Return all samples without checking their images. This is enough to score a file of answers."""
         self._refuse_missing([self.question_file, *self.annotation_files()])
         return self.read()
 
@@ -128,9 +135,9 @@ class Benchmark(ABC):
                 raise UserError(f"{path}: missing, benchmark {self.name} needs it{hint}")
 
     def upload_file(self, folder: Path, place: Path, suffix: str) -> Path:
-        """Where the upload file goes: place/<checkpoint>/<run>.<suffix>, as LLaVA's scripts lay them out.
+        """Return the path of the upload file: place/<checkpoint>/<run>.<suffix>, the layout of LLaVA's scripts.
 
-        Beside the answers, in `folder`, where no checkpoint is known.
+        If no checkpoint is known, the file is in `folder`, beside the answers.
         """
         if self.checkpoint is None:
             return folder / f"{self.name}-{self.split}-upload.{suffix}"

@@ -1,8 +1,8 @@
 """GQA testdev-balanced (arXiv 1902.09506): exact match of one answer.
 
-Files below gqa/: LLaVA's questions (llava_gqa_testdev_balanced.jsonl), and in data/ the images (images/) and the official
-testdev_balanced_questions.json. Answers lose a final period and their capitals, as LLaVA's converter does it, and are
-compared as eval.py does it. Joined by question_id.
+Files in gqa/: LLaVA's questions (llava_gqa_testdev_balanced.jsonl). Files in gqa/data/: the images (images/) and the
+official testdev_balanced_questions.json. The final period is removed and capitals become small letters, as in LLaVA's
+converter (convert_gqa_for_eval.py). The comparison is that of the official eval.py. Answers are joined by question_id.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from llava.eval.scoring.verdicts import Verdict
 
 
 class GQA(Benchmark):
+    """GQA, split testdev-balanced."""
+
     name = "gqa"
     splits = ("testdev-balanced",)
     headline = "accuracy"
@@ -60,12 +62,15 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def prediction(text: str) -> str:
-    """The answer as the official evaluation is given it."""
+    """Return an answer in the form that the official evaluation receives."""
     return text.rstrip(".").lower()
 
 
 def judge(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> list[Verdict]:
-    """(question_id, answer) pairs against {question_id: {answer, types}}; their kind is GQA's structural type."""
+    """Return the verdicts of (question_id, answer) pairs. Their kind is GQA's structural type.
+
+    questions: {question_id: {answer, types}}, read from `source`. Raises UserError as `join` does.
+    """
     with told_when_malformed(source):
         labels = [
             (key, (entry["answer"], entry.get("types", {}).get("structural"))) for key, entry in questions.items()
@@ -77,8 +82,12 @@ def judge(answers: list[tuple], questions: dict, source: Path, partial: bool = F
 
 
 def score(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> dict:
-    """Accuracy of (question_id, answer) pairs against {question_id: {answer, types}}; overall, open and binary."""
+    """Return the accuracy of (question_id, answer) pairs: overall, on open and on binary questions.
+
+    questions: {question_id: {answer, types}}, read from `source`.
+    """
     verdicts, groups = judge(answers, questions, source, partial), defaultdict(list)
+    # eval.py's division: "query" is open; verify, logical, choose and compare are binary.
     for verdict in verdicts:
         for structure in verdict.kinds:
             groups["open" if structure == "query" else "binary"].append(verdict.value)
@@ -88,5 +97,5 @@ def score(answers: list[tuple], questions: dict, source: Path, partial: bool = F
 
 
 def write_predictions(answers: list[tuple], path: Path) -> None:
-    """The file that the official eval.py reads: [{questionId, prediction}]."""
+    """Write the file that the official eval.py reads: [{questionId, prediction}]."""
     write_json(path, [{"questionId": key, "prediction": prediction(text)} for key, text in answers], indent=None)

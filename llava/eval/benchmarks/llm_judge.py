@@ -1,6 +1,7 @@
-"""A grader behind any OpenAI-compatible chat endpoint: one score between 0 and 1 per text, asked once and kept.
+"""Judge: an LLM behind an OpenAI-compatible chat endpoint that grades answers with a number between 0 and 1.
 
-JUDGE_URL=https://.../v1 JUDGE_MODEL=gpt-4-0613 JUDGE_API_KEY=... (read from the environment, never stored or printed)
+Each answer is graded once, and the grade is kept in a file. Settings come from the environment:
+JUDGE_URL=https://.../v1 JUDGE_MODEL=gpt-4-0613 JUDGE_API_KEY=... (the key is never stored or printed)
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from llava.common.files import as_user_error_on_write, digest_of, repair
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.questions import read_lines
 
-TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # a reply that is no score is asked for again, a little warmer each time
+# If a reply is no number, the judge is asked again at the next temperature: at the same one it would repeat itself.
+TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
+# HTTP codes of a server that may answer later: too many requests, and errors of the server or a proxy.
 BUSY = (429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """url: of the API (".../v1"); wait: seconds before the second try of a busy server, doubled each time."""
+    """A judge. url: address of the API (".../v1"). wait: seconds before the second try, doubled for each later one."""
 
     url: str
     model: str
@@ -33,7 +36,7 @@ class Judge:
 
     @classmethod
     def from_environment(cls) -> Judge | None:
-        """The judge that JUDGE_URL names, None where there is none."""
+        """Return the judge that JUDGE_URL and JUDGE_MODEL name; None if JUDGE_URL is not set."""
         url, model = os.environ.get("JUDGE_URL"), os.environ.get("JUDGE_MODEL")
         if not url:
             return None
@@ -42,7 +45,7 @@ class Judge:
         return cls(url.rstrip("/"), model, os.environ.get("JUDGE_API_KEY", ""))
 
     def reply(self, prompt: str, temperature: float) -> str:
-        """What the model says; UserError where the server does not answer."""
+        """Return the reply of the model. Raises UserError if the server refuses, or gives no reply in four tries."""
         body = {"model": self.model, "temperature": temperature, "messages": [{"role": "user", "content": prompt}]}
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -52,6 +55,7 @@ class Judge:
             try:
                 with urllib.request.urlopen(request, timeout=120) as response:
                     return json.load(response)["choices"][0]["message"]["content"]
+            # HTTPError first: it is an OSError too, but a refusal (a wrong key, say) must not be tried again.
             except urllib.error.HTTPError as error:
                 if error.code not in BUSY or attempt == 3:
                     raise UserError(f"{self.url}: the judge refuses with HTTP {error.code} {error.reason}") from None
@@ -62,7 +66,7 @@ class Judge:
         raise AssertionError("the last attempt returns or raises")
 
     def grade(self, prompt: str) -> float:
-        """The score between 0 and 1 that the reply begins with; UserError where no temperature brings one."""
+        """Return the number between 0 and 1 that the reply starts with. Raises UserError if no reply has one."""
         for temperature in TEMPERATURES:
             words = (self.reply(prompt, temperature) or "").split()
             try:
@@ -75,19 +79,24 @@ class Judge:
 
 
 def graded_as(model: str, prompt: str) -> str:
-    """What a grade is kept under."""
+    """Return the key of a kept grade: a digest, so that a change of the model or the prompt asks again."""
     return digest_of([model, prompt])
 
 
 def kept_grades(kept: Path) -> dict[str, float]:
-    """`graded_as` -> grade, of a file that `grade_all` wrote; nothing where there is none."""
+    """Return `graded_as` -> grade of a file that `grade_all` wrote; {} if there is no such file."""
     return {row["prompt"]: row["grade"] for _, row in read_lines(kept)} if kept.is_file() else {}
 
 
 def grade_all(judge: Judge, prompts: dict[str, str], kept: Path) -> dict[str, float]:
-    """name -> grade. Every grade is written to `kept` (.jsonl) at once, and what it holds already is not asked again."""
+    """Grade prompts; return name -> grade.
+
+    prompts: name -> prompt. kept: a .jsonl file. Each grade is written to it at once, and a grade that it has already
+    is not asked for again, because calls of a judge cost money.
+    """
+    # A kill may have left a torn last line. It is removed, and its grade is asked for again.
     if kept.is_file():
-        repair(kept)  # a line that a kill tore is asked for again
+        repair(kept)
     known, grades = kept_grades(kept), {}
     with as_user_error_on_write(kept), open(kept, "a", encoding="utf-8") as file:
         for name, prompt in progress_bar("judge", prompts.items(), unit=" answers"):

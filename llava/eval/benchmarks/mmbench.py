@@ -1,9 +1,10 @@
 """MMBench (arXiv 2307.06281), English: local circular accuracy on dev, and the server's upload file for dev and test.
 
-Files below mmbench/: mmbench_dev_20230712.tsv or mmbench_test_20230712.tsv, which hold the images in base64; they are
-unpacked into mmbench/images on the first run. The same question comes once per rotation of its options, the indices equal
-modulo 1,000,000; it counts as right where every rotation is. The server matches free text by an LLM, this scorer
-letters alone, so it may differ a little. Joined by index.
+Files in mmbench/: mmbench_dev_20230712.tsv or mmbench_test_20230712.tsv. They contain the images in base64, which are
+unpacked into mmbench/images on the first run. A question is asked once per rotation of its options; the indices of
+these rows are equal modulo 1,000,000. It counts as right only if all its rotations are right (circular evaluation).
+The server matches free text with an LLM, this scorer matches letters only, so the two may differ a little. Answers are
+joined by index.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.multiple_choice import option_letter
 from llava.eval.scoring.verdicts import MEAN, Verdict
 
+# The row of rotation r of question i has the index i + r * ROTATION.
 ROTATION = 1_000_000
 LETTERS = "ABCD"
+# The columns that LLaVA's convert_mmbench_for_submission.py drops; the newer tables write l2-category with a capital L.
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category", "L2-category")
 
 
 class MMBench(Benchmark):
+    """MMBench in English: dev is scored here, test only by the server."""
+
     name = "mmbench"
     splits = ("dev", "test")
     headline = "accuracy"
@@ -56,7 +61,7 @@ class MMBench(Benchmark):
         return sample.question_id % ROTATION
 
     def make_data(self) -> None:
-        """Unpack the images, each under the hash of its content, so that rotations share one file."""
+        """Unpack the images. The file name is a hash of the content, so rotations of a question share one file."""
         if not self.question_file.is_file():
             return
         with as_user_error_on_write(self.image_folder):
@@ -64,6 +69,7 @@ class MMBench(Benchmark):
             for row in progress_bar("images", read_table(self.question_file), unit=" rows"):
                 content = _content(row, self.question_file)
                 path = self.image_folder / _name(content)
+                # Another run may unpack at the same time. With the rename, no run ever sees half of an image.
                 if not path.exists():
                     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
                     temporary.write_bytes(content)
@@ -82,8 +88,10 @@ class MMBench(Benchmark):
         return samples
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
+        """Return the circular accuracy (dev), and write the upload file if all questions were asked."""
         answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
         table = [sample.row for sample in samples]
+        # An upload has to cover the whole split.
         if self.partial is None:
             place = self.folder / "answers_upload" / self.question_file.stem
             upload = self.upload_file(folder, place, "xlsx")
@@ -94,7 +102,11 @@ class MMBench(Benchmark):
         return {**(score(answers, table, self.question_file) if self.split == "dev" else {}), **written}
 
     def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
-        """Every rotation is judged; a question counts in the headline with the last of them."""
+        """Return one verdict per rotation; None for test.
+
+        The terms of a question are in the verdict of its last rotation, because only then it is known whether all of
+        them are right.
+        """
         if self.split != "dev":
             return None
         left = Counter(self.group(sample) for sample in samples)
@@ -112,11 +124,13 @@ class MMBench(Benchmark):
 
 
 def read_table(path: Path) -> list[dict]:
-    """The rows of an MMBench .tsv: column -> text, without empty cells; "index" is a number.
+    """Return the rows of an MMBench .tsv: column -> text, without empty cells; "index" is a number.
 
-    An "image" that is another row's index stands for that row's image. UserError says what is wrong with the file.
+    If the "image" of a row is the index of another row, that row's image is used. Raises UserError if the file is
+    damaged.
     """
-    limit = csv.field_size_limit(1 << 30)  # the module's own limit is below the size of an image
+    # The default limit (131,072 characters) is below the size of an image in base64. It is global, so it is restored.
+    limit = csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
@@ -125,6 +139,7 @@ def read_table(path: Path) -> list[dict]:
     finally:
         csv.field_size_limit(limit)
     for number, row in enumerate(rows, 1):
+        # DictReader puts cells beyond the header under the key None, and None into cells that are missing.
         missing = [name for name in ("index", "question", "A", "image") if not row.get(name)]
         if missing or None in row or None in row.values() or not row["index"].isdigit():
             what = f"lacks {', '.join(missing)}" if missing else "is not a row of the table"
@@ -139,11 +154,12 @@ def read_table(path: Path) -> list[dict]:
 
 
 def _empty(cell) -> bool:
+    # LLaVA's is_none treats "nan" and "none" as missing too: pandas writes a missing value as "nan".
     return cell is None or (isinstance(cell, str) and cell.lower() in ("", "nan", "none"))
 
 
 def question(row: dict) -> str:
-    """Hint, question and options A. to D. up to the first that is missing, one per line."""
+    """Return hint, question and options, one per line. The options A. to D. end at the first that is missing."""
     lines = [row["hint"]] if "hint" in row else []
     lines.append(row["question"])
     for letter in LETTERS:
@@ -154,6 +170,7 @@ def question(row: dict) -> str:
 
 
 def _content(row: dict, path: Path) -> bytes:
+    """Return the image file of a row. Raises UserError if its cell is not base64."""
     try:
         return base64.b64decode(row["image"], validate=True)
     except ValueError:
@@ -165,7 +182,10 @@ def _name(content: bytes) -> str:
 
 
 def score(answers: list[tuple], table: list[dict], source: Path, partial: bool = False) -> dict:
-    """Circular accuracy of (index, answer) pairs: a question is right where all of its rotations are."""
+    """Return the circular accuracy of (index, answer) pairs: a question is right if all its rotations are right.
+
+    table: rows of `read_table`. source: the file, for messages. single_pass_accuracy counts each rotation by itself.
+    """
     unlabelled = sum("answer" not in row for row in table)
     if unlabelled:
         raise UserError(f"{source}: {unlabelled} of {len(table)} rows have no answer, so this split is the server's")
@@ -187,7 +207,10 @@ def score(answers: list[tuple], table: list[dict], source: Path, partial: bool =
 
 
 def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
-    """The .xlsx that the server takes: the table without images and notes, predictions in the seventh column."""
+    """Write the .xlsx that the server takes: the table without images and notes, and a column of predictions.
+
+    answers: index -> answer. Raises UserError if openpyxl is not installed.
+    """
     try:
         from openpyxl import Workbook
     except ImportError:
@@ -196,7 +219,9 @@ def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
         ) from None
 
     columns = list(dict.fromkeys(name for row in table for name in row if name not in NOT_UPLOADED))
+    # These two were added by `MMBench.read`.
     columns = [name for name in columns if name not in ("question_id", "text")]
+    # The predictions are the seventh column, after the options, as LLaVA's script inserts them.
     order = [name for name in ("index", "question", *LETTERS) if name in columns]
     rest = [name for name in columns if name not in order]
     book = Workbook(write_only=True)

@@ -1,8 +1,9 @@
 """MME (arXiv 2306.13394): two yes/no questions per image, in 14 sub-tasks; points for perception and cognition.
 
-Files below MME/: LLaVA's questions (llava_mme.jsonl) and MME_Benchmark_release_version, which holds per sub-task the images
-and one .txt of questions and answers per image (side by side, or in images/ and questions_answers_YN/). Joined by
-(sub-task, image, question without instruction). The answers are also written as the official calculation.py reads them.
+Files in MME/: LLaVA's questions (llava_mme.jsonl) and the folder MME_Benchmark_release_version. For each sub-task, this
+folder has the images, and per image one .txt of questions and answers. Both are in the same folder, or in images/ and
+questions_answers_YN/. Answers are joined by (sub-task, image, question without instruction). They are also written in
+the format that the official calculation.py reads.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ YES_NO = "Please answer yes or no."
 
 
 class MME(Benchmark):
+    """MME. The headline is the points of perception, as published tables print them."""
+
     name = "mme"
     headline = "perception"
     points = True
@@ -48,7 +51,7 @@ class MME(Benchmark):
         return sample.image
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """Points per sub-task; also writes eval_tool/answers/<checkpoint>/<run>/<sub-task>.txt."""
+        """Return the points per sub-task, and write eval_tool/answers/<checkpoint>/<run>/<sub-task>.txt."""
         answers = _answers(samples, rows)
         release = read_release(self.image_folder)
         result = score(answers, release, self.image_folder, bool(self.partial))
@@ -57,7 +60,11 @@ class MME(Benchmark):
         return {**result, "answers": str(texts)}
 
     def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
-        """Of the points, a sub-task of perception is two ratios: right answers, and images with all answers right."""
+        """Return the verdicts. Their terms are two ratios per sub-task of perception.
+
+        The ratios are the share of right answers, and the share of images with all answers right. The headline has no
+        points of cognition, so verdicts of cognition have no terms.
+        """
         answers, release = _answers(samples, rows), read_release(self.image_folder)
         judged = judge(answers, release, self.image_folder, bool(self.partial))
         asked = _asked(release)
@@ -66,6 +73,7 @@ class MME(Benchmark):
         for ((task, image, _), _), (right, label) in zip(answers, judged, strict=True):
             images[task, image].append(right)
             terms = [(f"{task}, answers", 100.0 * right, 1.0)]
+            # The answer that completes an image carries the image's term. In a partial run some are never complete.
             if len(images[task, image]) == asked[task, image]:
                 terms.append((f"{task}, images", 100.0 * all(images[task, image]), 1.0))
             verdicts.append(Verdict(float(right), label, (task,), tuple(terms) if task in PERCEPTION else ()))
@@ -77,18 +85,26 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def key(question_id: str, text: str) -> tuple[str, str, str]:
-    """(sub-task, image without ending, question without instruction) of a row of LLaVA's question or answer files."""
+    """Return the key of a row of LLaVA's question or answer files.
+
+    The key is (sub-task, image without ending, question without instruction). question_id is "<sub-task>/.../<image>".
+    """
     task, _, rest = str(question_id).partition("/")
     return task, Path(rest).stem, _bare(text)
 
 
 def _bare(question: str) -> str:
+    """Return a question without its instruction, with single spaces."""
+    # LLaVA's file replaces the release's instruction by its own, so the questions are equal only without both.
     question = question.replace(SHORT_ANSWER.strip(), "").replace(YES_NO, "")
     return " ".join(question.split())
 
 
 def read_release(release: Path) -> list[tuple[tuple, tuple[str, str]]]:
-    """(key, (question as the release spells it, Yes or No)) of every .txt; UserError names the line that is wrong."""
+    """Return (key, (question as the release spells it, Yes or No)) for each line of every .txt of the release.
+
+    Raises UserError that names a malformed line.
+    """
     if not release.is_dir():
         raise UserError(f"{release}: no such folder")
     labels = []
@@ -111,13 +127,14 @@ def read_release(release: Path) -> list[tuple[tuple, tuple[str, str]]]:
 
 
 def said(text: str) -> str:
-    """yes, no or other: what the first four characters of an answer hold, as calculation.py reads them."""
+    """Return yes, no or other, by the rule of calculation.py: only the first four characters of an answer count."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def judge(answers: list[tuple], release: list[tuple], source: Path, partial: bool = False) -> list[tuple[bool, str]]:
-    """(is right, yes or no as it should be) of (key, answer) pairs, in their order."""
+    """Return (is right, the right answer: yes or no) for each of the (key, answer) pairs, in their order."""
+    # repeats: a question that the release has several times about one image counts as often.
     joined = join(answers, release, source, partial, repeats=True)
     labels = {
         key_: agreed([label.lower() for _, label in several], key_, source) for key_, (_, several) in joined.items()
@@ -126,15 +143,16 @@ def judge(answers: list[tuple], release: list[tuple], source: Path, partial: boo
 
 
 def _asked(release: list[tuple]) -> dict[tuple, int]:
-    """(sub-task, image) -> how many questions the release asks about it."""
+    """Return (sub-task, image) -> number of questions that the release asks about the image."""
     return Counter((task, image) for (task, image, _), _ in release)
 
 
 def score(answers: list[tuple], release: list[tuple], source: Path, partial: bool = False) -> dict:
-    """Points of (key, answer) pairs: per sub-task 100 x share of right answers + 100 x share of images all right.
+    """Return the points of (key, answer) pairs.
 
-    perception adds up ten sub-tasks (at most 2,000), cognition four (at most 800); over those that were asked, if
-    `partial`, where an image that lacks one of its two answers counts for the first share alone.
+    A sub-task has 100 x (share of right answers) + 100 x (share of images with all answers right) points. perception is
+    the sum over ten sub-tasks (at most 2,000), cognition over four (at most 800).
+    partial: sub-tasks that were not asked add 0. An image without all its answers counts only in the first share.
     """
     asked, judged = _asked(release), judge(answers, release, source, partial)
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
@@ -154,11 +172,12 @@ def score(answers: list[tuple], release: list[tuple], source: Path, partial: boo
 
 
 def write_answers(answers: list[tuple], release: list[tuple], folder: Path) -> None:
-    """folder/<sub-task>.txt with lines "image.txt, question, right answer, answer" separated by tabs."""
+    """Write folder/<sub-task>.txt. Each line is image.txt, question, right answer and answer, separated by tabs."""
     known = dict(release)
     lines: dict[str, list[str]] = defaultdict(list)
     for (task, image, bare), text in answers:
         question, label = known[task, image, bare]
+        # A tab or a line break in an answer would break the format.
         lines[task].append("\t".join([f"{image}.txt", question, label, " ".join(text.split())]))
     with as_user_error_on_write(folder):
         folder.mkdir(parents=True, exist_ok=True)

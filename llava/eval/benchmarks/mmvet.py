@@ -1,8 +1,9 @@
-"""MM-Vet (arXiv 2308.02490): free answers; a file for the authors' grader, or a score by a judge of one's own.
+"""MM-Vet (arXiv 2308.02490): free answers. The output is a file for the authors' grader, or a score by another judge.
 
-Files below mm-vet/: LLaVA's questions (llava-mm-vet.jsonl), the images (images), and mm-vet.json, needed where a judge is
-named (JUDGE_URL and JUDGE_MODEL in the environment, llava.eval.benchmarks.llm_judge). The published numbers are graded by GPT-4; those of
-another judge are not comparable with them. Joined by question id (v1_<id>).
+Files in mm-vet/: LLaVA's questions (llava-mm-vet.jsonl), the images (images), and mm-vet.json. The last is needed only
+with a judge (JUDGE_URL and JUDGE_MODEL in the environment, see llava.eval.benchmarks.llm_judge). GPT-4 graded the
+published numbers; the numbers of another judge are not comparable with them. Answers are joined by question id
+(v1_<id>).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llava.eval.scoring.annotations import told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict
 
-# The grader's prompt of the authors (yuweihao/MM-Vet, mm-vet_evaluator.ipynb), word for word: it is protocol.
+# The prompt of the authors' grader (yuweihao/MM-Vet, mm-vet_evaluator.ipynb), word for word, because it is protocol.
 _MEME = (
     "This meme is poking fun at the fact that the names of the countries Iceland and Greenland are misleading. Despite "
     "its name, Iceland is known for its beautiful green landscapes, while Greenland is mostly covered in ice and snow. "
@@ -41,6 +42,8 @@ Can you explain this meme? | {_MEME} | The meme is using humor to point out the 
 
 
 class MMVet(Benchmark):
+    """MM-Vet. The headline is the mean grade, if a judge is named."""
+
     name = "mmvet"
     headline = "total"
     max_new_tokens = 1024  # LLaVA's model_vqa
@@ -71,7 +74,7 @@ class MMVet(Benchmark):
         return samples
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """Writes results/<checkpoint>/<run>.json; with a judge, its mean grade and that of every capability."""
+        """Write results/<checkpoint>/<run>.json. With a judge, return the mean grade, overall and per capability."""
         answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
         upload = self.upload_file(folder, self.folder / "results", "json")
         written = write_results(answers, upload)
@@ -82,7 +85,8 @@ class MMVet(Benchmark):
         return {**graded, **written}
 
     def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict] | None:
-        """The grades that `folder` keeps; None where the run was not graded."""
+        """Return the verdicts from the grades in `folder`; None if the run was not graded. No judge is asked."""
+        # The model that graded the run, which may not be the one in the environment now.
         model = read_json(folder / "score.json").get("judge")
         if model is None:
             return None
@@ -102,17 +106,18 @@ class MMVet(Benchmark):
 
 
 def name(question_id: int | str) -> str:
+    """Return the name of a question in mm-vet.json."""
     return f"v1_{question_id}"
 
 
 def write_results(answers: list[tuple], upload: Path) -> dict:
-    """{"v1_<id>": answer}, as the authors' grader reads it."""
+    """Write {"v1_<id>": answer}, the format of the authors' grader."""
     write_json(upload, {name(key): text for key, text in answers})
     return {"upload": str(upload), "answered": len(answers)}
 
 
 def prompts(answers: list[tuple], labels: dict, source: Path, partial: bool = False) -> dict[str, str]:
-    """name -> what the judge is asked about the answer, of (id, answer) pairs in their order."""
+    """Return name -> prompt of the judge, for (id, answer) pairs in their order."""
     joined = join([(name(key), text) for key, text in answers], labels.items(), source, partial)
     with told_when_malformed(source):
         return {
@@ -122,7 +127,10 @@ def prompts(answers: list[tuple], labels: dict, source: Path, partial: bool = Fa
 
 
 def score(answers: list[tuple], labels: dict, source: Path, judge: Judge, kept: Path, partial: bool = False) -> dict:
-    """Mean grade of (id, answer) pairs by `judge`, overall and per capability. kept: where grades are written at once."""
+    """Return the mean grade of (id, answer) pairs, overall and per capability.
+
+    labels: content of mm-vet.json, read from `source`. kept: the file that each grade is written to at once.
+    """
     asked = prompts(answers, labels, source, partial)
     with told_when_malformed(source):
         capabilities = {key: labels[key]["capability"] for key in asked}
@@ -140,4 +148,5 @@ def score(answers: list[tuple], labels: dict, source: Path, judge: Judge, kept: 
 
 
 def _spaced(answer: str) -> str:
+    # The grader's examples have spaces around the two words; mm-vet.json has none.
     return answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")

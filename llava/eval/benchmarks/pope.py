@@ -1,8 +1,8 @@
-"""POPE (arXiv 2305.10355): is an object in the picture; F1 of "yes" in three categories, and their mean.
+"""POPE (arXiv 2305.10355): is an object in the image? F1 of the answer "yes" in three categories, and their mean.
 
-Files below pope/: LLaVA's questions (llava_pope_test.jsonl), the official labels (coco/coco_pope_<category>.json) and the
-COCO images (val2014). LLaVA's scorer trusts the order of lines; here labels are joined by (category, image, question).
-The authors later respelled "imange" as "image" in their files: both spellings mean the same question.
+Files in pope/: LLaVA's questions (llava_pope_test.jsonl), the official labels (coco/coco_pope_<category>.json) and the
+COCO images (val2014). LLaVA's scorer relies on the order of lines. Here labels are joined by (category, image,
+question).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ CATEGORIES = ("adversarial", "popular", "random")
 
 
 class POPE(Benchmark):
+    """POPE. The headline is the mean of the F1 of the three categories."""
+
     name = "pope"
     headline = "f1"
     download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#pope"
@@ -47,7 +49,11 @@ class POPE(Benchmark):
         return score(_answers(samples, rows), self.folder / "coco", bool(self.partial))
 
     def verdicts(self, samples: list[Sample], rows: list[dict], folder: Path) -> list[Verdict]:
-        """Of the mean F1, a category is one ratio: twice the hits, over what was and what should have been a yes."""
+        """Return the verdicts. Their terms are one ratio per category.
+
+        F1 is 2 x hits / (answers "yes" + labels "yes"). The division by the number of categories makes the sum of the
+        ratios their mean.
+        """
         judged = judge(_answers(samples, rows), self.folder / "coco", bool(self.partial))
         categories = len({category for category, _, _ in judged})
         verdicts = []
@@ -62,7 +68,7 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def with_category(samples: list[Sample], path: Path) -> list[Sample]:
-    """The samples of `path` as they are; UserError where one belongs to none of the three categories."""
+    """Return the samples unchanged. Raises UserError if one belongs to none of the three categories."""
     for sample in samples:
         if sample.row.get("category") not in CATEGORIES:
             raise UserError(
@@ -73,25 +79,32 @@ def with_category(samples: list[Sample], path: Path) -> list[Sample]:
 
 
 def label_file(folder: Path, category: str) -> Path:
+    """Return the path of the label file of a category."""
     return folder / f"coco_pope_{category}.json"
 
 
 def key(sample: Sample) -> tuple[str, str, str]:
+    """Return the key that answers and labels are joined by: (category, image, question)."""
     return (sample.row["category"], sample.image, _spelled(sample.text.removesuffix(SHORT_ANSWER)))
 
 
 def _spelled(question: str) -> str:
+    # The authors later corrected "imange" to "image" in their files. Both spellings are the same question.
     return question.strip().replace("imange", "image")
 
 
 def says_yes(text: str) -> bool:
-    """An answer counts as no where its first sentence has the word No, no or not, else as yes."""
+    """Return whether an answer counts as yes: its first sentence has none of the words No, no and not."""
+    # The rule of the official evaluate.py, which LLaVA's eval_pope.py has too. Other spellings (NO) count as yes.
     words = text.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def judge(answers: list[tuple], labels: Path, partial: bool = False) -> list[tuple[str, bool, bool]]:
-    """(category, said yes, is yes) of (key, answer) pairs, in their order, by the files in `labels`."""
+    """Return (category, said yes, is yes) for each of the (key, answer) pairs, in their order.
+
+    labels: folder of the label files. Raises UserError for a malformed label, and as `join` does.
+    """
     known, source = [], labels
     for category in CATEGORIES:
         source = label_file(labels, category)
@@ -100,13 +113,17 @@ def judge(answers: list[tuple], labels: Path, partial: bool = False) -> list[tup
                 if row["label"] not in ("yes", "no"):
                     raise UserError(f'{source}, line {number}: "label" is {row["label"]!r}, allowed are yes and no')
                 known.append(((category, row["image"], _spelled(row["text"])), row["label"] == "yes"))
+    # repeats: a question that the files have several times, always with the same label, counts as often.
     joined = join(answers, known, labels, partial, repeats=True)
     are = {key_: agreed(several, key_, labels) for key_, (_, several) in joined.items()}
     return [(key_[0], says_yes(text), are[key_]) for key_, text in answers]
 
 
 def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
-    """F1 (positive = yes) of (key, answer) pairs per category against the files in `labels`, and the mean over them."""
+    """Return the F1 of (key, answer) pairs per category ("yes" is the positive class), and the mean over categories.
+
+    labels: folder of the label files.
+    """
     counts: dict[str, dict] = defaultdict(lambda: dict.fromkeys([(a, b) for a in (0, 1) for b in (0, 1)], 0))
     for category, said, are in judge(answers, labels, partial):
         counts[category][said, are] += 1
@@ -124,7 +141,7 @@ def score(answers: list[tuple], labels: Path, partial: bool = False) -> dict:
 
 
 def _measures(table: dict) -> dict:
-    """From counts by (said yes, is yes)."""
+    """Return F1, precision and recall. table: number of questions by (said yes, is yes)."""
     hits, said, are = table[True, True], table[True, True] + table[True, False], table[True, True] + table[False, True]
     return {
         "f1": 2 * hits / (said + are) if said + are else 0.0,

@@ -1,7 +1,7 @@
-"""Question files: rows in LLaVA's format, checked before any model is loaded.
+"""Question files in LLaVA's format. Rows are checked before a model is loaded.
 
-A sample's key is (question_id, image, text), plus its line number where even that repeats: some benchmarks use one
-question_id for several questions. Two identical lines are an error.
+The key of a sample is (question_id, image, text), because some benchmarks use one question_id for several questions. If
+even that repeats, the line number is added. Two identical lines are an error.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `row` is the whole line of the question file; `prompt` goes into the conversation template.
+    """One question.
 
-    line: counts the file's lines, or where a question is no line of its own what `unit` says (entries, rows).
+    row: the whole line of the question file. prompt: the text that goes into the conversation template.
+    line, unit: number and kind of its place in the file; the unit is "line", "entry" or "row".
     """
 
     line: int
@@ -35,14 +36,14 @@ class Sample:
 
     @property
     def place(self) -> str:
-        """Where in its file the question stands, for messages."""
+        """The place of the question in its file, for messages."""
         return f"{self.unit} {self.line}"
 
 
 def read_lines(path: Path) -> list[tuple[int, dict]]:
-    """(line number, JSON object) of a .jsonl file; blank lines are passed over.
+    """Return (line number, JSON object) for each line of a .jsonl file; blank lines are skipped.
 
-    Raises UserError with the number of a line that is no JSON object.
+    Raises UserError, with the line number, for a line that is no JSON object.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -51,6 +52,7 @@ def read_lines(path: Path) -> list[tuple[int, dict]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from None
     rows = []
+    # split, not splitlines: that would also split at U+2028 and its like, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -65,9 +67,9 @@ def read_lines(path: Path) -> list[tuple[int, dict]]:
 
 
 def read_questions(path: Path, prompt=lambda row: row["text"]) -> list[Sample]:
-    """The samples of a question file, in its order.
+    """Return the samples of a question file, in the order of the file.
 
-    prompt: what to ask of a row, without image placeholder and template; LLaVA's files hold it in "text".
+    prompt: function from a row to the question, without image placeholder and template. By default the row's "text".
     Raises UserError for a malformed line (with its number), two identical lines, or an empty file.
     """
     return make_samples(read_lines(path), path, prompt)
@@ -76,13 +78,17 @@ def read_questions(path: Path, prompt=lambda row: row["text"]) -> list[Sample]:
 def make_samples(
     rows: list[tuple[int, dict]], path: Path, prompt=lambda row: row["text"], unit: str = "line"
 ) -> list[Sample]:
-    """Samples of (number, row) pairs in LLaVA's format, for files of another one; `unit` is what the number counts."""
+    """Return samples for (number, row) pairs in LLaVA's format.
+
+    Used for question files of other formats. unit: what the number counts. Raises UserError as `read_questions` does.
+    """
     if not rows:
         raise UserError(f"{path}: holds no question, allowed is one JSON object per {unit}")
     for number, row in rows:
         _check_row(row, f"{path}, {unit} {number}")
     _refuse_identical(rows, path, unit)
     keys = [(row["question_id"], row.get("image"), row["text"]) for _, row in rows]
+    # Only repeated keys get the line number: the others stay the same if lines are inserted or moved.
     repeated = {key for key, count in Counter(keys).items() if count > 1}
     samples = []
     for (number, row), key in zip(rows, keys, strict=True):
@@ -92,7 +98,7 @@ def make_samples(
 
 
 def refuse_repeated_ids(samples: list[Sample], path: Path) -> None:
-    """UserError where two samples share a question_id, for benchmarks that know their questions by it alone."""
+    """Raise UserError if two samples share a question_id, for benchmarks that join answers by it alone."""
     first: dict[int | str, str] = {}
     for sample in samples:
         if sample.question_id in first:
@@ -104,9 +110,11 @@ def refuse_repeated_ids(samples: list[Sample], path: Path) -> None:
 
 
 def _check_row(row: dict, where: str) -> None:
+    """Raise UserError if a row is not in LLaVA's format."""
     for name, kinds, allowed in (("question_id", (int, str), "a whole number or a string"), ("text", str, "a string")):
         if name not in row:
             raise UserError(f'{where}: has no "{name}", allowed is a row with "question_id", "text" and maybe "image"')
+        # In Python a bool is an int.
         if not isinstance(row[name], kinds) or isinstance(row[name], bool):
             raise UserError(f'{where}: "{name}" is {json.dumps(row[name])}, allowed is {allowed}')
     image = row.get("image")
@@ -119,6 +127,7 @@ def _check_row(row: dict, where: str) -> None:
 
 
 def _refuse_identical(rows, path, unit) -> None:
+    """Raise UserError if two rows are equal."""
     first = {}
     for number, row in rows:
         content = json.dumps(row, sort_keys=True)
@@ -128,9 +137,9 @@ def _refuse_identical(rows, path, unit) -> None:
 
 
 def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
-    """Every image is there and inside `folder`, or a UserError names the first that is not.
+    """Check that every image exists inside `folder`. Raises UserError that names the first that does not.
 
-    folder may itself be a link; a path that leads out of it (absolute, "..", a link inside) is refused.
+    folder may itself be a link. A path that leads out of it (absolute, "..", a link inside it) is refused.
     """
     root = os.path.realpath(folder)
     if not os.path.isdir(root):
@@ -139,6 +148,8 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
     for sample in samples:
         if sample.image is not None:
             where.setdefault(sample.image, sample.place)
+    # realpath asks the file system for each part of a path. With the folders resolved once, each image needs two calls,
+    # which matters for 100,000 images on a network file system.
     parents: dict[str, str] = {}
     missing = []
     for image, place in progress_bar("checking images", where.items(), unit=" images"):
@@ -147,6 +158,7 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
         if parent not in parents:
             parents[parent] = os.path.realpath(parent)
         real = os.path.join(parents[parent], name)
+        # The last part has to be resolved only if it is no plain name or is itself a link.
         if name in ("", ".", "..") or os.path.islink(real):
             real = os.path.realpath(real)
         if os.path.isabs(image) or not real.startswith(root + os.sep):

@@ -1,7 +1,10 @@
-"""How the rows of a benchmark's public data set become LLaVA's files: one function per benchmark.
+"""Recipes: functions that convert the public data set of a benchmark to LLaVA's files, one function per benchmark.
 
-Column names are those of the data sets on the Hugging Face hub (lmms-lab/*). Where a data set holds another selection of
-questions than LLaVA's own file, the count of `RECIPES` is the data set's, and `note` says what differs.
+Column names are those of the data sets on the Hugging Face hub (lmms-lab/*). If a data set has another selection of
+questions than LLaVA's own file, `RECIPES` has the data set's count, and `note` says what is different.
+
+A recipe takes the benchmark and the rows of its tables, writes all files, and returns the number of questions. The
+question file is written last: if it exists, the other files are complete.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from llava.common.files import as_user_error_on_write, write_atomically, write_j
 from llava.eval.benchmarks import Benchmark, mme, pope, vizwiz
 from llava.eval.scoring.annotations import OPTION_LETTER, SHORT_ANSWER
 
+# The columns of the authors' .tsv, in their order.
 MMBENCH_COLUMNS = (
     "index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment",
     "split",
 )  # fmt: skip
+# "question_type" of the official SEED-Bench.json, which the data set on the hub lacks.
 SEED_TYPES = {
     "Scene Understanding": 1,
     "Instance Identity": 2,
@@ -42,7 +47,11 @@ SEED_TYPES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """parts: per split, the (configuration, split) pairs of `repo` to read and how many questions they make."""
+    """How one benchmark is converted.
+
+    repo: data set on the hub. parts: split -> ((configuration, split) pairs of `repo` to read, number of questions).
+    convert: the function that writes the files. note: printed after the conversion.
+    """
 
     repo: str
     parts: dict[str, tuple[list[tuple[str, str]], int]]
@@ -51,17 +60,19 @@ class Recipe:
 
 
 def image_bytes(image) -> bytes:
-    """The file as it was uploaded (datasets, not decoded)."""
+    """Return the image file as it was uploaded. ValueError if the column has none."""
+    # Not decoded and encoded again: that would change the pixels of a JPEG.
     if not isinstance(image, dict) or not image.get("bytes"):
         raise ValueError("an image column that holds no file")
     return image["bytes"]
 
 
 def write_image(folder: Path, name: str, content: bytes) -> None:
-    """Write folder/name unless it is there in full; a name that leads out of the folder is refused."""
+    """Write folder/name, unless it exists in full. Raises UserError for a name that leads out of the folder."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f'image name "{name}" leads out of {folder}')
+    # After an interruption, the same command continues: images that are there are not written again.
     if path.is_file() and path.stat().st_size == len(content):
         return
     with as_user_error_on_write(path):
@@ -72,6 +83,7 @@ def write_image(folder: Path, name: str, content: bytes) -> None:
 
 
 def vqav2_val(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write VQAv2 val in the official format."""
     questions, annotations = [], []
     for row in rows:
         ids = {"image_id": row["image_id"], "question_id": row["question_id"]}
@@ -85,6 +97,7 @@ def vqav2_val(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def gqa(benchmark: Benchmark, instructions: Iterable[dict], images: Iterable[dict]) -> int:
+    """Write GQA testdev-balanced. Questions and images are two tables of the data set."""
     for row in images:
         write_image(benchmark.image_folder, f"{row['id']}.jpg", image_bytes(row["image"]))
     labels = {row["id"]: {name: value for name, value in row.items() if name != "id"} for row in instructions}
@@ -97,6 +110,7 @@ def gqa(benchmark: Benchmark, instructions: Iterable[dict], images: Iterable[dic
 
 
 def vizwiz_both(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write VizWiz: val in the official format, test in LLaVA's."""
     entries = []
     for row in rows:
         name = f"{row['question_id']}.jpg"
@@ -113,10 +127,11 @@ def vizwiz_both(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def sqa(benchmark: Benchmark, rows: Iterable[dict]) -> int:
-    """The data set has no problem ids: the number of the row stands for it."""
+    """Write ScienceQA. The data set has no problem ids, so the row number is used as id."""
     conversations, problems = [], {}
     for number, row in enumerate(rows, 1):
         key, image = str(number), row["image"]
+        # The format "CQM-A" of LLaVA's file: context, question, options; the answer is a letter.
         hint = f"Context: {row['hint']}\n" if row["hint"] else ""
         options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDE", row["choices"], strict=False))
         value = ("<image>\n" if image else "") + hint + row["question"] + options
@@ -134,10 +149,12 @@ def sqa(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def textvqa(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write TextVQA val, with the OCR tokens in the prompt as in LLaVA's file."""
     questions, data = [], []
     for row in rows:
         image = f"{row['image_id']}.jpg"
         write_image(benchmark.image_folder, image, image_bytes(row["image"]))
+        # LLaVA's file has a capital at the start of each question, and the OCR tokens in a line of their own.
         tokens = "\nReference OCR token: " + ", ".join(row["ocr_tokens"])
         questions.append(_question(row["image_id"], image, row["question"].capitalize() + tokens + SHORT_ANSWER))
         data.append({name: row[name] for name in ("question_id", "image_id", "question", "answers")})
@@ -147,9 +164,11 @@ def textvqa(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def pope_all(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write POPE: questions of all three categories in one file, labels in three."""
     questions, labels = [], {category: [] for category in pope.CATEGORIES}
     for number, row in enumerate(rows, 1):
         content = image_bytes(row["image"])
+        # An image has many rows. Its name, or else a hash of its content, keeps it to one file.
         image = f"{row.get('image_source') or hashlib.sha256(content).hexdigest()[:20]}.jpg"
         write_image(benchmark.image_folder, image, content)
         questions.append(
@@ -164,13 +183,16 @@ def pope_all(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def mme_all(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write MME: LLaVA's questions, and the .txt files of the release."""
     questions, texts = [], {}
     for row in rows:
         name, task = row["question_id"], row["category"]
         write_image(benchmark.image_folder, name, image_bytes(row["image"]))
+        # Some sub-tasks of the release have images/ and questions_answers_YN/, the others have all files side by side.
         nested = "questions_answers_YN/" if "/images/" in name else ""
         path = benchmark.image_folder / task / f"{nested}{Path(name).stem}.txt"
         texts[path] = texts.get(path, "") + f"{row['question']}\t{row['answer']}\n"
+        # The question ends with the release's instruction. LLaVA asks with its own.
         bare = row["question"].replace(mme.YES_NO, "").strip()
         questions.append({**_question(name, name, bare + SHORT_ANSWER), "category": task})
     for path, text in texts.items():
@@ -182,10 +204,12 @@ def mme_all(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def mmbench(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write MMBench as the authors' .tsv, with the images in base64."""
     text, count = io.StringIO(), 0
     table = csv.DictWriter(text, MMBENCH_COLUMNS, delimiter="\t", restval="", extrasaction="ignore")
     table.writeheader()
     for row in rows:
+        # The data sets do not agree on the capital L. Left as it is, the column would be dropped as unknown.
         row = {name.replace("L2-", "l2-"): "" if value is None else value for name, value in row.items()}
         table.writerow({**row, "image": base64.b64encode(image_bytes(row["image"])).decode()})
         count += 1
@@ -196,6 +220,7 @@ def mmbench(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def mmvet(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write MM-Vet: LLaVA's questions, and mm-vet.json for a judge."""
     questions, labels = [], {}
     for row in rows:
         key = row["question_id"]
@@ -209,10 +234,13 @@ def mmvet(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def seed(benchmark: Benchmark, rows: Iterable[dict]) -> int:
+    """Write the image questions of SEED-Bench."""
     questions, labels = [], []
     for row in rows:
+        # Questions about videos are not part of the benchmark here.
         if row["data_type"] != "image":
             continue
+        # The column has a string or a list of one string.
         data_id = row["data_id"] if isinstance(row["data_id"], str) else row["data_id"][0]
         image = f"SEED-Bench-image/{Path(data_id).name}"
         write_image(benchmark.image_folder, image, image_bytes(row["image"][0]))
@@ -229,9 +257,12 @@ def seed(benchmark: Benchmark, rows: Iterable[dict]) -> int:
 
 
 def _question(key: int | str, image: str, text: str) -> dict:
+    """Return a row of a question file in LLaVA's format."""
     return {"question_id": key, "image": image, "text": text, "category": "default"}
 
 
+# The number of questions is checked after a conversion: a data set that has changed, or a copy that is not complete,
+# would give a score that cannot be compared.
 RECIPES = {
     "vqav2": Recipe("lmms-lab/VQAv2", {"val": ([("default", "validation")], 214354)}, vqav2_val),
     "gqa": Recipe(

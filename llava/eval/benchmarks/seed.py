@@ -1,7 +1,7 @@
 """SEED-Bench (arXiv 2307.16125), image questions: accuracy of the option's letter, overall and by question type.
 
-Files below seed_bench/: LLaVA's questions (llava-seed-bench.jsonl), the official SEED-Bench.json, and the images
-(SEED-Bench-image). Questions about videos, which LLaVA's file holds too, are left out. Joined by question_id.
+Files in seed_bench/: LLaVA's questions (llava-seed-bench.jsonl), the official SEED-Bench.json, and the images
+(SEED-Bench-image). LLaVA's file also has questions about videos, which are left out. Answers are joined by question_id.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ IMAGES = "SEED-Bench-image"
 
 
 class SEED(Benchmark):
+    """SEED-Bench, image questions."""
+
     name = "seed"
     splits = ("image",)
     headline = "accuracy"
@@ -44,6 +46,7 @@ class SEED(Benchmark):
         return [self.labels]
 
     def needed_files(self) -> list[Path]:
+        # The image folder is seed_bench/ itself, because LLaVA's file names images as SEED-Bench-image/<name>.
         return [*super().needed_files(), self.folder / IMAGES]
 
     def read(self) -> list[Sample]:
@@ -63,7 +66,10 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def judge(answers: list[tuple], source: Path, kinds: tuple[str, ...], partial: bool = False) -> list[Verdict]:
-    """(question_id, answer) pairs against the questions of SEED-Bench.json about `kinds` (image, video)."""
+    """Return the verdicts of (question_id, answer) pairs.
+
+    source: SEED-Bench.json. kinds: which of its questions count ("image", "video"). Raises UserError as `join` does.
+    """
     questions, types = read_part(source, "questions"), read_part(source, "question_type")
     with told_when_malformed(source):
         names = {number: name for name, number in types.items()}
@@ -79,11 +85,12 @@ def judge(answers: list[tuple], source: Path, kinds: tuple[str, ...], partial: b
 
 
 def _option(letter: str, entry: dict) -> str:
+    """Return an option as the prompt prints it: "B. red"."""
     return f"{letter}. {entry.get(f'choice_{letter.lower()}', '')}".rstrip(". ")
 
 
 def score(answers: list[tuple], source: Path, kinds: tuple[str, ...], partial: bool = False) -> dict:
-    """Accuracy of (question_id, answer) pairs on the questions of SEED-Bench.json about `kinds` (image, video)."""
+    """Return the accuracy of (question_id, answer) pairs, overall and per question type. Arguments as for `judge`."""
     verdicts = judge(answers, source, kinds, partial)
     return {
         "accuracy": mean(verdict.value for verdict in verdicts),

@@ -1,9 +1,9 @@
 """The demo benchmark: questions about coloured shapes, digits and letters, drawn by the project's own generator.
 
-The data is built on first use into shapes-v1.5 (one tile) or shapes-v1.6 (several tiles), whichever the checkpoint's
-own configuration asks for. Score: share of answers whose first word is right, overall and per kind of question. What
-comes after that word does not count, but `ended_after_one_word` tells how often nothing does: with few vision tokens
-the demo models often forget to stop.
+The data is made on first use, in shapes-v1.5 (one tile) or shapes-v1.6 (several tiles), by the checkpoint's own
+configuration. The score is the share of answers whose first word is right, overall and per kind of question. The words
+after the first do not count. `ended_after_one_word` is the share of answers of one word: with few vision tokens, the
+demo models often do not stop.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Shapes(Benchmark):
     """Accuracy on the test split of the demo task."""
 
     name = "shapes"
-    splits = ("v1.5", "v1.6")  # without a choice, the one that the checkpoint's configuration asks for
+    splits = ("v1.5", "v1.6")  # by default, the one that fits the checkpoint's configuration
     headline = "accuracy"
-    max_new_tokens = 2  # answers are one word, which is one token, and the token that ends them
+    max_new_tokens = 2  # an answer is one word, which is one token, and the end token
 
     def __init__(self, data_root: Path, checkpoint: EvalCheckpoint | None, split: str | None = None):
         several_tiles = checkpoint is not None and checkpoint.anyres
@@ -59,7 +59,8 @@ class Shapes(Benchmark):
         return [self.folder / "labels.jsonl"]
 
     def make_data(self) -> None:
-        """Draw the test split, unless this very generator has drawn it already."""
+        """Draw the test split, unless the same generator has drawn it already."""
+        # Pillow's version counts: another one may draw the same shapes with other pixels.
         recipe = {"split": "test", "questions": QUESTIONS, "generator": _generator_digest(), "pillow": PIL.__version__}
         stamp = self.folder / "recipe.json"
         if stamp.is_file() and read_json(stamp) == recipe:
@@ -69,9 +70,11 @@ class Shapes(Benchmark):
         with as_user_error_on_write(self.folder):
             self.data_root.mkdir(parents=True, exist_ok=True)
             new = Path(tempfile.mkdtemp(prefix=f".shapes-{self.family}-", dir=self.data_root))
+            # Drawn beside the old folder and then renamed: an interrupted start leaves no half of a data set.
             try:
                 write_dataset(self.family, recipe["split"], recipe["questions"], new)
                 write_json(new / stamp.name, recipe)
+                # mkdtemp makes folders that only their owner can read.
                 new.chmod(0o755)
                 if self.folder.exists():
                     shutil.rmtree(self.folder)
@@ -80,16 +83,16 @@ class Shapes(Benchmark):
                 shutil.rmtree(new, ignore_errors=True)
 
     def labels(self) -> dict:
-        """question_id -> {answer, category}"""
+        """Return question_id -> {answer, category}."""
         return {row["question_id"]: row for _, row in read_lines(self.folder / "labels.jsonl")}
 
     def categories(self, samples: list[Sample]) -> list[str]:
-        """Per sample, the kind of its question."""
+        """Return the kind of question of each sample."""
         labels = self.labels()
         return [labels[sample.question_id]["category"] for sample in samples]
 
     def right(self, samples: list[Sample], rows: list[dict]) -> list[bool]:
-        """Per sample, whether the first word of its answer (a row of merge.jsonl) is the label's."""
+        """Return for each sample whether the first word of its answer is the label. rows: rows of merge.jsonl."""
         labels = self.labels()
         unlabelled = [sample for sample in samples if sample.question_id not in labels]
         if unlabelled:
@@ -117,7 +120,7 @@ class Shapes(Benchmark):
 
 
 def _generator_digest() -> str:
-    """Changes with the source of the generator, so that old pictures are never scored as new ones."""
+    """Return a digest of the source of the generator. With it, old images are never scored with new labels."""
     seen = hashlib.sha256()
     for path in sorted(Path(llava.shapes.__file__).parent.glob("*.py")):
         seen.update(path.read_bytes())

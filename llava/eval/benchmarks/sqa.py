@@ -1,7 +1,8 @@
-"""ScienceQA-IMG (arXiv 2209.09513): multiple choice; accuracy on the test questions that come with an image.
+"""ScienceQA-IMG (arXiv 2209.09513): multiple choice; accuracy on the test questions that have an image.
 
-Files below scienceqa/: LLaVA's questions (llava_test_CQM-A.json), the official problems.json and pid_splits.json, and the
-images (images/test/<id>/image.png). The questions without image are asked too, as text alone. Joined by problem id.
+Files in scienceqa/: LLaVA's questions (llava_test_CQM-A.json), the official problems.json and pid_splits.json, and the
+images (images/test/<id>/image.png). Questions without image are asked too, as text only. Answers are joined by problem
+id.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LETTERS = "ABCDE"
 
 
 class ScienceQA(Benchmark):
+    """ScienceQA. The headline is the accuracy on questions with an image."""
+
     name = "sqa"
     headline = "image_accuracy"
     max_new_tokens = 1024  # LLaVA's model_vqa_science
@@ -47,7 +50,8 @@ class ScienceQA(Benchmark):
         return row["text"] + OPTION_LETTER
 
     def read(self) -> list[Sample]:
-        """LLaVA's file is a list of conversations; the first turn holds context, question and options."""
+        """Return the samples of LLaVA's file, which is a list of conversations."""
+        # The first turn has context, question and options. The second turn, which is not read, has the answer.
         with told_when_malformed(self.question_file):
             rows = []
             for entry in read_json(self.question_file):
@@ -73,10 +77,12 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def chosen(text: str, choices: int) -> int:
-    """Which of `choices` options an answer picks, -1 for none that can be told.
+    """Return the number of the option that an answer picks, or -1.
 
-    As in LLaVA's eval_science_qa: the letter alone, "B. ..." at the start, or "The answer is B".
+    choices: number of options. The rules are those of LLaVA's eval_science_qa: the letter alone, "B. ..." at the start,
+    or "The answer is B".
     """
+    # A line break ends a sentence, so that "B\nbecause ..." is read as "B. because ...".
     text = text.replace("\n", ". ")
     if text.strip() and text.strip() in LETTERS and len(text.strip()) == 1:
         letter = text.strip()
@@ -92,7 +98,7 @@ def chosen(text: str, choices: int) -> int:
 
 
 def read_problems(folder: Path, split: str) -> dict[str, dict]:
-    """id -> problem, of one split."""
+    """Return id -> problem for one split. Raises UserError if problems.json lacks one."""
     problems, splits = (read_json(folder / name) for name in ("problems.json", "pid_splits.json"))
     with told_when_malformed(folder / "pid_splits.json"):
         ids = [str(key) for key in splits[split]]
@@ -106,7 +112,10 @@ def read_problems(folder: Path, split: str) -> dict[str, dict]:
 
 
 def judge(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> list[Verdict]:
-    """(id, (answer, asked with an image)) pairs against problems.json; only those with an image make the headline."""
+    """Return the verdicts of (id, (answer, asked with an image)) pairs. Only those with an image have terms.
+
+    folder: has problems.json and pid_splits.json. Raises UserError as `join` does.
+    """
     source = folder / "problems.json"
     joined = join(answers, read_problems(folder, split).items(), source, partial)
     verdicts = []
@@ -121,7 +130,7 @@ def judge(answers: list[tuple], folder: Path, split: str = "test", partial: bool
 
 
 def score(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> dict:
-    """Accuracy of (id, (answer, asked with an image)) pairs against problems.json: with an image, and over all."""
+    """Return the accuracy of (id, (answer, asked with an image)) pairs: on those with an image, and on all."""
     verdicts = judge(answers, folder, split, partial)
     every = [verdict.value for verdict in verdicts]
     with_image = [verdict.value for verdict in verdicts if verdict.terms]

@@ -1,4 +1,4 @@
-"""A seeded part of a benchmark's questions: the same part whatever order the file has."""
+"""Subset: a part of a benchmark's questions, drawn with a seed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llava.eval.benchmarks.questions import Sample
 class Subset:
     """At least `size` questions drawn with `seed`.
 
-    A question's place in the draw depends on its own key alone: the subset is the same whatever order the file has, and a
-    smaller one is part of a larger one.
+    The place of a group in the draw depends on the key of its first question and the seed only. So the subset does not
+    depend on the order of the groups in the file, and a smaller subset is a part of a larger one.
     """
 
     size: int
     seed: int = 0
 
     def draw(self, samples: list[Sample], group: Callable[[Sample], Hashable]) -> list[Sample]:
-        """Whole groups (rotations, pairs: Benchmark.group) until there are `size` samples, in the order of `samples`."""
+        """Draw whole groups (Benchmark.group) until there are `size` samples; return them in the order of `samples`."""
         groups: dict[Hashable, list[Sample]] = {}
         for sample in samples:
             groups.setdefault(group(sample), []).append(sample)
@@ -33,7 +33,9 @@ class Subset:
         return [sample for sample in samples if sample.key in drawn]
 
     def _place(self, sample: Sample) -> bytes:
+        # A hash, not Python's random: it is the same on all machines and versions. hash() has a new salt per process.
         return hashlib.blake2b(repr((self.seed, sample.key)).encode(), digest_size=16).digest()
 
     def label(self, chosen: int, total: int) -> str:
+        """Return the words for the score: how many questions were drawn."""
         return f"{chosen:,} of {total:,} questions, drawn with seed {self.seed}"

@@ -1,8 +1,8 @@
 """TextVQA val (arXiv 1904.08920), with OCR tokens in the prompt: soft accuracy against ten answers.
 
-Files below textvqa/: LLaVA's questions (llava_textvqa_val_v051_ocr.jsonl), TextVQA_0.5.1_val.json, and the images
-(train_images). LLaVA's question_id is the image's, so answers are joined by (image id, lower-cased question), the question
-being recovered from the prompt.
+Files in textvqa/: LLaVA's questions (llava_textvqa_val_v051_ocr.jsonl), TextVQA_0.5.1_val.json, and the images
+(train_images). LLaVA's question_id is the image id, and an image may have several questions. So answers are joined by
+(image id, lower-case question), with the question taken from the prompt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from llava.eval.scoring.vqa_accuracy import textvqa_accuracy
 
 
 class TextVQA(Benchmark):
+    """TextVQA val."""
+
     name = "textvqa"
     splits = ("val",)
     headline = "accuracy"
@@ -58,7 +60,12 @@ class TextVQA(Benchmark):
 
 
 def question(prompt: str, source: Path) -> str:
-    """The lower-cased question in a prompt of LLaVA's: "question[, OCR line], instruction" or "OCR line, question, ..."."""
+    """Return the lower-case question of one of LLaVA's prompts. Raises UserError for a prompt of another form.
+
+    The lines of a prompt are: question, instruction; or question, OCR tokens, instruction; or OCR tokens, question,
+    instruction.
+    """
+    # LLaVA's prompt_processor (eval_textvqa.py) has the same three cases, and one for an older format.
     lines = prompt.split("\n")
     ocr = [line.startswith("Reference OCR token:") for line in lines]
     if len(lines) == 2 or (len(lines) == 3 and any(ocr)):
@@ -69,7 +76,10 @@ def question(prompt: str, source: Path) -> str:
 
 
 def judge(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
-    """((image id, question), answer) pairs, in their order. A question that was annotated twice counts the mean."""
+    """Return the verdicts of ((image id, question), answer) pairs, in their order.
+
+    data: annotations, read from `source`. If a question was annotated several times, the mean accuracy counts.
+    """
     with told_when_malformed(source):
         labels = [((entry["image_id"], entry["question"].lower()), entry["answers"]) for entry in data]
         joined = join(answers, labels, source, partial, repeats=True)
@@ -82,6 +92,6 @@ def judge(answers: list[tuple], data: list[dict], source: Path, partial: bool = 
 
 
 def score(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> dict:
-    """Accuracy of ((image id, question), answer) pairs."""
+    """Return the accuracy of ((image id, question), answer) pairs."""
     verdicts = judge(answers, data, source, partial)
     return {"accuracy": mean(verdict.value for verdict in verdicts), "questions": len(verdicts)}

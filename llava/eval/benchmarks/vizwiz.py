@@ -1,7 +1,8 @@
 """VizWiz-VQA (arXiv 1802.08218): an upload file for test, soft accuracy on val.
 
-Files below vizwiz/. test, in LLaVA's layout: llava_test.jsonl and the images (test). val: the official val.json and its
-images (val), asked with the words of LLaVA's test questions. Joined by the image: each has one question.
+Files in vizwiz/. For test, in LLaVA's layout: llava_test.jsonl and the images (test). For val: the official val.json
+and its images (val); the instructions are those of LLaVA's test questions. Answers are joined by image, because each
+image has one question.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict, most_said
 from llava.eval.scoring.vqa_accuracy import official_accuracy
 
+# LLaVA's instruction for VizWiz. Many of its photographs do not show what the question asks for.
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
 class VizWiz(Benchmark):
+    """VizWiz-VQA. The answers of test are only on the server."""
+
     name = "vizwiz"
     splits = ("test", "val")
     headline = "accuracy"
@@ -61,7 +65,7 @@ class VizWiz(Benchmark):
         return samples
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """val: soft accuracy. test: writes answers_upload/<checkpoint>/<run>.json, [{image, answer}]."""
+        """Return the soft accuracy (val), or write answers_upload/<checkpoint>/<run>.json (test)."""
         answers = _answers(samples, rows)
         if self.split == "val":
             return score(answers, read_json(self.question_file), self.question_file, bool(self.partial))
@@ -78,7 +82,10 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def judge(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
-    """(image, answer) pairs by the rule of the VQA evaluation, after the upload's normalisation."""
+    """Return the verdicts of (image, answer) pairs by the rule of the VQA evaluation.
+
+    entries: content of val.json, read from `source`. Answers are normalised first, as in an upload file.
+    """
     with told_when_malformed(source):
         labels = [
             (entry["image"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type"))) for entry in entries
@@ -91,12 +98,12 @@ def judge(answers: list[tuple], entries: list[dict], source: Path, partial: bool
 
 
 def score(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> dict:
-    """Accuracy of (image, answer) pairs."""
+    """Return the accuracy of (image, answer) pairs."""
     verdicts = judge(answers, entries, source, partial)
     return {"accuracy": mean(verdict.value for verdict in verdicts), "questions": len(verdicts)}
 
 
 def write_upload(answers: list[tuple], upload: Path) -> dict:
-    """[{image, answer}], in EvalAI's normal form."""
+    """Write [{image, answer}], with answers in EvalAI's normal form."""
     write_json(upload, [{"image": image, "answer": normalise(text)} for image, text in answers], indent=None)
     return {"upload": str(upload), "answered": len(answers)}

@@ -1,8 +1,9 @@
-"""VQAv2 (arXiv 1612.00837): an upload file for test-dev, whose answers only the EvalAI server has; soft accuracy on val.
+"""VQAv2 (arXiv 1612.00837): an upload file for test-dev, soft accuracy on val.
 
-Files below vqav2/. test-dev, in LLaVA's layout: the questions (llava_vqav2_mscoco_test-dev2015.jsonl), the whole test
-split that an upload must cover (llava_vqav2_mscoco_test2015.jsonl), and the images (test2015). val, the official files:
-v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014. Joined by question_id.
+Files in vqav2/. For test-dev, in LLaVA's layout: the questions (llava_vqav2_mscoco_test-dev2015.jsonl), the whole test
+split, which an upload must cover (llava_vqav2_mscoco_test2015.jsonl), and the images (test2015). For val, the official
+files: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and val2014. Only the EvalAI
+server has the answers of test-dev. Answers are joined by question_id.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TEST_DEV = "llava_vqav2_mscoco_test-dev2015"
 
 
 class VQAv2(Benchmark):
-    """Answers normalised as EvalAI does it; questions of the test split that were not asked get an empty answer."""
+    """VQAv2. In the upload file, answers are in EvalAI's normal form, and questions that were not asked have none."""
 
     name = "vqav2"
     splits = ("test-dev", "val")
@@ -56,7 +57,8 @@ class VQAv2(Benchmark):
         return [self.labels if self.split == "val" else self.whole_split]
 
     def read(self) -> list[Sample]:
-        """The questions; that the upload file can be written from them is checked now, not hours later."""
+        """Return the questions. Raises UserError if the whole test split lacks one of them."""
+        # Checked here and not when the upload file is written, which is hours later.
         if self.split == "val":
             samples = self._read_val()
         else:
@@ -84,7 +86,7 @@ class VQAv2(Benchmark):
         return make_samples(list(enumerate(rows, 1)), self.question_file, unit="entry")
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
-        """val: soft accuracy. test-dev: writes answers_upload/<split>/<checkpoint>/<run>.json over the whole split."""
+        """Return the soft accuracy (val), or write answers_upload/<split>/<checkpoint>/<run>.json (test-dev)."""
         answers = _answers(samples, rows)
         if self.split == "val":
             return score(answers, read_part(self.labels, "annotations"), self.labels, bool(self.partial))
@@ -102,7 +104,10 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def judge(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
-    """(question_id, answer) pairs by VQAv2's rule, after the normalisation that an upload would get."""
+    """Return the verdicts of (question_id, answer) pairs by VQAv2's rule.
+
+    annotations: read from `source`. Answers are normalised first, as in an upload file.
+    """
     with told_when_malformed(source):
         labels = [
             (entry["question_id"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type", "other")))
@@ -117,7 +122,7 @@ def judge(answers: list[tuple], annotations: list[dict], source: Path, partial: 
 
 
 def score(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> dict:
-    """Accuracy of (question_id, answer) pairs, overall and per answer type."""
+    """Return the accuracy of (question_id, answer) pairs, overall and per answer type."""
     verdicts = judge(answers, annotations, source, partial)
     return {
         "accuracy": mean(verdict.value for verdict in verdicts),
@@ -127,7 +132,7 @@ def score(answers: list[tuple], annotations: list[dict], source: Path, partial: 
 
 
 def split_ids(path: Path) -> list:
-    """The question_ids of a split, in its order."""
+    """Return the question_ids of a question file, in its order."""
     rows = read_lines(path)
     for number, row in rows:
         if not isinstance(row.get("question_id"), (int, str)):
@@ -136,7 +141,10 @@ def split_ids(path: Path) -> list:
 
 
 def write_upload(answers: dict, ids: list, upload: Path) -> dict:
-    """[{question_id, answer}] over `ids`, in EvalAI's normal form and empty where nothing was answered."""
+    """Write [{question_id, answer}] for all `ids`: answers in EvalAI's normal form, "" for a question without answer.
+
+    Raises UserError if an answer belongs to none of `ids`.
+    """
     unknown_ids = len(answers.keys() - set(ids))
     if unknown_ids:
         raise UserError(

@@ -1,1 +1,1 @@
-"""Finished runs as one HTML page that needs no network: python -m llava.eval.report RUN... [-o report.html]"""
+"""The HTML report of finished runs: python -m llava.eval.report RUN... [-o report.html]"""

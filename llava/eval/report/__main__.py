@@ -2,9 +2,9 @@
 
     python -m llava.eval.report RUN... [-o report.html] [--examples N] [--data-root DIR]
 
-RUN: run folders, or folders above them (runs/). Runs that differ in more than their configuration (checkpoint, split,
-questions, generation settings) stand side by side and are never compared. No model is run; imports no torch.
-Exit codes: 0 done, 2 bad input (one sentence).
+RUN: run folders, or folders above them (runs/). Runs are compared only if they differ in nothing but their
+configuration. Runs with another checkpoint, split, questions or generation settings are shown beside each other. No
+model is run. Imports no torch. Exit codes: 0 done, 2 bad input (one sentence).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    # Checked first, because judging all answers may take minutes.
     if not args.output.parent.is_dir():
         raise UserError(f"-o is {args.output}, but there is no folder {args.output.parent}")
     runs, notes = find(args.runs)

@@ -1,7 +1,7 @@
-"""Where everything of a chart lies: score against one cost, a point with its interval for each run. Drawn by chart.svg.jinja.
+"""Positions of everything in a chart: score against one cost, with one point and its interval per run.
 
-Positions are in the units of a view box of WIDTH x HEIGHT; colours are CSS variables (--series-0 ...), so that the page's
-light and dark schemes apply.
+chart.svg.jinja draws it. Positions are in units of a view box of WIDTH x HEIGHT. Colours are CSS variables
+(--series-0 ...), so that the light and the dark scheme of the page apply.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from llava.eval.results.plots import COLORS, short_number
 
 WIDTH, HEIGHT = 400, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 390, 14, 238  # of the plotted area
-APART = 9  # between points that would lie on each other
-_MARKERS = {  # around the origin, about 10 across
+APART = 9  # distance between points that would otherwise cover each other
+_MARKERS = {  # SVG paths around the origin, about 10 units wide
     "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
     "square": "M-4.4,-4.4H4.4V4.4H-4.4Z",
     "triangle": "M0,-5.4L5.2,4.2H-5.2Z",
@@ -30,7 +30,7 @@ STAR = "M0,-7.5L2.1,-2.4L7.5,-2.3L3.3,1.2L4.6,6.6L0,3.6L-4.6,6.6L-3.3,1.2L-7.5,-
 
 @dataclass(frozen=True)
 class SeriesStyle:
-    """Colour (a CSS class) and marker (an SVG path) of what belongs together: the runs of one method and its options."""
+    """Look of a series, which is the runs of one method and its options. style: CSS class; marker: SVG path."""
 
     style: str
     marker: str
@@ -38,7 +38,7 @@ class SeriesStyle:
 
 @dataclass
 class Point:
-    """A run: its place, the ends of its interval (None: it has none), and what is said when it is pointed at."""
+    """The point of a run. says: text shown when the mouse is over it; low, high: y of the ends of its interval."""
 
     x: float
     y: float
@@ -50,7 +50,10 @@ class Point:
 
 @dataclass
 class Chart:
-    """x_ticks, y_ticks: (position, label). lines: a look and the places that it joins. level: height of the reference."""
+    """One chart.
+
+    x_ticks, y_ticks: (position, label). lines: (look, points to join). level: y of the reference if it is method none.
+    """
 
     label: str
     x_ticks: list[tuple[float, str]]
@@ -62,13 +65,15 @@ class Chart:
 
 
 def looks(comparison: Comparison) -> dict[str, SeriesStyle]:
-    """Label -> look, of the runs with a score; method none is a star, every other pair of colour and marker comes once."""
+    """Return label -> look for the runs with a score. Method none is a star; no two labels have the same look."""
     labels = dict.fromkeys(run.label for run in comparison.runs if run.score is not None)
     markers, found = list(_MARKERS.values()), {}
     for label in labels:
         if label == "none":
             found[label] = SeriesStyle("series-none", STAR)
             continue
+        # There are six colours and six markers. After each round of the colours, the markers are shifted by one, so a
+        # pair occurs again only after 36 labels.
         n = len(found) - ("none" in found)
         shift = n // len(COLORS)
         found[label] = SeriesStyle(f"series-{n % len(COLORS)}", markers[(n + shift) % len(markers)])
@@ -76,7 +81,7 @@ def looks(comparison: Comparison) -> dict[str, SeriesStyle]:
 
 
 def charts(comparison: Comparison) -> list[Chart]:
-    """One per cost that at least two runs with a score have measured."""
+    """Return one chart per cost that at least two runs with a score have measured."""
     costs = {
         "vision tokens per image, mean over layers (log)": (lambda run: run.measured("vision_tokens_per_image", "layer_mean"), ""),
         "FLOPs per question until the first token, predicted (log)": (lambda run: run.measured("prefill_flops_predicted", "mean"), "FLOPs"),
@@ -91,11 +96,13 @@ def charts(comparison: Comparison) -> list[Chart]:
 
 
 def _chart(comparison: Comparison, label: str, unit: str, values: dict[int, float]) -> Chart:
-    """values: run's number -> its place on the x axis."""
+    """Return the chart of one cost. values: number of the run -> its cost."""
+    # 1. The range of the axes: y by round ticks around all intervals, x with some room on both sides.
     known, scores = looks(comparison), comparison.scores
     heights = [comparison.runs[n].score for n in values]
     heights += [end for n in values if scores[n] for end in (scores[n].low, scores[n].high)]
     y_ticks = [float(tick) for tick in MaxNLocator(6, min_n_ticks=3).tick_values(min(heights), max(heights))]
+    # A share has no ticks above 100 %.
     if not comparison.first.points:
         y_ticks = [tick for tick in y_ticks if tick < 100] + ([100.0] if y_ticks[-1] >= 100 else [])
     bottom, top = y_ticks[0], y_ticks[-1]
@@ -108,6 +115,7 @@ def _chart(comparison: Comparison, label: str, unit: str, values: dict[int, floa
     def up(value: float) -> float:
         return round(BOTTOM - (value - bottom) / (top - bottom) * (BOTTOM - TOP), 1)
 
+    # 2. Ticks and points.
     percent = "" if comparison.first.points else " %"
     x_ticks = [(across(tick), short_number(tick)) for tick in _log_ticks(left, right)]
     chart = Chart(label, x_ticks, [(up(tick), f"{tick:g}{percent}") for tick in y_ticks], comparison.score_name)
@@ -122,16 +130,17 @@ def _chart(comparison: Comparison, label: str, unit: str, values: dict[int, floa
         chart.points.append(point)
         if n == comparison.reference and run.method == "none":
             chart.level = point.y
+    # 3. Lines, after the points have moved.
     _move_apart(chart.points)
     for look in known.values():
-        places = [point for point in chart.points if point.look == look]  # by budget, as the runs are
+        places = [point for point in chart.points if point.look == look]  # sorted by budget, as the runs are
         if len(places) > 1:
             chart.lines.append((look, places))
     return chart
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two, few enough to stand side by side."""
+    """Return round numbers between `low` and `high`, at most seven where possible, so that labels do not overlap."""
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [
             float(tick) for tick in LogLocator(subs=steps, numticks=99).tick_values(low, high) if low <= tick <= high
@@ -142,7 +151,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _move_apart(points: list[Point]) -> None:
-    """Points at the same place across stand side by side, so that intervals do not hide each other."""
+    """Move points with about the same x apart, so that their intervals do not cover each other."""
     together: list[list[Point]] = []
     for point in sorted(points, key=lambda point: point.x):
         if together and point.x - together[-1][0].x < APART / 2:

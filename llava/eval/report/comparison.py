@@ -1,7 +1,7 @@
-"""Runs that differ in nothing but their configuration, compared question by question with one of them.
+"""Comparison of runs that differ only in their configuration: question by question, with one of them as reference.
 
-Intervals are 95 % bootstrap over pictures (llava.eval.scoring.bootstrap), of the score itself: of POPE's mean F1 or MME's points
-just as of an accuracy. Differences are paired: every run is scored on the same draws.
+Intervals are 95 % bootstrap over images (llava.eval.scoring.bootstrap) of the benchmark's own score: an accuracy,
+POPE's mean F1, MME's points. Differences are paired: all runs are scored on the same draws.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llava.eval.scoring.bootstrap import ratio_intervals
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the ends of its interval."""
+    """A number and the ends of its interval."""
 
     value: float
     low: float
@@ -28,13 +28,13 @@ class Interval:
 
     @property
     def beyond_chance(self) -> bool:
-        """Of a difference: whether the interval leaves out zero."""
+        """Whether the interval of a difference excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass
 class Kind:
-    """A kind of question, by run: share of right answers in percent, and its difference to the reference."""
+    """A kind of question. shares, differences (to the reference): one entry per judged run, in percent."""
 
     name: str
     questions: int
@@ -44,13 +44,14 @@ class Kind:
 
 @dataclass
 class Flip:
-    """A question that the reference answers rightly and some other run does not. answers: by run, None where it has none."""
+    """A question that the reference gets right and another run gets wrong. answers: one per run, or None."""
 
     reference: Answer
     answers: list[Answer | None]
 
     @property
     def wrong(self) -> int:
+        """Number of runs that get the question wrong."""
         return sum(answer is not None and not answer.verdict.right for answer in self.answers)
 
 
@@ -58,8 +59,9 @@ class Flip:
 class Comparison:
     """Runs of one checkpoint, benchmark, split and part, with the same generation settings.
 
-    runs: the reference first, where there is one. scores and differences (to the reference) are by run, None where its
-    answers are not judged here, differences also where it was scored on other questions.
+    runs: in the order of the page, with method none first.
+    scores, differences: one entry per run; differences are to the reference. An entry is None if the answers of the run
+    are not judged here. A difference is also None if the run was scored on other questions.
     """
 
     runs: list[RecordedRun]
@@ -79,24 +81,25 @@ class Comparison:
 
     @property
     def score_name(self) -> str:
-        """What the benchmark's headline is."""
+        """Name and unit of the benchmark's headline."""
         name = self.first.name
         headline = (BENCHMARKS[name].headline or "score") if name in BENCHMARKS else "score"
         return f"{headline.replace('_', ' ')} ({'points' if self.first.points else '%'})"
 
     @cached_property
     def judged(self) -> list[int]:
-        """Numbers of the runs whose answers are judged one by one."""
+        """Indices of the runs whose answers are judged one by one."""
         return [n for n, run in enumerate(self.runs) if run.answers]
 
     @cached_property
     def reference(self) -> int | None:
-        """Number of the run that the others are compared with: method none, else most vision tokens."""
+        """Index of the run that the others are compared with: method none, or else the most vision tokens."""
         return min(self.judged, key=lambda n: (self.runs[n].method != "none", -self.runs[n].size), default=None)
 
     @cached_property
     def questions(self) -> dict[tuple, Answer]:
-        """Key -> some run's answer to it, of every question that is judged in any run."""
+        """Key -> answer of one run, for every question that is judged in any run."""
+        # Which run's answer it is does not matter: only its sample and kinds are used, which are the same in all runs.
         found: dict[tuple, Answer] = {}
         for n in self.judged:
             found = {**self.runs[n].answers, **found}
@@ -104,10 +107,12 @@ class Comparison:
 
     @property
     def pictures(self) -> int:
+        """Number of images in all judged questions."""
         return len({answer.sample.image for answer in self.questions.values() if answer.sample.image is not None})
 
     def _measure(self) -> None:
-        """Everything that has an interval, from one bootstrap."""
+        """Compute everything that has an interval with one bootstrap, so that all numbers use the same draws."""
+        # 1. The ratios: per run, those of the headline, and the share of right answers for each kind of question.
         ratios = _Ratios(self.questions)
         unit = 1 if self.first.points else 100
         kinds = sorted({kind for answer in self.questions.values() for kind in answer.verdict.kinds})
@@ -119,11 +124,13 @@ class Comparison:
             whole[n] = [ratios.add(answers, lambda a, name=name: _term(a, name, unit)) for name in names]
             for kind in kinds:
                 of_kind[kind, n] = [ratios.add(answers, lambda a, kind=kind: _share(a, kind))]
+        # 2. The quantities, (ratios to add, ratios to subtract): scores, differences, shares, differences of shares.
         wanted = [(whole[n], []) for n in self.judged]
         wanted += [(whole[n], whole[self.reference]) for n in self.judged]
         wanted += [(of_kind[kind, n], []) for kind in kinds for n in self.judged]
         wanted += [(of_kind[kind, n], of_kind[kind, self.reference]) for kind in kinds for n in self.judged]
         found = iter(ratios.intervals(wanted, [answer.cluster for answer in self.questions.values()]))
+        # 3. The intervals, taken in the order of `wanted`.
         for n in self.judged:
             self.scores[n] = next(found)
         for n in self.judged:
@@ -135,13 +142,13 @@ class Comparison:
             kind.differences = [self._if_comparable(n, next(found)) for n in self.judged]
 
     def _if_comparable(self, n: int, difference: Interval) -> Interval | None:
-        """None for the reference itself and for a run that was scored on other questions."""
+        """Return the difference, or None for the reference itself and for a run that was scored on other questions."""
         same = self.runs[n].answers.keys() == self.runs[self.reference].answers.keys()
         return difference if same and n != self.reference else None
 
     @cached_property
     def flips(self) -> list[Flip]:
-        """Questions that the reference answers rightly and another run wrongly, in question order."""
+        """Questions that the reference gets right and another run gets wrong, in question order."""
         if self.reference is None:
             return []
         found = []
@@ -153,7 +160,10 @@ class Comparison:
         return found
 
     def flipped(self, n: int) -> tuple[int, int] | None:
-        """(right with the reference and wrong here, the other way round) on the questions of both; None: not compared."""
+        """Return (number of questions right in the reference and wrong in run n, number of the opposite case).
+
+        Only questions that both answered count. None if run n is not compared.
+        """
         if n == self.reference or n not in self.judged:
             return None
         reference, here = self.runs[self.reference].answers, self.runs[n].answers
@@ -161,16 +171,18 @@ class Comparison:
         return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
 
     def worst(self, limit: int) -> list[Flip]:
-        """At most `limit` flips: of each run in turn the next of its worst, those that most runs share first of all.
+        """Return at most `limit` flips: from each run in turn its next worst, sorted by the number of runs in common.
 
-        Worse is a larger drop, then a question that more runs get wrong, then an earlier one.
+        Flip a is worse than b if its value drops more, then if more runs get it wrong, then if it comes earlier.
         """
+        # 1. The flips of each run, worst first.
         order = {id(flip): place for place, flip in enumerate(self.flips)}
         queues = []
         for n in self.judged:
             mine = [f for f in self.flips if f.answers[n] is not None and not f.answers[n].verdict.right]
             drop = {id(f): f.answers[n].verdict.value - f.reference.verdict.value for f in mine}
             queues.append(iter(sorted(mine, key=lambda f: (drop[id(f)], -f.wrong, order[id(f)]))))  # noqa: B023
+        # 2. In turn, so that a run with many flips does not fill the list alone.
         chosen: dict[int, Flip] = {}
         while queues and len(chosen) < limit:
             for queue in list(queues):
@@ -183,7 +195,7 @@ class Comparison:
 
 
 def compare(runs: list[RecordedRun]) -> list[Comparison]:
-    """The comparisons that runs make, in their order; a group whose runs are all unfinished is one too."""
+    """Group runs by what must be equal and return one comparison per group, also for groups of unfinished runs."""
     groups = defaultdict(list)
     for run in runs:
         groups[run.group].append(run)
@@ -191,25 +203,26 @@ def compare(runs: list[RecordedRun]) -> list[Comparison]:
 
 
 def _term(answer: Answer, name: str, unit: int) -> tuple[float, float]:
-    """What an answer adds to one ratio of the headline."""
+    """Return what an answer adds to (numerator, denominator) of one ratio of the headline."""
     added = [(above, below) for term, above, below in answer.verdict.terms if term == name]
     return unit * sum(above for above, _ in added), sum(below for _, below in added)
 
 
 def _share(answer: Answer, kind: str) -> tuple[float, float]:
-    """What an answer adds to the share of right answers to its kind of question."""
+    """Return what an answer adds to (numerator, denominator) of the share of right answers for one kind, in percent."""
     return (100 * answer.verdict.value, 1.0) if kind in answer.verdict.kinds else (0.0, 0.0)
 
 
 class _Ratios:
-    """Ratios of sums over questions, column by column."""
+    """Ratios of sums over questions. Each ratio is one column [Q, 2]: numerator and denominator per question."""
 
     def __init__(self, questions: dict[tuple, Answer]):
         self._row = {key: row for row, key in enumerate(questions)}
         self._columns: list[np.ndarray] = []
 
     def add(self, answers: dict[tuple, Answer], part) -> int:
-        """A ratio, by what each answer adds above and below; returns its number."""
+        """Add a ratio; return its index. part: Answer -> what it adds to (numerator, denominator)."""
+        # A question that a run has not answered stays (0, 0), so it adds nothing.
         column = np.zeros((len(self._row), 2))
         for key, answer in answers.items():
             column[self._row[key]] = part(answer)
@@ -217,10 +230,11 @@ class _Ratios:
         return len(self._columns) - 1
 
     def counted(self, number: int) -> int:
+        """Return the denominator of a ratio: its number of questions."""
         return round(self._columns[number][:, 1].sum())
 
     def intervals(self, wanted: list[tuple[list[int], list[int]]], clusters: list) -> list[Interval]:
-        """Per entry of `wanted`, the sum of some ratios less the sum of others."""
+        """Return one interval per entry (plus, minus) of `wanted`: the sum of ratios `plus` less the sum of `minus`."""
         combine = np.zeros((len(self._columns), len(wanted)))
         for m, (plus, minus) in enumerate(wanted):
             for r in plus:

@@ -1,4 +1,4 @@
-"""The page: comparisons, pictures and records put into the template. Everything that comes from a run is escaped."""
+"""The HTML page, from comparisons, pictures and records. All text that comes from a run is escaped."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from llava.eval.results.published_table import HEAD, by_checkpoint, cells, colle
 from llava.eval.scoring.annotations import SHORT_ANSWER
 from llava.eval.scoring.bootstrap import LEVEL, RESAMPLES
 
-TEXT = 600  # characters of an answer or a question that are shown
+TEXT = 600  # characters of an answer or a question that are shown; the rest is cut
 
 
 def render(runs: list[RecordedRun], notes: list[str], examples: int) -> str:
-    """The whole page as HTML.
+    """Return the whole page as HTML.
 
-    runs: judged, in the order of the page; notes: what is to be said about what is not in it; examples: flipped answers
-    shown per comparison.
+    runs: judged runs, in the order of the page. notes: remarks about runs that are not in it. examples: number of
+    flipped answers per comparison.
     """
     comparisons = compare(runs)
+    # autoescape: an answer of a model may contain markup. StrictUndefined: a misspelt name in the template is an error.
     environment = Environment(
         autoescape=True,
         loader=FileSystemLoader(Path(__file__).parent),
@@ -53,10 +54,13 @@ def render(runs: list[RecordedRun], notes: list[str], examples: int) -> str:
         level=f"{100 * LEVEL:g} %",
         resamples=f"{RESAMPLES:,}",
     )
-    return html.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer is no UTF-8
+    # An answer may contain half of a surrogate pair (from a \u escape in JSON), which cannot be written as UTF-8.
+    return html.encode("utf-8", "replace").decode("utf-8")
 
 
 def _title(comparisons: list[Comparison]) -> str:
+    """Return the title: the benchmarks and the checkpoints, at most three names of each."""
+
     def listed(names: list[str]) -> str:
         names = list(dict.fromkeys(names))
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -66,7 +70,7 @@ def _title(comparisons: list[Comparison]) -> str:
 
 
 def _overview(runs: list[RecordedRun]) -> list[dict]:
-    """The published table's benchmarks by checkpoint, as llava.eval.table has them; [] where there is no run of those."""
+    """Return the table of llava.eval.table for each checkpoint; [] if no run is of a benchmark of that table."""
     rows, _ = collect([run.folder for run in runs if run.name in COLUMNS])
     tables, _ = by_checkpoint(rows, [])
     return [
@@ -75,7 +79,7 @@ def _overview(runs: list[RecordedRun]) -> list[dict]:
 
 
 def _picture(pictures: Pictures, run: RecordedRun, sample) -> dict:
-    """What the template needs of a picture, or why there is none."""
+    """Return URL and size of a picture for the template, or the reason why there is none."""
     try:
         url, width, height = pictures.get(run, sample)
     except UserError as error:
@@ -90,7 +94,7 @@ def _cut(text: str) -> str:
 
 
 def _question(text: str) -> str:
-    """Without the instruction that all questions of a benchmark end with."""
+    """Return a question without the instruction that all questions of a benchmark end with."""
     return _cut(text.removesuffix(SHORT_ANSWER))
 
 

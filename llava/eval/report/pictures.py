@@ -1,4 +1,4 @@
-"""Pictures of a run as small data URLs, so that a page needs no other file."""
+"""Images of a run as small data URLs, so that the page needs no other file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from llava.common.errors import UserError, first_line
 from llava.eval.benchmarks.questions import Sample, check_images
 from llava.eval.report.runs import RecordedRun
 
-LONGEST = 320  # pixels of a picture's longer side
-MOST = 150  # pictures in a page: about 3 MB
-QUALITY = 82  # of JPEG
+LONGEST = 320  # pixels of the longer side
+MOST = 150  # images in a page, about 3 MB
+QUALITY = 82  # JPEG quality
 
 
 class Pictures:
-    """The pictures of a page; each is read once, and there are at most `MOST`."""
+    """The images of a page. Each is read once, and there are at most `MOST`."""
 
     def __init__(self):
         self._known: dict[Path, tuple[str, int, int]] = {}
 
     def get(self, run: RecordedRun, sample: Sample) -> tuple[str, int, int]:
-        """(data URL, width, height) of the picture of a sample that `run` was judged on. UserError says why there is none."""
+        """Return (data URL, width, height) of the image of a sample of `run`.
+
+        Raises UserError if it is missing, unreadable, outside the image folder, or above the limit of `MOST`.
+        """
         folder = run.benchmark.image_folder
         path = folder / sample.image
         if path not in self._known:
+            # A path that leads out of the image folder would put any file of this machine into the page.
             check_images([sample], folder, run.benchmark.question_file)
             if len(self._known) == MOST:
                 raise UserError(f"not shown: a page holds at most {MOST} pictures")
@@ -36,10 +40,12 @@ class Pictures:
 
 
 def _small(path: Path) -> tuple[str, int, int]:
+    """Return (data URL, width, height) of an image, made small. Raises UserError if it cannot be read."""
     buffer = io.BytesIO()
     try:
         with Image.open(path) as file:
-            file.draft("RGB", (LONGEST, LONGEST))  # a large JPEG is decoded at the size that is needed
+            # For a large JPEG, the decoder itself can give a half, a quarter or an eighth of the size, which is faster.
+            file.draft("RGB", (LONGEST, LONGEST))
             image = file.convert("RGB")
         image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
         image.save(buffer, "JPEG", quality=QUALITY)

@@ -1,4 +1,4 @@
-"""What a report knows of a run: its folder's files and, where the questions are still there, every judged answer."""
+"""Runs as the report reads them: the files of their folders and, if the questions still exist, every judged answer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from llava.eval.results.published import TABLE
 from llava.eval.results.published_table import label_of
 from llava.eval.scoring.verdicts import Verdict, headline
 
+# The parts of run.json that the report reads without a check.
 _NEEDED = (
     *("benchmark", "split", "asked", "tokens", "checkpoint", "configuration", "generation", "question_file"),
     *("questions", "environment", "sessions", "score", "published"),
@@ -26,7 +27,7 @@ _ORDER = [*TABLE, *(name for name in BENCHMARKS if name not in TABLE)]
 
 @dataclass(frozen=True)
 class Answer:
-    """A question as it was asked, what the run answered, and what that is worth."""
+    """A question, the answer of a run, and its verdict."""
 
     sample: Sample
     text: str
@@ -34,13 +35,17 @@ class Answer:
 
     @property
     def cluster(self):
-        """Questions of one picture are right or wrong together."""
+        """Cluster of the bootstrap: questions about one image are resampled together."""
         return self.sample.image or self.sample.key
 
 
 @dataclass
 class RecordedRun:
-    """A run folder. `answers` are by the sample's key, in question order; empty where `gap` says why."""
+    """A run folder.
+
+    report, identity: content of run.json and identity.json. answers: sample key -> answer, in question order. If
+    answers are not judged one by one, `answers` is empty and `gap` has the reason.
+    """
 
     folder: Path
     report: dict
@@ -51,7 +56,7 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The benchmark's."""
+        """Name of the benchmark."""
         return self.report["benchmark"]
 
     @property
@@ -60,11 +65,12 @@ class RecordedRun:
 
     @cached_property
     def label(self) -> str:
+        """Method, options and other settings that are not the default. Runs of one label differ in their budget."""
         return label_of(self.report["configuration"])
 
     @property
     def budget(self) -> str:
-        """overall_tokens, "all" or "0"."""
+        """overall_tokens as text, or "all" or "0" for a method without budget."""
         return self.report["tokens"]
 
     @property
@@ -74,6 +80,7 @@ class RecordedRun:
 
     @property
     def title(self) -> str:
+        """Label and budget."""
         return f"{self.label}, {self.budget} tokens" if self.budgeted else self.label
 
     @property
@@ -83,12 +90,12 @@ class RecordedRun:
 
     @property
     def score(self) -> float | None:
-        """As published tables print it: percent, or points."""
+        """The score as published tables print it: percent, or points. None if there is none."""
         return self.report["published"]
 
     @property
     def state(self) -> str:
-        """What is to be said beside its score; "" for a run that is finished and scored on all that was asked."""
+        """Remark beside the score; "" for a run that is finished and scored on all its questions."""
         score, asked = self.report["score"], self.report["questions"]
         if score is None:
             return f"not finished: {self.report.get('answered', 0):,} of {asked:,} questions are answered"
@@ -99,20 +106,21 @@ class RecordedRun:
 
     @cached_property
     def group(self) -> str:
-        """Alike for runs that differ in nothing but the configuration: only those are compared."""
+        """Digest that is equal for runs that differ only in their configuration. Only those are compared."""
+        # "table" is the content of a file that the configuration names.
         return digest_of(
             {name: value for name, value in self.identity.items() if name not in ("configuration", "table")}
         )
 
     @property
     def size(self) -> float:
-        """Vision tokens that a layer reads, for sorting; more than any number where all are kept."""
+        """Layer mean of the vision tokens, for sorting; infinite for method none."""
         if self.method == "none":
             return float("inf")
         return self.measured("vision_tokens_per_image", "layer_mean") or 0.0
 
     def measured(self, *names: str) -> float | None:
-        """A figure of run.json, None where it has none."""
+        """Return a number of run.json by the names on its path, or None."""
         value = self.report
         for name in names:
             value = value.get(name) if isinstance(value, dict) else None
@@ -120,22 +128,22 @@ class RecordedRun:
 
     @property
     def milliseconds(self) -> float | None:
-        """Per question: the stages of all shards together, without loading."""
+        """Milliseconds per question: all stages, summed over shards, without loading of the checkpoint."""
         stages, answered = self.measured("seconds_per_stage"), self.measured("answered")
         return 1000 * sum(stages.values()) / answered if stages and answered else None
 
     @property
     def place(self) -> tuple:
-        """In the order of the page."""
+        """Sort key: the order of runs on the page."""
         order = _ORDER.index(self.name) if self.name in _ORDER else len(_ORDER)
         group = (self.report["checkpoint"]["name"], order, self.report["split"], str(self.report["asked"]), self.group)
         return (*group, self.method != "none", self.label, -self.size, str(self.folder))
 
 
 def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
-    """The runs in and below `folders`, in the order of the page, and what is to be said about others.
+    """Return (the runs in and below `folders`, in the order of the page; remarks about folders that were left out).
 
-    Raises UserError for a folder without a run, and for a run.json that is none.
+    Raises UserError for a folder without a run, and for a malformed run.json.
     """
     found: dict[Path, RecordedRun] = {}
     notes = []
@@ -149,6 +157,7 @@ def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
             if not path.with_name("run.json").is_file():
                 notes.append(f"{path.parent}: has no run.json yet, so it is left out")
                 continue
+            # Resolved: a run that is named twice, or also through a folder above it, is read once.
             found.setdefault(path.parent.resolve(), _read(path.parent, path))
     if not found:
         raise UserError(f"{notes[0]}, and there is no other run")
@@ -156,11 +165,13 @@ def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
 
 
 def _read(folder: Path, identity: Path) -> RecordedRun:
+    """Read a run. Raises UserError for a file that lacks a part."""
     report = _object(folder / "run.json", _NEEDED)
     return RecordedRun(folder, report, _object(identity, ("part", "questions", "configuration")))
 
 
 def _object(path: Path, needed: Iterable[str]) -> dict:
+    """Return the JSON object of a file. Raises UserError if it lacks one of the `needed` names."""
     value = read_json(path)
     missing = [name for name in needed if not isinstance(value, dict) or name not in value]
     if missing:
@@ -169,21 +180,24 @@ def _object(path: Path, needed: Iterable[str]) -> dict:
 
 
 class Questions:
-    """Reads questions and judges answers; runs that were asked the same questions share them."""
+    """Reader of questions and judge of answers. Runs with the same questions share them."""
 
     def __init__(self, data_root: Path | None = None):
-        """data_root: where the benchmarks lie; None: where each run found them."""
+        """data_root: folder of the benchmarks; None takes the folder that each run used."""
         self.data_root = data_root
         self._known: dict[tuple, list[Sample]] = {}
 
     def judge(self, run: RecordedRun) -> None:
-        """Fill in `run.answers`, or say in `run.gap` why its answers cannot be judged one by one."""
+        """Set `run.answers`, or set `run.gap` to the reason why the answers cannot be judged one by one."""
+        # No error for the whole page: the score of the run is known all the same.
         try:
             run.answers = self._answers(run)
         except UserError as error:
             run.gap = str(error)
 
     def _answers(self, run: RecordedRun) -> dict[tuple, Answer]:
+        """Return the judged answers of a run. Raises UserError if they cannot be judged one by one."""
+        # 1. Join the answers with the questions as they were asked.
         if run.score is None:
             raise UserError(run.state)
         benchmark = self._benchmark(run)
@@ -191,9 +205,11 @@ class Questions:
         path = run.folder / "merge.jsonl"
         answered, rows = match(samples, read_answers(path), path, partial=True)
         benchmark.partial = run.report["score"].get("partial")
+        # 2. Judge.
         verdicts = benchmark.verdicts(answered, rows, run.folder)
         if verdicts is None:
             raise UserError("its answers cannot be judged one by one")
+        # 3. The verdicts must give the score of the run. If they do not, the annotations have changed since.
         again = headline(verdicts) * (1 if benchmark.points else 100)
         if abs(again - run.score) > 1e-6 * max(1.0, abs(run.score)):
             raise UserError(
@@ -207,7 +223,8 @@ class Questions:
         }
 
     def _benchmark(self, run: RecordedRun) -> Benchmark:
-        """As it was for the run; its folder is told by the run's question file."""
+        """Return the benchmark of a run. Raises UserError if the question file is not where this benchmark has it."""
+        # run.json has no data root. It is the folder above the question file for which the benchmark names that file.
         kind, split, file = BENCHMARKS[run.name], run.report["split"], Path(run.report["question_file"])
         roots = [self.data_root] if self.data_root else file.parents
         for root in roots:
@@ -217,6 +234,7 @@ class Questions:
         raise UserError(f"{file}: is no question file of {run.name}; --data-root says where the benchmarks are")
 
     def _samples(self, run: RecordedRun, benchmark: Benchmark) -> list[Sample]:
+        """Return the samples of a run. Raises UserError if the question file has changed since."""
         asked = run.report["asked"]
         known = (benchmark.name, benchmark.split, *asked.values(), str(benchmark.data_root))
         if known not in self._known:

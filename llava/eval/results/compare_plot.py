@@ -1,4 +1,4 @@
-"""The plot of a comparison: accuracy against the vision tokens that a layer reads, and against FLOPs."""
+"""The plot of a comparison: accuracy against the layer mean of vision tokens, and against FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from llava.eval.results.compare_table import summary
 from llava.eval.results.plots import FAINT, INK, log_ticks, look, panels, save, style
 from llava.methods.index import method_names
 
-_SPREAD = 0.26  # of x, by which the methods are moved apart where they have bars
+# Methods with bars are moved apart in x, by this share from the first to the last. CAPTION names about half of it.
+_SPREAD = 0.26
 CAPTION = (
     "Dashed: methods that drop tokens inside the LLM. random: mean over seeds. Bars: 95 % bootstrap over pictures; on the "
     "left, methods are moved apart sideways by up to 13 %, so that bars do not hide each other; on the right, places are exact.",
@@ -21,12 +22,14 @@ CAPTION = (
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Write the plot of the rows of a compare.csv: one row of panels per checkpoint."""
+    """Draw the rows of a compare.csv and write the plot: one row of panels per checkpoint."""
+    # 1. The methods that have a budget, in the order of the index, and their looks.
     rows = summary(rows)
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     order = [*method_names(), *(row["method"] for row in rows)]
     methods = [name for name in dict.fromkeys(order) if any(r["method"] == name and r["budget_percent"] for r in rows)]
     styles = _styles(methods)
+    # 2. The panels.
     with style():
         figure, axes = panels(len(checkpoints), 2, height=4.4, sharey="row")
         legend = {}
@@ -34,6 +37,7 @@ def draw(rows: list[dict], path: Path) -> None:
             here = [row for row in rows if row["checkpoint"] == checkpoint]
             for n, name in enumerate(methods):
                 points = [row for row in here if row["method"] == name]
+                # A factor and not a distance, because the axis is logarithmic.
                 aside = (1 + _SPREAD) ** (n / max(1, len(methods) - 1) - 0.5)
                 if points:
                     legend[name] = _line(left, points, "layer_mean", styles[name], aside, bars=True)
@@ -46,13 +50,14 @@ def draw(rows: list[dict], path: Path) -> None:
                 f"{checkpoint}: {here[0]['questions']:.0f} questions about {here[0]['pictures']:.0f} pictures"
             )
             left.set_ylabel("accuracy (%)")
+        # 3. One legend for all panels. A method may be missing on one checkpoint, so it is sorted here.
         legend = {name: legend[name] for name in methods}
         figure.legend(legend.values(), legend, loc="outside right upper", title="method", handlelength=3)
         save(figure, path, CAPTION)
 
 
 def _styles(methods: list[str]) -> dict[str, dict]:
-    """AdaV in black, random in grey, everything else by colour and marker."""
+    """Return method -> look: AdaV in black, random in grey, all others by colour and marker."""
     plain = {"adav": {"color": "black", "marker": "o"}, "random": {"color": FAINT, "marker": "x"}}
     others = [name for name in methods if name not in plain]
     styles = {name: look(n) for n, name in enumerate(others)} | plain
@@ -60,17 +65,22 @@ def _styles(methods: list[str]) -> dict[str, dict]:
 
 
 def _inside_the_llm(rows: list[dict]) -> bool:
-    """Whether layers read different numbers of vision tokens."""
+    """Return whether a method drops tokens inside the LLM: then layers read different numbers of vision tokens."""
+    # 0.01: both numbers are rounded means.
     return any(abs(row["layer_mean"] - row["tokens_after"]) > 0.01 for row in rows)
 
 
 def _line(axis: Axes, points: list[dict], x: str, look_: dict, aside: float = 1.0, bars: bool = False):
-    """One method's points; returns what stands for it in the legend."""
+    """Draw the points of one method; return the line for the legend.
+
+    x: column of the x axis. aside: factor on x. bars: draw intervals.
+    """
     points = sorted(points, key=lambda row: row["budget_percent"])
     across, up = [aside * row[x] for row in points], [100 * row["accuracy"] for row in points]
     if bars:
         low, high = ([100 * row["accuracy_" + end] for row in points] for end in ("low", "high"))
         axis.vlines(across, low, high, color=look_["color"], linewidth=1, alpha=0.45)
+    # The marker "x" is drawn by its edge alone. A white edge would make it invisible.
     crossed = look_["marker"] == "x"
     (line,) = axis.plot(
         across,
@@ -86,7 +96,7 @@ def _line(axis: Axes, points: list[dict], x: str, look_: dict, aside: float = 1.
 
 
 def _ends(axis: Axes, rows: list[dict], x: str) -> None:
-    """The two ends of the scale as lines across, and where on x all tokens are."""
+    """Draw the two ends of the scale as horizontal lines, and a star at the x of all tokens."""
     for name, dashes, text in (("none", "--", "all tokens"), ("no_image", ":", "no image")):
         for row in (row for row in rows if row["method"] == name):
             height = 100 * row["accuracy"]

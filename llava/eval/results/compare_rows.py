@@ -1,8 +1,9 @@
-"""Finished runs of a comparison -> rows: accuracy, what it cost, and paired differences with their intervals.
+"""Rows of a comparison, from its finished runs: accuracy, costs, and paired differences with their intervals.
 
-One row per checkpoint, method, budget and seed; where there are several seeds, a row more with seed "mean", whose
-accuracy is the mean over seeds of every question. Intervals are 95 % percentile bootstrap over pictures, 10,000 seeded
-resamples (llava.eval.scoring.bootstrap): they cover the draw of the questions, not the training of the checkpoint.
+There is one row per checkpoint, method, budget and seed. With several seeds, one more row has the seed "mean": its
+accuracy is the mean over seeds, question by question. Intervals are 95 % percentile bootstrap over images, with 10,000
+seeded resamples (llava.eval.scoring.bootstrap). They cover the draw of the questions, not the training of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. percent and tokens: the budget (None: has none); seed: None where nothing is drawn at random."""
+    """One run of a comparison.
+
+    percent, tokens: the budget; None for a method without budget. seed: None for a method that draws nothing at random.
+    options: not compared, because name and seed determine them (and a dict has no hash).
+    """
 
     name: str
     method: str
@@ -34,11 +39,12 @@ class Cell:
 
 
 def costs(report: dict) -> dict[str, float]:
-    """What a run cost per question, from its run.json (one image a question).
+    """Return the costs of a run per question, from its run.json. Each question has one image.
 
-    tokens_before, tokens_after: vision tokens before and after selection, per image; layer_mean: vision tokens that a
-    layer of the LLM reads, mean over layers; prefill_flops: from pixels to the first token (llava.costs.flops);
-    kv_bytes: live, at the end of generation.
+    tokens_before, tokens_after: vision tokens per image, before and after selection. layer_mean: vision tokens that a
+    layer of the LLM reads, mean over layers. prefill_flops: FLOPs from pixels to the first token (llava.costs.flops).
+    kv_bytes: live bytes of the KV cache at the end of generation.
+    Raises UserError if some answers have no FLOPs.
     """
     tokens, flops = report["vision_tokens_per_image"], report["prefill_flops_predicted"]
     if flops["questions"] < report["answered"]:
@@ -57,7 +63,11 @@ def costs(report: dict) -> dict[str, float]:
 
 @dataclass
 class _Line:
-    """A row in the making: what it says, right or wrong per question [Q], and the accuracies of its seeds."""
+    """A row before its intervals are known.
+
+    facts: other columns. right: [Q], 1 for a right answer, 0 for a wrong one; a mean over seeds has shares.
+    percent: the budget. seeds: accuracy of each seed, for a mean over seeds only.
+    """
 
     facts: dict
     right: np.ndarray
@@ -66,10 +76,11 @@ class _Line:
 
 
 def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict], reference: str) -> list[dict]:
-    """The rows of one checkpoint, in the order of `runs`.
+    """Return the rows of one checkpoint, in the order of `runs`.
 
     reference: the method that the others of the same budget are compared with, question by question.
     """
+    # 1. Right or wrong per question, for each run and for means over seeds.
     samples = next(iter(runs.values())).samples
     pictures = [sample.image for sample in samples]
     categories = benchmark.categories(samples)
@@ -79,10 +90,12 @@ def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict],
         lines += several
         if len(several) > 1:
             lines.append(_mean_line(several))
+    # 2. One bootstrap over all accuracies and differences, so that all use the same draws.
     against = {line.percent: line.right for line in lines if line.facts["method"] == reference}
     compared = [line for line in lines if line.percent in against]
     columns = [line.right for line in lines] + [line.right - against[line.percent] for line in compared]
     mean, low, high = cluster_intervals(np.stack(columns, axis=1), pictures)
+    # 3. The rows. `difference` is the column of the next difference; these follow the accuracies.
     rows, difference = [], len(lines)
     for n, line in enumerate(lines):
         row = line.facts | {"questions": len(samples), "pictures": len(set(pictures))}
@@ -100,7 +113,7 @@ def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict],
 
 
 def _by_seed(cells: list[Cell]) -> list[list[Cell]]:
-    """Cells that differ in nothing but the seed, together."""
+    """Group cells that differ only in the seed."""
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.name, cell.percent), []).append(cell)
@@ -108,13 +121,13 @@ def _by_seed(cells: list[Cell]) -> list[list[Cell]]:
 
 
 def _right(benchmark: Shapes, run: Run) -> np.ndarray:
-    """[Q] 1 where the answer is right, in question order."""
+    """Return [Q], in question order: 1 for a right answer, 0 for a wrong one."""
     rows = [row for _, row in read_lines(run.folder / "merge.jsonl")]
     return np.array(benchmark.right(run.samples, rows), dtype=np.float64)
 
 
 def _facts(cell: Cell, run: Run, report: dict) -> dict:
-    """What a row says beside accuracy."""
+    """Return the columns of a row that do not depend on the answers."""
     packages = report["environment"]["packages"]
     answered = [session for session in report["sessions"] if session.get("answered")]
     return {
@@ -127,7 +140,7 @@ def _facts(cell: Cell, run: Run, report: dict) -> dict:
         "options": json.dumps(cell.options) if cell.options else None,
         "configuration": run.config.digest,
         "run": run.folder.name,
-        # Of the sessions that answered: what is merged now may have come from an earlier version.
+        # All sessions that answered questions: some answers may come from an earlier version of the code.
         "commit": " ".join(dict.fromkeys(str(session.get("commit")) for session in answered)),
         "code": " ".join(dict.fromkeys(str(session.get("code")) for session in answered)),
         "python": report["environment"]["python"],
@@ -136,7 +149,8 @@ def _facts(cell: Cell, run: Run, report: dict) -> dict:
 
 
 def _mean_line(lines: list[_Line]) -> _Line:
-    """The mean over seeds, question by question."""
+    """Return the line of the mean over seeds, question by question."""
+    # These columns belong to one run. A mean has none.
     facts = dict(lines[0].facts, seed="mean", options=None, configuration=None, run=None)
     for name in ("tokens_before", "tokens_after", "layer_mean", "prefill_flops", "kv_bytes"):
         facts[name] = float(np.mean([line.facts[name] for line in lines]))

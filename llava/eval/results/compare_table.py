@@ -1,4 +1,4 @@
-"""The files of a comparison: compare.csv, and compare.md made from it."""
+"""Files of a comparison: compare.csv, and the table of compare.md."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ comparison shows that the pipeline works and what pruning costs on this task; it
 another on real data. Intervals are 95 % bootstrap over pictures (questions of one picture are drawn together); they
 say how sure the figure is for this checkpoint and this task, and nothing about others."""
 
+# Columns with text. All other columns of compare.csv are numbers.
 _TEXT = (
     *("checkpoint", "method", "seed", "options", "configuration", "run", "commit", "code"),
     *("python", "torch", "transformers", "numpy"),
 )
+# Columns before and after those of the kinds of questions.
 _FIRST = (
     *("checkpoint", "method", "budget_percent", "budget_tokens", "seed", "questions", "pictures"),
     *("accuracy", "accuracy_low", "accuracy_high", "accuracy_worst_seed", "accuracy_best_seed"),
@@ -28,6 +30,7 @@ _FIRST = (
     *("tokens_before", "tokens_after", "layer_mean", "prefill_flops", "kv_bytes"),
 )
 _LAST = _TEXT[3:]
+# Columns that table and plot need. They must not be empty in any row.
 _ALWAYS = (
     "checkpoint",
     "method",
@@ -41,7 +44,7 @@ _ALWAYS = (
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
-    """compare.csv: shares from 0 to 1, an empty field where a figure does not apply."""
+    """Write compare.csv. Accuracies are shares from 0 to 1; a field is empty if the number does not apply."""
     categories = sorted({name for row in rows for name in row} - {*_FIRST, *_LAST})
     text = io.StringIO()
     writer = csv.DictWriter(text, [*_FIRST, *categories, *_LAST], lineterminator="\n")
@@ -52,7 +55,10 @@ def write_rows(rows: list[dict], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a compare.csv: text, or float, or None where the field is empty."""
+    """Return the rows of a compare.csv: text or float per field, None for an empty one.
+
+    Raises UserError if the file is missing or is no compare.csv.
+    """
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -69,7 +75,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """One row per checkpoint, method and budget: single seeds give way to their mean."""
+    """Return one row per checkpoint, method and budget: a row of a mean over seeds replaces those of its seeds."""
     drawn = {_place(row) for row in rows if row["seed"] == "mean"}
     return [row for row in rows if row["seed"] == "mean" or _place(row) not in drawn]
 
@@ -79,7 +85,7 @@ def _place(row: dict) -> tuple:
 
 
 def markdown(rows: list[dict]) -> str:
-    """One table per checkpoint: the ends of the scale, then budget by budget, best first."""
+    """Return one table per checkpoint in Markdown: first the ends of the scale, then by budget, best accuracy first."""
     rows, parts = summary(rows), []
     for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
         here = [row for row in rows if row["checkpoint"] == checkpoint]
@@ -99,7 +105,7 @@ _HEAD = (
 
 
 def _line(row: dict, whole: float) -> tuple[str, ...]:
-    """whole: FLOPs of `none`."""
+    """Return the cells of a row. whole: FLOPs of `none`, which the column of FLOPs is relative to."""
     seed = {None: "", "mean": ", mean of seeds"}.get(row["seed"], f", seed {row['seed']}")
     against = row["difference"] is not None and row["method"] != "adav"
     return (
@@ -115,4 +121,5 @@ def _line(row: dict, whole: float) -> tuple[str, ...]:
 
 
 def _interval(row: dict, name: str, text: str) -> str:
+    """Return value, low and high of a column in percent, in the format `text`."""
     return text.format(*(100 * row[name + end] for end in ("", "_low", "_high")))

@@ -1,7 +1,7 @@
-"""How every plot of the evaluation looks: figure, colours, caption, file. Needs no display.
+"""Common look of all plots of the evaluation: figure, colours, caption, file. Needs no display.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart, without the yellow that is faint on white; where
-there are more lines than colours, the marker tells them apart.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart, without the yellow, which is faint on
+white. If there are more lines than colours, markers tell them apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INK, FAINT = "#222222", "#8a8a8a"
 WIDTH = 12.0  # inches: 1200 pixels
 DPI = 100
 _LINE = 0.2  # inches that a line of the caption takes
-_LETTERS = 165  # of the caption in a line
+_LETTERS = 165  # characters in a line of the caption, at its font size and WIDTH
 _UNITS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"))
 _STYLE = {
     "font.size": 10,
@@ -44,7 +44,7 @@ _STYLE = {
 
 
 def style():
-    """Context in which a plot is made from its first line to `save`."""
+    """Return the context in which a plot is made, from its first line to `save`."""
     return matplotlib.rc_context(_STYLE)
 
 
@@ -59,14 +59,15 @@ def shades(number: int) -> list[tuple]:
 
 
 def panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows x columns panels, each row `height` inches high. options: for Figure.subplots."""
+    """Return (figure, axes) of rows x columns panels. height: inches of a row. options: for Figure.subplots."""
+    # Figure and not pyplot: pyplot keeps each figure in a global list and may look for a display.
     figure = Figure(figsize=(WIDTH, rows * height), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
     return figure, figure.subplots(rows, columns, squeeze=False, **options).tolist()
 
 
 def log_ticks(axis: Axis) -> None:
-    """Logarithmic axis with plain numbers, close enough that a narrow range has some too."""
+    """Make an axis logarithmic, with plain numbers as labels and ticks close enough for a narrow range."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=99))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
@@ -74,13 +75,14 @@ def log_ticks(axis: Axis) -> None:
 
 
 def short_number(value: float) -> str:
-    """With the unit that it is large enough for: 1.5 G."""
+    """Return a number with the largest unit that is not above it: 1.5 G."""
     size, unit = next(((size, unit) for size, unit in _UNITS if value >= size), (1, ""))
     return f"{value / size:g}{unit}"
 
 
 def save(figure: Figure, path: Path, caption: Sequence[str]) -> None:
-    """Write `figure` as a PNG with `caption`, a list of sentences or paragraphs, below it."""
+    """Write `figure` as a PNG with a caption below it. caption: sentences or paragraphs."""
+    # The figure grows by the height of the caption, and the panels keep theirs: rect is in shares of the new height.
     lines = [line for part in caption for line in textwrap.wrap(part, _LETTERS)]
     width, height = figure.get_size_inches()
     below = _LINE * (len(lines) + 1)

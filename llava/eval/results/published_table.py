@@ -1,4 +1,4 @@
-"""Finished runs as the published table: seven benchmarks, and the mean of ratios to the unpruned row.
+"""Finished runs in the form of the published table: seven benchmarks, and the mean of ratios to the unpruned row.
 
 Imports no torch.
 """
@@ -25,8 +25,11 @@ HEAD = ("method", "tokens", *(column.replace("_", "-") for column in COLUMNS.val
 
 @dataclass
 class Row:
-    """Runs that belong together. part: which questions, in words, "" for all of them; base: a digest of whatever a run
-    must share with the unpruned one that it is compared with."""
+    """The runs of one checkpoint, configuration and part of the questions, which make one row.
+
+    part: the part of the questions in words, "" for all. base: digest of everything that a run must have in common with
+    the unpruned run that it is compared with. folders, scores: benchmark -> run folder, score.
+    """
 
     checkpoint: str
     method: str
@@ -43,12 +46,13 @@ class Row:
 
     @property
     def size(self) -> float:
+        """Budget as a number, for sorting."""
         return {"all": float("inf"), "0": -1.0}.get(self.tokens) or float(self.tokens)
 
 
 @dataclass
 class Line:
-    """One printed line; kind is "ours", "published" or "difference". None where there is no number."""
+    """One printed line. kind: "ours", "published" or "difference". average: (value, number of columns), or None."""
 
     checkpoint: str
     kind: str
@@ -59,9 +63,9 @@ class Line:
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
-    """The rows that the runs in and below `folders` make, unpruned first, and what is to be said about them.
+    """Return (the rows of the runs in and below `folders`, unpruned first; notes about them).
 
-    Raises UserError for a folder without a run, and for two runs that would fill one cell.
+    Raises UserError for a folder without a run, and for two runs that belong in the same cell.
     """
     rows: dict[str, Row] = {}
     notes: list[str] = []
@@ -78,6 +82,8 @@ def collect(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
 
 
 def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> None:
+    """Add a run to its row, or a note if it has no score. Runs of other benchmarks and splits are skipped."""
+    # 1. Does the run belong in the table?
     name = report["benchmark"]
     if name not in TABLE or report["split"] != BENCHMARKS[name].splits[0]:
         return
@@ -87,8 +93,9 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
     if report["published"] is None:
         notes.append(f"{folder}: has no score, only a file to upload, so it is left out")
         return
+    # 2. Its row. max_new_tokens is left out, because it differs from benchmark to benchmark within one row.
     configuration, generation = report["configuration"], dict(report["generation"])
-    generation.pop("max_new_tokens")  # the benchmark's own
+    generation.pop("max_new_tokens")
     base = digest_of([report["checkpoint"]["content"], generation, report["asked"]])
     key = digest_of([base, report["configuration_digest"]])
     label = label_of(configuration)
@@ -101,6 +108,7 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
     )
     if row.folders.setdefault(name, folder).resolve() != folder.resolve():
         raise UserError(f"{folder} and {row.folders[name]} are runs of {name} under the same configuration; name one")
+    # 3. Its score, and notes.
     row.scores[name] = report["published"]
     if report["score"].get("partial") and not part:
         notes.append(f"{folder}: scored on {report['score']['partial']}")
@@ -109,7 +117,7 @@ def _add(report: dict, folder: Path, rows: dict[str, Row], notes: list[str]) -> 
 
 
 def label_of(configuration: dict) -> str:
-    """A configuration's method, with its options and whatever else is not as it is by default, but the budget."""
+    """Return the method of a configuration, its options, and all settings that are not the default, but no budget."""
     usual = AdaVConfig().to_dict()
     said = {name: value for name, value in configuration.items() if name in usual and value != usual[name]}
     said = {name: value for name, value in said.items() if name not in ("method", "overall_tokens", "options")}
@@ -119,7 +127,11 @@ def label_of(configuration: dict) -> str:
 
 
 def lines_of(rows: list[Row], model: str | None) -> tuple[list[Line], list[str]]:
-    """Rows of one checkpoint, with those published for `model` beside them, and notes."""
+    """Return (lines, notes) for the rows of one checkpoint.
+
+    model: the published rows of this model are added; None adds none. A published row with the method and budget of a
+    row is printed below it, with the difference. All others come at the end.
+    """
     notes, lines = [], []
     unpruned = {row.base: row for row in rows if row.unpruned}
     published = [row for row in published_rows() if row.model == model]
@@ -145,20 +157,23 @@ def lines_of(rows: list[Row], model: str | None) -> tuple[list[Line], list[str]]
 
 
 def _published(checkpoint: str, row: PublishedRow, whole: PublishedRow) -> Line:
+    """Return the line of a published row. whole: the published unpruned row."""
+    # The average is computed from the row's scores, as for our rows, because the printed one is rounded.
     tokens = "all" if row.unpruned else str(row.tokens)
     return Line(checkpoint, "published", row.method, tokens, row.scores, average(row.scores, whole.scores))
 
 
 def _difference(ours: Line, theirs: Line) -> Line:
+    """Return the line of differences, ours less published."""
     scores = {name: value - theirs.scores[name] for name, value in ours.scores.items()}
-    # Of averages over different columns there is no difference.
+    # Averages over different columns are different quantities and have no difference.
     same = ours.average and ours.average[1] == theirs.average[1]
     gap = (ours.average[0] - theirs.average[0], ours.average[1]) if same else None
     return Line(ours.checkpoint, "difference", ours.label, ours.tokens, scores, gap)
 
 
 def cells(line: Line) -> list[str]:
-    """The cells of a line as text; differences carry their sign."""
+    """Return the cells of a line as text. Differences have a sign."""
     number = "{:+.2f}".format if line.kind == "difference" else "{:.2f}".format
     label = {"ours": line.label, "published": f"{line.label}, published", "difference": "difference"}[line.kind]
     mean = "-"
@@ -170,12 +185,14 @@ def cells(line: Line) -> list[str]:
 
 
 def as_markdown(tables: dict[str, list[Line]]) -> str:
+    """Return the tables in Markdown. tables: checkpoint -> lines."""
     return "\n\n".join(
         f"{name}\n\n{markdown_table([HEAD, *map(cells, lines)], left=1)}" for name, lines in tables.items()
     )
 
 
 def as_latex(tables: dict[str, list[Line]]) -> str:
+    """Return the tables in LaTeX, one tabular each. tables: checkpoint -> lines."""
     parts = []
     for name, lines in tables.items():
         body = [HEAD, *map(cells, lines)]
@@ -191,6 +208,7 @@ def _escaped(text: str) -> str:
 
 
 def as_csv(tables: dict[str, list[Line]]) -> str:
+    """Return one CSV table of all checkpoints, rounded to four decimals. tables: checkpoint -> lines."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["checkpoint", "row", "method", "tokens", *COLUMNS.values(), "average", "average_columns"])
@@ -206,7 +224,7 @@ FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
 
 
 def render(rows: list[Row], notes: list[str], style: str = "markdown", published: str | None = None) -> tuple[str, str]:
-    """(the tables, one per checkpoint; what is to be said below them), as text."""
+    """Return (the tables, one per checkpoint; the notes below them) as text. style: a key of FORMATS."""
     tables, notes = by_checkpoint(rows, notes, published)
     return FORMATS[style](tables), "\n".join(notes)
 
@@ -214,9 +232,10 @@ def render(rows: list[Row], notes: list[str], style: str = "markdown", published
 def by_checkpoint(
     rows: list[Row], notes: list[str], published: str | None = None
 ) -> tuple[dict[str, list[Line]], list[str]]:
-    """(checkpoint -> its lines, notes).
+    """Return (checkpoint -> its lines, notes).
 
-    published: whose published rows stand beside; None takes those of a checkpoint of the same name, "none" none.
+    published: the model whose published rows are added. None takes the model with the name of the checkpoint, "none"
+    adds no rows.
     """
     groups = defaultdict(list)
     for row in rows:
@@ -232,7 +251,8 @@ def by_checkpoint(
 
 
 def show_runs(folders: list[Path], output: Path) -> str:
-    """The table of some runs, with the unpruned rows that lie in `output` beside them."""
+    """Return the table of some runs as text, with the unpruned rows in `output` that they are relative to."""
+    # All runs in `output` are read, and those of the same rows kept: a row may have runs of earlier commands.
     mine, notes = collect(folders)
     keys = {(row.base, row.label, row.tokens) for row in mine}
     bases = {row.base for row in mine}

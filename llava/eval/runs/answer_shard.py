@@ -1,4 +1,7 @@
-"""A loaded checkpoint that answers work orders in batches, and appends each batch to an answers file at once."""
+"""ShardAnswerer: a loaded checkpoint that answers work orders in batches.
+
+Each finished batch is appended to the answer file at once, so an interruption loses one batch at most.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,26 @@ from llava.model.decoding.prepared import StageClock
 from llava.model.decoding.sampling import Sampling
 from llava.model.encoded_images import EncodedImage, RecentImages
 
-# Of encoded images that are kept for the next batch. Work is ordered by image, so it need not hold many: LLaVA-1.6's
-# largest takes 24 MB in half precision on the 7B model.
+# Bytes of encoded images that are kept for the next batch. Questions are sorted by image, so a few images are enough:
+# the largest image of LLaVA-1.6 takes 24 MB in half precision on the 7B model.
 RECENT_BYTES = 256 << 20
 
 
 class ShardAnswerer(LoadedCheckpoint):
     """A loaded checkpoint that answers the samples of one work order after another.
 
-    Questions about one image share its decoding, its tiles and the vision tower's pass, within a batch and from one batch
-    to the next; tokens are selected anew for each question.
+    Questions about one image share the decoded file, the tiles and the pass through the vision tower. This holds within
+    a batch and from one batch to the next. Vision tokens are selected again for each question.
     """
 
     def __init__(self, order: WorkOrder, image_workers: int | None = None):
-        """image_workers: processes that decode and resize images ahead; None: two beside a GPU, none on the CPU, whose
-        cores are busy."""
-        transformers_logging.set_verbosity_error()  # a shard's last lines should say why it died
+        """Load the checkpoint of `order`.
+
+        image_workers: processes that decode and resize images ahead. None: two with a GPU, none on the CPU, because
+        there the model uses all cores.
+        """
+        # If the shard dies, the launcher shows its last lines. They should give the reason, not transformers' advice.
+        transformers_logging.set_verbosity_error()
         super().__init__(
             order.checkpoint,
             order.model_base,
@@ -52,8 +59,12 @@ class ShardAnswerer(LoadedCheckpoint):
         self.image_workers = (2 if self.device.type == "cuda" else 0) if image_workers is None else image_workers
 
     def run(self, order: WorkOrder, stopping: threading.Event) -> None:
-        """Answer the samples of `order` and append them to its answers file, until done or `stopping` is set."""
-        self.recent = RecentImages(RECENT_BYTES)  # of this run alone: times of several runs are compared
+        """Answer the samples of `order` and append the rows to its answer file, until done or `stopping` is set.
+
+        If the GPU is out of memory, the batch size is halved. Raises UserError if one sample does not fit.
+        """
+        # An empty store for each run: times of runs are compared, so no run may use images that another run encoded.
+        self.recent = RecentImages(RECENT_BYTES)
         answers, samples, size = AnswerFile(order.answers), order.samples, order.batch_size
         reader = ImageReader(ImageFiles.from_order(order, self), self.image_workers)
         while samples and not stopping.is_set():
@@ -61,9 +72,11 @@ class ShardAnswerer(LoadedCheckpoint):
             with suppress(torch.OutOfMemoryError):
                 rows = self.answer(samples[:size], order, reader)
             if rows is None:
-                # The error and its traceback, which hold the tensors of the batch, are gone by now.
+                # Outside of `with`, the error is gone. Its traceback holds the tensors of the batch, so memory can
+                # only be freed here.
                 if size == 1:
                     raise UserError("the GPU has too little memory for one sample; use fewer tokens or --dtype float16")
+                # min(): the failed batch may be the short last one, and half of the full size would be no smaller.
                 size = (min(size, len(samples)) + 1) // 2
                 self.recent = RecentImages(RECENT_BYTES)
                 self.engine.release()
@@ -75,21 +88,24 @@ class ShardAnswerer(LoadedCheckpoint):
 
     @torch.inference_mode()
     def answer(self, samples: Sequence[OrderedSample], order: WorkOrder, reader: ImageReader) -> list[dict]:
-        """One batch -> one row per sample, in order: its answer and measurements, or why its image is unreadable."""
+        """Answer one batch; return one row per sample.
+
+        A row has the answer and its measurements, or the error of an unreadable image. Rows with an error come first.
+        """
         clock, config = StageClock(self.device), order.config
         conversation = order.generation.conversation or self.conversation
-        # 1. The images of the batch, each encoded once.
+        # 1. Encode each image of the batch once.
         names = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
         encoded, errors = self._encoded(names, order.image_folder, reader, config, clock)
         rows = [{"key": list(s.key), "error": errors[s.image]} for s in samples if s.image in errors]
         readable = [sample for sample in samples if sample.image not in errors]
         if not readable:
             return rows
-        # 2. Their questions, answered as one batch.
+        # 2. Answer the questions with a readable image as one batch.
         images = [None if sample.image is None else encoded[sample.image] for sample in readable]
         prepared = self.splice([sample.prompt for sample in readable], images, config, conversation)
         generated = self.engine.generate(prepared, [_sampling(order.generation, sample) for sample in readable])
-        # 3. What was measured, and what it should have cost.
+        # 3. Collect measured times and predicted costs.
         seconds = Counter(generated.seconds)
         seconds.update(clock.seconds)
         seconds.update(prepared.seconds)
@@ -97,6 +113,7 @@ class ShardAnswerer(LoadedCheckpoint):
         counts = [ImageCounts.from_plan(image.plan, self.shape.side) for image in images if image is not None]
         costs = predicted(prepared, counts, self.shape, config)
         memory = kv_bytes(generated.cache, costs, new_tokens)
+        # 4. One row per sample.
         for i, sample in enumerate(readable):
             rows.append(
                 {
@@ -106,7 +123,7 @@ class ShardAnswerer(LoadedCheckpoint):
                     **vision_tokens(prepared, i),
                     "new_tokens": new_tokens[i],
                     "conversation": conversation,
-                    # Shares of the batch: summed over all samples they are the time of the run.
+                    # Each sample gets an equal share of the batch's time, so the sum over samples is the run's time.
                     "seconds": {stage: round(value / len(readable), 7) for stage, value in seconds.items()},
                     "prefill_flops": costs[i].total,
                     **memory[i],
@@ -118,12 +135,14 @@ class ShardAnswerer(LoadedCheckpoint):
     def _encoded(
         self, names: list[str], folder: Path, reader: ImageReader, config: AdaVConfig, clock: StageClock
     ) -> tuple[dict[str, EncodedImage], dict[str, str]]:
-        """Images of a batch by name, each decoded and encoded at most once; and why those that are missing are."""
+        """Return (encoded images by name, errors of unreadable images by name); each image is encoded at most once."""
         encoded, errors, new = {}, {}, {}
         encoding = self.model.encoding(config)
+        # on_host: a CUDA event measures the device, and does not see time that the host spends on files.
         with clock.stage("image_decode", on_host=True):
             for name in names:
                 try:
+                    # The key names all that an encoding depends on: the state of the file, and the tower's settings.
                     key = (_stamp(folder / name), encoding)
                     known = self.recent.get(key)
                     if known is None:
@@ -140,15 +159,16 @@ class ShardAnswerer(LoadedCheckpoint):
 
 
 def _sampling(generation: Generation, sample: OrderedSample) -> Sampling:
-    """Greedy, or drawn from a seed that belongs to the sample, whatever batch it is in."""
+    """Return the sampling settings of one sample: greedy, or a draw with the sample's own seed."""
     if not generation.temperature:
         return Sampling(generation.max_new_tokens)
+    # The seed comes from the sample's key, so batch size, shards and interruptions do not change an answer.
     seed = int(digest_of([generation.seed, list(sample.key)]), 16)
     return Sampling(generation.max_new_tokens, generation.temperature, generation.top_p or 1.0, seed)
 
 
 def _stamp(path: Path) -> tuple:
-    """What tells one state of an image file from another, without reading it."""
+    """Return (path, time of change, size) of an image file, which tells two states of it apart without reading it."""
     try:
         state = path.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a start of the launcher would do, and what a finished run found, in a few lines. Imports no torch."""
+"""Text about runs: what the launcher would do (--plan), and the result of a finished run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from llava.eval.runs.worker_processes import device_of, worker_command, worker_s
 
 
 def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
-    """The runs and the exact commands of their shards, from what is answered now; opens no run."""
+    """Return a text with the runs and the exact command of each shard, from the answers that are on disk now.
+
+    No run is opened: nothing is locked or written.
+    """
     lines = []
+    # 1. The runs.
     for run in runs:
         benchmark, generation = run.benchmark, run.generation
         run.refresh()
+        # tokens is "all" or "0" for the methods without a budget.
         budget = f", {run.tokens} tokens" if run.tokens.isdigit() else ""
         lines.append(
             f"{benchmark.name} ({benchmark.split}), {run.checkpoint.name}, method {run.config.method}{budget}:"
@@ -30,6 +35,7 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
         lines.append(f"  {len(run.answered):,} answered already, {len(run.todo()):,} to do")
         fetched = "" if run.checkpoint.folder else " (DIGEST is known once the checkpoint is fetched)"
         lines.append(f"  {run.folder}{fetched}")
+    # 2. The shards. The division must be the one of evaluate_runs, or the printed commands are not those that run.
     missing = [run.todo() for run in runs]
     shards = useful_shards(missing, shards)
     pieces = [divide(samples, shards) for samples in missing]
@@ -45,7 +51,8 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
 
 
 def describe_run(run: Run, report: dict) -> str:
-    """A finished run in a few lines."""
+    """Return a few lines about a finished run: score, vision tokens, KV cache, FLOPs and time."""
+    # The last session is this start of the command. Earlier sessions may have answered a part of the questions.
     session, tokens = report["sessions"][-1], report["vision_tokens_per_image"]
     lines = [f"{run.benchmark.name} ({run.benchmark.split}), {run.checkpoint.short_name}, method {run.config.method}:"]
     number = "{:.2f}".format if run.benchmark.points else (lambda share: f"{100 * share:.1f} %")
@@ -54,6 +61,7 @@ def describe_run(run: Run, report: dict) -> str:
         shown = ", ".join((f"{k} " if k else "") + (number(v) if isinstance(v, float) else str(v)) for k, v in parts)
         lines.append(f"  {name.replace('_', ' ')}: {shown}")
     if tokens["images"]:
+        # The layer mean differs from the number of selected tokens only for a method that drops tokens in the LLM.
         layers = f", {tokens['layer_mean']:.1f} over layers" if tokens["layer_mean"] != tokens["after"] else ""
         lines.append(
             f"  vision tokens per image: {tokens['before']:.1f} -> {tokens['after']:.1f}{layers} (mean of {tokens['images']})"

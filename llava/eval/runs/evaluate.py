@@ -1,4 +1,4 @@
-"""Evaluate runs: answer what is missing, merge, score, and record how it went."""
+"""Evaluation of runs: answer the missing questions, merge the answers, score them, and write run.json."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ def evaluate_runs(
     partial: bool = False,
     ranks: Ranks | None = None,
 ) -> list[dict]:
-    """Answer, merge and score runs of one checkpoint, which share the worker processes. Returns each run's report.
+    """Answer, merge and score runs of one checkpoint; return the report of each run.
 
-    partial: score also a run with unreadable images, on the other questions, and say so.
-    ranks: this is rank 0 of several that have joined; `shards` are then those of all of them.
-    Raises ShardFailure or Interrupted with everything that was answered on disk, UserError for bad input.
+    All runs share the worker processes, so the checkpoint is loaded once per shard.
+    devices: one entry per device or device group; [] is the CPU. title: shown in the line of progress.
+    partial: if images are unreadable, score the other questions and say so in the score.
+    ranks: the ranks that have joined, of which this process is rank 0; `shards` then counts the shards of all ranks.
+    Raises ShardFailure or Interrupted, with all finished answers on disk, and UserError for bad input.
     """
+    # 1. Lock the folders, and find out what is missing.
     try:
         for run in runs:
             run.open(fresh)
         missing = [run.todo() for run in runs]
         shards = useful_shards(missing, shards)
+        # 2. Facts about this start of the command, for run.json.
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -64,25 +68,31 @@ def evaluate_runs(
             return run.record({**session, **done}, score)
 
         for run in runs:
+            # A warning, no error: most changes of the code leave answers as they are.
             if run.answered and not all(code == session["code"] for code in run.earlier_code()):
                 text = (
                     f"warning: {len(run.answered)} answers came from another version of the code; --fresh answers anew"
                 )
                 print(text, file=sys.stderr)
+        # 3. Answer what is missing.
         try:
             if any(missing):
                 _answer(runs, missing, shards, devices, batch_size, title, ranks)
+        # BaseException, because KeyboardInterrupt is no Exception: run.json should record that end too.
         except BaseException as error:
-            with suppress(UserError):  # a full disk must not hide what went wrong first
+            # If the disk is full, writing run.json fails too. The first error is the one to report.
+            with suppress(UserError):
                 for run, before in zip(runs, reused, strict=True):
                     run.refresh()
                     record(run, before, f"{type(error).__name__}: {error}", None)
             raise
+        # 4. Merge, score and record each run.
         reports, failed = [], []
         for run, before in zip(runs, reused, strict=True):
             try:
                 reports.append(record(run, before, "finished", run.finish(partial)))
-            except UserError as error:  # the other runs are scored all the same
+            except UserError as error:
+                # Go on: the other runs are complete and can be scored.
                 failed.append(error)
                 with suppress(UserError):
                     record(run, before, f"{type(error).__name__}: {error}", None)
@@ -103,6 +113,8 @@ def _answer(
     title: str,
     ranks: Ranks | None,
 ) -> None:
+    """Write the work orders of all shards, and run the shards here or over all ranks."""
+    # A shard gets one order per run, and answers them one after another with the same loaded checkpoint.
     orders: list[list[Path]] = [[] for _ in range(shards)]
     for run, samples in zip(runs, missing, strict=True):
         for shard, part in enumerate(divide(samples, shards)):
@@ -123,7 +135,7 @@ def _answer(
 
 
 def follow_rank_zero(ranks: Ranks) -> None:
-    """What rank 0 gives to this rank; a shard that died or a signal ends it as it ends rank 0."""
+    """Answer the shards that rank 0 gives to this rank. Exit codes are those of rank 0."""
     try:
         ranks.follow()
     except ShardFailure as error:
@@ -134,7 +146,10 @@ def follow_rank_zero(ranks: Ranks) -> None:
 
 
 def evaluate_or_exit(runs: list[Run], *arguments) -> list[dict]:
-    """`evaluate_runs`, as a command ends: a shard that died or a signal is told, and what is kept besides."""
+    """Call `evaluate_runs`; on failure, print the reason and how many answers are kept, and exit.
+
+    Exit codes: 1 if a shard died, 128 + n if signal n stopped the launcher.
+    """
     try:
         return evaluate_runs(runs, *arguments)
     except (ShardFailure, Interrupted) as error:

@@ -1,12 +1,13 @@
 """LLaVA's answer commands, as its users type them: a question file in, an answers file out, by the one worker.
 
-    python -m llava.eval.model_vqa_loader --model-path M --question-file Q.jsonl --image-folder DIR --answers-file A.jsonl
-        [--num-chunks N --chunk-idx I] [--conv-mode C] [--visual-token-num K] [--temperature 0] [flags]
+    python -m llava.eval.model_vqa_loader --model-path M --question-file Q.jsonl --image-folder DIR
+        --answers-file A.jsonl [--num-chunks N --chunk-idx I] [--conv-mode C] [--visual-token-num K] [--temperature 0]
+        [flags]
 
-Also model_vqa, model_vqa_science and model_vqa_mmbench, which differ in what they read. A.jsonl gets one row {question_id,
-prompt, text, answer_id, model_id, metadata} per question, in the order of the questions, once all are answered; what is
-answered before that lies in A.jsonl.run/, and the same command goes on from there. A command of other settings refuses to
-write over it. Imports no torch.
+The other commands are model_vqa, model_vqa_science and model_vqa_mmbench. They differ in the question file that they
+read. A.jsonl is written when all questions are answered. It has one row per question, in the order of the questions:
+{question_id, prompt, text, answer_id, model_id, metadata}. Until then the answers are in A.jsonl.run/, and the same
+command continues from there. A command with other settings refuses to overwrite A.jsonl. Imports no torch.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ from llava.eval.runs.worker_processes import device_groups
 
 
 def chunk(samples: list, chunks: int, index: int) -> list:
-    """LLaVA's division: ceil(n / chunks) each, so that the last chunks may be shorter, or empty."""
+    """Return chunk `index` of `chunks`, divided as LLaVA's get_chunk does: ceil(n / chunks) samples in each.
+
+    The last chunks may be shorter or empty.
+    """
     size = -(-len(samples) // chunks)
     return samples[index * size : (index + 1) * size]
 
 
 class QuestionFile(Benchmark):
-    """A chunk of a question file in LLaVA's format, which nobody scores here."""
+    """A chunk of a question file in LLaVA's format. Its answers are written, not scored."""
 
     name = "questions"
 
@@ -70,23 +74,27 @@ class QuestionFile(Benchmark):
         return {}
 
     def row(self, sample: Sample, row: dict) -> dict:
-        """A row of merge.jsonl as LLaVA's command writes it."""
+        """Return a row of merge.jsonl in the format of LLaVA's command."""
         return {**row, "prompt": sample.text}
 
 
 class ScienceFile(QuestionFile, ScienceQA):
-    """ScienceQA's list of conversations; --single-pred-prompt asks for the option's letter."""
+    """ScienceQA's list of conversations. With --single-pred-prompt, the prompt asks for the letter of the option."""
 
     def prompt(self, row: dict) -> str:
         return super().prompt(row) if self.args.single_pred_prompt else row["text"]
 
     def row(self, sample: Sample, row: dict) -> dict:
-        """LLaVA's scorer knows the questions with an image by the placeholder in the prompt."""
+        """Return a row of merge.jsonl in the format of LLaVA's command."""
+        # The placeholder must be in the prompt: LLaVA's eval_science_qa finds the questions with an image by it.
         return {**row, "prompt": (DEFAULT_IMAGE_TOKEN + "\n" if sample.image else "") + sample.prompt}
 
 
 class MMBenchFile(QuestionFile, MMBench):
-    """MMBench's table, with its images in it; --single-pred-prompt asks for the option's letter, in --lang."""
+    """MMBench's table, which contains the images.
+
+    With --single-pred-prompt, the prompt asks for the letter of the option, in the language --lang.
+    """
 
     @property
     def folder(self) -> Path:
@@ -101,6 +109,8 @@ class MMBenchFile(QuestionFile, MMBench):
         return row["text"] + (instruction if self.args.single_pred_prompt else "")
 
     def row(self, sample: Sample, row: dict) -> dict:
+        """Return a row of merge.jsonl in the format of LLaVA's command, with the options of the question."""
+        # round_id is 0, because the rotations are rows of their own here: LLaVA's --all-rounds is not offered.
         letters = [letter for letter in LETTERS if letter in sample.row]
         options = {"round_id": 0, "options": [sample.row[letter] for letter in letters], "option_char": letters}
         return {**super().row(sample, row), **options}
@@ -108,10 +118,13 @@ class MMBenchFile(QuestionFile, MMBench):
 
 @dataclass(frozen=True)
 class Command:
+    """One of LLaVA's answer commands. reads: the format of its question file."""
+
     reads: type[QuestionFile]
     max_new_tokens: int
 
 
+# The defaults of --max_new_tokens are those of LLaVA's scripts.
 COMMANDS = {
     "model_vqa_loader": Command(QuestionFile, 128),
     "model_vqa": Command(QuestionFile, 1024),
@@ -121,16 +134,19 @@ COMMANDS = {
 
 
 class FileRun(Run):
-    """A run that belongs to an answers file: its folder is the file's name and ".run"."""
+    """A run that belongs to an answers file A.jsonl. Its folder is A.jsonl.run, beside the file."""
 
     def __init__(self, answers_file: Path, benchmark, config, checkpoint, generation, model_base=None):
         super().__init__(benchmark, config, checkpoint, generation, answers_file.parent, model_base)
+        # The folder's name has no digest of the settings, so `open` has to compare them.
         self.answers_file = answers_file
         self.folder = answers_file.with_name(answers_file.name + ".run")
         self.shards = self.folder / "shards"
 
     def open(self, fresh: bool = False) -> None:
+        """Take over or make the folder. Raises UserError if it, or the answers file, belongs to another run."""
         record = self.folder / "identity.json"
+        # The identity goes through JSON before it is compared: JSON has no tuples, so a tuple becomes a list.
         if record.is_file() and read_json(record) != json.loads(json.dumps(self.identity)):
             raise UserError(
                 f"{self.answers_file}: holds answers of another run ({_difference(read_json(record), self.identity)} differ); "
@@ -144,22 +160,25 @@ class FileRun(Run):
         super().open(fresh)
 
     def finish(self, partial: bool = False) -> dict:
+        """Merge the answers and write the answers file. The score is empty."""
         self.refresh()
         samples = self._readable(partial)
         answered = {sample.key: self.answered[sample.key] for sample in samples if sample.key in self.answered}
         rows = merge(samples, answered, self.merged, self.checkpoint.short_name, digest_of(self.identity))
         rows = [self.benchmark.row(sample, row) for sample, row in zip(samples, rows, strict=True)]
+        # Written last and at once: if A.jsonl exists, it is complete.
         write_atomically(self.answers_file, "".join(json.dumps(row) + "\n" for row in rows))
         return {}
 
 
 def _difference(before: dict, now: dict) -> str:
+    """Return the names of the parts of an identity that differ, with commas between them."""
     now = json.loads(json.dumps(now))
     return ", ".join(name for name in now if before.get(name) != now[name])
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that all of LLaVA's commands share, and this project's own."""
+    """Add the flags that all of LLaVA's commands share, and the flags of the configuration."""
     parser.add_argument("--model-path", required=True, help="folder or hub name")
     add_checkpoint_flags(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as LLaVA's scripts ask (0)")
@@ -185,11 +204,16 @@ def configuration(args: argparse.Namespace) -> AdaVConfig:
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """temperature, top_p and seed for Generation; none of them counts where decoding is greedy."""
+    """Return temperature, top_p and seed for Generation; {} for greedy decoding.
+
+    Raises UserError for values out of range and for beam search.
+    """
     if args.num_beams != 1:
         raise UserError(f"--num_beams is {args.num_beams}, allowed is 1: answers are greedy or sampled, not searched")
     if args.temperature < 0 or (args.top_p is not None and not 0 < args.top_p <= 1):
         raise UserError("--temperature is at least 0, and --top_p above 0 and at most 1")
+    # Settings without effect stay at their defaults. They are part of the run's identity, and another seed would
+    # otherwise answer all questions again.
     if args.temperature == 0:
         return {}
     return {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
@@ -226,18 +250,21 @@ def main(name: str, argv: list[str] | None = None) -> None:
     args = parse(name, argv)
     if not 0 <= args.chunk_idx < args.num_chunks:
         raise UserError(f"--chunk-idx is {args.chunk_idx}, allowed is 0 to {args.num_chunks - 1} (of --num-chunks)")
+    # 1. Check all input here, where no model is loaded yet. get_conversation raises for an unknown template.
     config, decoding = configuration(args), sampling(args)
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
     devices = device_groups(args.gpus_per_model)
     checkpoint = find_checkpoint(args.model_path)
     model_base = find_checkpoint(args.model_base) if args.model_base else None
+    # 2. The run of this answers file.
     device = "cuda" if devices else "cpu"
     generation = Generation(args.max_new_tokens, args.conv_mode, args.dtype, device, **decoding)
     with as_user_error_on_write(args.answers_file):
         args.answers_file.parent.mkdir(parents=True, exist_ok=True)
     benchmark = COMMANDS[name].reads(args, checkpoint)
     run = FileRun(args.answers_file, benchmark, config, checkpoint, generation, model_base)
+    # 3. Answer, and write the answers file.
     title = f"{args.question_file.name} {config.method}"
     evaluate_or_exit([run], max(1, len(devices)), devices, args.batch_size, args.fresh, title)
     print(f"{len(run.samples)} answers in {args.answers_file}")

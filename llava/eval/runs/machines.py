@@ -1,8 +1,8 @@
-"""One run over several machines: ranks that torchrun, `accelerate launch` or srun started, and a folder that all can see.
+"""One run over several machines: ranks that torchrun, `accelerate launch` or srun started, and a shared folder.
 
-Each rank is the launcher itself. Rank 0 checks the input, writes the work orders of all shards, merges and scores; every
-rank starts its share of the shards as worker processes on its own devices. Whatever is answered lies in the shared folder,
-so a run whose machine died goes on with the same command. torch is imported only where there are several ranks.
+Each rank is a launcher. Rank 0 checks the input, writes the work orders of all shards, merges and scores. Every rank
+starts its share of the shards as worker processes on its own devices. All answers are in the shared folder, so the
+same command continues the run after a machine died. torch is imported only if there are several ranks.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from llava.common.errors import UserError
 from llava.eval.runs.locks import hold_for_rank
 from llava.eval.runs.worker_processes import RANK_VARIABLES, ShardFailure, run_shards
 
-PATIENCE = timedelta(days=30)  # ranks wait for each other as long as a run takes; one that dies ends the others at once
+# Timeout of the process group. A rank may wait for the others as long as a run takes, and gloo's default is 30 minutes.
+# A rank that dies closes its connections, so the others see an error at once and never wait for this timeout.
+PATIENCE = timedelta(days=30)
 
 
 @dataclass
 class Ranks:
-    """This process among those of one start of a run.
+    """The ranks of one start of a run, as this process sees them.
 
-    rank of size processes; local_rank of local_size on this machine. shards: per rank, once all have joined.
+    rank, size: number of this process, and of all processes. local_rank, local_size: the same on this machine.
+    hosts, devices, shards: one entry per rank; filled by `joined`.
     """
 
     rank: int
@@ -41,7 +44,10 @@ class Ranks:
 
     @classmethod
     def of_environment(cls) -> Ranks | None:
-        """What torchrun, `accelerate launch` or scripts/cluster/slurm.sh say; None where this is the only process."""
+        """Read the variables of torchrun, `accelerate launch` or scripts/cluster/slurm.sh.
+
+        Returns None if this is the only process. Raises UserError for a missing variable or one out of range.
+        """
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return None
         missing = [name for name in RANK_VARIABLES if name not in os.environ]
@@ -62,7 +68,10 @@ class Ranks:
         return cls(rank, size, local_rank, local_size)
 
     def share(self, devices: list[str]) -> list[str]:
-        """This rank's part of the devices (or device groups) of its machine."""
+        """Return this rank's part of the devices (or device groups) of its machine.
+
+        Raises UserError if there are more ranks than devices.
+        """
         mine = devices[self.local_rank :: self.local_size]
         if devices and not mine:
             raise UserError(
@@ -72,12 +81,14 @@ class Ranks:
 
     @contextmanager
     def joined(self, shards: int, devices: list[str]):
-        """Within it, all ranks know each other; each brings that many shards on those devices.
+        """Context in which all ranks know each other's host, devices and number of shards.
 
-        However rank 0 leaves before it has given out work, the others learn of it and end with the same exit code.
+        shards, devices: those of this rank. If rank 0 leaves before it has given out work, the other ranks receive
+        its exit code and end with it.
         """
         import torch.distributed as dist
 
+        # gloo, because only small Python objects are sent, and ranks may have no GPU.
         dist.init_process_group("gloo", timeout=PATIENCE)
         everyone: list = [None] * self.size
         dist.all_gather_object(everyone, (socket.gethostname(), devices, shards))
@@ -93,19 +104,21 @@ class Ranks:
             code = error.code if isinstance(error.code, int) else 1
             raise
         finally:
+            # The others wait in `follow` for a broadcast. Without this one they would wait until the timeout.
             if self.rank == 0 and not self._told:
                 self._tell({"exit": code})
                 self._part()
 
     def _part(self) -> None:
-        """Leave the others, once all are here: a process that ends as a member of the group may abort."""
+        """Leave the process group when all ranks are ready to leave it."""
         import torch.distributed as dist
 
+        # A process that ends while it is still a member of the group may abort, which would change its exit code.
         dist.barrier()
         dist.destroy_process_group()
 
     def _tell(self, work: dict | None) -> dict:
-        """Rank 0's word to all; the others pass None."""
+        """Broadcast `work` from rank 0 and return it; the other ranks pass None."""
         import torch.distributed as dist
 
         word = [work]
@@ -114,27 +127,32 @@ class Ranks:
         return word[0]
 
     def lead(self, orders, answers, locks, logs, title, todo, folders: list[Path]) -> None:
-        """Rank 0: give out the orders of all shards and carry out its own; returns when every rank is done."""
+        """On rank 0: give out the orders of all shards, and run this rank's share. Returns when all ranks are done."""
+        # Absolute paths: the other ranks may have another working directory.
         paths = [[str(path.resolve()) for path in order] for order in orders]
         logs = [log.resolve() for log in logs]
         self._tell({"orders": paths, "logs": list(map(str, logs)), "folders": [str(f.resolve()) for f in folders]})
         self._run([list(map(Path, order)) for order in paths], answers, locks, logs, title, todo)
 
     def follow(self) -> None:
-        """Any other rank: carry out its share of what rank 0 gives out."""
+        """On any other rank: run this rank's share of the shards. Exits if rank 0 gives out an exit code instead."""
         work = self._tell(None)
         if "exit" in work:
             self._part()
-            sys.exit(work["exit"])  # rank 0 has said why
+            # No message: rank 0 has printed the reason.
+            sys.exit(work["exit"])
         locks = [hold_for_rank(Path(folder), self.rank) for folder in work["folders"]]
         try:
             orders = [list(map(Path, order)) for order in work["orders"]]
+            # No answer files and no title: the line of progress is on rank 0 alone, which can see all files.
             self._run(orders, [], locks, list(map(Path, work["logs"])), None, 0)
         finally:
             for lock in locks:
                 os.close(lock)
 
     def _run(self, orders, answers, locks, logs, title, todo) -> None:
+        """Run this rank's share of `orders`, and leave the process group when all ranks are done."""
+        # Shards are numbered over all ranks, rank by rank.
         first = sum(self.shards[: self.rank])
         mine = slice(first, first + self.shards[self.rank])
         run_shards(
@@ -153,13 +171,18 @@ class Ranks:
         self._part()
 
     def _arrived(self) -> bool:
-        """Whether all ranks have carried out their shards; asked only once this one has."""
+        """Return whether all ranks have finished their shards. Called only after this rank has.
+
+        Raises ShardFailure if another rank died.
+        """
         import torch.distributed as dist
 
+        # An asynchronous barrier, so that the launcher can still handle signals and show progress while it waits.
         if self._arrival is None:
             self._arrival = dist.barrier(async_op=True)
         if not self._arrival.is_completed():
             return False
+        # A barrier that failed counts as completed; only wait() raises its error.
         try:
             self._arrival.wait()
         except RuntimeError as error:

@@ -1,12 +1,12 @@
-"""One run: what makes it this run and no other, its folder, what is still to be answered, and its end.
+"""One run: its identity, its folder, the questions that are still unanswered, and its score.
 
 runs/<benchmark>/<checkpoint>/<method>-<tokens>[-<split>][-subset<n>]-<digest>/
     identity.json    everything that an answer depends on; the digest in the folder's name is its hash
     adav_configs.json  copy of the configuration
-    shards/          answers as they came, work orders, logs
+    shards/          answers in the order in which they were made, work orders, logs
     merge.jsonl      every answer once, in the order of the question file
-    score.json       what the benchmark made of them
-    run.json         how it was made: versions, commit, hardware, command, tokens, times, memory
+    score.json       the score that the benchmark computed from them
+    run.json         how the run was made: versions, commit, hardware, command, tokens, times, memory
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint, and the conversation template it was trained with where its files may leave that open."""
+    """The checkpoint of one --family of the launcher.
+
+    conversation: the template that it was trained with. None, if the checkpoint's files say it.
+    """
 
     checkpoint: str
     conversation: str | None = None
@@ -67,7 +70,8 @@ BATCH_SIZE = 8
 class Run:
     """One benchmark under one configuration of one checkpoint.
 
-    Answers that an earlier start of the same run left behind are used again: `todo` is what is missing.
+    Answers of an earlier start of the same run are used again; `todo` returns the samples that are missing.
+    limit, subset: only the first `limit` samples, or a drawn subset. output: folder above all run folders.
     """
 
     def __init__(
@@ -84,6 +88,9 @@ class Run:
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
         self.generation, self.model_base = generation, model_base
         self.samples = benchmark.load(limit, subset)
+        # 1. The identity: everything that an answer depends on. Its digest is in the folder's name, so a change of any
+        # part starts another run and never mixes answers. Batch size and shards must not change an answer, so they are
+        # not part of it.
         self.identity = {
             "benchmark": benchmark.name,
             "split": benchmark.split,
@@ -95,33 +102,43 @@ class Run:
             "questions": digest_of([[list(sample.key), sample.prompt] for sample in self.samples]),
             "images": str(Path(benchmark.image_folder).resolve()),
         }
-        if "table" in config.options:  # a file of numbers that the answers depend on
+        # FitPrune's table is a file. Its content counts, because the configuration has only its path.
+        if "table" in config.options:
             self.identity["table"] = digest_of(read_json(config.options["table"]))
         self.asked = {"limit": limit, "subset": subset and subset.size, "seed": subset and subset.seed}
+        # A limit above the number of questions asks all of them, which is the same run as no limit.
         if not benchmark.partial:
             self.asked = dict.fromkeys(self.asked)
         self.tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
+        # 2. The name of the folder: the facts that a reader looks for, then the digest.
         parts = [config.method, self.tokens]
         if benchmark.split != benchmark.splits[0]:
             parts.append(_safe(benchmark.split))
         if subset and benchmark.partial:
             parts.append(f"subset{len(self.samples)}")
-        digest = digest_of(self.identity) if checkpoint.folder else "DIGEST"  # a plan of what is not fetched yet
+        # With --plan the checkpoint may not be fetched yet, so the digest of its files is unknown.
+        digest = digest_of(self.identity) if checkpoint.folder else "DIGEST"
         name = "-".join([*parts, digest])
         self.folder = Path(output) / benchmark.name / _safe(checkpoint.short_name) / name
         self.shards = self.folder / "shards"
+        # 3. State, filled by `open` and `refresh`.
         self._lock: int | None = None
         self.answered: dict[tuple, dict] = {}
         self.errors: dict[tuple, str] = {}
 
     def open(self, fresh: bool = False) -> None:
-        """Make or take up the folder: lock it, and read what is answered already (nothing if `fresh`)."""
+        """Make the folder if needed, lock it, and read the answers that it has.
+
+        fresh: remove these answers first. Raises UserError if another process works on the run.
+        """
         with as_user_error_on_write(self.folder):
             self.shards.mkdir(parents=True, exist_ok=True)
+        # The lock comes first: another start of the run must not lose answers to `fresh` or to `repair`.
         self._lock = hold_folder(self.folder)
         if fresh:
             remove_answers(self.folder)
         for path in self.shards.glob("shard-*.jsonl"):
+            # A shard that was killed may have left a torn last line. The next row would be appended to it.
             with as_user_error_on_write(path):
                 repair(path)
         write_json(self.folder / "identity.json", self.identity)
@@ -129,21 +146,26 @@ class Run:
         self.refresh()
 
     def close(self) -> None:
+        """Release the lock of this process. Worker processes that still run keep theirs."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @property
     def lock(self) -> int:
-        """Shards inherit it, so that the folder stays locked while any of them lives."""
+        """The file descriptor of the folder's lock.
+
+        Worker processes inherit it, so the folder stays locked as long as one of them lives.
+        """
         return self._lock
 
     def todo(self) -> list[Sample]:
-        """Samples without an answer, those of one image together."""
+        """Return the samples without an answer; those of one image are neighbours."""
         return by_image([sample for sample in self.samples if sample.key not in self.answered])
 
     def order(self, shard: int, samples: list[Sample], batch_size: int) -> WorkOrder:
-        """The work order of one shard: all that llava.eval.worker needs to know."""
+        """Return the work order of one shard: everything that llava.eval.worker needs."""
+        # Resolved paths: a worker of another rank may have another working directory.
         return WorkOrder(
             checkpoint=str(self.checkpoint.folder),
             model_base=self.model_base and str(self.model_base.folder),
@@ -156,23 +178,29 @@ class Run:
         )
 
     def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
+        """Write the work order of one shard; return its path."""
         path = self.order_of(shard)
         self.order(shard, samples, batch_size).write(path)
         return path
 
     def order_of(self, shard: int) -> Path:
+        """Return the path of the work order of one shard."""
         return self.shards / f"order-{shard}.json"
 
     def answers_of(self, shard: int) -> Path:
+        """Return the path of the answer file of one shard."""
         return self.shards / f"shard-{shard}.jsonl"
 
     def refresh(self) -> None:
-        """Read again what the shards have answered."""
+        """Read the answers of the shards again."""
         self.answered, self.errors = collect(self.shards)
 
     def finish(self, partial: bool = False) -> dict:
-        """Merge and score. Raises UserError where an image was unreadable: nothing is scored then, unless `partial`
-        allows it to score the other questions and to say so."""
+        """Merge the answers, write merge.jsonl and score.json, and return the score.
+
+        Raises UserError if an image was unreadable, or an answer is missing. With `partial`, questions with an
+        unreadable image are left out, and the score says so.
+        """
         self.refresh()
         samples = self._readable(partial)
         left_out = {sample.key for sample in self.samples} - {sample.key for sample in samples}
@@ -184,11 +212,11 @@ class Run:
 
     @property
     def merged(self) -> Path:
-        """Where all answers end."""
+        """The file of all answers."""
         return self.folder / "merge.jsonl"
 
     def _readable(self, partial: bool) -> list[Sample]:
-        """The samples to score: all, or those that share no group with one whose image cannot be read."""
+        """Return the samples to score: all, or, with `partial`, those whose group has no unreadable image."""
         bad = [sample for sample in self.samples if sample.key in self.errors]
         if not bad:
             return self.samples
@@ -201,6 +229,7 @@ class Run:
                 f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, "
                 "nothing is scored (--partial scores those)"
             )
+        # Whole groups are left out: a rotation of MMBench or a pair of MME cannot be scored without the other members.
         group = self.benchmark.group
         groups = {group(sample) for sample in bad}
         good = [sample for sample in self.samples if group(sample) not in groups]
@@ -209,13 +238,16 @@ class Run:
         return good
 
     def earlier_code(self) -> list[str]:
-        """Digests of the code that earlier sessions answered with."""
+        """Return the digests of the code of all sessions that answered questions."""
         path = self.folder / "run.json"
         sessions = read_json(path).get("sessions", []) if path.is_file() else []
         return [session["code"] for session in sessions if session.get("answered") and "code" in session]
 
     def record(self, session: dict, score: dict | None) -> dict:
-        """Write run.json, adding `session` (one start of the command) to those before it."""
+        """Write run.json with `session` (one start of the command) after the earlier ones; return its content.
+
+        score: None if the run is not finished.
+        """
         path = self.folder / "run.json"
         before = read_json(path).get("sessions", []) if path.is_file() else []
         report = {
@@ -243,5 +275,5 @@ class Run:
 
 
 def _safe(name: str) -> str:
-    """A checkpoint's name as a folder's name."""
+    """Return a name that is safe as the name of a folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "checkpoint"

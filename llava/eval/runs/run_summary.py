@@ -1,29 +1,33 @@
-"""What the rows of a run's shards add up to: tokens, time per stage, KV cache and memory. Imports no torch."""
+"""Measurements of a whole run from the rows of its shards: tokens, seconds, KV cache, memory. Imports no torch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
+# In the order in which a batch goes through them. Stages with other names are listed after these.
 STAGES = ("image_decode", "vision_tower", "projector", "selection", "splice", "prefill", "decode")
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Measurements of a whole run, over all its sessions, from the rows of its answered samples.
+    """Return the measurements of a run over all its sessions; {} if no sample is answered.
 
-    Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
-    layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation;
-    FLOPs are predicted (llava.costs.flops), per sample.
+    rows: the rows of the answered samples. Vision tokens are means per image: before selection, after selection (after
+    the last cut, if the method cuts inside the LLM), and the layer mean. Seconds are summed over all shards. KV bytes
+    are per sample, at the end of generation. FLOPs are predicted per sample (llava.costs.flops).
     """
     if not rows:
         return {}
+    # 1. Lists over images and samples.
     before = [n for row in rows for n in row["total"]]
     after = [n for row in rows for n in row["kept"]]
+    # Rows of earlier versions of the code lack layer_mean, and prefill_flops as well.
     seen = [n for row in rows for n in row.get("layer_mean", row["kept"])]
-    counted = [row for row in rows if "prefill_flops" in row]  # rows of a run that an earlier version began have none
+    counted = [row for row in rows if "prefill_flops" in row]
     seconds: dict[str, float] = defaultdict(float)
     for row in rows:
         for stage, value in row["seconds"].items():
             seconds[stage] += value
+    # 2. Means, sums and maxima.
     order = [*STAGES, *sorted(seconds.keys() - set(STAGES))]
     report = {
         "answered": len(rows),
@@ -47,6 +51,7 @@ def summarise(rows: list[dict]) -> dict:
     for name in ("kv_bytes_live", "kv_bytes_allocated", "kv_bytes_predicted"):
         values = [row[name] for row in rows]
         report[name] = {"mean": _mean(values), "max": max(values)}
+    # The maximum over rows: each row has the peak of its process so far. On the CPU there is no peak_cuda.
     report["peak_memory_bytes_per_shard"] = {
         name.removeprefix("peak_"): max(row[name] for row in rows if name in row)
         for name in ("peak_rss", "peak_cuda")

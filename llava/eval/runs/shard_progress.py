@@ -1,4 +1,4 @@
-"""One line of progress over all shards, with rate and remaining time; on a terminal alone, a log is left quiet."""
+"""One line of progress over all shards, with rate and remaining time. It is shown on a terminal only, not in a log."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 
 
 class Progress:
-    """Counts the lines that shards append to their answer files.
+    """Progress of shards, counted by the lines that they append to their answer files.
 
-    title None shows nothing but notes. The rate counts from the first answer on: loading a checkpoint says nothing about what is left.
+    title: begins the line; None shows only notes. total: samples to answer. files: the answer files.
+    The rate is measured from the first answer on, because the time to load a checkpoint says nothing about the rest.
     """
 
     def __init__(self, title: str | None, total: int, files: list[Path], shards: int, stream=None):
         self.title, self.total, self.shards = title, total, shards
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
+        # What earlier starts have answered does not count.
         self._at = {path: path.stat().st_size if path.exists() else 0 for path in files}
         self.done = 0
         self._start = time.monotonic()
@@ -31,6 +33,7 @@ class Progress:
         self._show(final=True)
 
     def update(self) -> None:
+        """Count new answers, and show the line at most twice a second."""
         for path, offset in self._at.items():
             if path.exists() and path.stat().st_size > offset:
                 with open(path, "rb") as file:
@@ -44,13 +47,15 @@ class Progress:
             self._show()
 
     def notes(self, texts: list[str]) -> None:
-        """Show lines (a shard's warnings) once each, above the line of progress."""
+        """Show each text (warnings of shards) once, above the line of progress."""
         for text in texts:
             if text not in self._noted:
                 self._noted.add(text)
+                # "\r\033[K" erases the line of progress, which is drawn again below the note.
                 self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
 
     def line(self) -> str:
+        """Return the line of progress."""
         shards = f"{self.shards} shard" + ("s" if self.shards > 1 else "")
         if self._first is None:
             return f"{self.title}: {shards} loading, {time.monotonic() - self._start:.0f} s"

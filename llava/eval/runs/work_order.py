@@ -1,4 +1,4 @@
-"""WorkOrder: what the launcher gives to a worker process, as one JSON file. Imports no torch."""
+"""WorkOrder: the task that the launcher gives to a worker process, as one JSON file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llava.config import AdaVConfig
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of generation, beside the configuration.
+    """Settings of generation that are not in the configuration.
 
-    conversation: None leaves it to the checkpoint. temperature: 0 is greedy; otherwise samples are drawn one by one, each
-    from its own `seed`, so that neither batches nor interruptions change an answer.
+    conversation: name of a template; None takes the checkpoint's. temperature: 0 is greedy. Above 0, each sample has a
+    seed of its own, made from `seed` and its key, so neither batches nor interruptions change an answer.
     """
 
     max_new_tokens: int
@@ -29,7 +29,10 @@ class Generation:
 
 
 class OrderedSample(NamedTuple):
-    """A question of a work order. key: the sample's (samples.py); image: file name in the image folder, or None."""
+    """A question of a work order.
+
+    key: that of the sample (llava.eval.benchmarks.questions). image: file name in the image folder, or None.
+    """
 
     key: tuple
     image: str | None
@@ -38,7 +41,7 @@ class OrderedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """The questions of one shard, and all that a worker needs to know to answer them.
+    """The questions of one shard, and everything that a worker needs to answer them.
 
     checkpoint, model_base: folders. answers: the file that answers are appended to.
     """
@@ -53,12 +56,15 @@ class WorkOrder:
     samples: tuple[OrderedSample, ...]
 
     def write(self, path: Path) -> None:
+        """Write the order as a JSON file."""
         record = asdict(self) | {"image_folder": str(self.image_folder), "answers": str(self.answers)}
+        # asdict leaves named tuples as they are, and JSON would write them without names.
         record["samples"] = [sample._asdict() for sample in self.samples]
         write_atomically(path, json.dumps(record))
 
     @classmethod
     def read(cls, path: Path) -> WorkOrder:
+        """Read an order that `write` wrote."""
         record = read_json(path)
         samples = (OrderedSample(tuple(one["key"]), one["image"], one["prompt"]) for one in record["samples"])
         return cls(

@@ -1,6 +1,7 @@
-"""Shards: one worker process each, on a device of its own; started, watched, and never left behind.
+"""Shards: one worker process each, on its own device. The launcher starts them, watches them and ends them.
 
-The launcher holds the write end of every shard's stdin, so that a shard ends with the launcher however that dies.
+The launcher holds the write end of every shard's stdin. When the launcher dies, for whatever reason, stdin closes and
+the shard ends itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from llava.common.files import REPOSITORY
 from llava.common.machine import cores, gpus, torch_is_for_cpu
 from llava.eval.runs.shard_progress import Progress
 
+# Set by torchrun, `accelerate launch` and scripts/cluster/slurm.sh.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-GRACE = 20  # seconds that a shard has to finish its batch when it is asked to stop
+# Seconds that a shard has to finish its batch when it is asked to stop. After that it is killed.
+GRACE = 20
 
 
 class ShardFailure(Exception):
-    """A shard died. The message names it, says how, and ends with its last lines."""
+    """A shard died. The message says which one and how, and ends with its last lines of output."""
 
 
 class Interrupted(Exception):
@@ -38,17 +41,18 @@ class Interrupted(Exception):
 
 
 def device_groups(per_model: int = 1, every: bool = False) -> list[str]:
-    """Devices to run on, as values of CUDA_VISIBLE_DEVICES, `per_model` in each; [] is the CPU.
+    """Return the devices to run on, as values of CUDA_VISIBLE_DEVICES with `per_model` devices each; [] is the CPU.
 
-    Without CUDA_VISIBLE_DEVICES the first GPU is used, where there is one (LLaVA's rule) and torch can use it; `every`
-    takes all of them (torchrun's rule).
+    Without CUDA_VISIBLE_DEVICES, the first GPU is used (LLaVA's rule), or all GPUs if `every` (torchrun's rule). No GPU
+    is used if torch is a build without CUDA. Raises UserError if the number of devices is no multiple of `per_model`.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         devices = [] if torch_is_for_cpu() else [str(i) for i in range(len(gpus()))][: None if every else 1]
     else:
         devices = [device.strip() for device in named.split(",") if device.strip()]
-    if "-1" in devices:  # CUDA's rule: whatever comes after an invalid number is hidden
+    # CUDA's rule: an invalid number hides itself and all devices after it.
+    if "-1" in devices:
         devices = devices[: devices.index("-1")]
     if devices and len(devices) % per_model:
         raise UserError(
@@ -58,31 +62,40 @@ def device_groups(per_model: int = 1, every: bool = False) -> list[str]:
 
 
 def device_of(shard: int, devices: list[str]) -> str | None:
-    """The device (or group) of a shard; None is the CPU. More shards than devices share them in turn."""
+    """Return the device (or device group) of a shard; None is the CPU. More shards than devices share them in turn."""
     return devices[shard % len(devices)] if devices else None
 
 
 def worker_command(orders: list[Path]) -> list[str]:
+    """Return the command of a worker with these work orders."""
     return [sys.executable, "-m", "llava.eval.worker", "--watch-stdin", *map(str, orders)]
 
 
 def worker_settings(device: str | None, shards: int) -> dict[str, str]:
-    """What the environment of one of `shards` workers has of its own; a user's OMP_NUM_THREADS stands."""
+    """Return the environment variables that are set for one of `shards` workers."""
+    # By default each process of torch takes all cores, and the shards would slow each other down. A value that the user
+    # has set is kept.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // shards))
     return {"CUDA_VISIBLE_DEVICES": device or "", "OMP_NUM_THREADS": threads}
 
 
 class Shard:
-    """A running worker."""
+    """A running worker process.
+
+    device: value of CUDA_VISIBLE_DEVICES, None for the CPU. shards: workers on this machine. locks: file descriptors
+    that the worker inherits. log: file that its output is appended to.
+    """
 
     def __init__(self, name: str, device: str | None, orders: list[Path], shards: int, locks: list[int], log: Path):
         self.name = f"{name} ({'CPU' if device is None else 'GPU ' + device})"
         self.last_lines: deque[str] = deque(maxlen=12)
         self.warnings: list[str] = []
-        # A worker is a process by itself, also where its launcher is one of several ranks.
+        # 1. The environment. A worker is no rank, even if its launcher is one: with these variables set, libraries
+        # would look for the other processes.
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         environment |= {**worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        # 2. The process.
         self.process = subprocess.Popen(
             worker_command(orders),
             stdin=subprocess.PIPE,
@@ -90,17 +103,21 @@ class Shard:
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=locks,
-            start_new_session=True,  # a Ctrl-C reaches the launcher alone, which lets the shards finish their batches
+            # A terminal sends Ctrl-C to its whole session. In a session of its own the shard does not receive it, and
+            # the launcher can let it finish its batch.
+            start_new_session=True,
         )
-        # Read here and not by a file: on a full disk the shard's last words would be lost.
+        # 3. The reader of its output. A pipe and not the log file: on a full disk, the file would lose the last lines.
         self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self._reader.start()
 
     def _read(self, log: Path) -> None:
+        """Read the output of the worker until it ends: keep the last lines and the warnings, and write the log."""
         try:
             file = open(log, "ab")  # noqa: SIM115 (closed below; the disk may be full from the start)
         except OSError:
             file = None
+        # Read on even if nothing can be written: a worker whose pipe is full would stop.
         for line in self.process.stdout:
             text = line.decode(errors="replace").rstrip()
             self.last_lines.append(text)
@@ -115,10 +132,12 @@ class Shard:
                 file.close()
 
     def stop(self) -> None:
+        """Ask the worker to stop after its batch."""
         if self.process.poll() is None:
             self.process.terminate()
 
     def wait(self, timeout: float) -> None:
+        """Wait for the end of the worker, and kill it after `timeout` seconds."""
         try:
             self.process.wait(max(timeout, 0))
         except subprocess.TimeoutExpired:
@@ -126,14 +145,16 @@ class Shard:
             self.process.wait()
 
     def failure(self) -> Exception | None:
-        """What to raise if the shard failed: a UserError for bad input, a ShardFailure for a crash."""
+        """Return the error of a failed shard: UserError for bad input, ShardFailure for a crash; None if it is well."""
         code = self.process.poll()
         if not code:
             return None
+        # The process is gone, but its last lines may still be in the pipe.
         self._reader.join(5)
         said = [line for line in self.last_lines if line.strip()]
         if code == 2 and said and said[-1].startswith("error: "):
             return UserError(f"{self.name}: {said[-1].removeprefix('error: ')}")
+        # A negative code is a signal. SIGKILL that nobody sent is most often the kernel's, for lack of memory.
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             how += " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -158,18 +179,25 @@ def run_shards(
 ) -> None:
     """Run one shard per entry of `orders` until all are done.
 
-    orders: work orders of each shard. answers: all files that they append to. todo: samples that will be appended.
-    title: of the line of progress; None shows none. Where the run has shards on other machines too: first, place: number
-    of the first of these and where they are, for their names; everywhere: how many there are; others: asked again and
-    again once these are done, until it says that the others are as well.
-    If a shard fails, the others finish their batch and stop, and its failure is raised; what is answered stays.
+    orders: the work orders of each shard. answers: all files that they append to. devices: see device_groups.
+    locks: file descriptors that the workers inherit. logs: one file per shard. title: begins the line of progress;
+    None shows no such line. todo: number of samples that will be appended.
+
+    For a run with shards on other machines: first is the number of the first of these shards; place says where they
+    are; everywhere is the number of shards of the whole run; others() is called again and again when these shards are
+    done, until it returns True, which means that the other shards are done too.
+
+    If a shard fails, the others finish their batch and stop, and its failure is raised: UserError for bad input,
+    ShardFailure for a crash. Raises Interrupted for SIGINT, SIGTERM and SIGHUP. Finished answers stay on disk.
     """
     shards: list[Shard] = []
     with _signals_raise(), Progress(title, todo, answers, everywhere or len(orders)) as progress:
+        # 1. Start.
         try:
             for i, (order, log) in enumerate(zip(orders, logs, strict=True)):
                 name = f"shard {first + i}{place}"
                 shards.append(Shard(name, device_of(i, devices), order, len(orders), locks, log))
+            # 2. Watch, until one fails (a non-zero exit code) or all are done.
             while not any(shard.process.poll() for shard in shards):
                 running = any(shard.process.poll() is None for shard in shards)
                 if not running and (others is None or others()):
@@ -177,36 +205,41 @@ def run_shards(
                 progress.update()
                 progress.notes([text for shard in shards for text in shard.warnings])
                 time.sleep(0.1)
+            # 3. Look for failures before the others are stopped: these end with a non-zero code too.
             failures = [failure for shard in shards if (failure := shard.failure())]
         finally:
             _stop_all(shards)
             progress.update()
             progress.notes([text for shard in shards for text in shard.warnings])
     if failures:
-        # One crash says more than the bad input that others may report because of it.
+        # A crash first: it may be the cause of errors that other shards report as bad input.
         raise next((f for f in failures if isinstance(f, ShardFailure)), failures[0])
 
 
 def _stop_all(shards: list[Shard]) -> None:
+    """Ask all shards to stop, and kill those that are not done after GRACE seconds."""
     for shard in shards:
         shard.stop()
+    # One deadline for all: they finish their batches at the same time.
     deadline = time.monotonic() + GRACE
     for shard in shards:
         shard.wait(deadline - time.monotonic())
 
 
 class _signals_raise:
-    """Within it, SIGINT, SIGTERM and SIGHUP raise Interrupted, once; a second signal waits for the clean-up."""
+    """Context in which the first SIGINT, SIGTERM or SIGHUP raises Interrupted; later ones are ignored."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self):
         self._before = {}
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in self.NUMBERS:
                 self._before[number] = signal.signal(number, self._raise)
 
     def _raise(self, number, frame):
+        # A second Ctrl-C must not break the clean-up that stops the shards.
         for other in self.NUMBERS:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)

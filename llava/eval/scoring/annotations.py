@@ -1,4 +1,4 @@
-"""Annotation files of benchmarks: read whole, and told in one sentence what is wrong with them."""
+"""Annotation files of benchmarks, and the instructions that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from llava.common.errors import UserError
 from llava.common.files import read_json
 
+# LLaVA's instructions, character by character: the checkpoints were trained with them.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @contextmanager
 def told_when_malformed(path: Path):
-    """Turn what a missing or odd field of an annotation raises into a UserError that names the file."""
+    """Context that turns the error of a missing or malformed field of an annotation into a UserError with the path."""
     try:
         yield
     except KeyError as error:
@@ -24,7 +25,7 @@ def told_when_malformed(path: Path):
 
 
 def read_part(path: Path, name: str):
-    """The value of `name` in a JSON file that holds one object."""
+    """Return the value of `name` in a JSON file that contains one object. Raises UserError if it is not there."""
     whole = read_json(path)
     if not isinstance(whole, dict) or name not in whole:
         raise UserError(f'{path}: has no "{name}", is this the benchmark\'s own file?')

@@ -1,7 +1,7 @@
 """Answer normalisation of the EvalAI server for VQAv2, VizWiz and TextVQA.
 
-The tables and the order of the steps are protocol, oddities included, as published in facebookresearch/mmf
-(pythia/tasks/processors.py, EvalAIAnswerProcessor), which LLaVA's m4c_evaluator.py carries on.
+The tables and the order of the steps are protocol, with all their oddities. The source is EvalAIAnswerProcessor in
+facebookresearch/mmf (pythia/tasks/processors.py); LLaVA's m4c_evaluator.py is a copy of it.
 """
 
 from __future__ import annotations
@@ -35,21 +35,25 @@ NUMBERS = {word: str(value) for value, word in enumerate(_DIGITS)} | {"none": "0
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 
+# Upstream wrote "(?!<=" for "(?<!". It excludes nothing, so a period after a digit is removed too, unless a digit
+# follows.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
-_COMMA_IN_NUMBER = re.compile(r"\d,\d")  # never met by EvalAI's form, which has lost its commas before
-# Upstream hands re.UNICODE to sub() where the count goes, so only that many periods are removed.
+# In `normalise` this never matches, because the commas are removed before.
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+# Upstream passes re.UNICODE to sub() as the argument `count`, so at most 32 periods are removed.
 _MOST_PERIODS = int(re.UNICODE)
 
 
 def normalise(answer: str) -> str:
-    """The form in which EvalAI compares an answer: case, punctuation, numbers, articles and contractions."""
+    """Return EvalAI's normal form of an answer: case, punctuation, numbers, articles and contractions."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return normalise_words(strip_punctuation(text))
 
 
 def strip_punctuation(text: str) -> str:
-    """Marks beside a space vanish, marks inside a word become a space."""
+    """Remove punctuation marks beside a space, replace those inside a word by a space, and remove periods."""
+    # Upstream looks for marks in the original text and replaces them in the result, mark by mark.
     result = text
     for mark in PUNCTUATION:
         beside_space = mark + " " in text or " " + mark in text
@@ -58,6 +62,6 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_words(text: str) -> str:
-    """Lower case; number words become digits, articles go, contractions get their apostrophe."""
+    """Return the text in lower case, with digits for number words, without articles, and with apostrophes."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

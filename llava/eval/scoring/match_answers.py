@@ -1,4 +1,4 @@
-"""Answers meet their annotations by key: every mismatch is counted, and order never matters."""
+"""Joining of answers and annotations by key. Every mismatch is counted, and the order does not matter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ def join(
     partial: bool = False,
     repeats: bool = False,
 ) -> dict[Hashable, tuple[list[str], list[Any]]]:
-    """key -> (its answers, its labels), in the order of the answers; one of each unless `repeats`.
+    """Return key -> (its answers, its labels), in the order of the answers.
 
-    source: the annotation file, for messages. partial: labels without an answer are left out.
-    Raises UserError for a key that occurs twice where it must not, an answer without label, or a label without answer.
+    answers, labels: (key, answer) and (key, label) pairs. source: the annotation file, for messages.
+    repeats: a key may occur several times; otherwise there is one answer and one label per key.
+    partial: labels without an answer are left out.
+    Raises UserError for a repeated key without `repeats`, an answer without label, or a label without answer.
     """
     grouped = _grouped(answers)
     labelled = _grouped(labels)
@@ -31,6 +33,7 @@ def join(
                 raise UserError(
                     f"{source}: {len(twice)} questions have several {what}, the first is {_shown(twice[0])}"
                 )
+    # With repeats, a key must not have more answers than labels, nor fewer.
     unlabelled = [key for key, group in grouped.items() if len(group) > len(labelled.get(key, ()))]
     unanswered = [key for key, group in labelled.items() if len(group) > len(grouped.get(key, ()))]
     if not labelled or not grouped:
@@ -50,13 +53,14 @@ def join(
 
 
 def agreed(labels: list, key: Hashable, source: Path):
-    """The one label of a question that is annotated once, or several times alike; UserError where they differ."""
+    """Return the common label of a question that was annotated several times. Raises UserError if labels differ."""
     if any(label != labels[0] for label in labels):
         raise UserError(f"{source}: has different labels for one question ({_shown(key)})")
     return labels[0]
 
 
 def _grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Hashable, list]:
+    """Return key -> values, with keys in the order in which they first occur."""
     groups: dict[Hashable, list] = {}
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
@@ -68,6 +72,7 @@ def _shown(key: Hashable) -> str:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean that does not depend on the order of its values."""
+    """Return the arithmetic mean. It does not depend on the order of the values."""
+    # fsum rounds only once. The last digits of a plain sum depend on the order.
     listed = list(values)
     return math.fsum(listed) / len(listed)

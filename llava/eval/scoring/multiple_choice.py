@@ -1,4 +1,4 @@
-"""Which option an answer to a multiple-choice question names, where the protocol leaves it to the reader."""
+"""The option that an answer to a multiple-choice question names, for benchmarks without a rule of their own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 
 def option_letter(text: str, letters: str) -> str | None:
-    """The letter of `letters` that an answer names, None where it names none.
+    """Return the letter of `letters` that an answer names, or None.
 
-    The letter alone or at the start, bracketed or followed by one of . : ) ,: "B", "(B)", "B.", "B) red". A word is no
-    letter: "A dog" names no option.
+    The letter stands alone, or at the start with brackets around it or one of . : ) , behind it: "B", "(B)", "B.",
+    "B) red". A word is no letter: "A dog" names no option.
     """
     found = re.match(rf"\(?([{letters}])(?:$|[.:),])", text.strip())
     return found[1] if found else None

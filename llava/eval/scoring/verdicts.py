@@ -1,7 +1,8 @@
-"""What single answers are worth: right or wrong, what was expected, which kind of question, and their part in the score.
+"""Verdicts: the value of each single answer, its expected answer, its kind of question, and its part in the score.
 
-A benchmark's headline is a sum of ratios of sums over questions: a plain mean is one ratio, POPE's mean F1 three, MME's
-points two per sub-task. `terms` says what a question adds to each, so that one bootstrap serves all benchmarks.
+The headline of every benchmark is a sum of ratios of sums over questions. A plain mean is one ratio, POPE's mean F1 has
+three, MME's points have two per sub-task. `terms` says what a question adds to each ratio, so one bootstrap works for
+all benchmarks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 
 from llava.eval.scoring.match_answers import mean
 
-# (name of the ratio, what is added to its numerator, what to its denominator)
+# (name of the ratio, what the question adds to its numerator, what it adds to its denominator)
 Term = tuple[str, float, float]
 MEAN = "mean"
-RIGHT = 0.5  # soft accuracies count as right from here on: two of ten people said so
+# A soft accuracy of at least this counts as right: the answer of two of ten people has 0.6, that of one has 0.3.
+RIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Verdict:
     """One judged answer.
 
     value:    0 (wrong) to 1 (right)
-    expected: the right answer, or what most people said
-    kinds:    the benchmark's own categories of the question; none where its annotations have none
-    terms:    its part in the headline; () where it does not count (ScienceQA's questions without image)
+    expected: the right answer, or the answer of most people
+    kinds:    the benchmark's own categories of the question; () if the annotations have none
+    terms:    what the question adds to the headline; () if it does not count (ScienceQA's questions without image)
     """
 
     value: float
@@ -35,16 +37,17 @@ class Verdict:
 
     @classmethod
     def plain(cls, value: float, expected: str, kinds: Iterable[str | None] = ()) -> Verdict:
-        """A verdict of a benchmark whose headline is the mean of all values; kinds that are None are left out."""
+        """Return a verdict for a benchmark whose headline is the mean of all values. A kind of None is left out."""
         return cls(float(value), expected, tuple(k for k in kinds if k is not None), ((MEAN, float(value), 1.0),))
 
     @property
     def right(self) -> bool:
+        """Whether the answer counts as right where only right or wrong is shown."""
         return self.value >= RIGHT
 
 
 def mean_by_kind(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """kind -> mean value, sorted by name."""
+    """Return kind -> mean value, sorted by kind."""
     groups = defaultdict(list)
     for verdict in verdicts:
         for kind in verdict.kinds:
@@ -53,7 +56,7 @@ def mean_by_kind(verdicts: Iterable[Verdict]) -> dict[str, float]:
 
 
 def headline(verdicts: Sequence[Verdict]) -> float:
-    """The headline of a score, from its terms; a ratio whose denominator is 0 adds nothing."""
+    """Return the headline of a score from the terms of its verdicts. A ratio with a denominator of 0 adds nothing."""
     above, below = defaultdict(list), defaultdict(list)
     for verdict in verdicts:
         for name, numerator, denominator in verdict.terms:
@@ -63,5 +66,5 @@ def headline(verdicts: Sequence[Verdict]) -> float:
 
 
 def most_said(people: Sequence[str]) -> str:
-    """What most people answered; of several, who came first."""
+    """Return the most frequent answer; of several, the one that comes first."""
     return Counter(people).most_common(1)[0][0]

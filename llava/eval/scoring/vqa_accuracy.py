@@ -1,7 +1,7 @@
-"""Soft VQA accuracy against ten human answers: the official rule of VQAv2 and VizWiz, and TextVQA's.
+"""Soft VQA accuracy against ten human answers: the official rule of VQAv2 and VizWiz, and the rule of TextVQA.
 
-An answer is compared with the people's, each left out in turn: min(matches among the others / 3, 1), averaged.
-The two rules differ in what is normalised before (arXiv 1505.00468; GT-Vision-Lab/VQA, vqaEval.py).
+Each of the ten people is left out in turn. The accuracy is the mean of min(matches among the others / 3, 1). The two
+rules differ only in the normalisation before that (arXiv 1505.00468; GT-Vision-Lab/VQA, vqaEval.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from llava.eval.scoring.match_answers import mean
 
 
 def leave_one_out(answer: str, people: list[str]) -> float:
-    """Mean over people of min(matches among the others / 3, 1). ValueError where there are fewer than two people."""
+    """Return the mean over people of min(matches among the others / 3, 1). ValueError for fewer than two people."""
     if len(people) < 2:
         raise ValueError(f"{len(people)} reference answers, at least two are needed")
     matches = people.count(answer)
@@ -19,10 +19,10 @@ def leave_one_out(answer: str, people: list[str]) -> float:
 
 
 def official_accuracy(answer: str, people: list[str]) -> float:
-    """The rule of the VQA evaluation (VQAv2, VizWiz).
+    """Return the accuracy of an answer by the rule of the VQA evaluation (VQAv2, VizWiz).
 
-    Line breaks and outer spaces go first. Only where the people disagree are punctuation, number words, articles and
-    contractions normalised, on both sides; where all ten say the same, the answer must be that very string.
+    Line breaks and outer spaces are removed. If the people disagree, punctuation, number words, articles and
+    contractions are normalised on both sides. If all people gave the same answer, the answer must be equal to it.
     """
     answer, people = _one_line(answer), [_one_line(person) for person in people]
     if len(set(people)) > 1:
@@ -31,7 +31,7 @@ def official_accuracy(answer: str, people: list[str]) -> float:
 
 
 def textvqa_accuracy(answer: str, people: list[str]) -> float:
-    """TextVQA's rule, as in LLaVA's evaluation: both sides in EvalAI's normal form."""
+    """Return the accuracy of an answer by TextVQA's rule, as in LLaVA: both sides are in EvalAI's normal form."""
     return leave_one_out(normalise(answer), [normalise(person) for person in people])
 
 
