@@ -64,7 +64,8 @@ def code_digest() -> str:
     package = REPOSITORY / "llava"
     folders = ("common", "methods", "model", "inference", "kernels")
     paths = [*package.glob("*.py"), *(path for folder in folders for path in package.glob(f"{folder}/**/*.py"))]
-    for path in sorted([*paths, package / "eval" / "runs" / "answer_shard.py"]):
+    runs = package / "eval" / "runs"
+    for path in sorted([*paths, runs / "answer_shard.py", runs / "image_reader.py"]):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]
 

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from llava.common.command_line import Parser
+from llava.common.command_line import Parser, positive
 from llava.common.errors import exits_cleanly
 from llava.common.files import REPOSITORY, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import find_checkpoint
@@ -134,7 +134,7 @@ def _first_right(samples: list[Sample], answers: dict[tuple, str], run: Run) -> 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m llava.eval.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--limit", type=int, help="fewer questions per checkpoint, for a quick try")
+    parser.add_argument("--limit", type=positive, help="fewer questions per checkpoint, for a quick try")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     args = parser.parse_args(argv)
     begun = time.monotonic()
@@ -149,8 +149,9 @@ def main(argv: list[str] | None = None) -> None:
                 list(runs.values()), shards, devices, scene.batch, fresh=True, title=Path(scene.checkpoint).name
             )
         except (ShardFailure, Interrupted) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            stopped = isinstance(error, Interrupted)
+            print(f"{'stopped by' if stopped else 'error:'} {error}", file=sys.stderr)
+            sys.exit(128 + error.number if stopped else 1)
         name = Path(scene.checkpoint).name
         measured += [(name, label, report) for label, report in zip(runs, reports, strict=True)]
         everything.append(runs)

@@ -41,8 +41,11 @@ def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = Fa
     if benchmark.question_file.exists():
         if not stamp.is_file():
             raise UserError(f"{benchmark.question_file} is there already, and not from here; move it away first")
-        return f"{benchmark.name} {benchmark.split}: {read_json(stamp)['questions']:,} questions, prepared before"
-    # 2. Convert.
+        if (count := read_json(stamp)["questions"]) is not None:
+            return f"{benchmark.name} {benchmark.split}: {count:,} questions, prepared before"
+    # 2. Convert. The stamp comes first: after a kill, the question file is known as this command's own.
+    made = {"from": str(source or recipe.repo), "split": benchmark.split}
+    write_json(stamp, made | {"questions": None})
     parts, expected = recipe.parts[benchmark.split]
     tables = [rows(recipe, config, split, source) for config, split in parts]
     with told_when_malformed(Path(source or recipe.repo)):
@@ -54,7 +57,7 @@ def prepare(benchmark: Benchmark, source: Path | None = None, partial: bool = Fa
             f"{source or recipe.repo}: makes {count:,} questions of {benchmark.name} {benchmark.split}, allowed are "
             f"{expected:,} (--partial takes what is there)"
         )
-    write_json(stamp, {"from": str(source or recipe.repo), "split": benchmark.split, "questions": count})
+    write_json(stamp, made | {"questions": count})
     note = f" ({recipe.note})" if recipe.note else ""
     return f"{benchmark.name} {benchmark.split}: {count:,} questions below {benchmark.folder}{note}"
 

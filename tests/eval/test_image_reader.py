@@ -33,6 +33,14 @@ def test_what_is_asked_for_is_what_comes(files, workers):
     assert reader.get("3.png").size == files.read("3.png").size
 
 
+def test_an_image_that_is_asked_for_again_reads_no_others(files):
+    """A batch that ran out of memory asks for its images again."""
+    reader = ImageReader(files, 1)
+    for _ in range(3):
+        reader.get("0.png")
+    assert not reader._waiting
+
+
 def test_answers_are_those_of_reading_at_once(checkpoints, data, tmp_path):  # noqa: F811
     rows = []
     for workers in (0, 2):

@@ -6,6 +6,7 @@ JUDGE_URL=https://.../v1 JUDGE_MODEL=gpt-4-0613 JUDGE_API_KEY=... (the key is ne
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -59,7 +60,8 @@ class Judge:
             except urllib.error.HTTPError as error:
                 if error.code not in BUSY or attempt == 3:
                     raise UserError(f"{self.url}: the judge refuses with HTTP {error.code} {error.reason}") from None
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            # HTTPException: a reply that breaks off in the middle.
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 if attempt == 3:
                     raise UserError(f"{self.url}: no usable answer of the judge ({error})") from None
             time.sleep(self.wait * 2**attempt)

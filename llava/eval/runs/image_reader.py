@@ -82,7 +82,7 @@ class ImageReader:
     """
 
     def __init__(self, files: ImageFiles, workers: int):
-        self._files, self._waiting = files, {}
+        self._files, self._waiting, self._handed_out = files, {}, set()
         self._ahead: Iterator = iter(())
         if workers and len(files):
             # Pinned memory: the copy to the GPU is asynchronous only from pinned memory.
@@ -97,6 +97,10 @@ class ImageReader:
 
         An image that was read ahead is handed out once. A second call for it reads the file again.
         """
+        # Read ahead are the names once each: looking there again would read all that is left into memory.
+        if name in self._handed_out:
+            return self._files.read(name)
+        self._handed_out.add(name)
         # Images that come before `name` are kept in _waiting until they are asked for.
         while name not in self._waiting:
             found = next(self._ahead, None)
