@@ -29,7 +29,7 @@ TOP = 0.10  # share of the vision tokens whose attention and overlap are reporte
 
 
 def rows_of_answer(shard, prepared, steps: int) -> list[np.ndarray]:
-    """Per step, the newest token's attention rows [L, keys], mean over heads, of one prompt decoded for `steps` steps."""
+    """Attention rows [L, keys] of the newest token, mean over heads, for each of `steps` steps of one prompt."""
     from llava.analysis.last_query_rows import LastQueryRows
 
     with LastQueryRows(shard.model) as reader:
@@ -51,7 +51,7 @@ def rows_of_answer(shard, prepared, steps: int) -> list[np.ndarray]:
 def figures(rows: list[np.ndarray], span: tuple[int, int], prompt: int) -> dict[str, np.ndarray]:
     """Measures [steps, L] by name.
 
-    rows: per step [L, keys]. span: (start, length) of the image. prompt: length of the prompt in tokens, with the image.
+    rows: per step [L, keys]. span: (start, length) of the image. prompt: tokens of the prompt, vision tokens included.
 
     Concentration and overlap use the image's part of the row, scaled to the sum one.
     """

@@ -5,8 +5,8 @@
 The rule is that of FitPrune (arXiv 2409.10197). FILE holds questions in LLaVA's format. About sixty questions with an
 image are enough: the authors take 0.01 % of LLaVA's 665 k training samples. The batch size is 1.
 
-1. Each question's prefill without dropping gives, per layer, the sums of the attention that the vision tokens receive:
-   from each other, and from the text, as a mean (llava.methods.inside_llm.fitprune.shares).
+1. Each question's prefill without dropping gives two sums per layer: the attention that the vision tokens receive from
+   each other, and from the text, each as a mean over queries (llava.methods.inside_llm.fitprune.shares).
 2. For a tolerance alpha, prefill drops tokens in each layer. A token is dropped if it is among the lowest by both
    measures, while the other tokens keep 1 - alpha of both sums.
 3. Once the FLOPs target is reached, later layers drop nothing.
@@ -94,7 +94,7 @@ def spare(scores: Tensor, floor: float) -> Tensor:
 
 
 def vision_flops(n: int, dropped: list[int], config) -> int:
-    """FLOPs (2 per multiply-add) of n vision tokens in prefill, if layer l drops dropped[l] of them after its attention.
+    """FLOPs (2 per multiply-add) of n vision tokens in prefill. Layer l drops dropped[l] of them after its attention.
 
     Only the matrix products of the vision tokens count: projections, attention to each other, and MLP.
     """

@@ -33,7 +33,7 @@ from llava.model.checkpoint import Checkpoint
 
 QUESTION = "What is in the picture? Answer the question using a single word or phrase."
 FLOAT32_LIMIT = 1e-4  # largest allowed absolute difference of a logit
-# Half precision rounds each layer's output to 11 bits (float16) or 8 bits (bfloat16), so single logits can differ a lot.
+# Half precision rounds each layer's output to 11 bits (float16) or 8 bits (bfloat16), so single logits can differ much.
 # The limit is relative: RMS of the difference, divided by the RMS of the logits around their mean.
 HALF_LIMITS = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
@@ -159,7 +159,7 @@ def _report_method(args, model, tokenizer, pixels: Tensor, ids: list[int], image
     if not config.make_method().uses_budget:
         return True
     whole = model.prepare(torch.tensor([ids]), pixels, [image.size]).selections[0][0]
-    # A dropper also counts newline tokens. A selector chooses from patches, and keeps all tokens if it keeps all patches.
+    # A dropper also counts newline tokens. A selector chooses from patches alone, and all patches mean all tokens.
     candidates = whole.total if dropping else int((whole.tile >= 0).sum())
     asked = args.tokens if args.tokens < candidates else whole.total
     if len(survivors) != asked:
