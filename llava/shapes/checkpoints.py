@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Scene:
     """What is measured on one checkpoint.
 
-    tokens: budget K, a tenth of the 144 vision tokens of v1.5, and a comparable share for v1.6. questions, batch: chosen
-    so that the whole demo takes about two minutes on two cores.
+    tokens: budget K, about a tenth of the vision tokens. questions, batch: chosen so that the whole demo takes about
+    two minutes on two cores.
     """
 
     checkpoint: str

@@ -58,7 +58,7 @@ def write_dataset(family, split, questions, out, seed_set=0):
     indices = range((questions + PER_IMAGE - 1) // PER_IMAGE)
     work = partial(_write_scene, family, split, seed_set, images)
     # spawn would run a caller without a __main__ guard again from its start. Where fork is missing, one process draws.
-    # Below 64 pictures, starting processes takes longer than drawing.
+    # A few pictures are drawn faster than processes start.
     forks = "fork" in multiprocessing.get_all_start_methods()
     if len(indices) < 64 or not forks:
         asked = [work(index) for index in indices]
@@ -85,7 +85,7 @@ def write_dataset(family, split, questions, out, seed_set=0):
 def _write_scene(family, split, seed_set, images, index):
     scene, asked = scene_questions(family, split, index, seed_set)
     name = f"{index + 1:06d}.png"
-    # Noise hardly compresses, and at the default level writing would take longer than drawing.
+    # The pictures are noise, which hardly compresses, and writing should not take longer than drawing.
     Image.fromarray(scene.pixels).save(images / name, compress_level=1)
     return name, [(question.text, question.answer, question.category) for question in asked]
 

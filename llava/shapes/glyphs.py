@@ -28,7 +28,7 @@ def glyph_mask(kind, size):
 
 
 def _draw_character(draw, character, side):
-    # At this font size a capital fills the box. The stroke makes thin letters bold enough for patches of 8 pixels.
+    # At this font size a capital fills the box. The stroke makes thin letters bold.
     font = ImageFont.load_default(size=side * 1.18)
     stroke = max(1, side // 28)
     left, top, right, bottom = draw.textbbox((0, 0), character, font=font, stroke_width=stroke)

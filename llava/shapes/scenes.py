@@ -75,7 +75,7 @@ def draw_scene(family, split, index, seed_set=0):
     objects = _place_objects(family, rng, width, height)
     for number, placed in enumerate(objects):
         _paint(pixels, owner, placed, number, rng)
-    # Without noise, background patches would be almost equal, and every selector would find the objects.
+    # Noise on every pixel: otherwise background patches would be almost equal to each other.
     pixels += rng.normal(0.0, 7.0, pixels.shape).astype(np.float32)
     return Scene(np.clip(pixels, 0, 255).astype(np.uint8), owner, objects)
 
@@ -90,7 +90,7 @@ def _canvas_size(family, rng):
 
 def _background(rng, width, height):
     """Dark coloured texture with grey strokes, arcs and blobs, float32 [height, width, 3]."""
-    # The clutter is grey, darker than any object, and has no kind: it attracts attention but no question is about it.
+    # The clutter is grey, which is the colour of no object, so no question is about it.
     coarse = rng.uniform(-22, 22, (5, 5, 3)) + rng.uniform(25, 75, 3)
     texture = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC

@@ -26,7 +26,7 @@ LORA_TARGETS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 def build(run: RunArguments):
     """(tokenizer, model, image_processor) of a run. All weights are loaded, and requires_grad says which are trained.
 
-    Sets run.model.version if the command line does not. UserError for bad checkpoints and for arguments that do not fit.
+    Sets run.model.version if the command line does not. UserError for bad checkpoints and arguments that do not fit.
     """
     # 1. Seed and dtype.
     model_args, data_args, training = run.model, run.data, run.training
