@@ -14,7 +14,7 @@ _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 def orthogonalize(matrices, steps=5):
-    """Nearly orthogonal matrices with the singular vectors of `matrices` [.., rows, columns], by Newton-Schulz steps."""
+    """Nearly orthogonal matrices with the singular vectors of `matrices` [n, rows, columns], by Newton-Schulz steps."""
     # The transposition makes the Gram matrices as small as possible. Singular values must be at most 1 at the start,
     # and the Frobenius norm bounds them.
     x = matrices
