@@ -187,6 +187,7 @@ def main():
     parser.add_argument("--questions", type=positive, default=200, help="per checkpoint (default 200)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cache-policies-demo.csv")
     args = parser.parse_args()
+    # 1. How the rows are made. One thread, so that a rerun sums in the same order.
     torch.set_num_threads(1)
     made_with = {
         "command": " ".join(["python", "benchmarks/cache_policies.py", *sys.argv[1:]]),
@@ -194,6 +195,7 @@ def main():
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
         "commit": commit(),
     }
+    # 2. Every policy, alone and behind AdaV.
     rows = []
     for folder, tokens in CHECKPOINTS.items():
         checkpoint = find_checkpoint(str(ROOT / folder))
@@ -209,7 +211,7 @@ def main():
             for row in measure(loaded, run, method, len(run.samples)):
                 rows.append(facts | row | made_with)
                 print(*list(rows[-1].values())[:-4], flush=True)
-    # The columns that say how the rows were made are the same in every row, so the printed table leaves them out.
+    # 3. Write and print. The columns about how the rows were made are the same in every row, so they are not printed.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -211,6 +211,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/decode_kernel-<preset>-<shape>-<dtype>.csv"
     )
+    # Defaults that depend on other flags: the preset on the device, the sizes on the preset.
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     args.device, args.dtype = pick(args.device, args.dtype)

@@ -285,7 +285,7 @@ class Bench:
         return [] if entry.out_of_memory else [f"{entry.name}: it fails ({failure}), so it gets no time"]
 
     def _differs(self, entry: Entry, answer: Answer) -> bool:
-        # In half precision, another batch of kernels can turn a near tie, so tokens may differ.
+        # In half precision, kernels that sum in another order can turn a near tie, so tokens may differ.
         return self.dtype == torch.float32 and not torch.equal(answer.tokens, entry.checked)
 
     @staticmethod

@@ -2,11 +2,11 @@
 
     python benchmarks/eval_throughput.py [--pictures 8] [--tokens K] [--repeats 5] [--device cuda] [--output FILE.csv]
 
-The upstream loop is written anew here, after what it does. It takes one question at a time. It decodes the image and
-cuts it into tiles. The vision tower runs all of its layers with eager attention and returns the attention map of each
-layer (`output_attentions=True`). Then `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as the
-launcher starts it: batches, each picture decoded and encoded once for all its questions, SDPA, and one [CLS] row. Both
-loops choose tokens by the same code and configuration, both write one answer line per question, and neither counts
+The upstream loop here is our own code that does the same work. It takes one question at a time. It decodes the image
+and cuts it into tiles. The vision tower runs all of its layers with eager attention and returns the attention map of
+each layer (`output_attentions=True`). Then `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as
+the launcher starts it: batches, each picture decoded and encoded once for all its questions, SDPA, and one [CLS] row.
+Both loops choose tokens by the same code and configuration, both write one answer line per question, and neither counts
 loading.
 
 The pictures are the demo's, with eight questions each (POPE has 18 per picture, GQA 30, MME 2). The answers must be the
@@ -102,7 +102,7 @@ def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
 
 
 class Upstream:
-    """The upstream loop: one question at a time, and everything is computed anew for each."""
+    """The upstream loop: one question at a time, and nothing is shared between questions."""
 
     def __init__(self, shard: ShardAnswerer, tower: EagerTower, spec: WorkOrder):
         self.shard, self.tower, self.spec = shard, tower, spec
@@ -142,7 +142,7 @@ class Upstream:
                 self.llm_seconds += time.perf_counter() - start
                 answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())
                 out.write(json.dumps({"key": list(sample.key), "text": answers[-1]}) + "\n")
-                out.flush()  # as upstream, after every question
+                out.flush()  # after every question, so that a stopped run keeps its answers
         return answers
 
 

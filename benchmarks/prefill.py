@@ -151,7 +151,7 @@ def run(
 
 
 def show(rows: list[dict]) -> str:
-    """Table for the screen."""
+    """Table for the screen. A dropper has no time of its own, so its cell says "in LLM"."""
     head = (
         "method",
         "tokens",

@@ -1,6 +1,6 @@
 """What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
 
-    python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672] [--text-tokens 80]
+    python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672]
 
 prints the parts for one image. A config.json is enough; no weights are read.
 
@@ -134,8 +134,8 @@ def decode(shape: ModelShape, cached: Sequence[int]) -> dict[str, int]:
 
 
 def _layer(shape: ModelShape, queries: int, keys: int, left: int) -> dict[str, int]:
-    """FLOPs of one LLM layer: `queries` tokens enter and attend to `keys` entries; `left` tokens go on to the MLP."""
-    # heads x head size differs from the width in some models (Qwen3, Gemma), so it is not taken from the width.
+    """FLOPs of one LLM layer: `queries` tokens enter and attend to `keys` entries; `left` tokens enter the MLP."""
+    # H x d can differ from the width (Mistral-Nemo: 4096 and 5120), so it is not taken from the width.
     inner = shape.heads * shape.head
     return {
         "projections": product(queries, shape.width, 2 * inner + 2 * shape.kv_heads * shape.head),
@@ -168,7 +168,7 @@ def predict(
     method, options = config.make_method(), config.method_options
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
-    # 2. What the method costs. A prefill filter makes FastV's cut behind a selector, so it has FastV's price.
+    # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
     if drops:
         dropper, price, costs = method, DROPPER_COSTS[config.method], []
     else:

@@ -150,6 +150,7 @@ def _choose_what_learns(model, run: RunArguments) -> None:
 
 
 def _with_lora(model, training, dtype):
+    """The model with LoRA adapters in the LLM. UserError for values that peft does not accept."""
     from peft import LoraConfig, get_peft_model
 
     if training.lora_r < 1 or training.lora_alpha < 1 or not 0 <= training.lora_dropout < 1:

@@ -150,6 +150,7 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
 
     Measured on the first `questions` questions of set 0.
     """
+    # 1. Methods. `random` is a mean over three seeds.
     folder = write_dataset(family, "test", 4000, Path(work) / f"card-{family}-0", 0)
     exam = Exam(checkpoint, folder, questions)
     table = []
@@ -168,7 +169,7 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
             score = exam.score(exam.answer("t2i", budget, positions, texts=others))["all"]
             table.append({"method": "t2i, wrong question", "budget": budget, "positions": positions, "all": score})
     own = [exam.images[name] for name in exam.names]
-    # The colour is CLIP's mean, which normalisation turns into about zero.
+    # 2. Controls. The colour is CLIP's mean, which normalisation turns into about zero.
     blank = exam.image_tokens([Image.new("RGB", (96, 96), (122, 116, 104))])[0]
     return {
         "questions": questions,
