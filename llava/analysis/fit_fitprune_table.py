@@ -140,8 +140,7 @@ def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], 
     def walk(prompt, **options) -> Walk:
         walk = Walk(**options)
         dropping = Dropping(walk, 0, layers, prompt.dropping.prompts)
-        # model.model, without the LM head: no logits are needed, and no KV cache.
-        model.model(
+        model.model(  # without the LM head and without a KV cache: only the attention is read
             inputs_embeds=prompt.inputs_embeds, position_ids=prompt.position_ids, use_cache=False, dropping=dropping
         )
         progress.update()
@@ -169,8 +168,7 @@ def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], 
             low = middle
         else:
             high, found = middle, tried
-    # 4. Mean drops per layer, scaled to the largest number of vision tokens. 1e-6 keeps float error from rounding a
-    # whole number down by one.
+    # 4. Mean drops per layer, scaled to the largest image. 1e-6: float error must not round a whole number down by one.
     walks, used = found
     tokens = max(counts)
     drops = [
