@@ -35,6 +35,7 @@ def main():
     args = parser.parse_args()
     if args.questions < 4:
         raise UserError(f"--questions is {args.questions}, allowed is at least 4: four questions share a picture")
+    # 1. How the rows are made. One thread, so that a rerun sums in the same order.
     torch.set_num_threads(1)
     made_with = {
         "command": " ".join(["python", "benchmarks/adav_cover_strength.py", *sys.argv[1:]]),
@@ -42,6 +43,7 @@ def main():
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
         "commit": commit(),
     }
+    # 2. Accuracy of every cell. The test split stays unused: a constant chosen on it would flatter the method there.
     rows = []
     for family, budgets in BUDGETS.items():
         folder = ROOT / "playground" / "train" / f"validation-{family}"
@@ -60,6 +62,7 @@ def main():
             )
             cells.write(" ".join(str(rows[-1][key]) for key in ("checkpoint", "tokens", "strength", "accuracy_all")))
             sys.stdout.flush()
+    # 3. Write the rows, and print the mean that decides.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])

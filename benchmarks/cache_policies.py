@@ -52,6 +52,7 @@ CHECKPOINTS = {"playground/llava-shapes-v1.5": 36, "playground/llava-shapes-v1.6
 
 
 def avl(rate, compute_rate):
+    """Configuration keys of A-VL with these shares of vision entries that are stored and read."""
     return {
         "vision_adaptive_attention": True,
         "vision_adaptive_attention_rate": rate,
@@ -70,7 +71,11 @@ POLICIES = {
 
 
 def up_to_the_image(prepared: PreparedPrompt) -> tuple[PreparedPrompt, torch.Tensor, torch.Tensor]:
-    """(the prompts as far as their images go, what follows them [B, R, D] padded right, how much that is [B])."""
+    """Prompts that are cut behind their images: (cut prompts, rest [B, R, D] right-padded, lengths of the rest [B]).
+
+    R is the length of the longest rest. Each row must have exactly one image.
+    """
+    # Rows are left-padded to the longest cut prompt, which differs from the longest whole prompt, so all spans move.
     spans, behind = prepared.image_spans, []
     ends = [start + count for ((start, count),) in spans]
     first = [prepared.inputs_embeds.shape[1] - length for length in prepared.lengths]
@@ -97,7 +102,8 @@ def up_to_the_image(prepared: PreparedPrompt) -> tuple[PreparedPrompt, torch.Ten
 
 @torch.inference_mode()
 def decode(model, prepared: PreparedPrompt, config: AdaVConfig, embeds: torch.Tensor):
-    """Logits [B, 1 + R, V] of prefill and of steps that are fed `embeds` [B, R, D]; the cache that they ran on."""
+    """(logits [B, 1 + R, V] of prefill and of decode steps that are fed `embeds` [B, R, D], their KV cache)."""
+    # Spans are slots of the padded batch. A cache policy counts from each row's first real token.
     length = prepared.inputs_embeds.shape[1]
     spans = [
         RowSpans(own, [(start - length + own, count) for start, count in images])
@@ -121,16 +127,17 @@ def decode(model, prepared: PreparedPrompt, config: AdaVConfig, embeds: torch.Te
 
 
 def entries(cache, steps: int) -> tuple[int, int]:
-    """(stored after `steps` steps, read in all of them): entries of all layers and rows."""
+    """(entries stored after `steps` decode steps, entries read in all these steps), over all layers and rows."""
     plans = [plan for layer in cache.layers for plan in layer.plans]
     return sum(plan.stored(steps) for plan in plans), sum(plan.read(s) for plan in plans for s in range(1, steps + 1))
 
 
 def measure(loaded: LoadedCheckpoint, run: Run, method: dict, questions: int) -> list[dict]:
-    """One row per policy, all on the same prompts of one method."""
+    """One row per policy, on the same prompts of one method. UserError if our steps differ from generate()."""
     benchmark, found = run.benchmark, {name: [] for name in POLICIES}
     model, embed = loaded.model, loaded.model.get_input_embeddings()
     for start in progress_bar(f"{method['method']}", range(0, questions, BATCH), unit=" batches"):
+        # 1. Prompts, and the tokens that `full` generates. No end token, so that all rows have STEPS tokens.
         samples = run.samples[start : start + BATCH]
         images = [read_image(Path(benchmark.image_folder) / sample.image) for sample in samples]
         prepared = loaded.prepare([sample.prompt for sample in samples], images, AdaVConfig(**method))
@@ -142,6 +149,7 @@ def measure(loaded: LoadedCheckpoint, run: Run, method: dict, questions: int) ->
             eos_token_id=None,
             pad_token_id=loaded.engine.pad,
         )
+        # 2. Each policy on both kinds of prompts. `full` comes first, and the others are compared with it.
         first = None
         for name, keys in POLICIES.items():
             config = AdaVConfig(**method, **keys)
@@ -151,6 +159,7 @@ def measure(loaded: LoadedCheckpoint, run: Run, method: dict, questions: int) ->
             odds = log_softmax(forced[:, 1:].float(), dim=-1)
             if first is None:
                 first, full, sizes_of_full = answers, odds, entries(cache, STEPS)
+                # decode() is a loop of its own. If it were wrong, all figures below would be.
                 if not torch.equal(forced.argmax(dim=-1), said):
                     raise UserError("full: steps by hand say other tokens than generate(), so nothing is measured")
             texts = [{"text": loaded.tokenizer.decode([token])} for token in answers.tolist()]
@@ -165,6 +174,7 @@ def measure(loaded: LoadedCheckpoint, run: Run, method: dict, questions: int) ->
                     "kv_read": len(samples) * read / sizes_of_full[1],
                 }
             )
+    # 3. Every figure is a sum over samples, also in the last, smaller batch.
     return [
         {"policy": name} | {key: round(sum(part[key] for part in parts) / questions, 4) for key in parts[0]}
         for name, parts in found.items()
@@ -177,6 +187,7 @@ def main():
     parser.add_argument("--questions", type=positive, default=200, help="per checkpoint (default 200)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cache-policies-demo.csv")
     args = parser.parse_args()
+    # 1. How the rows are made. One thread, so that a rerun sums in the same order.
     torch.set_num_threads(1)
     made_with = {
         "command": " ".join(["python", "benchmarks/cache_policies.py", *sys.argv[1:]]),
@@ -184,10 +195,12 @@ def main():
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
         "commit": commit(),
     }
+    # 2. Every policy, alone and behind AdaV.
     rows = []
     for folder, tokens in CHECKPOINTS.items():
         checkpoint = find_checkpoint(str(ROOT / folder))
         benchmark = BENCHMARKS["shapes"](DATA_ROOT, checkpoint)
+        # A Run brings the samples in order. Its folder is not needed: nothing is answered through it.
         with tempfile.TemporaryDirectory() as scratch:
             generation = Generation(benchmark.max_new_tokens)
             run = Run(benchmark, AdaVConfig(method="none"), checkpoint, generation, Path(scratch), limit=args.questions)
@@ -198,6 +211,7 @@ def main():
             for row in measure(loaded, run, method, len(run.samples)):
                 rows.append(facts | row | made_with)
                 print(*list(rows[-1].values())[:-4], flush=True)
+    # 3. Write and print. The columns about how the rows were made are the same in every row, so they are not printed.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])

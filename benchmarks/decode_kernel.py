@@ -2,25 +2,26 @@
 
     python benchmarks/decode_kernel.py [--preset gpu] [--shape vicuna-7b] [--dtype bfloat16] [--output FILE.csv]
 
-A row of the cache stores a prefix, N image tokens and some text; a step reads the prefix, a share of the image tokens (A-VL's
-core) and the text. One layer, one query per row. Providers:
+A row of the cache stores a prefix, N vision tokens and some text. A step reads the prefix, a share of the vision tokens
+(A-VL's core) and the text. There is one layer and one query per row. Providers:
 
     ours, ours_scores   llava.kernels.decode_attention, without and with the scores of an update step
-    sdpa                scaled_dot_product_attention over everything that is stored: what no selection costs
+    sdpa                scaled_dot_product_attention over all stored entries: the cost without any selection
     index_select        copies the listed rows, then SDPA over the copy
-    masked              SDPA over everything with a mask: what A-VL's published code does
+    masked              SDPA over all stored entries with a mask, as in A-VL's published code
 
-The baselines get flat row numbers and masks ready-made, and the query heads of a KV head as rows of one problem, which is
-the fastest that SDPA can have. bytes are those of keys and values that a provider has to move: listed rows for ours, three
-times as many for index_select (read, written, read), stored rows for the other two. They are set against the measured
-bandwidth of a copy (bytes read plus bytes written); what reading alone reaches is in a column beside it.
+The baselines get flat row numbers and masks ready-made, and the query heads of a KV head as rows of one problem, which
+is the fastest form for SDPA. mb counts the keys and values that a provider must move: the listed rows for ours, three
+times as many for index_select (read, write, read), the stored rows for the other two. They are compared with the
+measured bandwidth of a copy (bytes read plus bytes written). Another column has the bandwidth of reading alone.
 
-Calls rotate over so many copies of the cache that none is still in the processor's cache when its turn comes again. On a GPU, us is
-one call from Python with its launches, between two events; graph_us is one call of a CUDA graph that holds a call per copy, so
-launching is left out, and gb_per_s follows from it. Without a GPU only us exists, and ours is the plain reference.
+Calls rotate over many copies of the cache, so that no copy is still in the processor's cache when it is used again. On
+a GPU, us is one call from Python with its launches, between two events. graph_us is one call of a CUDA graph that has a
+call per copy, so it does not include launches, and gb_per_s is computed from it. Without a GPU there is only us, and
+ours is the plain reference.
 
-Every provider is compared with the reference in higher precision before and after it is timed. A wrong one gets no row, and the exit
-code is 1.
+Every provider is compared with the reference in higher precision before and after it is timed. A provider with wrong
+output gets no row, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ SHAPES = {"vicuna-7b": (32, 32, 128), "mistral-7b": (32, 8, 128), "yi-34b": (56,
 
 @dataclass(frozen=True)
 class Preset:
+    """What is measured. tokens: N; shares: of the vision tokens that are read; most_copies: limit of cache copies."""
+
     batches: tuple[int, ...]
     tokens: tuple[int, ...]
     shares: tuple[float, ...]
@@ -63,19 +66,20 @@ class Preset:
 PRESETS = {
     "gpu": Preset((1, 8, 32), (576, 2880), (0.5, 0.3, 0.1), 20),
     "cpu": Preset((1, 4), (576, 2880), (0.5, 0.1), 5, most_copies=8),
-    # Seconds, to see that everything runs.
+    # Runs in seconds, to see that everything works.
     "tiny": Preset((2,), (40,), (0.3,), 2, most_copies=3),
 }
 
 
 def time_calls(provider: Provider, steps: list[Step]) -> None:
-    """One sample per copy: between two events on a GPU, else by the clock."""
+    """Add one sample per copy of the cache to `provider`: between two events on a GPU, else by the clock."""
     if not steps[0].q.is_cuda:
         for step in steps:
             start = time.perf_counter()
             provider.call(step)
             provider.calls.append(1e6 * (time.perf_counter() - start))
         return
+    # Events are made before, and read after the loop: waiting in between would add the wait to the next call.
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in steps]
     torch.cuda.synchronize()
     for step, (start, end) in zip(steps, pairs, strict=True):
@@ -87,6 +91,7 @@ def time_calls(provider: Provider, steps: list[Step]) -> None:
 
 
 def capture(provider: Provider, steps: list[Step]) -> None:
+    """Capture a CUDA graph with one call per step. The provider must have run before, so that kernels are compiled."""
     provider.graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(provider.graph):
         for step in steps:
@@ -94,7 +99,7 @@ def capture(provider: Provider, steps: list[Step]) -> None:
 
 
 def time_replay(provider: Provider, copies: int) -> None:
-    """One sample: a replay of a call per copy, divided by their number."""
+    """Add one sample to `provider`: the time of a replay, divided by its number of calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -105,7 +110,8 @@ def time_replay(provider: Provider, copies: int) -> None:
 
 
 def measure(case: Case, args: argparse.Namespace, copy_gb: float) -> tuple[list[dict], list[str]]:
-    """(one row per provider whose output is right, what is wrong with the others)."""
+    """(one row per provider whose output is right, one sentence per provider whose output is wrong)."""
+    # 1. Operands, the expected output of the last step, and the providers.
     steps = [Step(case, seed) for seed in range(case.copies(PRESETS[args.preset].most_copies))]
     expected = {everything: steps[-1].expected(everything) for everything in (False, True)}
     candidates = [p for p in providers(case, steps[0], args.splits, args.tuning) if p.name in args.providers]
@@ -113,6 +119,7 @@ def measure(case: Case, args: argparse.Namespace, copy_gb: float) -> tuple[list[
     def check(provider: Provider, found: Tensor | DecodeOutput) -> None:
         provider.error = float(np.maximum(provider.error, error(found, expected[provider.everything])))  # NaN wins
 
+    # 2. Check, then time. Providers take turns, so that a machine that slows down slows all of them.
     for provider in candidates:
         check(provider, provider.call(steps[-1]))
         if case.device == "cuda":
@@ -123,6 +130,7 @@ def measure(case: Case, args: argparse.Namespace, copy_gb: float) -> tuple[list[
             if provider.graph is not None:
                 time_replay(provider, len(steps))
                 check(provider, provider.captured)
+    # 3. Check again: a kernel that writes out of bounds can spoil later calls.
     for provider in candidates:
         check(provider, provider.call(steps[-1]))
     limit = TOLERANCE[args.dtype]
@@ -137,7 +145,7 @@ def measure(case: Case, args: argparse.Namespace, copy_gb: float) -> tuple[list[
 
 
 def row(case: Case, provider: Provider, copies: int, copy_gb: float) -> dict:
-    """The figures of one line."""
+    """Columns of one provider in one case. us: median, 20th and 80th percentile."""
     figures = {
         "provider": provider.name,
         "batch": case.batch,
@@ -165,7 +173,7 @@ def row(case: Case, provider: Provider, copies: int, copy_gb: float) -> dict:
 
 
 def show(rows: list[dict]) -> str:
-    """The table that is printed."""
+    """Table for the screen."""
     head = ("provider", "batch", "tokens", "core", "us", "p20", "p80", "graph us", "p20", "p80", "MB", "GB/s", "of copy", "error")  # fmt: skip
     lines = [head]
     for r in rows:
@@ -203,6 +211,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/decode_kernel-<preset>-<shape>-<dtype>.csv"
     )
+    # Defaults that depend on other flags: the preset on the device, the sizes on the preset.
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     args.device, args.dtype = pick(args.device, args.dtype)
@@ -236,8 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         rows += right
         wrong += complaints
         if rows:
-            write_csv(output, rows, made)  # after every case: what is measured is kept
-        gc.collect()  # graphs hold on to their memory
+            write_csv(output, rows, made)  # after every case, so that an interrupted run keeps what it measured
+        gc.collect()  # frees the CUDA graphs, which hold memory
     if rows:
         print(f"\n{show(rows)}\n\n{output}")
     if wrong:

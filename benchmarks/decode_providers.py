@@ -1,4 +1,4 @@
-"""What benchmarks/decode_kernel.py times: one step's operands, and the ways to attend to the listed part of a cache."""
+"""What benchmarks/decode_kernel.py times: the operands of a step, and several ways to attend to listed slots."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llava.kernels.decode_attention import DecodeOutput, decode_attention, decode_workspace
 
-PREFIX, TEXT = 35, 64  # slots before and behind the image, all of which are read
+PREFIX, TEXT = 35, 64  # slots before and after the image, which are all read
 
 
 @dataclass
 class Case:
-    """One line of the matrix: sizes of the cache and of what is read of it."""
+    """Sizes of one case: the cache, and the part of it that is read.
+
+    tokens: vision tokens stored; share: share of them that is read; heads: H; groups: G; width: d.
+    """
 
     batch: int
     tokens: int
@@ -41,18 +44,19 @@ class Case:
         return PREFIX + self.core + TEXT
 
     def bytes(self, rows: int) -> int:
-        """Of `rows` keys and values of every KV head."""
+        """Bytes of `rows` keys and values per batch row and KV head."""
         return 2 * self.batch * self.groups * rows * self.width * self.dtype.itemsize
 
     def copies(self, most: int) -> int:
-        """Of the cache, so that their listed rows alone overflow the processor's cache four times."""
+        """Number of copies of the cache: their listed rows are four times as large as the processor's cache."""
         return max(2, min(most, -(-4 * cache_bytes(self.device) // self.bytes(self.listed))))
 
 
 class Step:
-    """The operands of one call: a query, a cache of random numbers, and the lists in the form that each provider takes."""
+    """Operands of one call: a query, a cache of random numbers, and the lists in the form of each provider."""
 
     def __init__(self, case: Case, seed: int):
+        # 1. Query, cache, and the lists of our kernel.
         make = torch.Generator(case.device).manual_seed(seed)
         options = {"generator": make, "device": case.device}
         batch, groups, stored = case.batch, case.groups, case.stored
@@ -60,7 +64,7 @@ class Step:
         self.k, self.v = (torch.randn(batch, groups, stored, case.width, **options).to(case.dtype) for _ in "kv")
         ranks = torch.rand(batch, case.tokens, **options).argsort(-1)
         self.core = (PREFIX + ranks[:, : case.core].sort(-1).values).int()
-        # Slots that were freed and used again are in no order.
+        # After evictions, the slots of the text are in no order.
         text = PREFIX + case.tokens + torch.rand(batch, groups, TEXT, **options).argsort(-1)
         self.text = text.int()
 
@@ -69,8 +73,10 @@ class Step:
 
         self.prefix_len, self.core_len = full(PREFIX, batch), full(case.core, batch)
         self.text_len = full(TEXT, batch, groups)
+        # The same lists for all stored slots: the prefix is the whole cache, and the other parts are empty.
         self.everything = (full(stored, batch), self.core, full(0, batch), self.text, full(0, batch, groups))
 
+        # 2. The same slots as flat row numbers and as a mask, for the baselines. Their time leaves this work out.
         slots = torch.cat(
             [
                 torch.arange(PREFIX, device=case.device).expand(batch, groups, -1),
@@ -83,7 +89,7 @@ class Step:
         self.flat = (sequence * stored + slots).flatten()
         self.mask = torch.zeros(batch, groups, 1, stored, dtype=torch.bool, device=case.device)
         self.mask.scatter_(-1, slots[:, :, None], True)
-        # [B, G, heads per group, D]: the heads of a group as rows of one problem.
+        # [B, G, H / G, d]: the heads of a group as rows of one problem, so that SDPA does not copy keys per head.
         self.grouped = self.q.view(batch, groups, -1, case.width)
 
     @property
@@ -91,7 +97,10 @@ class Step:
         return self.prefix_len, self.core, self.core_len, self.text, self.text_len
 
     def expected(self, everything: bool) -> DecodeOutput:
-        """By the reference, in float32 (float64 for float32)."""
+        """Output and scores by the reference, in float32, or in float64 if the operands are float32.
+
+        everything: over all stored slots, else over the listed ones.
+        """
         precise = torch.float64 if self.q.dtype == torch.float32 else torch.float32
         operands = (t.to(precise) for t in (self.q, self.k, self.v))
         lists = self.everything if everything else self.lists
@@ -121,7 +130,11 @@ def masked(step: Step) -> Tensor:
 
 @dataclass
 class Provider:
-    """A way to do it, its samples in microseconds, and how many rows of keys and values it moves."""
+    """One way to attend, with its measurements.
+
+    rows: rows of keys and values that it moves. everything: it reads all stored slots. calls, replays: samples in
+    microseconds. captured: output of the graph's last call. error: largest relative error so far.
+    """
 
     name: str
     call: Callable[[Step], Tensor | DecodeOutput]
@@ -135,7 +148,8 @@ class Provider:
 
 
 def providers(case: Case, step: Step, splits: int | None, tuning: list[int] | None) -> list[Provider]:
-    """All of them. splits, tuning: of our kernel, in place of its own choice."""
+    """All providers. splits, tuning: of our kernel, instead of its own choice."""
+    # Output and workspace are shared by all calls, as in the engine: a step must not allocate.
     workspace = decode_workspace(step.q, step.k, step.core, step.text, splits)
     if workspace is not None and tuning:
         from llava.kernels.decode_attention_triton import Tuning
@@ -152,7 +166,7 @@ def providers(case: Case, step: Step, splits: int | None, tuning: list[int] | No
 
 
 def error(found: Tensor | DecodeOutput, expected: DecodeOutput) -> float:
-    """The largest of max |found - expected| / max |expected| over the output and the scores; NaN stays NaN."""
+    """Largest max |found - expected| / max |expected| over the output and the scores. NaN stays NaN."""
     found = found if isinstance(found, DecodeOutput) else DecodeOutput(found.reshape(expected.out.shape))
     pairs = [(a.float(), b) for a, b in zip(found, expected, strict=True) if a is not None]
     return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())

@@ -1,25 +1,28 @@
 """Time to the first token and speed of decoding, side by side with transformers and with the way of the published code.
 
-    python benchmarks/end_to_end.py                                               # the `cpu` preset, minutes on two cores
-    python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b                 # real shapes, bfloat16, on a GPU
-    python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b --quick --batches 8 --append     # a batch more
+    python benchmarks/end_to_end.py                                  # preset `cpu`, a few minutes on two cores
+    python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b    # real shapes, bfloat16, on a GPU
+    python benchmarks/end_to_end.py --preset llava-v1.6-vicuna-7b --quick --batches 8 --append    # one more batch
     python benchmarks/end_to_end.py --config "method=none" --config "method=fastv overall_tokens=288"
-    python benchmarks/end_to_end.py --table benchmarks/results/end_to_end-cpu-cpu.csv      # into docs/performance.md
+    python benchmarks/end_to_end.py --table benchmarks/results/end_to_end-cpu-cpu.csv    # into docs/performance.md
 
-Weights are random and shared by all providers (providers.py), prompts are the same, answers are greedy and as long as
-asked for. Time to the first token goes from pixels on the device to a token of every row, and is split into vision tower,
-projector, selection and prefill, which is all the rest. Decoding is every token after the first. Decoding reads memory
-and does little else, so beside its speed stands a ceiling: the bytes that this very configuration reads per step
-(weights, and the KV entries of its policy) over the bandwidth of a copy, the fastest that was seen in the same run; and
-the overhead, which is what a step takes beyond its products with weights, measured alone in the same run.
+Weights are random and shared by all providers (providers.py). Prompts are the same, and answers are greedy and exactly
+as long as asked for. The time to the first token starts with pixels on the device and ends with a token of every row.
+It is divided into vision tower, projector, selection and prefill, which is all the rest. Decoding is every token after
+the first. It is limited by memory, so two numbers stand beside its speed. The ceiling is the speed at which the bytes
+that this configuration reads per step (weights, and the KV entries of its policy) move at the bandwidth of a copy, the
+fastest in the same run. The overhead is the time of a step beyond its products with weights, which are measured alone
+in the same run.
 
-Before anything is timed, a provider's answers are compared: with every token kept ours against transformers' model, with
-tokens selected against the published way, which has to keep the same ones; and the bytes of every KV cache with those
-predicted. In float32 the logits of the first token are compared, and all tokens where nothing is left unread in
-decoding; in half precision a float32 twin with fewer layers is compared like that, and the logits to within the dtype's
-noise. What is wrong gets no row, and the exit code is 1. Whoever is timed has answered at least twice before. On a CPU
-providers take turns in every repetition; on a GPU each has the memory to itself, and its row is written when it is done.
-Figures are medians. A provider that runs out of memory has a row that says so, one that fails is named, and the others go on.
+Before anything is timed, answers are compared. With all tokens kept, ours is compared with transformers' model. With
+selected tokens, it is compared with the published way, which must keep the same tokens. The bytes of every KV cache are
+compared with the prediction. In float32, the logits of the first token are compared, and all tokens if decoding reads
+the whole cache. In half precision, a float32 twin with fewer layers is compared in this way, and the logits are
+compared to within the noise of the dtype. A wrong provider gets no row, and the exit code is 1.
+
+Every provider has answered at least twice before it is timed. On a CPU, providers take turns in every repetition. On a
+GPU, each has the memory to itself, and its row is written when it has finished. Figures are medians. A provider that
+runs out of memory gets a row that says so. One that fails is named, and the others continue.
 """
 
 from __future__ import annotations
@@ -46,12 +49,12 @@ from llava.costs.flops import Cost
 
 CONFIGS = ("method=none", "method=adav overall_tokens=144")
 STAGES = ("vision_tower", "projector", "selection")
-# Batches and new tokens by preset, where they are not given; the issue's for real shapes, minutes for the others.
+# Default batches and new tokens by preset. REAL is for real shapes; the others run in minutes.
 SIZES = {"cpu": ([1], [32]), "tiny": ([1, 2], [4])}
 REAL = ([1, 8, 32], [64, 512])
-QUICK = {"new_tokens": [64], "repeats": 3, "check_batch": 2}  # of --quick, where flags do not say otherwise
-TWIN = (2, 8)  # LLM layers and new tokens of the float32 model that half precision is checked by
-# Columns that are empty where an answer has one token, and all that are where it did not fit into memory.
+QUICK = {"new_tokens": [64], "repeats": 3, "check_batch": 2}  # defaults under --quick
+TWIN = (2, 8)  # LLM layers and new tokens of the float32 model that checks half precision
+# DECODING: columns that are empty if an answer has one token. FIGURES: columns that are empty if it ran out of memory.
 DECODING = [f"tokens_per_s{end}" for end in ("", "_min", "_max")]
 DECODING += ["step_ms", "overhead_ms", "mb_per_step", "gb_per_s", "copy_gb_per_s", "read_gb_per_s", "weights_of_copy"]
 DECODING += ["ceiling_tokens_per_s", "of_ceiling"]
@@ -60,7 +63,7 @@ FIGURES += [*DECODING, "kv_mb", "peak_mb"]
 
 
 def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: int) -> list[dict]:
-    """The figures of every entry of one batch and length."""
+    """One row per entry, for one batch and one number of new tokens."""
     rows, batch = [], len(prompts.ids)
     for entry in entries:
         config, at_once = entry.provider.config, batch if entry.provider.side_by_side else 1
@@ -81,12 +84,12 @@ def rows_of(entries: list[Entry], bench: Bench, prompts: Prompts, new_tokens: in
         row |= dict.fromkeys(FIGURES, "") if entry.out_of_memory else _figures(entry, bench, cost, at_once)
         row["compared_with"] = entry.reference.name if entry.reference else ""
         row["same_tokens"] = "" if entry.same_tokens is None else round(entry.same_tokens, 4)
-        rows.append(row | {"ttft_speedup": "", "decode_speedup": ""})  # with_speedups knows the other rows
+        rows.append(row | {"ttft_speedup": "", "decode_speedup": ""})  # with_speedups fills them from the other rows
     return rows
 
 
 def _figures(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
-    """What was measured of one entry, in the order of FIGURES."""
+    """Measured columns of one entry, in the order of FIGURES."""
     row = _spread("ttft_ms", [1e3 * answer.first for answer in entry.answers])
     for stage in STAGES:
         row[f"{stage}_ms"] = _median([1e3 * answer.stages.get(stage, 0.0) for answer in entry.answers])
@@ -98,8 +101,10 @@ def _figures(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
 
 
 def with_speedups(rows: list[dict]) -> list[dict]:
-    """Each row with how many times as fast it is as transformers at the same batch and length: an empty cell where there
-    is nothing to compare with. Cells may be text."""
+    """Rows with their speedup over transformers at the same batch and number of new tokens. Cells may be text.
+
+    The cell is empty if there is no row of transformers to compare with.
+    """
 
     def cell(row):
         return int(row["batch"]), int(row["new_tokens"])
@@ -114,7 +119,7 @@ def with_speedups(rows: list[dict]) -> list[dict]:
 
 
 def _decoding(entry: Entry, bench: Bench, cost: Cost, at_once: int) -> dict:
-    """Speed of decoding, and what is the most that memory allows."""
+    """Columns about decoding: speed, overhead, bandwidth, and the ceiling that memory allows."""
     batch, steps = entry.answers[0].tokens.shape[0], entry.answers[0].tokens.shape[1] - 1
     row = dict.fromkeys(DECODING, "")
     if not steps:
@@ -147,12 +152,13 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 
 def read_config(text: str) -> tuple[str, AdaVConfig]:
-    """`NAME: method=adav overall_tokens=144`, on top of the defaults -> what to call it, and the configuration.
+    """(label, configuration) of a text like `NAME: method=adav overall_tokens=144`. Other keys have their defaults.
 
-    Without a name it is called after its method and what else it turns on. Values are JSON, or words.
+    Without NAME, the label is made from the method and the other keys. Values are JSON, or words. ConfigError for a
+    part that is not KEY=VALUE with a known key.
     """
     name, colon, rest = text.partition(":")
-    if not colon or "=" in name:  # a colon inside a value
+    if not colon or "=" in name:  # the colon belongs to a value
         name, rest = "", text
     known, values = [f.name for f in fields(AdaVConfig)], {}
     for part in shlex.split(rest):
@@ -178,7 +184,7 @@ def _name(config: AdaVConfig) -> str:
 
 
 def _settings(config: AdaVConfig) -> str:
-    """What a configuration says beyond the defaults, as --config takes it."""
+    """Keys of a configuration that differ from the defaults, in the form that --config reads."""
     plain, values = AdaVConfig(method="none").to_dict(), config.to_dict()
     return " ".join(
         shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
@@ -188,7 +194,8 @@ def _settings(config: AdaVConfig) -> str:
 
 
 def twin_complaints(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> dict[tuple[str, str], str]:
-    """What is wrong in float32, with fewer layers and rows: by provider and configuration."""
+    """What is wrong in float32, with fewer layers and rows, by (provider, configuration)."""
+    # In half precision, a real mistake can hide in rounding noise. In float32 it cannot.
     layers = min(TWIN[0], PRESETS[args.preset].llm[1])
     twin = Bench(PRESETS[args.preset], layers, args.device, torch.float32, args.seed, args.providers, configs)
     right, complaints = twin.right(twin.prompts(min(2, max(args.batches))), min(TWIN[1], max(args.new_tokens)))
@@ -198,11 +205,12 @@ def twin_complaints(args: argparse.Namespace, configs: dict[str, AdaVConfig]) ->
 
 
 def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
-    """Measure every batch and length, write what there is after each group of providers, and return what was wrong."""
+    """Measure every batch and number of new tokens, and return what was wrong. Writes the rows after each group."""
+    # 1. Earlier rows, the float32 twin, and the model.
     dtype = getattr(torch, args.dtype)
     earlier = _earlier(args) if args.append else []
     refused = {} if dtype == torch.float32 or args.no_twin else twin_complaints(args, configs)
-    free_memory(args.device)  # the twin's
+    free_memory(args.device)  # that of the twin
     bench = Bench(PRESETS[args.preset], args.layers, args.device, dtype, args.seed, args.providers, configs)
     bench.entries = [entry for entry in bench.entries if entry.key not in refused]
     complaints = [f"{provider} ({label}): {why}, so it gets no time" for (provider, label), why in refused.items()]
@@ -213,6 +221,7 @@ def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
         complaints.extend(wrong)
         print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "", flush=True)
 
+    # 2. Check and time. Rows are written after each group, so that an interrupted run keeps what it measured.
     checks = Checks(bench, args.check_batch)
     for batch in args.batches:
         prompts = bench.prompts(batch)
@@ -226,6 +235,7 @@ def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
                 rows = before + [row | made for row in rows_of(done, bench, prompts, new_tokens)]
                 if rows:
                     write_csv(args.output, with_speedups(merged(earlier, rows)))
+    # 3. Plot and print what the file has now, with the rows of earlier runs.
     if rows:
         written = read_rows(args.output)
         draw(written, args.plot)
@@ -236,15 +246,15 @@ def run(args: argparse.Namespace, configs: dict[str, AdaVConfig]) -> list[str]:
 
 
 def entries_of(bench: Bench, batch: int, quick: bool) -> list[Entry]:
-    """Who is timed at a batch: quick leaves out who answers one row after another."""
+    """Entries that are timed at a batch. quick: without those that answer row by row, except at batch 1."""
     return [entry for entry in bench.entries if batch == 1 or entry.provider.side_by_side or not quick]
 
 
 class Checks:
-    """Compares entries before they are timed, each once for every number of rows and new tokens.
+    """Compares entries before they are timed, each once per number of rows and new tokens.
 
-    rows: that are compared; None: as many as are timed, but two at most where an entry is compared with a provider that
-    answers row by row and is not timed itself.
+    rows: number of rows that are compared. None: as many as are timed, but at most two if an entry is compared with a
+    provider that answers row by row and is not timed itself.
     """
 
     def __init__(self, bench: Bench, rows: int | None):
@@ -253,7 +263,7 @@ class Checks:
         self._seen: set[tuple] = set()
 
     def __call__(self, entries: list[Entry], prompts: Prompts, new_tokens: int) -> tuple[list[Entry], list[str]]:
-        """(those that may be timed, each as a new entry; what is wrong with the others that were compared just now)."""
+        """(entries that may be timed, each as a new object; what is wrong with entries that were compared now)."""
         rows = self._rows(entries, len(prompts.ids))
         keys = {(rows, new_tokens, *entry.key): entry for entry in entries}
         new = [entry for key, entry in keys.items() if key not in self._seen]
@@ -262,6 +272,7 @@ class Checks:
         self._seen |= keys.keys()
         self._right |= {(rows, new_tokens, *entry.key): entry for entry in right}
         found = [self._right[key] for key in keys if key in self._right]
+        # New objects, because measuring changes them, and a check can serve several measurements.
         return [replace(entry, answers=list(entry.answers), peaks=[]) for entry in found], complaints
 
     def _rows(self, entries: list[Entry], batch: int) -> int:
@@ -273,8 +284,10 @@ class Checks:
 
 
 def merged(earlier: list[dict], rows: list[dict]) -> list[dict]:
-    """Earlier rows of a file and new ones, by batch and length. A new one takes the place of that of the same provider,
-    configuration, batch and length."""
+    """Earlier rows of a file and new rows, sorted by batch and number of new tokens.
+
+    A new row replaces an earlier one with the same provider, configuration, batch and number of new tokens.
+    """
 
     def key(row):
         return row["provider"], row["config"], int(row["batch"]), int(row["new_tokens"])
@@ -285,7 +298,7 @@ def merged(earlier: list[dict], rows: list[dict]) -> list[dict]:
 
 
 def _earlier(args: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of the file that --append adds to; none where it is not there yet."""
+    """Rows of the file that --append adds to, [] if there is no file yet. UserError for another preset or dtype."""
     if not args.output.exists():
         return []
     rows = read_text(args.output, "ttft_ms")
@@ -330,6 +343,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
         "--table", type=Path, metavar="CSV", help="measure nothing: put this file's table into --document"
     )
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: docs/performance.md")
+    # 1. Defaults, first those of --quick: a flag that is given has priority over both.
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     for name, value in QUICK.items() if args.quick else ():
@@ -338,11 +352,13 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
     args.repeats = 5 if args.repeats is None else args.repeats
     batches, new_tokens = SIZES.get(args.preset, REAL)
     args.batches, args.new_tokens = args.batches or batches, args.new_tokens or new_tokens
+    # 2. Numbers.
     counts = [("--repeats", args.repeats), ("--layers", args.layers), ("--check-batch", args.check_batch)]
     counts += [("--batches", n) for n in args.batches] + [("--new-tokens", n) for n in args.new_tokens]
     for flag, count in counts:
         if count is not None and count < 1:
             raise UserError(f"{flag} is {count}, allowed is at least 1")
+    # 3. Device, files and configurations. Labels are columns of the table, so they must differ.
     args.device, args.dtype = pick(args.device, args.dtype)
     name = f"end_to_end-{args.preset}-{args.device}"
     args.output = args.output or RESULTS / f"{name}.csv"

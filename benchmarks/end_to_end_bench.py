@@ -1,4 +1,4 @@
-"""Who is measured in benchmarks/end_to_end.py, whether their answers are right, and the measuring itself."""
+"""The providers that benchmarks/end_to_end.py measures, the check of their answers, and the measurement."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.costs.flops import Cost, allocated_kv_bytes, predict
 
-# Other vision tokens that the float32 models may keep on a GPU. Its kernels sum in another order for every shape and
-# backend, so that a near tie at the edge of a list may go either way; on a CPU it does not.
+# Share of vision tokens in which float32 answers may differ on a GPU. GPU kernels sum in another order for every shape
+# and backend, so a near tie at the end of a ranking can go either way. On a CPU it does not.
 OTHER_TOKENS = 0.02
-# Untimed answers after the check. On a GPU the first of a shape compiles kernels and sets up libraries, the second
-# captures graphs, and what the check had captured has been let go of.
+# Untimed answers after the check. On a GPU, the first answer of a shape compiles kernels and sets up libraries, and the
+# second one captures graphs. The graphs that the check captured are released by then.
 WARM_UPS = {"cpu": 1, "cuda": 2}
 
 
 @dataclass
 class Entry:
-    """One line of the table: a provider under a configuration, the provider it is compared with, and its answers.
+    """One line of the table: a provider with its configuration, and its answers.
 
-    same_as: a provider that has to give the very same tokens under every cache policy (the engine's generate()).
-    out_of_memory: whether an answer did not fit; there are none then. checked: the tokens that every timed answer has to
-    have in float32; None for what is not timed.
+    reference: the provider that it is compared with. same_as: a provider that must give exactly the same tokens under
+    every cache policy (generate() for the engine). peaks: peak memory of each timed answer, in bytes. same_tokens:
+    share of tokens that equal those of the reference. out_of_memory: an answer did not fit, and there are none.
+    checked: the tokens that every timed answer must have in float32; None if the entry is not timed.
     """
 
     provider: Provider
@@ -62,11 +63,11 @@ class Entry:
 
 
 class Bench:
-    """A model with random weights, and who answers with it under which configurations.
+    """A model with random weights, and the providers and configurations that answer with it.
 
-    providers: names; configs: by what they are called. `entries` are the lines of the table; `bandwidth` and `reading` are
-    the fastest copy and the fastest pass of reading alone so far, in bytes per second; `bare` has, by rows at once, the
-    seconds of the fastest pass over a decode step's products alone.
+    providers: their names. configs: configurations by label. entries: lines of the table. bandwidth, reading: the
+    fastest copy and the fastest reading so far, in bytes per second. bare: number of rows -> seconds of the fastest
+    pass over the products of a decode step alone.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Bench:
 
     @property
     def other_tokens(self) -> float:
-        """The share of other vision tokens that float32 answers may keep."""
+        """Share of vision tokens in which float32 answers may differ."""
         return OTHER_TOKENS if self.device == "cuda" else 0.0
 
     def prompts(self, batch: int) -> Prompts:
@@ -110,13 +111,13 @@ class Bench:
         return predict(prompts.shape, config, [prompts.image], sum(prompts.text), [prompts.text[1]])
 
     def release(self) -> None:
-        """Let go of what providers keep between answers, and of what nobody holds any more."""
+        """Free what providers keep between answers, and give unused memory back to the device."""
         for entry in self.entries:
             entry.provider.release()
         free_memory(self.device)
 
     def _answer(self, provider: Provider, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer | str:
-        """An answer, or why there is none (attempt)."""
+        """An answer, or the reason why there is none (see attempt)."""
         answer, failure = attempt(lambda: provider.answer(prompts, new_tokens, logits))
         if failure:
             self.release()
@@ -124,8 +125,11 @@ class Bench:
 
     @torch.inference_mode()
     def right(self, prompts: Prompts, new_tokens: int, entries=None) -> tuple[list[Entry], list[str]]:
-        """Entries whose answers are right, with each one's first answer, and what is wrong with the others. Those that run
-        out of memory are among the former, without an answer. entries: all unless given."""
+        """(entries whose answers are right, each with its first answer; what is wrong with the others).
+
+        An entry that runs out of memory counts as right, and has no answer. entries: default all.
+        """
+        # Several entries share a reference, so each provider answers once.
         truths: dict[int, Answer | str] = {}
         right, complaints = [], []
         for entry in progress_bar("checking", self.entries if entries is None else entries, unit=" providers"):
@@ -145,7 +149,7 @@ class Bench:
     def _complaint(
         self, entry: Entry, answer: Answer | str, truths: dict, prompts: Prompts, new_tokens: int
     ) -> str | None:
-        """What is wrong with an answer, of all that can be; None where nothing is, or where memory did not suffice."""
+        """What is wrong with an answer or with its comparison. None: nothing is, or it ran out of memory."""
         if isinstance(answer, str):
             return None if answer == OUT_OF_MEMORY else f"it fails ({answer})"
         for other in (entry.reference, entry.same_as):
@@ -159,7 +163,7 @@ class Bench:
         return wrong
 
     def _unequal(self, answer: Answer, truth: Answer, other: str) -> str | None:
-        """Whether tokens are not the very same that another way of ours gave to the same vision tokens."""
+        """What differs from the tokens of another of our providers on the same vision tokens; None if nothing does."""
         alike, apart = _same_choices(answer, truth)
         if apart > self.other_tokens:
             return f"it keeps other vision tokens than {other}"
@@ -169,7 +173,7 @@ class Bench:
     def _wrong(
         self, entry: Entry, answer: Answer, truth: Answer | None, prompts: Prompts, new_tokens: int
     ) -> str | None:
-        """What is wrong with an answer; None where nothing is."""
+        """What is wrong with an answer: its shape, logits, KV cache, or kept tokens. None if nothing is."""
         rows = len(prompts.ids)
         if tuple(answer.tokens.shape) != (rows, new_tokens):
             return f"it gave {list(answer.tokens.shape)} tokens, asked were {[rows, new_tokens]}"
@@ -189,19 +193,20 @@ class Bench:
         if exact and apart > self.other_tokens:
             return f"it keeps other vision tokens than {other}"
         if not alike.any():
-            return None  # the LLM read something else in every row
+            return None  # the LLM read other tokens in every row, so there is nothing to compare
         return self._unlike(
             (answer.logits[alike], answer.tokens[alike]), (truth.logits[alike], truth.tokens[alike]), other, config
         )
 
     def _unlike(self, ours, theirs, other: str, config: AdaVConfig) -> str | None:
-        """Whether logits and tokens of the same prompts and the same vision tokens are further apart than they may be."""
+        """What differs too much in (logits, tokens) on the same prompts and vision tokens; None if nothing does."""
         (logits, tokens), (expected, expected_tokens) = ours, theirs
         apart = logits - expected
         if self.dtype == torch.float32:
             if float(apart.abs().max()) > FLOAT32_LIMIT:
                 return f"its logits are up to {float(apart.abs().max()):.1e} from those of {other}, allowed is {FLOAT32_LIMIT:g}"
             same = float((tokens == expected_tokens).float().mean())
+            # A cache policy leaves entries unread from the second token on, so later tokens may differ.
             if config.cache_policy == "full" and same < 1:
                 return f"{1 - same:.0%} of its tokens are not those of {other}"
             return None
@@ -212,18 +217,21 @@ class Bench:
         return None
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
-        """Who is measured together. On a CPU all take turns in every repetition, so that a machine that slows down slows all
-        of them. On a GPU what an engine keeps would then be in the others' memory: there each is alone."""
+        """Entries that are measured together.
+
+        On a CPU, all take turns in every repetition, so that a machine that slows down slows all of them. On a GPU, the
+        memory that an engine keeps would be missing for the others, so each entry is measured alone.
+        """
         return [[entry] for entry in entries] if self.device == "cuda" else [list(entries)]
 
     @torch.inference_mode()
     def measure(self, group: list[Entry], prompts: Prompts, new_tokens: int, repeats: int) -> list[str]:
-        """Time the entries of a group, say what was wrong with some of them, and leave the others in it."""
+        """Time the entries of a group and return what was wrong. Entries that were wrong are removed from `group`."""
         complaints: list[str] = []
         timed = [entry for entry in group if not entry.out_of_memory]
         with progress_bar("measuring", total=repeats * len(timed), unit=" answers") as shown:
             for repeat in range(repeats if timed else 0):
-                if repeat == 0 or self.device != "cuda":  # later the memory of a GPU may be full of what is measured
+                if repeat == 0 or self.device != "cuda":  # later, a GPU's memory may be too full for the yardsticks
                     self._yardsticks(timed, prompts)
                 for entry in [] if repeat else timed:
                     complaints += self._warm_up(entry, prompts, new_tokens)
@@ -235,7 +243,7 @@ class Bench:
         return complaints
 
     def _yardsticks(self, entries: list[Entry], prompts: Prompts) -> None:
-        """What the speed of decoding is set against."""
+        """Measure what the speed of decoding is compared with. The fastest of all passes counts."""
         self.bandwidth = max(self.bandwidth, copy_bandwidth(self.device))
         self.reading = max(self.reading, read_bandwidth(self.device))
         for rows in {len(prompts.ids) if entry.provider.side_by_side else 1 for entry in entries}:
@@ -244,8 +252,10 @@ class Bench:
         free_memory(self.device)
 
     def _warm_up(self, entry: Entry, prompts: Prompts, new_tokens: int) -> list[str]:
-        """Answers that are not timed. The tokens of the check, or of the first where that was on other rows, are those of
-        every answer to come."""
+        """Give the answers that are not timed, and return what was wrong.
+
+        Every later answer must have the tokens of the check, or of the first answer if the check was on other rows.
+        """
         checked = entry.answers.pop().tokens
         entry.checked = checked if len(checked) == len(prompts.ids) else None
         for _ in range(WARM_UPS[self.device]):
@@ -259,7 +269,7 @@ class Bench:
         return []
 
     def _repeat(self, entry: Entry, prompts: Prompts, new_tokens: int, number: int) -> list[str]:
-        gc.collect()
+        gc.collect()  # not during the answer, where it would be timed
         peak = Peak(self.device)
         answer = self._answer(entry.provider, prompts, new_tokens)
         if isinstance(answer, str):
@@ -275,6 +285,7 @@ class Bench:
         return [] if entry.out_of_memory else [f"{entry.name}: it fails ({failure}), so it gets no time"]
 
     def _differs(self, entry: Entry, answer: Answer) -> bool:
+        # In half precision, kernels that sum in another order can turn a near tie, so tokens may differ.
         return self.dtype == torch.float32 and not torch.equal(answer.tokens, entry.checked)
 
     @staticmethod
@@ -284,12 +295,12 @@ class Bench:
 
 
 def _same_choices(answer: Answer, truth: Answer) -> tuple[Tensor, float]:
-    """([B] bool: rows in which the same vision tokens were kept, the share of tokens that were not)."""
+    """([B] bool: rows with the same kept vision tokens, share of kept tokens that differ)."""
     if not truth.kept:
         return torch.ones(len(answer.tokens), dtype=torch.bool), 0.0
     pairs = list(zip(answer.kept, truth.kept, strict=True))
     others = [int((~torch.isin(ours, theirs)).sum()) for ours, theirs in pairs]
     alike = torch.tensor([torch.equal(ours, theirs) for ours, theirs in pairs])
     apart = sum(others) / max(1, sum(len(ours) for ours, _ in pairs))
-    # Rows with as many tokens of which none is another one, but in another order or number, are not alike either.
+    # Rows whose tokens are the same, but in another order or number, are not alike either, and count as wrong.
     return alike, apart if any(others) or alike.all() else 1.0

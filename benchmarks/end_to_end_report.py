@@ -1,4 +1,4 @@
-"""What is shown of the rows of benchmarks/end_to_end.py: a table on the screen and in Markdown, and a plot."""
+"""Table (text and Markdown) and plot of the rows of benchmarks/end_to_end.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CAPTION = (
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a file of end_to_end.py: numbers where a cell is one, None where it is empty."""
+    """Rows of a file of end_to_end.py. Numbers are converted, and empty cells are None."""
     return read_csv(path, "ttft_ms")
 
 
 def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
-    """Head and lines of the table."""
+    """Lines of the table. The first one is the header."""
     head = ("provider", "reads", "batch", "new", "first token ms", "tower", "projector", "selection", "prefill", "x")
     head += ("tokens/s", "x", "overhead ms", "GB/s", "ceiling", "reached", "KV MB", "peak MB")
     lines = [head]
@@ -48,7 +48,7 @@ def _first(row: dict) -> str:
 
 
 def _spread(row: dict, name: str) -> str:
-    """Median, and the smallest and largest."""
+    """Median with the smallest and the largest value, as text."""
     digits = 0 if name == "ttft_ms" else 1
     if row[name] is None:
         return "-"
@@ -57,19 +57,21 @@ def _spread(row: dict, name: str) -> str:
 
 
 def show(rows: list[dict]) -> str:
-    """The table that is printed."""
+    """Table for the screen."""
     return columns(lines_of(rows))
 
 
 def fill(document: Path, results: Path) -> None:
-    """Put the table of `results` into `document`, between the marks of its name (page.put), and the plot of that name where
-    one lies beside the document."""
+    """Put the table of `results` into `document`, between the marks of its name (page.put).
+
+    The plot of the same name follows the table if it is in the document's folder.
+    """
     rows, name = read_rows(results), results.stem
     put(document, name, f"{made_of(rows)}\n\n{markdown_table(lines_of(rows))}{picture(document, name, PICTURE)}")
 
 
 def made_of(rows: list[dict]) -> str:
-    """How the rows were made, in one line."""
+    """One line about how the rows were made."""
     row = rows[0]
     return (
         f"{made(rows)}{bandwidths(rows)}; {row['vision_tokens']:,.0f} vision tokens, {row['text_tokens']:.0f} text tokens, "
@@ -78,7 +80,7 @@ def made_of(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A pair of panels for every batch and length: time to the first token by stage, and tokens per second."""
+    """Plot two panels per batch and number of new tokens: time to the first token by stage, and tokens per second."""
     cells = list(dict.fromkeys((row["batch"], row["new_tokens"]) for row in rows))
     most = max(sum((row["batch"], row["new_tokens"]) == cell for row in rows) for cell in cells)
     with style():

@@ -2,19 +2,20 @@
 
     python benchmarks/eval_throughput.py [--pictures 8] [--tokens K] [--repeats 5] [--device cuda] [--output FILE.csv]
 
-The upstream loop, written down here from what it does: one question at a time; for each, its image is decoded and cut
-into tiles, the vision tower runs eagerly through all of its layers and hands out the attention map of every one of them
-(`output_attentions=True`), and `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as the launcher starts
-it: batches, each picture decoded and encoded once for all of its questions, SDPA, one [CLS] row. Both choose tokens by
-the same code under the same configuration, both write an answer line per question, neither counts loading.
+The upstream loop here is our own code that does the same work. It takes one question at a time. It decodes the image
+and cuts it into tiles. The vision tower runs all of its layers with eager attention and returns the attention map of
+each layer (`output_attentions=True`). Then `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as
+the launcher starts it: batches, each picture decoded and encoded once for all its questions, SDPA, and one [CLS] row.
+Both loops choose tokens by the same code and configuration, both write one answer line per question, and neither counts
+loading.
 
-The pictures are the demo's, eight questions each (POPE asks 18 of a picture, GQA 30, MME 2). Answers must be the same (in
-half precision 95 % of them), else no figure is given. Loops take turns in every repetition, so that a machine that slows down
-slows both; figures are medians.
+The pictures are the demo's, with eight questions each (POPE has 18 per picture, GQA 30, MME 2). The answers must be the
+same (in half precision, 95 % of them), else no figure is given. The loops take turns in every repetition, so that a
+machine that slows down slows both. Figures are medians.
 
-What bounds the ratio: tokens are selected for each question, so the LLM's prefill is nobody's to share, and on a CPU, whose
-matrix products run at full speed at batch 1 already, a batch does not make it cheaper. Questions share what comes before it.
-llm_share says how much of a loop's time is the LLM's.
+What limits the ratio: tokens are selected per question, so questions cannot share the LLM's prefill. They share only
+the work before it. On a CPU, matrix products are at full speed at batch 1 already, so a batch does not make prefill
+cheaper. llm_share is the LLM's share of a loop's time.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ from llava.shapes.vocabulary import QUESTION_TYPES
 
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
 FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2
-# The share of answers that may differ in half precision, where a batch is summed in another order than a single question.
+# Share of answers that may differ in half precision, because a batch sums in another order than a single question.
 OTHER_ANSWERS = 0.05
 
 
 class EagerTower(torch.nn.Module):
-    """The vision tower as upstream runs it: every layer, eager attention, all maps returned.
+    """The vision tower as upstream runs it: all layers, eager attention, all maps returned.
 
-    Has the weights of `tower`; the layers above the one whose features are used keep random ones: what they give is thrown
-    away, here as there.
+    It has the weights of `tower`. Our tower has no layers after the one whose features are used, so the later layers
+    here have random weights. Their output is not used, here and upstream.
     """
 
     def __init__(self, tower: CLIPVisionTower, whole: CLIPVisionConfig):
@@ -87,7 +88,7 @@ class EagerTower(torch.nn.Module):
 
 
 def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
-    """Samples as the launcher orders them: pictures drawn into `folder`, PER_PICTURE questions after one another."""
+    """Samples in the launcher's order, PER_PICTURE questions per picture. Draws the pictures into `folder`."""
     samples = []
     for index in progress_bar("drawing", range(pictures), unit=" pictures"):
         scene, name = draw_scene(FAMILY, "test", index), f"{index:04d}.png"
@@ -101,7 +102,7 @@ def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
 
 
 class Upstream:
-    """One question at a time, everything anew for each."""
+    """The upstream loop: one question at a time, and nothing is shared between questions."""
 
     def __init__(self, shard: ShardAnswerer, tower: EagerTower, spec: WorkOrder):
         self.shard, self.tower, self.spec = shard, tower, spec
@@ -129,6 +130,7 @@ class Upstream:
                 prompt = single_turn(conversation, "<image>\n" + sample.prompt)
                 ids = tokenizer_image_token(prompt, shard.tokenizer, return_tensors="pt")[None].to(shard.device)
                 prepared = shard.model.prepare(ids, pixels, [image.size], config=self.config)
+                # Only generate() is the LLM's time: prepare() has the tower and the selection.
                 start = time.perf_counter()
                 output = shard.model.generate(
                     prepared=prepared,
@@ -140,12 +142,12 @@ class Upstream:
                 self.llm_seconds += time.perf_counter() - start
                 answers.append(shard.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip())
                 out.write(json.dumps({"key": list(sample.key), "text": answers[-1]}) + "\n")
-                out.flush()
+                out.flush()  # after every question, so that a stopped run keeps its answers
         return answers
 
 
 class Worker:
-    """The project's worker."""
+    """The worker of this repository's evaluation."""
 
     def __init__(self, shard: ShardAnswerer, spec: WorkOrder):
         self.shard, self.spec = shard, spec
@@ -159,8 +161,10 @@ class Worker:
 
 
 def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of every repetition per loop, after one that warms up. Exits where more than a share `may_differ` of the
-    answers differ: it would be the time of something else."""
+    """Seconds of every repetition per loop, after one repetition that warms up.
+
+    Exits if more than the share `may_differ` of the answers differ, because the loops would not do the same work.
+    """
     warm = progress_bar("warming up", loops.items(), unit=" loops")
     answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in warm}
     first, *others = answers.values()
@@ -183,7 +187,7 @@ def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) ->
 
 
 def rows_of(seconds: dict[str, list[float]], loops: dict, questions: int) -> list[dict]:
-    """One row per loop, `upstream` first; of_upstream is the ratio of the medians, llm_share of the time in generate()."""
+    """One row per loop, `upstream` first. of_upstream: ratio of the medians. llm_share: the LLM's share of the time."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return [
         {
@@ -209,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/eval_throughput-<device>.csv")
+    # 1. Arguments.
     args = parser.parse_args(argv)
     args.given, args.preset = sys.argv[1:] if argv is None else argv, CHECKPOINT.name
     args.device, args.dtype = pick(args.device, args.dtype)
@@ -216,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
+    # 2. Pictures, model and both loops, in a folder that is removed afterwards.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         samples = make_questions(folder, args.pictures)
@@ -230,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}
         seconds = measure(loops, args.repeats, folder, 0.0 if args.dtype == "float32" else OTHER_ANSWERS)
         rows = rows_of(seconds, loops, len(samples))
+    # 3. Write and print.
     made = {
         "checkpoint": CHECKPOINT.name,
         "method": config.method,

@@ -2,13 +2,14 @@
 
     python benchmarks/fill_performance.py FOLDER [--results benchmarks/results] [--document docs/performance.md]
 
-Reads decode_kernel.csv, stages.csv, kernels.csv, sdpa.csv, end_to_end*.csv and prefill*.csv: rows of several end_to_end or
-prefill files of one preset become one file, where rows that were written later take the place of the same ones. Each is copied into
-benchmarks/results as <what>-<preset>-<cuda or cpu>.csv, drawn beside the document where there is something to draw, and put
-into the document between the marks of that name; `figures-<preset>-<cuda or cpu>` are the figures that matter, computed
-from the tables. What the folder lacks, and what the document has no marks for, is named, and the rest is filled.
+The command reads decode_kernel.csv, stages.csv, kernels.csv, sdpa.csv, end_to_end*.csv and prefill*.csv. Several
+end_to_end or prefill files of one preset become one file, in which later rows replace earlier ones of the same key.
+Each file is written to benchmarks/results as <what>-<preset>-<cuda or cpu>.csv. Its plot, if it has one, goes next to
+the document, and its table goes into the document between the marks of that name. `figures-<preset>-<cuda or cpu>` is a
+table of the most important figures, computed from the others. The command names what the folder lacks and which marks
+the document lacks, and fills the rest.
 
-The page's tables are of a GPU, so that a run on a CPU is refused; --allow-cpu is for trying this command.
+The page's tables are of a GPU, so a run on a CPU is refused. --allow-cpu is for trying this command.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.common.text_table import markdown_table
 from llava.eval.results.plots import COLORS, panels, save, style
 
-KERNELS_SHOWN = 6  # of each first token and each step
+KERNELS_SHOWN = 6  # kernels in the table, for each first token and each step
 ADAV = "adav 144"
 NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One table: what its files are called, a column that they have, what tells rows of several files apart, how it becomes
-    a table and a plot (None: it has none), what the plot shows, and what is said of how the rows were made."""
+    """One table of the page.
+
+    files: pattern of its file names. column: a column that the files have. key: columns that identify a row; () for a
+    part with one file. lines: makes the lines of the table from rows. draw: draws the plot of rows; None: no plot.
+    shows: what the plot shows. says: makes a line about how the rows were made.
+    """
 
     files: str
     column: str
@@ -74,7 +79,7 @@ def profile_lines(rows: list[dict]) -> list[tuple[str, ...]]:
     lines = [("of", "kernel", "us", "calls")]
     for label in dict.fromkeys(row["of"] for row in rows):
         here = [row for row in rows if row["of"] == label][: KERNELS_SHOWN + 1]
-        # A bar would end the cell, and templates of C++ are long.
+        # A bar would end the Markdown cell, and names of C++ templates are long.
         lines += [
             (label, f"`{row['kernel'][:70]}`".replace("|", "/"), number(row["us"], 1), number(row["calls"], 1))
             for row in here
@@ -109,7 +114,7 @@ def prefill_lines(rows: list[dict]) -> list[tuple[str, ...]]:
 
 
 def draw_kernel(rows: list[dict], path: Path) -> None:
-    """Share of copy bandwidth by provider, a panel for every batch."""
+    """Plot the share of copy bandwidth by provider, with one panel per batch."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     with style():
@@ -131,7 +136,7 @@ def draw_kernel(rows: list[dict], path: Path) -> None:
 
 
 def draw_stages(rows: list[dict], path: Path) -> None:
-    """The first token by stage, and a decode step by the clock beside the device's share of it."""
+    """Plot the first token by stage, and a decode step: by the clock, and the device's part of it."""
     names = [f"{row['config']}, batch {row['batch']:.0f}" for row in rows]
     with style():
         figure, ((left, right),) = panels(1, 2, height=1.2 + 0.42 * len(rows))
@@ -156,7 +161,7 @@ def draw_stages(rows: list[dict], path: Path) -> None:
 
 
 def draw_prefill(rows: list[dict], path: Path) -> None:
-    """Time to the first token of every method."""
+    """Plot the time to the first token of every method."""
     names = [f"{r['method']}, {r['overall_tokens'] if isinstance(r['overall_tokens'], str) else number(r['overall_tokens'])}" for r in rows]  # fmt: skip
     with style():
         figure, ((axis,),) = panels(1, 1, height=1.2 + 0.3 * len(rows))
@@ -204,12 +209,13 @@ PARTS = {
 
 
 def gather(folder: Path, part: Part) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """Rows as text of all files of a part, by (preset, backend): rows that were written later replace the same ones."""
+    """Rows (as text) of all files of a part, by (preset, backend). Later rows replace earlier ones of the same key."""
     files = [read_text(file, part.column) for file in sorted(folder.glob(part.files))]
     for rows in files:
         if "backend" not in rows[0]:
             raise UserError(f"{folder}: {part.files} has no column backend, allowed is what the benchmarks write")
     found: dict[tuple[str, str], dict[tuple, dict[str, str]]] = {}
+    # By the time in the rows, not that of the files, which a copy can change.
     for rows in sorted(files, key=lambda rows: rows[-1]["written"]):
         for place, row in enumerate(rows):
             there = found.setdefault((row["preset"], row["backend"]), {})
@@ -218,7 +224,7 @@ def gather(folder: Path, part: Part) -> dict[tuple[str, str], list[dict[str, str
 
 
 def figures(cells: list[dict], kernel: list[dict]) -> list[tuple[str, ...]]:
-    """The figures that matter, each beside what is aimed at. cells, kernel: rows of end_to_end and of decode_kernel."""
+    """Lines of the most important figures with their aims. cells: rows of end_to_end. kernel: rows of decode_kernel."""
     ours, published = (_cell(cells, name, 1, ADAV) for name in ("engine", "upstream"))
     plain, adaptive = _cell(cells, "transformers", 1), _cell(cells, "engine", 32, "A-VL")
     large = [row["of_copy"] for row in kernel if row["provider"] == "ours" and row["batch"] >= 8]
@@ -247,7 +253,7 @@ def figures(cells: list[dict], kernel: list[dict]) -> list[tuple[str, ...]]:
 
 
 def _cell(cells: list[dict], provider: str, batch: int, name: str = "") -> dict:
-    """The first row of a provider and a batch whose configuration is called `name`, or more; {} where there is none."""
+    """First row of a provider and a batch whose label starts with `name`; {} if there is none."""
     found = (row for row in cells if row["provider"] == provider and row["batch"] == batch)
     return next((row for row in found if row["name"].startswith(name)), {})
 
@@ -262,12 +268,13 @@ def _share(row: dict, name: str) -> str:
 
 
 def _reason(*rows: dict) -> str:
-    """Why there is no figure."""
+    """Reason why there is no figure: a row's status, for example that it ran out of memory."""
     return next((row["status"] for row in rows if row.get("status") not in (None, "measured")), NOT_MEASURED)
 
 
 def fill(folder: Path, results: Path, document: Path, allow_cpu: bool = False) -> list[str]:
-    """Copy, draw and fill what there is. Returns what there is not, or has no place, a sentence each."""
+    """Copy, plot and fill what the folder has. Returns one sentence per part that is missing or has no marks."""
+    # All files are checked first, so that a refusal leaves the document as it is.
     gathered = {name: gather(folder, part) for name, part in PARTS.items()}
     for name, found in gathered.items():
         if not allow_cpu and any(backend != "cuda" for _, backend in found):
@@ -296,7 +303,7 @@ def _fill(document: Path, stem: str, part: Part, rows: list[dict]) -> list[str]:
 
 
 def _put(document: Path, name: str, body: str) -> list[str]:
-    """What stood in the way, if anything."""
+    """Put `body` between the marks of `name`. Returns the error as a list of one sentence, or []."""
     try:
         put(document, name, body)
     except UserError as error:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One run on a GPU, in two commands of about five minutes each on an H100, ten at the most:
+# One run on a GPU, in two commands. Each takes about five minutes on an H100, and ten at most:
 #
 #   bash benchmarks/gpu.sh a      tests on the GPU, decode kernel, profile
-#   bash benchmarks/gpu.sh b      end to end at batches 1, 8 and 32; every method's prefill where time is left
+#   bash benchmarks/gpu.sh b      end to end at batches 1, 8 and 32; prefill of every method if time is left
 #   python benchmarks/fill_performance.py "$OUT"      tables and plots of docs/performance.md
 #
 # Each part has its own time limit and writes its CSVs into $OUT as it goes. docs/performance.md says what is measured.
@@ -14,11 +14,12 @@
 # Without a GPU, to try it out:
 #   ADAV_EMULATE=1 XDIST= PRESET=tiny KERNEL=tiny KERNEL_DTYPE= OUT=out PY=.venv/bin/python bash benchmarks/gpu.sh a
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-# The models switch cuDNN's attention off (llava.model.builder.prefer_flash_attention); this is for what runs before, or without them.
+# The models switch cuDNN's attention off (llava.model.builder.prefer_flash_attention). This line does the same for code
+# that runs before a model is loaded or without one.
 export TORCH_CUDNN_SDPA_DEPRIORITIZED="${TORCH_CUDNN_SDPA_DEPRIORITIZED-1}"
 export PYTHONPATH="${SITE:+$SITE:}$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 OUT="${OUT:-/tmp/gpu-out}" PY="${PY:-python3}" PRESET="${PRESET:-llava-v1.6-vicuna-7b}" KERNEL="${KERNEL:-gpu}"
-# Tiny models do not gain by more threads than one: those would only wait for each other.
+# Several threads only wait for each other on a tiny model.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$([ "$PRESET" = tiny ] && echo 1 || echo 8)}"
 mkdir -p "$OUT" || exit
 logs="$(mktemp -d)" && trap 'rm -rf "$logs"' EXIT
@@ -49,9 +50,9 @@ if [ "$stage" = a ]; then
   # shellcheck disable=SC2086
   part 190 profile 130 "$PY" benchmarks/gpu_profile.py --preset "$PRESET" --out "$OUT" ${PROFILE-}
 else
-  # Memory that was given back can then be used again in any size: a batch of 32 needs nearly all there is.
+  # Without expandable segments, freed memory is fragmented, and a batch of 32 needs almost all of it.
   export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
-  # generate() is transformers' here, and the published way's at the same tokens; `ours` is compared and not timed.
+  # The baselines are generate() of transformers and of the published way. `ours` is only compared, not timed.
   part 420 end_to_end 40 "$PY" benchmarks/end_to_end.py --preset "$PRESET" --quick --batches 1 8 32 \
     --providers transformers upstream engine --config method=none --config "method=adav overall_tokens=144" \
     --config "A-VL, interval 16: method=none vision_adaptive_attention=true vision_adaptive_attention_compute_rate=0.89 vision_adaptive_attention_update_interval=16" \

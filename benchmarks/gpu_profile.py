@@ -1,19 +1,19 @@
 """Where the time of a request goes on a GPU: stages of the first token, kernels of a decode step, SDPA's backends.
 
-    python benchmarks/gpu_profile.py [--preset llava-v1.6-vicuna-7b] [--out FOLDER]     # about a minute and a half on an H100
+    python benchmarks/gpu_profile.py [--preset llava-v1.6-vicuna-7b] [--out FOLDER]    # about 90 seconds on an H100
 
-Writes three files, and prints them:
+The command writes three files and prints them:
 
-    stages.csv    per batch and configuration, milliseconds of prepare() and its stages, of prefill and of a decode step of
-                  the engine, by the clock; device_step_ms is a step's captured graph replayed with nothing between, so that
-                  the difference is the host's; weights_gb_per_s are the LLM's weights over device_step_ms, or step_ms
-                  where nothing was captured
-    kernels.csv   at the first batch, microseconds and calls of the kernels of one first token and one decode step, those
-                  that take longest first, by torch.profiler; the row "all" is their sum. On a CPU operations, not kernels
-    sdpa.csv      on a GPU, milliseconds of scaled_dot_product_attention by backend in the shapes of vision tower, prefill and
-                  decoding: of the first call at a shape, for which cuDNN builds a plan, and of later ones
+    stages.csv    Per batch and configuration, milliseconds by the clock of prepare() and its stages, of prefill, and of
+                  a decode step of the engine. device_step_ms is the time of a captured step that is replayed without
+                  pause, so the difference to step_ms is the host's time. weights_gb_per_s is the LLM's weights divided
+                  by device_step_ms, or by step_ms if nothing was captured.
+    kernels.csv   At the first batch, microseconds and calls of the kernels of one first token and one decode step, by
+                  torch.profiler, longest first. The row "all" is their sum. On a CPU: operations, not kernels.
+    sdpa.csv      On a GPU, milliseconds of scaled_dot_product_attention by backend, in the shapes of vision tower,
+                  prefill and decoding: of the first call at a shape, for which cuDNN builds a plan, and of later calls.
 
-The model has random weights. An engine answers three times before it is timed: plainly, capturing, replaying.
+The model has random weights. An engine answers three times before it is timed: without graphs, capturing, replaying.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ CONFIGS = {
     ),
 }
 STAGES = ("vision_tower", "projector", "selection", "splice")
-NEW_TOKENS, STEPS, REPLAYS = 64, 40, 10  # answers are cut off after STEPS; replays have room behind them
-TOP, SHOWN = 30, 8  # kernels that are written, and printed, of each first token and each step
-# What attends: heads, head size, queries (None: as many as keys), keys, causal, rows. Of LLaVA-1.6's 7B.
+# Answers stop after STEPS. The cache then still has slots for the replays, which write entries, too.
+NEW_TOKENS, STEPS, REPLAYS = 64, 40, 10
+TOP, SHOWN = 30, 8  # kernels that are written and printed, for each first token and each step
+# Shapes of LLaVA-1.6-7B: heads, head size, queries (None: as many as keys), keys, causal, rows.
 SDPA_SHAPES = {
     "tower": (16, 64, None, (577,), False, 5),
     "prefill": (32, 128, None, (2944, 3008, 3072), True, 1),
@@ -65,7 +66,7 @@ BACKENDS = {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBa
 
 @dataclass
 class Profiler:
-    """A model and where it is."""
+    """Profiles one model on one device."""
 
     model: torch.nn.Module
     device: str
@@ -86,7 +87,7 @@ class Profiler:
     def one(self, prompts: Prompts, name: str, with_kernels: bool) -> tuple[dict, list[dict]]:
         """(row of stages.csv, rows of kernels.csv) of one configuration."""
         engine = Engine(self.model)
-        engine.ends = set()
+        engine.ends = set()  # no end token: every answer has the same number of steps
 
         def ask() -> PreparedPrompt:
             return self.model.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=CONFIGS[name])
@@ -104,7 +105,7 @@ class Profiler:
         return row, self._kernels(engine, ask, name) if with_kernels else []
 
     def _stages(self, engine: Engine, ask: Callable[[], PreparedPrompt]) -> dict:
-        """Medians in milliseconds, of five requests."""
+        """Milliseconds of prepare() and its stages, of prefill and of a step: medians of five requests."""
         rows = []
         for _ in range(5):
             begin = self.now()
@@ -115,14 +116,15 @@ class Profiler:
             first, steps = self.now(), []
             for _ in range(STEPS):
                 at = time.perf_counter()
-                next(generation)  # waits for its tokens
+                next(generation)  # returns the step's tokens, so it waits for the device
                 steps.append(time.perf_counter() - at)
             row = {"prepare": ready - begin, "prefill": first - ready, "step": statistics.median(steps)}
             rows.append(row | {stage: prepared.seconds.get(stage, 0.0) for stage in STAGES})
         return {f"{key}_ms": round(1e3 * statistics.median(row[key] for row in rows), 3) for key in rows[0]}
 
     def _alone(self, engine: Engine) -> float | None:
-        """Milliseconds of an ordinary step on the device; None where none was captured."""
+        """Milliseconds of an ordinary step on the device; None if no step was captured."""
+        # graphs[False] is the step that does not rank a core anew.
         graph = next((kept.graphs[False] for kept in _last(engine) if False in kept.graphs), None)
         if graph is None:
             return None
@@ -151,7 +153,7 @@ class Profiler:
         rows = []
         for event in recorded.key_averages():
             if self.cuda and event.device_type != DeviceType.CUDA:
-                continue  # a kernel's time is told with the operation that launched it too
+                continue  # an operation's device time is that of its kernels, and would count twice
             spent = event.self_device_time_total if self.cuda else event.self_cpu_time_total
             if spent > 0:
                 rows.append({"of": label, "us": spent / times, "calls": event.count / times, "kernel": event.key[:110]})
@@ -162,12 +164,12 @@ class Profiler:
 
 
 def _last(engine: Engine) -> list[CapturedSteps]:
-    """The captured steps of the last request, as a list that is empty where there are none."""
+    """Captured steps of the last request, as a list of one; [] if there are none."""
     return engine.captured_sets()[-1:]
 
 
 def sdpa_rows(now: Callable[[], float]) -> list[dict]:
-    """A row per shape and backend; empty figures where the backend cannot."""
+    """One row per shape and backend. The figures are empty if the backend does not support the shape."""
     rows = []
     for what, (heads, width, queries, lengths, causal, batch) in SDPA_SHAPES.items():
         for name, backend in BACKENDS.items():
@@ -183,7 +185,7 @@ def sdpa_rows(now: Callable[[], float]) -> list[dict]:
                     for _ in range(20):
                         _attend(q, k, v, causal, backend)
                     row["ms"] = round(50 * (now() - start), 4)
-                except RuntimeError as error:  # what torch raises where a backend does not take these operands
+                except RuntimeError as error:  # torch raises it if a backend does not support these operands
                     print(f"{what}, {name}: {str(error).splitlines()[0]}", file=sys.stderr)
                 rows.append(row)
     return rows
@@ -209,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the three files; default: this one")
+    # 1. Arguments and model.
     args = parser.parse_args(argv)
     args.given, args.repeats = sys.argv[1:] if argv is None else argv, 5
     args.device, args.dtype = pick(args.device, args.dtype)
@@ -218,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     preset = PRESETS[args.preset]
     model = random_model(preset.model_config(newline=True), args.device, getattr(torch, args.dtype), seed=0)
     profiler, stages, kernels, failures = Profiler(model, args.device), [], [], []
+    # 2. Stages and kernels.
     for batch in args.batches:
         prompts = Prompts.random(preset, model.config, model.lm_head.weight, batch, seed=0)
         for name in CONFIGS:
@@ -229,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             row, top = found
             stages.append(row)
             kernels += top
-            # After each: what is measured is kept.
+            # After each configuration, so that an interrupted run keeps what it measured.
             write_csv(args.out / "stages.csv", stages, made)
             if kernels:
                 write_csv(args.out / "kernels.csv", kernels, made)
@@ -237,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         labels = list(dict.fromkeys(row["of"] for row in kernels))
         longest = [row for label in labels for row in [row for row in kernels if row["of"] == label][: SHOWN + 1]]
         print(f"{show(stages)}\n\n{show(longest)}")
+    # 3. SDPA's backends.
     if args.device == "cuda":
         rows = sdpa_rows(profiler.now)
         write_csv(args.out / "sdpa.csv", rows, made)

@@ -1,4 +1,4 @@
-"""Memory: how fast it is here, how much of it was in use, and the ceiling that its speed sets to decoding."""
+"""Memory bandwidth, peak memory, and the ceiling that bandwidth sets for decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def cache_bytes(device: str) -> int:
-    """The last level of the processor's cache."""
+    """Bytes of the last level of the processor's cache: the L2 of a GPU, the L3 of a CPU, or 32 MiB if unknown."""
     if device == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:
@@ -30,7 +30,7 @@ def cache_bytes(device: str) -> int:
 
 
 def fastest(run: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest of ten calls: between two events on a GPU, which leaves launching out, else by the clock."""
+    """Seconds of the fastest of ten calls: by the clock on a CPU; on a GPU between two events, without launch time."""
     if device != "cuda":
         samples = []
         for _ in range(10):
@@ -48,16 +48,17 @@ def fastest(run: Callable[[], object], device: str) -> float:
 
 
 def _block(device: str) -> torch.Tensor:
-    """float32 numbers that fill 2 GiB of a GPU; of a CPU four times its cache, at least 256 MiB."""
+    """float32 tensor of 2 GiB on a GPU, or of four times the cache but at least 256 MiB on a CPU."""
+    # Much larger than the cache, or the bandwidth of the cache would be measured.
     size = 2 << 30 if device == "cuda" else max(256 << 20, 4 * cache_bytes(device))
     return torch.ones(size // 4, dtype=torch.float32, device=device)
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read plus written, of a copy: the fastest of ten.
+    """Bytes per second of a copy, read plus written: the fastest of ten.
 
-    A ceiling is what memory can do when nobody else asks it. (A CPU may also read what it is about to overwrite; that is
-    not counted, so one that only reads can pass this speed.)
+    The fastest counts, because a ceiling is what memory can do without other work. A CPU may also read the memory that
+    it is about to overwrite. This is not counted, so code that only reads can be faster than this speed.
     """
     source = _block(device)
     target = torch.zeros_like(source)
@@ -65,30 +66,32 @@ def copy_bandwidth(device: str) -> float:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes per second of reading alone, which is what decoding does: a sum over the block, the fastest of ten."""
+    """Bytes per second of reading alone, as decoding does: a sum over the block, the fastest of ten."""
     source = _block(device)
     return source.nbytes / fastest(source.sum, device)
 
 
 def free_memory(device: str) -> None:
-    """Collect what nobody holds any more, and give its memory back to the device."""
+    """Free unused tensors, and give their memory back to the device."""
+    # Models and graphs can be in reference cycles, which only gc frees; empty_cache returns only what is free already.
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
-    """(what `run` returns, ""), or (None, why it returned nothing): OUT_OF_MEMORY, or the error, whose traceback is printed.
+    """(result of `run`, ""), or (None, reason) if it fails. The reason is OUT_OF_MEMORY or the error.
 
-    Errors of any kind: one measurement that breaks must not take the others' figures with it. Bad input (UserError) is
-    raised. Tensors of a failed run are not held any more: free_memory() then frees them.
+    Errors of all types are caught, because one failed measurement must not lose the others' figures. Their traceback is
+    printed. Bad input (UserError) is raised. The tensors of a failed run are not referenced any more, so free_memory()
+    frees them.
     """
     try:
         return run(), ""
     except UserError:
         raise
     except Exception as error:
-        # PyTorch's allocator has a class for it; CUDA itself and Triton's launcher say it in a RuntimeError.
+        # PyTorch's allocator raises a class of its own. CUDA itself and Triton's launcher raise a RuntimeError.
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
             return None, OUT_OF_MEMORY
         traceback.print_exc(file=sys.stderr)
@@ -96,7 +99,7 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
 
 
 class Peak:
-    """The most memory in use since it was made, weights included: the device's, or this process's where that is the CPU."""
+    """Peak memory since this object was made, weights included: of the GPU, or of this process on a CPU."""
 
     def __init__(self, device: str):
         self.cuda, self.known = device == "cuda", True
@@ -104,12 +107,12 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
         else:
             self.known = False
-            with suppress(OSError):  # Linux alone forgets an earlier peak; elsewhere none is told
+            with suppress(OSError):  # only Linux can reset the peak ("5" resets VmHWM); elsewhere it stays unknown
                 Path("/proc/self/clear_refs").write_text("5")
                 self.known = True
 
     def bytes(self) -> int | None:
-        """None where the system does not tell."""
+        """Peak in bytes, None if the system does not report it."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
         if self.known:
@@ -120,18 +123,20 @@ class Peak:
 
 
 def decode_weight_bytes(model) -> int:
-    """Bytes of the weights that a decode step reads whole: the decoder's layers, its norm and the head. Of the word
-    embeddings it reads a row per token."""
+    """Bytes of the weights that a decode step reads: the decoder layers, the final norm and the LM head.
+
+    The word embeddings are left out, because a step reads only one row of them per token.
+    """
     parts = (model.model.layers, model.model.norm, model.lm_head)
     return sum(weight.nbytes for part in parts for weight in part.parameters())
 
 
 @torch.inference_mode()
 def bare_step(model, batch: int) -> float:
-    """Seconds of a decode step's products with weights alone, no attention and nothing between them: the fastest of ten.
+    """Seconds of the products with weights of a decode step, without attention and all else: the fastest of ten.
 
-    What a step takes beyond it is the overhead: KV cache, norms, rotation, and the host where it is waited for. On a GPU the
-    products are one CUDA graph, as the engine's steps are.
+    The rest of a step's time is the overhead: KV cache, norms, rotation, and waiting for the host. On a GPU, the
+    products are one CUDA graph, as in the engine's steps.
     """
     weights = _products(model)
     inputs = {weight.shape[1]: weight.new_ones(batch, weight.shape[1]) for weight in weights}
@@ -142,7 +147,7 @@ def bare_step(model, batch: int) -> float:
 
     if not weights[0].is_cuda:
         return fastest(step, "cpu")
-    step()  # sets up cuBLAS, which must not happen under capture
+    step()  # sets up cuBLAS, which is not allowed during capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -150,8 +155,11 @@ def bare_step(model, batch: int) -> float:
 
 
 def _products(model) -> list[torch.Tensor]:
-    """Weights that a decode step multiplies with, in their order. Those that lie behind one another in one allocation and
-    read the same input (merge_projections) are one: a step takes one product for them."""
+    """Weights of a decode step's products, in order.
+
+    Weights that are adjacent in one allocation (merge_projections) are joined, because a step computes them as one
+    product.
+    """
     joined: list[torch.Tensor] = []
     for part in (model.model.layers, model.lm_head):
         for linear in part.modules():
@@ -171,13 +179,13 @@ def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def step_bytes(weights: int, kv: Sequence[int], batch: int) -> float:
-    """Bytes that a decode step reads in the mean: the weights once, and every row's KV entries.
+    """Mean bytes that a decode step reads: the weights once, and the KV entries of every row.
 
-    kv: per step, bytes of the entries that one row reads
+    kv: per step, bytes of the entries that one row reads.
     """
     return weights + batch * sum(kv) / len(kv)
 
 
 def ceiling(bytes_per_step: float, bandwidth: float, batch: int) -> float:
-    """Tokens per second of a batch whose steps did nothing but read what they have to."""
+    """Tokens per second of a batch whose steps only read their bytes, at `bandwidth` bytes per second."""
     return batch * bandwidth / bytes_per_step

@@ -1,4 +1,4 @@
-"""The one way in which tables and plots get into a page: between a pair of marks that stand in it already."""
+"""Puts tables and plots into a page, between a pair of marks that the page has already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ DOCUMENT = REPOSITORY / "docs" / "performance.md"
 
 
 def put(document: Path, name: str, body: str) -> None:
-    """Replace what stands in `document` between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    """Replace the text of `document` between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    UserError if the document cannot be read or does not have exactly one such pair.
+    """
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     try:
         text = document.read_text(encoding="utf-8")
@@ -24,14 +27,16 @@ def put(document: Path, name: str, body: str) -> None:
 
 
 def picture(document: Path, name: str, what: str) -> str:
-    """A line that shows the plot NAME.png, where it lies beside the document; else nothing."""
+    """Markdown that shows the plot NAME.png if it is in the document's folder, else an empty string."""
     plot = document.with_name(f"{name}.png")
     return f"\n\n![{what}]({plot.name})" if plot.exists() else ""
 
 
 def made(rows: list[dict]) -> str:
-    """How the rows of a file were made, as one line without an end: commands, commit, time, hardware, versions. All but the
-    commands are those of the first row."""
+    """How the rows of a file were made, as one line without a full stop: commands, commit, time, hardware, versions.
+
+    Everything except the commands is taken from the first row.
+    """
     row, commands = rows[0], dict.fromkeys(f"`{row['command']}`" for row in rows)
     return (
         f"{' and '.join(commands)} at commit {str(row['commit'])[:12]}, {row['written']}: {row['device']}, "
@@ -40,7 +45,7 @@ def made(rows: list[dict]) -> str:
 
 
 def bandwidths(rows: list[dict]) -> str:
-    """What memory did in the run, to go on with behind made()."""
+    """Memory bandwidths of the run, as text that continues made()."""
     figures = (("a copy moves", "copy_gb_per_s"), ("reading alone goes at", "read_gb_per_s"))
     known = ((what, [row[name] for row in rows if row.get(name) is not None]) for what, name in figures)
     return "".join(f", {what} {max(values):,.1f} GB/s" for what, values in known if values)

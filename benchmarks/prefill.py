@@ -2,15 +2,15 @@
 
     python benchmarks/prefill.py [--preset cpu] [--methods adav fastv] [--shares 0.05 0.25] [--output FILE.csv]
 
-Prefill is everything from pixels to the first token: vision tower, projector, the choice of tokens, and one pass of the
-LLM over what is left. A method that selects before the LLM pays for its choice (selector_ms) and saves in the LLM
-(llm_ms); one that drops inside the LLM does both in llm_ms. What a method chooses means nothing with random weights;
-what it costs is what it costs with any.
+Prefill here is everything from pixels to the first token: vision tower, projector, selection, and one pass of the LLM
+over the remaining tokens. A selector costs time before the LLM (selector_ms) and saves time in the LLM (llm_ms). A
+dropper does both within llm_ms. With random weights, the choice of tokens means nothing, but its cost is the same as
+with trained weights.
 
-All methods run one after another in every repetition, so that a machine that slows down slows all of them. After each,
-logits must be finite and each layer's cache must hold as many entries as predicted, else a method gets no time, is named,
-and the exit code is 1. Times are medians, on a CPU with the first repetition (which warms up) among them, on a GPU after
-one more; FLOPs are predicted (llava.costs.flops).
+All methods run one after another in every repetition, so that a machine that slows down slows all of them. After each
+pass, logits must be finite, and each layer's cache must have the predicted number of entries. Otherwise the method gets
+no time and is named, and the exit code is 1. Times are medians. On a CPU, they include the first repetition, which
+warms up; on a GPU, an extra repetition warms up. FLOPs are predicted (llava.costs.flops).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llava.model.decoding.prepared import StageClock
 
 @dataclass
 class Entry:
-    """One line of the table: a method at a budget, its predicted cost, and a list of milliseconds per stage."""
+    """One line of the table: a method at a budget, its predicted cost, and the milliseconds per stage of each pass."""
 
     config: AdaVConfig
     cost: Cost
@@ -50,16 +50,16 @@ class Entry:
         return f"{self.config.method} at {self.config.overall_tokens}"
 
     def median(self, *stages: str) -> float:
-        """Of the sum of some stages, or of all."""
+        """Median in milliseconds of the sum of some stages, or of all stages."""
         return statistics.median(self._sums(*stages))
 
     def _sums(self, *stages: str) -> list[float]:
         return [sum(ms for stage, ms in one.items() if not stages or stage in stages) for one in self.times]
 
     def row(self, plain: Entry) -> dict:
-        """The figures of one line; `plain` is that of `none`."""
+        """Columns of this entry. plain: the entry of method none."""
         everything, of = self._sums(), plain.median()
-        # Inside the LLM a method's own work is part of the LLM's pass.
+        # A dropper works within the LLM's pass, so its own time cannot be measured separately.
         selector = None if self.config.method in DROPPERS else self.median("selection")
         return {
             "method": self.config.method,
@@ -93,7 +93,7 @@ class Bench:
 
     @torch.inference_mode()
     def prefill(self, config: AdaVConfig):
-        """(milliseconds per stage, what generate() returns with its logits and cache)."""
+        """(milliseconds per stage, output of generate() with logits and KV cache)."""
         clock = StageClock(self.device)
         prepared = self.model.prepare(self.prompts.ids, self.prompts.pixels, self.prompts.sizes, config=config)
         with clock.stage("llm"):
@@ -108,7 +108,7 @@ class Bench:
         return {stage: 1000 * s for stage, s in {**prepared.seconds, **clock.seconds}.items()}, output
 
     def repeat(self, entry: Entry) -> str:
-        """Time one entry once more. Where its output is not right it says so: the time would be that of something else."""
+        """Time one entry once more. Returns what is wrong with its output, or "". Wrong output gets no time."""
         milliseconds, output = self.prefill(entry.config)
         cached = tuple(layer.keys.shape[-2] for layer in output.past_key_values.layers)
         if not torch.isfinite(output.logits[0]).all():
@@ -122,14 +122,16 @@ class Bench:
 def run(
     bench: Bench, methods: list[str], shares: list[float], repeats: int, save: Callable[[list[dict]], None]
 ) -> list[str]:
-    """Measure, give `save` one row per method and budget, `none` first, after every repetition, and return what was wrong.
-    What was wrong has no row."""
+    """Measure all methods at all budgets, and return what was wrong. A wrong method has no row.
+
+    shares: budgets as shares of the vision tokens. save: called after every repetition with all rows, `none` first.
+    """
     budgets = [max(1, int(share * bench.prompts.image.tokens + 1e-6)) for share in shares]
     configs = [AdaVConfig(method="none")]
     configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
     entries = [Entry(config, bench.cost(config), []) for config in configs]
     plain, complaints = entries[0], []
-    # A GPU compiles kernels and sets up libraries once: that is no method's time.
+    # On a GPU, the first pass compiles kernels and sets up libraries, which belongs to no method.
     rounds = [False] * (bench.device.type == "cuda") + [True] * repeats
     with progress_bar("measuring", total=len(rounds) * len(entries), unit=" prefills") as shown:
         for timed in rounds:
@@ -143,13 +145,13 @@ def run(
             if not timed:
                 for entry in entries:
                     entry.times.clear()
-            elif plain in entries:  # what the others are set against
+            elif plain in entries:  # all rows are relative to it
                 save([entry.row(plain) for entry in entries])
     return complaints
 
 
 def show(rows: list[dict]) -> str:
-    """The table that is printed."""
+    """Table for the screen. A dropper has no time of its own, so its cell says "in LLM"."""
     head = (
         "method",
         "tokens",
@@ -196,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/prefill-<preset>-<device>.csv")
+    # 1. Arguments.
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     for method in args.methods:
@@ -205,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--repeats is at least 1, and --shares are numbers between 0 and 1")
     if args.threads:
         torch.set_num_threads(args.threads)
+    # 2. Measure. Rows are written after every repetition, so that an interrupted run keeps them.
     device, args.dtype = pick(args.device, args.dtype)
     bench = Bench(PRESETS[args.preset], device, getattr(torch, args.dtype), args.seed)
     made = how(args, "prefill.py", device)
@@ -216,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(output, rows, made)
 
     wrong = run(bench, args.methods, args.shares, args.repeats, save)
+    # 3. Print.
     prompts = bench.prompts
     print(
         f"{prompts.image.tokens:,} vision tokens of {len(prompts.image.patches)} tiles, {sum(prompts.text)} text tokens; "

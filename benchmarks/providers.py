@@ -1,11 +1,11 @@
-"""Who answers in benchmarks/end_to_end.py: one class per provider, all on the same weights and the same prompts.
+"""Providers of benchmarks/end_to_end.py: one class each, all with the same weights and the same prompts.
 
-    transformers   LlavaForConditionalGeneration or LlavaNextForConditionalGeneration as they are, SDPA, generate()
-    upstream       the way of the published pruning code, and its cost: see Upstream
+    transformers   LlavaForConditionalGeneration or LlavaNextForConditionalGeneration unchanged, SDPA, generate()
+    upstream       the way of the published pruning code, at its cost: see Upstream
     ours           this repository's model.generate() under any configuration
-    engine         this repository's generation engine under any configuration: what the evaluation runs on
+    engine         this repository's generation engine under any configuration, as in evaluation
 
-A new provider is a class with `answer`, and a line in PROVIDERS.
+A new provider needs a class with `answer` and a line in PROVIDERS.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from llava.model.decoding.sampling import Sampling
 
 @dataclass
 class Answer:
-    """What a provider did with a batch of prompts, and when.
+    """Answer of a provider to a batch of prompts, with its times.
 
-    tokens [B, T], and logits [B, V] of the first of them in float32, on the CPU; logits None where not asked for
-    first   seconds from pixels (on the device already) to the first token of every row
+    tokens  [B, new tokens], on the CPU
+    logits  [B, V] of the first token, float32 on the CPU; None if they were not asked for
+    first   seconds from pixels on the device to the first token of every row
     decode  seconds from there to the last token
-    stages  of `first`, seconds in vision_tower, projector and selection; the rest is prefill: the LLM and all around it
-    kept    per row, which of the image's tokens the LLM read, where the provider chooses
-    kv      bytes of the KV cache that the last step left
+    stages  seconds of `first` in vision_tower, projector and selection; the rest is prefill
+    kept    per row, indices of the vision tokens that the LLM read; None if the provider does not select
+    kv      bytes of the KV cache after the last step
     """
 
     tokens: Tensor
@@ -56,7 +57,7 @@ class Answer:
 
 
 class Models:
-    """Our model, and transformers' on the same tensors, made when it is first asked for."""
+    """Our model, and transformers' model on the same tensors, which is made at first use."""
 
     def __init__(self, ours):
         self.ours = ours
@@ -69,10 +70,10 @@ class Models:
 
 
 class Provider(ABC):
-    """One way to answer prompts. What it builds, it builds once, when it is made.
+    """One way to answer prompts. Everything that it needs is built once, in its constructor.
 
-    name; config: what of the image's tokens it reads; side_by_side: whether it answers a batch at once or row by row;
-    multiple: what capacities of its KV cache are rounded up to
+    name: in the table. config: the method and the cache policy. side_by_side: True if it answers a batch at once, False
+    if row by row. multiple: capacities of its KV cache are rounded up to a multiple of this.
     """
 
     name: str
@@ -84,14 +85,14 @@ class Provider(ABC):
 
     @abstractmethod
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
-        """Greedy answers of exactly `new_tokens` tokens. logits: also give those of the first token."""
+        """Greedy answers of exactly `new_tokens` tokens. logits: also return those of the first token."""
 
     def release(self) -> None:  # noqa: B027 (most keep nothing)
-        """Let go of what is kept from one answer to the next."""
+        """Free what is kept from one answer to the next."""
 
 
 class Ours(Provider):
-    """This repository's model: prepare() and transformers' generate() around our decoder."""
+    """This repository's model: prepare(), and transformers' generate() with our decoder."""
 
     name = "ours"
 
@@ -106,14 +107,14 @@ class Ours(Provider):
 
 
 class OursByEngine(Provider):
-    """This repository's model and its engine: storage that is allocated once, on a GPU steps that are captured."""
+    """This repository's model with its engine: storage is allocated once, and steps are captured on a GPU."""
 
     name = "engine"
 
     def __init__(self, models: Models, config: AdaVConfig):
         super().__init__(models, config)
         self.engine = Engine(models.ours)
-        self.engine.ends = set()  # answers are as long as asked for
+        self.engine.ends = set()  # no end token, so that answers are as long as asked for
         self.multiple = CAPACITY_MULTIPLE if self.engine.graphs else 1
 
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
@@ -122,7 +123,7 @@ class OursByEngine(Provider):
         generation = self.engine.stream(prepared, Sampling(max_new_tokens=new_tokens))
         next(generation)
         first, of_first = watch.now(), generation.logits.float().cpu() if logits else None
-        start = watch.now()
+        start = watch.now()  # again: the copy of the logits to the host belongs to neither time
         generated = generation.result()
         last = watch.now()
         times = dict(prepared.seconds)
@@ -141,7 +142,7 @@ class OursByEngine(Provider):
 
 
 class Transformers(Provider):
-    """transformers' own LLaVA on all of the image's tokens."""
+    """transformers' own LLaVA with all vision tokens."""
 
     name = "transformers"
 
@@ -158,7 +159,8 @@ class Transformers(Provider):
         return answer
 
     def _inputs(self, model, prompts: Prompts) -> dict:
-        """What transformers' processor would give: a placeholder for every token of the image."""
+        """Model inputs as transformers' processor makes them: one placeholder per vision token."""
+        # The prompts are random ids, so the placeholder must be an id that none of them has.
         ids, count = prompts.ids, prompts.image.tokens
         used = set(ids.unique().tolist())
         placeholder = next(i for i in range(prompts.shape.vocab) if i not in used)
@@ -174,13 +176,13 @@ class Transformers(Provider):
 
 
 class Upstream(Provider):
-    """The way of the published code (AdaV on FasterVLM on LLaVA), on today's transformers.
+    """The way of the published code (AdaV on FasterVLM on LLaVA), with the present transformers.
 
-    The whole tower runs with eager attention and leaves the maps of all its layers, of which one row of one layer is
-    read; all its patches are projected; the kept ones go with the words to a plain Llama's generate(). One prompt at a
-    time: AdaV's code cannot take more, so a batch is a loop here. Which tokens are kept is decided by our selectors, to
-    whose favour nothing is counted: the authors' loops are slower. Neither are the logits of every position of the
-    prompt that transformers 4.37, which they pin, computes in prefill.
+    The whole tower runs with eager attention and keeps the maps of all its layers, of which one row of one layer is
+    read. All patches are projected. The kept ones and the words go to generate() of a plain Llama. AdaV's code takes
+    only one prompt at a time, so a batch is a loop here. Two things make this provider faster than the published code:
+    our selectors choose the tokens, and the authors' loops are slower; and transformers 4.37, which the authors pin,
+    also computes the logits of every prompt position in prefill.
     """
 
     name = "upstream"
@@ -201,7 +203,7 @@ class Upstream(Provider):
 
     @staticmethod
     def can(config: AdaVConfig) -> bool:
-        """Whether a configuration's prefill is of this way: tokens chosen by [CLS] attention and words, before the LLM."""
+        """True if this way can do a configuration's prefill: selection before the LLM, by saliency and words."""
         if config.prefill_filter_flag or config.method in ("none", "no_image", "random", *DROPPERS):
             return False
         return not config.make_method().tower_states
@@ -211,7 +213,8 @@ class Upstream(Provider):
 
     def _one(self, prompts: Prompts, row: int, new_tokens: int, logits: bool) -> Answer:
         ours, ids, watch = self.models.ours, prompts.ids[row], Watch(prompts.ids.device)
-        layer = ours.config.mm_vision_select_layer  # counted from the end, where states and maps end alike
+        # Counted from the end: there are more hidden states than maps (the first one is the input), but they end alike.
+        layer = ours.config.mm_vision_select_layer
         with watch.clock.stage("vision_tower"):
             seen = self.tower(prompts.pixels[row], output_attentions=True, output_hidden_states=True)
             hidden = seen.hidden_states[layer][:, 1:]
@@ -219,7 +222,7 @@ class Upstream(Provider):
             features = ours.model.mm_projector(hidden)
         with watch.clock.stage("selection"):
             saliency = seen.attentions[layer][:, :, 0, 1:].float().mean(dim=1)
-            del seen
+            del seen  # the maps of all layers: their memory would count in the peak of prefill
             place = int((ids == IMAGE_TOKEN_INDEX).nonzero())
             words = self.llm.model.embed_tokens(ids.clamp(min=0))
             before, after = words[:place], words[place + 1 :]
@@ -237,8 +240,10 @@ PROVIDERS = {provider.name: provider for provider in (Transformers, Upstream, Ou
 
 
 class Watch:
-    """Times one answer, from its own making on. Nothing but waiting for the device is done for the sake of timing: at
-    the borders of stages, after the first token and after the last."""
+    """Times one answer, starting when this object is made.
+
+    Timing adds only waits for the device: between stages, after the first token and after the last token.
+    """
 
     def __init__(self, device: torch.device):
         self.clock = StageClock(device)
@@ -252,7 +257,7 @@ class Watch:
 
     @contextmanager
     def around(self, module: torch.nn.Module, stage: str):
-        """While it is open, every call of `module` is a part of the stage."""
+        """Context in which every call of `module` counts for the stage."""
         running = []
 
         def begin(*_):
@@ -270,7 +275,7 @@ class Watch:
                 hook.remove()
 
     def generate(self, model, new_tokens: int, logits: bool, **inputs) -> Answer:
-        """Greedy generate(), with the moments of its first and its last token."""
+        """Answer of a greedy generate(), with the times of its first and last token."""
         stamps = _Stamps(self, new_tokens)
         output = model.generate(
             **inputs,
@@ -292,7 +297,7 @@ class Watch:
 
 
 class _Stamps(StoppingCriteria):
-    """Never stops; notes when the first and the last token were there."""
+    """Stopping criterion that never stops, and records the times of the first and the last token."""
 
     def __init__(self, watch: Watch, new_tokens: int):
         self.watch, self.last, self.count, self.times = watch, new_tokens, 0, []
@@ -305,7 +310,7 @@ class _Stamps(StoppingCriteria):
 
 
 def _one_after_another(answers: list[Answer]) -> Answer:
-    """Answers to single prompts as one to their batch. Times add up; of the caches there is one at a time."""
+    """Answer to a batch from answers to its rows. Times are added. kv is a maximum: one cache exists at a time."""
     first = answers[0]
     return Answer(
         tokens=torch.cat([answer.tokens for answer in answers]),

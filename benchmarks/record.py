@@ -1,4 +1,4 @@
-"""What every benchmark writes: rows of figures, each with how they were made, in one CSV schema; and how they are read."""
+"""Result files of the benchmarks: rows of figures with columns about how they were made, as CSV."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llava.common.files import write_atomically
 from llava.common.machine import commit, environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Columns whose cells are words even where they look like numbers: a commit 4156e43, a Python 3.10.
+# Columns that stay text even if they look like numbers: commit 4156e43 is a float, and Python 3.10 is not 3.1.
 WORDS = ("commit", "python", "torch", "transformers", "triton", "name")
 
 
 def how(args: argparse.Namespace, script: str, device: str) -> dict:
-    """How the figures were made: a column each. `args` has preset, repeats, dtype and given (the command line)."""
+    """Columns that say how figures were made. args: with preset, repeats, dtype and given (the command line)."""
     machine = environment()
     return {
         "preset": args.preset,
@@ -42,7 +42,10 @@ def how(args: argparse.Namespace, script: str, device: str) -> dict:
 
 
 def pick(device: str | None, dtype: str | None) -> tuple[str, str]:
-    """(device, dtype) as given; else the GPU where there is one, and bfloat16 on a GPU, float32 on a CPU."""
+    """(device, dtype) as given. Defaults: the GPU if there is one; bfloat16 on a GPU, float32 on a CPU.
+
+    UserError for cuda without a GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but this torch sees no GPU")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +53,7 @@ def pick(device: str | None, dtype: str | None) -> tuple[str, str]:
 
 
 def write_csv(file: Path, rows: list[dict], made: dict | None = None) -> None:
-    """The columns of all `rows`, in the order in which they first come, then those of `made`, the same in every row."""
+    """Write a CSV with the columns of all `rows`, in the order of their first use. `made` is added to every row."""
     rows = [{**row, **(made or {})} for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
@@ -61,7 +64,7 @@ def write_csv(file: Path, rows: list[dict], made: dict | None = None) -> None:
 
 
 def read_text(path: Path, column: str) -> list[dict[str, str]]:
-    """Rows of a results file that has a `column`, as text."""
+    """Rows of a results file as text. UserError if it cannot be read, has no rows, or does not have `column`."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -73,7 +76,7 @@ def read_text(path: Path, column: str) -> list[dict[str, str]]:
 
 
 def read_csv(path: Path, column: str) -> list[dict]:
-    """As read_text, with numbers where a cell is one and None where it is empty."""
+    """Rows as in read_text, but with numbers converted and None for empty cells."""
     return [{name: _value(name, cell) for name, cell in row.items()} for row in read_text(path, column)]
 
 

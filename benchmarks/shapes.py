@@ -1,4 +1,4 @@
-"""Models with random weights in the sizes of real ones, and prompts with images of noise for them."""
+"""Models with random weights in the sizes of real models, and prompts for them with images of noise."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 class Preset:
     """Sizes of a model and a prompt.
 
-    tile: pixels; tower and llm: (width, layers, heads, MLP width); text: tokens before and after the image
-    anyres: the image is cut into 2 x 2 crops and comes whole besides, five tiles; else it is one tile
+    tile: pixels per side. tower, llm: (width, layers, heads, MLP width). text: tokens before and after the image.
+    anyres: True: five tiles, the whole image and 2 x 2 crops; False: one tile.
     """
 
     tile: int
@@ -33,12 +33,12 @@ class Preset:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of an image that fills its tiles."""
+        """(width, height) of an image that fills its tiles, so that nothing is unpadded."""
         side = self.tile * (2 if self.anyres else 1)
         return side, side
 
     def model_config(self, newline: bool = False, layers: int | None = None) -> LlavaLlamaConfig:
-        """newline: whether a newline token ends each row of the merged crops, as in LLaVA-1.6; layers: of the LLM."""
+        """Configuration of the model. newline: with newline tokens, as in LLaVA-1.6. layers: of the LLM."""
         width, depth, heads, mlp = self.tower
         vision = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
         vision |= {"intermediate_size": mlp, "image_size": self.tile, "patch_size": 14}
@@ -52,7 +52,7 @@ class Preset:
             vocab_size=self.vocab,
             max_position_embeddings=4096,
             bos_token_id=1,
-            eos_token_id=None,  # an answer is as long as it was asked to be
+            eos_token_id=None,  # no end token, so that answers are as long as asked for
             pad_token_id=0,
             mm_vision_config=vision,
             mm_hidden_size=vision["hidden_size"],
@@ -66,10 +66,10 @@ class Preset:
 _CLIP_L = (1024, 24, 16, 4096)  # openai/clip-vit-large-patch14-336
 _LLM_7B, _LLM_13B = (4096, 32, 32, 11008), (5120, 40, 40, 13824)  # Vicuna 1.5
 PRESETS = {
-    # LLaVA-1.6's image (5 tiles of 24 x 24 patches, 2,880 tokens) on a model whose parts are to each other as in the 7B,
-    # small enough for two CPU cores.
+    # LLaVA-1.6's image (5 tiles of 24 x 24 patches, 2,880 tokens) on a model with the proportions of the 7B, small
+    # enough for two CPU cores.
     "cpu": Preset(336, (512, 12, 8, 2048), (1024, 16, 16, 2752), 32000),
-    # Seconds, to see that everything runs.
+    # Runs in seconds, to see that everything works.
     "tiny": Preset(56, (32, 3, 4, 64), (48, 4, 4, 80), 100, (5, 7)),
     "llava-v1.5-7b": Preset(336, _CLIP_L, _LLM_7B, 32000, anyres=False),
     "llava-v1.5-13b": Preset(336, _CLIP_L, _LLM_13B, 32000, anyres=False),
@@ -80,8 +80,9 @@ PRESETS = {
 
 
 def random_model(config: LlavaLlamaConfig, device: str, dtype: torch.dtype, seed: int) -> LlavaLlamaForCausalLM:
-    """Made on the device and in the dtype it is used in: the largest would not fit anywhere in float32. What loading a
-    checkpoint does to be fast on a GPU is done here too."""
+    """Model with random weights in evaluation mode, on `device` and in `dtype`."""
+    # Made directly on the device and in its dtype, because the largest model in float32 would not fit. make_fast does
+    # what loading a checkpoint also does for speed on a GPU.
     torch.manual_seed(seed)
     with torch.device(device):
         model = LlavaLlamaForCausalLM._from_config(config, dtype=dtype).eval()
@@ -91,10 +92,10 @@ def random_model(config: LlavaLlamaConfig, device: str, dtype: torch.dtype, seed
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts of the same length, each with its own words and its own image.
+    """A batch of prompts of one length, each with its own words and its own image.
 
-    ids [B, S] with IMAGE_TOKEN_INDEX for the image; pixels: per row [T, 3, H, W]; sizes: (width, height) of each image
-    shape, image, text: what costs are counted from
+    ids: [B, S] with IMAGE_TOKEN_INDEX for the image. pixels: per row [T, 3, H, W]. sizes: (width, height) of each
+    image. shape, image, text: the sizes that costs are computed from; text: tokens before and after the image.
     """
 
     ids: Tensor
@@ -106,7 +107,8 @@ class Prompts:
 
     @classmethod
     def random(cls, preset: Preset, config: LlavaLlamaConfig, like: Tensor, batch: int, seed: int) -> Prompts:
-        """like: a tensor of the device and dtype of the pixels."""
+        """Random prompts. like: a tensor with the device and dtype that the pixels get."""
+        # Drawn on the CPU, so that all devices get the same numbers. Ids start at 3, after the special tokens.
         generator = torch.Generator().manual_seed(seed)
         shape, plan = ModelShape.from_config(config), tile_plan(preset.size, config)
         before, after = (torch.randint(3, preset.vocab, (batch, n), generator=generator) for n in preset.text)

@@ -1,4 +1,4 @@
-"""Several questions about several pictures of different sizes as one batch: the answers are those of one at a time.
+"""Answers questions about pictures of different sizes as one batch. The answers are the same as one at a time.
 
     python examples/a_batch.py
 """
@@ -28,12 +28,12 @@ for number in range(4):
 # overall_tokens is a budget per picture, all of its tiles together.
 config = AdaVConfig(method="adav", overall_tokens=58)
 tokenizer, model, image_processor, _ = load_pretrained_model(CHECKPOINT, config=config)
-engine = Engine(model, tokenizer)  # what the evaluation runs on; model.generate takes the same batches
+engine = Engine(model, tokenizer)  # the evaluation uses it; model.generate accepts the same batches
 template = default_conv_mode(model.config, tokenizer)
 
 
 def answer(images, questions):
-    """The model's answers, in order, and the prompt that the LLM read. images: flat over the batch, in reading order."""
+    """(answers in order, PreparedPrompt that the LLM read). images: of the whole batch, in reading order."""
     prompts = [single_turn(template, "<image>\n" + question.text) for question in questions]
     rows = [tokenizer_image_token(prompt, tokenizer, return_tensors="pt") for prompt in prompts]
     input_ids, attention_mask = left_pad(rows, tokenizer.pad_token_id)

@@ -1,8 +1,9 @@
-"""Which method keeps the tokens that matter? The same questions under several methods, at the same budget.
+"""Compares methods: the same questions under several methods, with the same budget of vision tokens.
 
     python examples/compare_methods.py
 
-A first look, in seconds. `make compare` does it for all methods, with intervals and plots, and says what a demo cannot show.
+It is a first look and takes seconds. `make compare` does the same for all methods, with intervals and plots, and
+explains what a demo cannot show.
 """
 
 from pathlib import Path
@@ -40,12 +41,12 @@ print(f"{len(questions)} questions about {PICTURES} pictures; chance is what no_
 print("method      right   kept   prompt")
 for method in METHODS:
     config = AdaVConfig(method=method, overall_tokens=BUDGET)  # options={...} steers a method; see the README
-    # config= is this request's alone: one model serves requests of different methods.
+    # config= is for this request only, so one model can serve requests of different methods.
     prepared = model.prepare(input_ids, pixels, sizes, attention_mask, config=config)
     generated = engine.generate(prepared, Sampling(max_new_tokens=8))
     answers = [one.text.strip() for one in generated.answers]
     right = sum(said == question.answer for said, question in zip(answers, questions, strict=True))
-    # A method inside the LLM (fastv) reads every token at first: what is left after its last cut is what counts there.
+    # A method inside the LLM (fastv) reads all tokens at first. Its last count is what is left after the last cut.
     dropping, first = prepared.dropping, prepared.selections[0][0]
     kept = len(first.indices) if dropping is None else dropping.left(0, 0)
     print(f"{method:10} {100 * right / len(questions):5.1f} %  {kept:5}  {prepared.lengths[0]:5} tokens")

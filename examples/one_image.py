@@ -1,4 +1,4 @@
-"""One question about one picture: with every vision token, and with a tenth of them.
+"""Answers one question about one picture, with all vision tokens and with a tenth of them.
 
     python examples/one_image.py
 """
@@ -17,7 +17,7 @@ from llava.shapes.dataset import scene_questions
 # a folder, or a hub name such as "llava-hf/llava-1.5-7b-hf".
 CHECKPOINT = Path(__file__).parents[1] / "playground" / "llava-shapes-v1.5"
 
-# A picture of the demo task; Image.open("your.png") does as well.
+# A picture of the demo task. Image.open("your.png") works, too.
 scene, questions = scene_questions("v1.5", "test", 7)
 image, question = Image.fromarray(scene.pixels), questions[0]
 
@@ -28,7 +28,7 @@ pixels = process_images([image], image_processor, model.config)
 
 print(f"Question: {question.text}  (right answer: {question.answer})")
 for config in (AdaVConfig(method="none"), AdaVConfig(method="adav", overall_tokens=14)):
-    model.adav_config = config  # or load_pretrained_model(..., config=config), once and for all
+    model.adav_config = config  # or load_pretrained_model(..., config=config) for all requests
     new_tokens = model.generate(
         input_ids, images=pixels, image_sizes=[image.size], max_new_tokens=8, do_sample=False, pad_token_id=0
     )

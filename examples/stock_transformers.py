@@ -1,4 +1,4 @@
-"""A stock transformers model, its own processor, and fewer vision tokens: nothing of the model is replaced.
+"""Runs a stock transformers model with its own processor on fewer vision tokens. No part of the model is replaced.
 
     python examples/stock_transformers.py
 """
@@ -23,8 +23,8 @@ scene, questions = scene_questions("v1.5", "test", 7)
 image = Image.fromarray(scene.pixels)
 
 with tempfile.TemporaryDirectory() as folder:
-    # The demo checkpoint has LLaVA's format: written once in transformers' own. A hub name such as
-    # "llava-hf/llava-1.5-7b-hf" needs no such step.
+    # The demo checkpoint has LLaVA's format, so it is first written in transformers' format. A hub name such as
+    # "llava-hf/llava-1.5-7b-hf" does not need this step.
     tokenizer, ours, image_processor, _ = load_pretrained_model(CHECKPOINT)
     save_checkpoint(ours, tokenizer, image_processor, folder, "llava-hf")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32")
@@ -36,7 +36,7 @@ inputs = processor(images=[image] * len(prompts), text=prompts, return_tensors="
 
 def ask():
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    new = output[:, inputs["input_ids"].shape[1] :]  # as ever: the prompt, and behind it the new tokens
+    new = output[:, inputs["input_ids"].shape[1] :]  # as usual, the output has the prompt and then the new tokens
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 

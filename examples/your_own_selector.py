@@ -1,4 +1,4 @@
-"""A method of your own: which vision tokens does the LLM read? Twenty lines, one dictionary entry, used by its name.
+"""Adds a method of your own that chooses vision tokens: twenty lines, one dictionary entry, then used by its name.
 
     python examples/your_own_selector.py
 """
@@ -23,22 +23,22 @@ from llava.shapes.dataset import scene_questions
 
 @dataclass
 class Loudest(Selector):
-    """Keeps the patches whose projected features lie farthest from the picture's mean: background is all alike.
+    """Keeps the patches whose projected features are farthest from the picture's mean. Background patches are near it.
 
-    Fields are the method's options: `options={"exponent": 1.0}` in the configuration. `keep` is asked only where
-    something has to go; budgets that keep everything, newline tokens, batches and several images are dealt with already.
+    Fields are the method's options: `options={"exponent": 1.0}` in the configuration. `keep` is called only if tokens
+    must be dropped. Budgets that keep everything, newline tokens, batches and several images are handled elsewhere.
     """
 
-    exponent: float = 2.0  # the norm in which distance is measured
+    exponent: float = 2.0  # of the norm that measures distance
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
-        """image: its features [N, D], saliency [N] and places; text: [m, D] embeddings of the question's words."""
+        """Selection of `budget` patches. image: features [N, D], saliency [N], places. text: the words [m, D]."""
         patches = image.features[image.patches].float()
         distance = (patches - patches.mean(dim=0)).norm(p=self.exponent, dim=-1)
         return take(image, image.patches[lowest_index_topk(distance, budget)])
 
 
-SELECTORS["loudest"] = Loudest  # from here on the configuration knows it, like any other method
+SELECTORS["loudest"] = Loudest  # from now on, the configuration accepts it like any other method
 
 CHECKPOINT = Path(__file__).parents[1] / "playground" / "llava-shapes-v1.5"
 tokenizer, model, image_processor, _ = load_pretrained_model(CHECKPOINT)

@@ -1,6 +1,6 @@
 """Answers as MME's calculation.py reads them, from answers/E.jsonl to eval_tool/answers/E: convert_answer_to_mme.py --experiment E
 
-Run inside the MME folder, as LLaVA's script of this name, or name it with --folder.
+Run it inside the MME folder, like LLaVA's script of the same name, or give the folder with --folder.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ def main(argv=None):
     rows = read_answers(path)
     if any("prompt" not in row for row in rows):
         raise UserError(f'{path}: has answers without "prompt", which holds the question')
+    # MME asks two questions about an image under one id, so only the prompt tells them apart.
     answers = [(mme.key(row["question_id"], row["prompt"]), row["text"]) for row in rows]
     source = args.folder / "MME_Benchmark_release_version"
     release = mme.read_release(source)

@@ -19,6 +19,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     answers = answers_by_id(args.result_dir / f"{args.experiment}.jsonl")
     table = mmbench.read_table(args.annotation_file)
+    # join refuses missing, unknown and repeated answers: MMBench's server would count a missing one as wrong.
     join(answers, [(row["index"], row) for row in table], args.annotation_file)
     mmbench.write_upload(dict(answers), table, args.upload_dir / f"{args.experiment}.xlsx")
 

@@ -24,6 +24,7 @@ def main(argv=None):
         kinds = {
             str(entry["question_id"]): entry["data_type"] for entry in read_part(args.annotation_file, "questions")
         }
+    # An answer file may leave out the videos. Only the kinds of questions that it has are then scored.
     asked = tuple(sorted({kinds.get(key, "image") for key, _ in answers}))  # an answer file may leave the videos out
     print(json.dumps(seed.score(answers, args.annotation_file, asked, args.partial), indent=2))
     write_rows(args.result_upload_file, [{"question_id": key, "prediction": text} for key, text in answers])

@@ -17,6 +17,7 @@ def main(argv=None):
     parser.add_argument("--result-upload-file", type=Path, required=True)
     args = parser.parse_args(argv)
     samples, rows = match(read_questions(args.annotation_file), read_answers(args.result_file), args.result_file)
+    # VizWiz's server identifies an answer by the name of its image.
     answers = [(sample.image, row["text"]) for sample, row in zip(samples, rows, strict=True)]
     print(vizwiz.write_upload(answers, args.result_upload_file))
 

@@ -16,6 +16,7 @@ def main(argv=None):
     parser.add_argument("--split", required=True)
     args = parser.parse_args(argv)
     answers = dict(answers_by_id(args.dir / "answers" / args.split / args.ckpt / "merge.jsonl"))
+    # The server needs an answer to every question of test2015. test-dev asks only a part of them; the rest stays empty.
     ids = vqav2.split_ids(args.dir / "llava_vqav2_mscoco_test2015.jsonl")
     print(vqav2.write_upload(answers, ids, args.dir / "answers_upload" / args.split / f"{args.ckpt}.json"))
 

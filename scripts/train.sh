@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torchrun -m llava.train.train with this checkout's code and environment, from any working directory.
 # One process per GPU (CUDA_VISIBLE_DEVICES, else all), or PROCESSES=n; on several machines also NNODES, NODE_RANK,
-# MASTER_ADDR and MASTER_PORT. A flag that is given twice counts the second time.
+# MASTER_ADDR and MASTER_PORT. If a flag is given twice, the second value counts.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"

@@ -2,12 +2,12 @@
 
     python -m llava.analysis.attention_dispersion CHECKPOINT --questions FILE --images DIR --limit N --out DIR
 
-FasterVLM's motivation (arXiv 2412.01818): the LLM's attention to vision tokens is said to be shifted towards those that
-stand late in the sequence, and more dispersed than the [CLS] attention. Writes attention_dispersion.csv (one row per
-source and layer: how dispersed, how shifted), attention_positions.csv (mean attention per position) and a plot.
+FasterVLM (arXiv 2412.01818) gives this motivation: the LLM's attention to vision tokens is shifted towards the end of
+the sequence, and it is more dispersed than the [CLS] attention. The command writes attention_dispersion.csv (dispersion
+and shift, one row per source and layer), attention_positions.csv (mean attention per position) and a plot.
 
-Both are brought to the same ground first: patches in the order in which the LLM reads them, newline tokens left out,
-the sum one. Positions are relative (0 the first patch, 1 the last), since images differ in their number of patches.
+Both kinds of attention are made comparable first: patches in LLM order, without newline tokens, scaled to the sum one.
+Positions are relative (0 is the first patch, 1 the last), because images differ in their number of patches.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from llava.analysis.prompts import TOP, effective_share, parser, prompts, top_sh
 from llava.common.errors import exits_cleanly
 from llava.eval.scoring.bootstrap import cluster_intervals
 
-BINS = 36
+BINS = 36  # bins of the position axis
+# Every image's concentration curve is read at these shares, because images differ in their number of patches.
 _GRID = np.linspace(0, 1, 101)
 
 
 def rows_of_prompt(shard, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One prompt -> [CLS] attention [P], the LLM's [layers, P], and the share [layers] of its row that is on the image."""
+    """Attention of one prompt: [CLS] attention [P], the LLM's [L, P], and the image's share [L] of each layer's row.
+
+    The first two are scaled to the sum one.
+    """
     import torch
 
     from llava.analysis.last_query_rows import LastQueryRows
@@ -37,10 +41,11 @@ def rows_of_prompt(shard, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
+            # LastQueryRows reads the keys from the cache.
             use_cache=True,
             logits_to_keep=1,
         )
-    patches = (selection.tile >= 0).cpu()
+    patches = (selection.tile >= 0).cpu()  # newline tokens have tile -1 and no saliency
     cls = selection.saliency.cpu()[patches].double().numpy()
     llm = reader.calls[0][:, 0, start : start + length].double()
     on_image = llm.sum(dim=1).numpy()
@@ -49,7 +54,8 @@ def rows_of_prompt(shard, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def density(values: np.ndarray, bins: int) -> np.ndarray:
-    """Distributions [..., P] over positions -> [..., bins], 1 where attention is as for all tokens alike."""
+    """Densities [..., bins] of distributions [..., P] over positions. 1 means the same as under uniform attention."""
+    # P is rarely a multiple of the bins: a patch that lies across an edge is divided between both bins, linearly.
     size = values.shape[-1]
     edges = np.linspace(0, size, bins + 1)
     sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
@@ -59,7 +65,7 @@ def density(values: np.ndarray, bins: int) -> np.ndarray:
 
 
 def figures(values: np.ndarray) -> dict[str, float]:
-    """How dispersed and how shifted one distribution [P] is."""
+    """Measures of dispersion and shift of one distribution [P], by name."""
     centres = (np.arange(len(values)) + 0.5) / len(values)
     quarters = density(values, 4) / 4
     return {
@@ -72,13 +78,13 @@ def figures(values: np.ndarray) -> dict[str, float]:
 
 
 def curve(values: np.ndarray) -> np.ndarray:
-    """[101] mass of the largest 0, 1, ... 100 % of a distribution [P]."""
+    """[101] mass of the largest 0, 1, ..., 100 % of the values of a distribution [P]."""
     sums = np.concatenate([[0], np.cumsum(np.sort(values)[::-1])])
     return np.interp(_GRID, np.linspace(0, 1, len(sums)), sums)
 
 
 class Dispersion:
-    """What was found, prompt by prompt and by source: ("cls", ""), ("llm", layer) from 0 on, and ("llm", "mean")."""
+    """Measurements by source and prompt. Sources: ("cls", ""), ("llm", layer) with layers from 0, ("llm", "mean")."""
 
     def __init__(self):
         self.figures: dict[tuple, list[dict]] = defaultdict(list)
@@ -98,12 +104,13 @@ class Dispersion:
         self.pictures.append(picture)
 
     def table(self) -> list[dict]:
-        """One row per source and layer: means over prompts with their 95 % bootstrap intervals over pictures."""
+        """One row per source and layer: means over prompts, with 95 % bootstrap intervals over pictures."""
         rows = []
         for (source, layer), found in self.figures.items():
             row = {"source": source, "layer": layer, "prompts": len(found), "pictures": len(set(self.pictures))}
             row["patches"] = float(np.mean(self.patches))
             values = np.array([list(one.values()) for one in found])
+            # Questions about one picture share its attention, so the bootstrap resamples pictures.
             for name, *ends in zip(found[0], *cluster_intervals(values, self.pictures), strict=True):
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
             rows.append(row)
@@ -118,7 +125,7 @@ class Dispersion:
 
 
 def draw(found: Dispersion, table: list[dict], title: str, path: Path) -> None:
-    """Four panels: attention over positions, concentration, and both per layer."""
+    """Plot four panels: attention over positions, concentration, and both per layer."""
     from matplotlib.ticker import MaxNLocator
 
     from llava.eval.results.plots import COLORS, FAINT, panels, save, shades, style
@@ -128,6 +135,7 @@ def draw(found: Dispersion, table: list[dict], title: str, path: Path) -> None:
     rows = {(row["source"], row["layer"]): row for row in table}
     with style():
         figure, ((where, concentration), (shift, dispersion)) = panels(2, 2, height=3.9)
+        # 1. Above: one curve per layer of the LLM, its mean, and [CLS]. Only the outer layers are named in the legend.
         middles = (np.arange(BINS) + 0.5) / BINS
         for axis, x, data in ((where, middles, found.positions), (concentration, _GRID, found.curves)):
             for layer, color in zip(layers, shades(len(layers)), strict=True):
@@ -142,6 +150,7 @@ def draw(found: Dispersion, table: list[dict], title: str, path: Path) -> None:
         concentration.plot([0, 1], [0, 1], color=FAINT, linestyle=":", linewidth=1)
         concentration.set(title="How few tokens have most of it", xlabel="share of tokens, largest first")
         concentration.set(ylabel="share of attention", xlim=(0, 1), ylim=(0, 1.02))
+        # 2. Below: one measure per layer with its interval, beside the band of [CLS].
         for axis, name, even, title_, label in (
             (shift, "centre", 0.5, "Shift, by layer", "mean position (0.5 = not shifted)"),
             (dispersion, "top_10_percent", 0.1, "Concentration, by layer", "attention on the top 10 % of tokens"),
@@ -155,6 +164,7 @@ def draw(found: Dispersion, table: list[dict], title: str, path: Path) -> None:
             axis.axhline(even, color=FAINT, linestyle=":", linewidth=1)
             axis.set(title=title_, xlabel="layer of the LLM", ylabel=label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # 3. Title and caption.
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         caption = (
             f"{len(found.patches)} questions, {np.mean(found.patches):.0f} patches on average, in the order in which the LLM reads "

@@ -2,11 +2,11 @@
 
     python -m llava.analysis.attention_share CHECKPOINT --questions FILE --images DIR --limit N --steps T --out DIR
 
-A-VL's motivation (arXiv 2409.14846): image tokens keep receiving attention throughout decoding, but few of them at a
-time, and not always the same ones, while text is read where it is near. Every prompt is decoded greedily for exactly T steps:
-the end token is barred, so what follows the end of an answer is not what the model would have said. Step 0 is prefill,
-whose row is that of the last prompt token. Writes attention_share.csv (one row per step and layer, means over prompts) and
-a plot.
+A-VL (arXiv 2409.14846) gives this motivation: vision tokens receive attention throughout decoding, but only a few of
+them at a time, and not always the same ones. Text receives attention if it is near. Every prompt is decoded greedily
+for exactly T steps. The end token is forbidden, so the tokens after the end of an answer are not what the model would
+have generated. Step 0 is prefill, and its row is that of the last prompt token. The command writes attention_share.csv
+(means over prompts, one row per step and layer) and a plot.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ KINDS = {
     "after": "text after the image",
     "generated": "answer so far",
 }
-TOP = 0.10
+TOP = 0.10  # share of the vision tokens whose attention and overlap are reported
 
 
 def rows_of_answer(shard, prepared, steps: int) -> list[np.ndarray]:
-    """One prompt, decoded for `steps` steps -> per step the head-mean rows [layers, keys] of the newest token."""
+    """Attention rows [L, keys] of the newest token, mean over heads, for each of `steps` steps of one prompt."""
     from llava.analysis.last_query_rows import LastQueryRows
 
     with LastQueryRows(shard.model) as reader:
@@ -37,8 +37,10 @@ def rows_of_answer(shard, prepared, steps: int) -> list[np.ndarray]:
             prepared=prepared,
             do_sample=False,
             num_beams=1,
+            # A checkpoint's generation_config may set these two, and transformers then warns about greedy decoding.
             temperature=None,
             top_p=None,
+            # The minimum forbids the end token, so all prompts have the same number of steps and can be averaged.
             min_new_tokens=steps,
             max_new_tokens=steps,
             pad_token_id=shard.engine.pad,
@@ -47,9 +49,11 @@ def rows_of_answer(shard, prepared, steps: int) -> list[np.ndarray]:
 
 
 def figures(rows: list[np.ndarray], span: tuple[int, int], prompt: int) -> dict[str, np.ndarray]:
-    """Name -> [steps, layers]. span: (start, length) of the image; prompt: its length in tokens, image included.
+    """Measures [steps, L] by name.
 
-    The image's own figures are of its part of the row, brought to the sum one.
+    rows: per step [L, keys]. span: (start, length) of the image. prompt: tokens of the prompt, vision tokens included.
+
+    Concentration and overlap use the image's part of the row, scaled to the sum one.
     """
     start, length = span
     found: dict[str, list] = defaultdict(list)
@@ -62,6 +66,7 @@ def figures(rows: list[np.ndarray], span: tuple[int, int], prompt: int) -> dict[
         found["image_top_10_percent"].append(top_share(image, TOP))
         found["image_effective_share"].append(effective_share(image))
         top = top_set(image, TOP)
+        # Step 0 has no earlier step to compare with. NaN becomes an empty field of the .csv and a gap in the plot.
         never = np.full(len(row), np.nan)
         found["overlap_with_prefill"].append(never if first is None else _overlap(top, first))
         found["overlap_with_last_step"].append(never if before is None else _overlap(top, before))
@@ -70,12 +75,12 @@ def figures(rows: list[np.ndarray], span: tuple[int, int], prompt: int) -> dict[
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[layers] share of the tokens of one set [layers, P] that are in the other, of the same size."""
+    """[L] share of the tokens of one set [L, P] that are also in the other set. Both sets have the same size."""
     return (one & other).sum(axis=1) / one.sum(axis=1)
 
 
 def table(means: dict[str, np.ndarray], prompts_: int) -> list[dict]:
-    """One row per step and layer, then per step the mean over layers."""
+    """One row per step and layer, and after the layers of each step their mean."""
     steps, layers = means["image"].shape
     rows = []
     for step in range(steps):
@@ -88,7 +93,7 @@ def table(means: dict[str, np.ndarray], prompts_: int) -> list[dict]:
 
 
 def draw(means: dict[str, np.ndarray], prompts_: int, title: str, path: Path) -> None:
-    """Four panels: shares over steps and over layers; how concentrated and how steady the image's part is."""
+    """Plot four panels: shares over steps and over layers, and concentration and overlap of the image's part."""
     from matplotlib.ticker import MaxNLocator
 
     from llava.eval.results.plots import COLORS, FAINT, panels, save, shades, style
@@ -97,6 +102,7 @@ def draw(means: dict[str, np.ndarray], prompts_: int, title: str, path: Path) ->
     colors = dict(zip(KINDS, (FAINT, COLORS[1], COLORS[5], COLORS[0]), strict=True))
     with style():
         figure, ((over_steps, over_layers), (concentration, drift)) = panels(2, 2, height=3.9)
+        # 1. Shares of the four kinds of tokens, over steps and by layer.
         shares = [means[kind].mean(axis=1) for kind in KINDS]
         over_steps.stackplot(range(steps), shares, labels=KINDS.values(), colors=colors.values(), alpha=0.9)
         over_steps.set(title="Who is read, over steps (mean of layers)", ylim=(0, 1), ylabel="share of attention")
@@ -107,6 +113,7 @@ def draw(means: dict[str, np.ndarray], prompts_: int, title: str, path: Path) ->
             bottom += share
         over_layers.set(title="Who is read, by layer (mean of steps)", ylim=(0, 1), xlabel="layer of the LLM")
         figure.legend(*over_steps.get_legend_handles_labels(), loc="outside upper right", ncols=len(KINDS))
+        # 2. Concentration of the image's part, one curve per layer and their mean.
         for layer, color in enumerate(shades(layers)):
             label = f"layer {layer}" if layer in (0, layers - 1) else None
             concentration.plot(means["image_top_10_percent"][:, layer], color=color, linewidth=1, label=label)
@@ -114,12 +121,14 @@ def draw(means: dict[str, np.ndarray], prompts_: int, title: str, path: Path) ->
         concentration.plot(mean, color=COLORS[1], linewidth=2.4, label="mean of layers")
         concentration.set(title="How few image tokens have most of the image's part", ylim=(0, 1))
         concentration.set(ylabel="share of its top 10 %")
+        # 3. Overlap of the top tokens with those of other steps.
         for name, text, color in (
             ("overlap_with_last_step", "with the step before", COLORS[0]),
             ("overlap_with_prefill", "with prefill", COLORS[1]),
         ):
             drift.plot(means[name].mean(axis=1), color=color, marker="o", markersize=4, linewidth=2, label=text)
         drift.set(title="Whether they stay the same (mean of layers)", ylim=(0, 1), ylabel="overlap of the top 10 %")
+        # 4. Axes, title and caption.
         for axis in (concentration, drift):
             axis.axhline(TOP, color=FAINT, linestyle=":", linewidth=1)
             axis.legend(loc="best", fontsize=9)
@@ -146,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     for shard, _, prepared in prompts(args):
         rows = rows_of_answer(shard, prepared, args.steps)
         found = figures(rows, prepared.image_spans[0][0], prepared.lengths[0])
+        # Only sums are kept: the rows of all prompts would need memory for prompts x steps x layers x keys.
         sums = {name: sums.get(name, 0) + values for name, values in found.items()}
         number += 1
     means = {name: values / number for name, values in sums.items()}

@@ -2,15 +2,19 @@
 
     python -m llava.analysis.fit_fitprune_table CHECKPOINT --questions FILE --images DIR --ratio 60 --out TABLE.json
 
-FILE holds questions in LLaVA's format; some sixty of them with an image are enough (the authors take 0.01 % of LLaVA's
-665 k training samples). Runs at batch 1. Each question's un-pruned prefill gives, per layer, what all image tokens
-together get of attention: from the text in the mean, and from each other (llava.methods.inside_llm.fitprune.shares).
-For a tolerance alpha, prefill then drops in each layer those tokens that are among the lowest by both measures while
-what is left keeps 1 - alpha of the un-pruned sums. Layers after the FLOPs target is reached drop nothing. The smallest
-alpha that reaches it is found by bisection to 0.01, and the table is the mean number dropped, rounded down.
+The rule is that of FitPrune (arXiv 2409.10197). FILE holds questions in LLaVA's format. About sixty questions with an
+image are enough: the authors take 0.01 % of LLaVA's 665 k training samples. The batch size is 1.
 
-The table goes into TABLE.json (added to what is there of the same model), which `options.table` names.
-Exit codes: 0 done, 2 bad input.
+1. Each question's prefill without dropping gives two sums per layer: the attention that the vision tokens receive from
+   each other, and from the text, each as a mean over queries (llava.methods.inside_llm.fitprune.shares).
+2. For a tolerance alpha, prefill drops tokens in each layer. A token is dropped if it is among the lowest by both
+   measures, while the other tokens keep 1 - alpha of both sums.
+3. Once the FLOPs target is reached, later layers drop nothing.
+4. Bisection finds the smallest alpha that reaches the target, to 0.01. The table has the mean number of dropped tokens
+   per layer, rounded down.
+
+The table is written to TABLE.json, next to the tables of the same model that are there already. `options.table` names
+this file. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -38,14 +42,14 @@ from llava.methods.inside_llm.fitprune_tables import Table, write_table
 from llava.methods.inside_llm.plan import INSIDE, Cut
 from llava.model.decoding.dropping import Dropping
 
-WIDTH = 0.01  # of the bracket around alpha
+WIDTH = 0.01  # bisection stops when the bracket around alpha is this narrow
 
 
 @dataclass(frozen=True, eq=False)
 class Walk(Dropper):
-    """One prefill of one question. whole: the un-pruned (within, across) sums of each layer, None to measure them.
+    """Dropper for one prefill of one question, which fills `sums` and `dropped` layer by layer.
 
-    Fills `sums` and `dropped`, layer by layer.
+    alpha: tolerance. whole: the (within, across) sums of each layer without dropping; None: measure them, drop nothing.
     """
 
     alpha: float = 0.0
@@ -56,7 +60,8 @@ class Walk(Dropper):
     place = INSIDE
 
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
-        return tuple(Cut(layer, n) for layer in range(layers))  # how many go is found on the way
+        # The numbers of a cut are not known in advance here, so select() ignores them.
+        return tuple(Cut(layer, n) for layer in range(layers))
 
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
         within, across = shares(attention, image)
@@ -69,6 +74,7 @@ class Walk(Dropper):
         if self.whole is not None:
             floors = [(1 - self.alpha) * mass for mass in self.whole[len(self.sums) - 1]]
             stays = ~(spare(scores[0], floors[0]) & spare(scores[1], floors[1]))
+            # At alpha = 1 both floors are 0 and every token could go, but later layers need at least one.
             if not stays.any():
                 stays[scores[1].argmax()] = True
         kept = torch.nonzero(stays).flatten()
@@ -77,9 +83,10 @@ class Walk(Dropper):
 
 
 def spare(scores: Tensor, floor: float) -> Tensor:
-    """[n] bool: the lowest of `scores` [n], as many as can go while the others still sum to `floor` or more."""
+    """[n] bool: the lowest of `scores` [n], as many as can be dropped while the others sum to `floor` or more."""
     values, order = torch.sort(scores, stable=True)
     left = scores.sum() - values.cumsum(dim=0)
+    # cumprod makes the mask a prefix of the order: float rounding could otherwise leave a hole in it.
     enough = (left >= floor).cumprod(dim=0).bool()
     out = torch.zeros_like(enough)
     out[order[enough]] = True
@@ -87,9 +94,9 @@ def spare(scores: Tensor, floor: float) -> Tensor:
 
 
 def vision_flops(n: int, dropped: list[int], config) -> int:
-    """FLOPs (2 per multiply-add) that n image tokens cost in prefill when layer l drops dropped[l] of them.
+    """FLOPs (2 per multiply-add) of n vision tokens in prefill. Layer l drops dropped[l] of them after its attention.
 
-    Counted are their own matrix products: projections, attention among themselves, MLP.
+    Only the matrix products of the vision tokens count: projections, attention to each other, and MLP.
     """
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query, grouped = config.num_attention_heads * heads, 2 * config.num_key_value_heads * heads
@@ -102,9 +109,9 @@ def vision_flops(n: int, dropped: list[int], config) -> int:
 
 
 def until_reached(counts: list[int], walks: list[list[int]], target: float, config) -> int | None:
-    """How many layers have to drop for the mean FLOPs over samples to be at most `target`; None where all do not do.
+    """Smallest number of layers that must drop tokens for mean FLOPs of at most `target`; None if all are too few.
 
-    counts: image tokens of each sample; walks: what each layer dropped of each.
+    counts: vision tokens of each sample. walks: per sample, the number of tokens that each layer dropped.
     """
     layers = len(walks[0])
     for used in range(layers + 1):
@@ -118,20 +125,22 @@ def until_reached(counts: list[int], walks: list[list[int]], target: float, conf
 
 
 def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], int, float]:
-    """Fit a table on prepared prompts of one image each. Returns (drops per layer, image tokens, alpha).
+    """Fit a table on prepared prompts with one image each. Returns (drops per layer [L], vision tokens, alpha).
 
-    ratio: FLOPs reduction in percent. Raises UserError where no tolerance reaches it.
+    ratio: FLOPs reduction in percent. UserError if no tolerance reaches it.
     """
+    # 1. The FLOPs to reach.
     config = model.config
     layers = config.num_hidden_layers
     counts = [prompt.dropping.prompts[0].images[0][1] for prompt in prompts]
     full = sum(vision_flops(n, [0] * layers, config) for n in counts) / len(counts)
     target = full * (1 - ratio / 100)
 
+    # 2. Sums of attention per layer without dropping.
     def walk(prompt, **options) -> Walk:
         walk = Walk(**options)
         dropping = Dropping(walk, 0, layers, prompt.dropping.prompts)
-        model.model(
+        model.model(  # without the LM head and without a KV cache: only the attention is read
             inputs_embeds=prompt.inputs_embeds, position_ids=prompt.position_ids, use_cache=False, dropping=dropping
         )
         progress.update()
@@ -139,6 +148,7 @@ def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], 
 
     whole = [walk(prompt).sums for prompt in prompts]
 
+    # 3. Bisection over alpha. A larger alpha drops more; `found` always belongs to `high`, which reaches the target.
     def at(alpha: float) -> tuple[list[list[int]], int | None]:
         walks = [walk(prompt, alpha=alpha, whole=sums).dropped for prompt, sums in zip(prompts, whole, strict=True)]
         return walks, until_reached(counts, walks, target, config)
@@ -158,6 +168,7 @@ def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], 
             low = middle
         else:
             high, found = middle, tried
+    # 4. Mean drops per layer, scaled to the largest image. 1e-6: float error must not round a whole number down by one.
     walks, used = found
     tokens = max(counts)
     drops = [
@@ -172,18 +183,19 @@ def fit(model, prompts: list, ratio: float, progress) -> tuple[tuple[int, ...], 
 
 
 def passes() -> int:
-    """How many prefills of each question a fit takes."""
+    """Number of prefills per question in a fit."""
+    # One without dropping, one at alpha = 1, and one per halving of the bracket.
     return 2 + math.ceil(math.log2(1 / WIDTH))
 
 
 def prepare(loaded: LoadedCheckpoint, args: argparse.Namespace) -> list:
-    """The questions with an image, ready for the LLM with every image token in place."""
+    """Prepared prompts of the questions with an image, with all vision tokens. UserError for bad files."""
     path = Path(args.questions)
     samples = [sample for sample in read_questions(path) if sample.image is not None][: args.limit]
     if not samples:
         raise UserError(f"{path}: holds no question with an image")
     check_images(samples, Path(args.images), path)
-    # Any method inside the LLM will do: what is used of it is where images and their text lie.
+    # Any dropper works here: prepare() then records where images and their text are, and only that is used.
     whole = AdaVConfig(method="fastv", options={"layer": 1})
     prompts = []
     for sample in progress_bar("encoding", samples, unit=" questions"):
@@ -211,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    # 1. Arguments and model.
     if not 0 < args.ratio < 100:
         raise UserError(f"--ratio is {args.ratio:g}, allowed is a percentage above 0 and below 100")
     if args.limit < 1:
@@ -225,10 +238,12 @@ def main(argv: list[str] | None = None) -> None:
         dtype=args.dtype,
         purpose="a fit",
     )
+    # 2. Fit.
     prompts = prepare(loaded, args)
     config = loaded.model.config
     with torch.inference_mode(), progress_bar("prefills", total=passes() * len(prompts)) as progress:
         drops, tokens, alpha = fit(loaded.model, prompts, args.ratio, progress)
+    # 3. Write the table. `sizes` tell later which LLM it was fitted on.
     sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     table = Table(checkpoint.short_name, args.ratio, tokens, sizes, drops)
     if not 0 < sum(drops) < tokens:
@@ -239,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     write_table(
         args.out, table, f"llava.analysis.fit_fitprune_table, {len(prompts)} questions of {Path(args.questions).name}"
     )
+    # 4. Report what the rounded table saves, which is less than was asked for.
     saved = 1 - vision_flops(tokens, list(drops), config) / vision_flops(tokens, [0] * len(drops), config)
     print(f"alpha {alpha:.4f}, {len(prompts)} questions: {sum(drops)} of {tokens} image tokens go, layer by layer")
     print(" ".join(map(str, drops)))

@@ -1,11 +1,11 @@
-"""Attention rows of a few queries, from their hidden states and the cached keys, whatever computes the attention itself.
+"""Attention rows of a few queries, computed from their hidden states and the cached keys, for any attention backend.
 
     with LastQueryRows(model) as rows:
         model.generate(...)
-    rows.calls[0]      # [layers, B, S] of prefill, then one entry per decode step
+    rows.calls[0]      # [L, B, S] of prefill; calls[1], calls[2], ... are the decode steps
 
-SDPA and flash attention keep no weights, and eager attention with `output_attentions` would keep S x S of them per
-head and layer. What is read here is one row: the query is projected once more, which is what it costs.
+SDPA and flash attention return no attention weights, and eager attention with `output_attentions` keeps S x S of them
+per head and layer. This file computes one row. Its cost is one more projection of the query.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 def attention_rows(attention, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, mask=None) -> Tensor:
     """Softmax rows [B, H, n, S] in float32 of the n last queries of one Llama or Mistral attention module.
 
-    hidden: [B, Q, D] that went into `attention`, Q >= n; rotary: (cos, sin), [B or 1, n, d] at the queries' positions
-    keys:   [B, KV heads, S, d] after RoPE, the queries' own among them
-    mask:   None where every key may be read; else [B or 1, 1, n, S], bool (True: may be read) or added to the scores
+    hidden: input of `attention`, [B, Q, D] with Q >= n. rotary: (cos, sin), [B or 1, n, d] at the queries' positions.
+    keys:   [B, G, S, d] after RoPE, with the keys of the queries themselves.
+    mask:   None if every key may be read; else [B or 1, 1, n, S], bool (True: may be read) or added to the scores.
     """
     n = rotary[0].shape[1]
     query = attention.q_proj(hidden[:, -n:])
     query = query.view(*query.shape[:-1], -1, attention.head_dim).transpose(1, 2)
-    query, _ = apply_rotary_pos_emb(query, query, *rotary)
+    query, _ = apply_rotary_pos_emb(query, query, *rotary)  # it rotates a pair; the cached keys are rotated already
     batch, heads, _, size = query.shape
-    # Grouped heads: the queries of one group share their keys, which are never copied.
+    # Grouped heads: the queries of one group are stacked, so that their shared keys are not copied. float32: a softmax
+    # over thousands of keys loses small weights in half precision.
     grouped = query.float().reshape(batch, keys.shape[1], -1, size)
     scores = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, n, -1) * attention.scaling
     if mask is not None:
@@ -36,11 +37,11 @@ def attention_rows(attention, hidden: Tensor, rotary: tuple[Tensor, Tensor], key
 
 
 class LastQueryRows:
-    """Context: the head-mean row of each forward pass's last query, layer by layer.
+    """Context that records the attention row of each forward pass's last query, per layer, mean over heads.
 
-    model: a causal LM whose base model has Llama-shaped decoder layers; it must run with a KV cache.
-    calls: per forward pass [layers, B, S] in float32 on the CPU. S counts the keys of that layer, so all layers must
-    hold the same number of them: rows of a model that drops tokens inside the LLM cannot be stacked.
+    model: a causal LM with decoder layers like Llama's, which must run with a KV cache.
+    calls: per forward pass [L, B, S] in float32 on the CPU. S is the number of keys, which must be the same in all
+    layers. A model that drops tokens inside the LLM is therefore not supported.
     """
 
     def __init__(self, model):
@@ -50,6 +51,7 @@ class LastQueryRows:
         self.calls: list[Tensor] = []
 
     def __enter__(self):
+        # A hook after the forward pass: by then the module has added the pass's own keys to the cache.
         self._handles = [a.register_forward_hook(self._read, with_kwargs=True) for a in self._attentions]
         return self
 
@@ -62,7 +64,7 @@ class LastQueryRows:
         hidden, (cos, sin) = arguments["hidden_states"], arguments["position_embeddings"]
         keys = arguments["past_key_values"].layers[attention.layer_idx].keys
         mask = arguments["attention_mask"]
-        if mask is not None:  # [B, S] under flash attention, else [B, 1, Q, S]
+        if mask is not None:  # [B, S] under flash attention, else [B, 1, Q, S], which may be wider than the cache
             mask = mask[:, None, None, :].bool() if mask.dim() == 2 else mask[:, :, -1:, : keys.shape[-2]]
         row = attention_rows(attention, hidden, (cos[:, -1:], sin[:, -1:]), keys, mask)
         self._rows.append(row[:, :, 0].mean(dim=1).cpu())

@@ -1,6 +1,6 @@
-"""What the attention analyses share: a checkpoint, questions in LLaVA's layout, one prompt at a time, figures of a row.
+"""What the attention analyses share: arguments, prompts one at a time, measures of a row, and CSV files.
 
-Prompts are read whole (method none): the question is where attention goes when nothing has been taken away.
+Prompts keep all vision tokens (method none), because the analyses ask where attention goes without any selection.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.eval.benchmarks.questions import check_images, read_questions
 
-TOP = (0.05, 0.10, 0.25)
+TOP = (0.05, 0.10, 0.25)  # shares of the tokens whose attention is reported
 
 
 def parser(prog: str, description: str, limit: int) -> Parser:
-    """The arguments of every analysis."""
+    """Parser with the arguments that all analyses have. limit: default number of questions."""
     made = Parser(prog=f"python -m {prog}", description=description)
     made.add_argument("checkpoint", help="folder or hub name")
     made.add_argument("--questions", type=Path, required=True, help="question file in LLaVA's layout (.jsonl)")
@@ -36,7 +36,10 @@ def parser(prog: str, description: str, limit: int) -> Parser:
 
 
 def prompts(args: Namespace) -> Iterator[tuple]:
-    """(LoadedCheckpoint, Sample, PreparedPrompt) for each question with an image; all files are checked first."""
+    """(LoadedCheckpoint, Sample, PreparedPrompt) of each question with an image. UserError for bad files.
+
+    All files are checked before the model is loaded.
+    """
     samples = [sample for sample in read_questions(args.questions)[: args.limit] if sample.image is not None]
     if not samples:
         raise UserError(f"{args.questions}: has no question with an image among its first {args.limit}")
@@ -47,6 +50,7 @@ def prompts(args: Namespace) -> Iterator[tuple]:
         from llava.conversation import get_conversation
 
         get_conversation(args.conv_mode)
+    # Imported late: these two import torch, and errors in the arguments should not wait for it.
     from llava.eval.runs.image_reader import UnreadableImage, read_image
     from llava.inference.loaded_checkpoint import LoadedCheckpoint
 
@@ -63,12 +67,12 @@ def prompts(args: Namespace) -> Iterator[tuple]:
 
 
 def top_share(values: np.ndarray, share: float) -> np.ndarray:
-    """[...] sum of the largest floor(share * P), at least one, of values [..., P]."""
+    """[...] sum of the largest values of [..., P]; their number is floor(share * P), but at least one."""
     return np.sort(values, axis=-1)[..., -_count(share, values.shape[-1]) :].sum(axis=-1)
 
 
 def top_set(values: np.ndarray, share: float) -> np.ndarray:
-    """[..., P] bool: which those are; ties to the lowest index."""
+    """[..., P] bool: the values that top_share sums up. Of equal values, those with the lowest index."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., : _count(share, values.shape[-1])]
     found = np.zeros(values.shape, dtype=bool)
     np.put_along_axis(found, order, True, axis=-1)
@@ -76,17 +80,18 @@ def top_set(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def _count(share: float, size: int) -> int:
-    return max(1, int(share * size + 1e-6))
+    return max(1, int(share * size + 1e-6))  # 1e-6: a product like 0.1 * 30 can lie just below the whole number
 
 
 def effective_share(values: np.ndarray) -> np.ndarray:
-    """[...] exp(entropy) / P of distributions [..., P]: 1 where all are equal, 1/P where one has everything."""
+    """[...] exp(entropy) / P of distributions [..., P]: 1 if all values are equal, 1/P if one value is everything."""
+    # 1e-30 avoids log(0); the term is 0 either way.
     entropy = -np.sum(values * np.log(np.maximum(values, 1e-30)), axis=-1)
     return np.exp(entropy) / values.shape[-1]
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """Rows with the same fields, figures with six digits, not-a-number as an empty field."""
+    """Write rows with the same fields as a CSV file. Floats have six digits after the point; NaN is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -2,10 +2,11 @@
 
     python -m llava.analysis.self_check CHECKPOINT [--image X] [--question Q] [--method adav --tokens K]
 
-Prints how the prompt is put together (tokens before the image, ids around it, tiles, image tokens) and the largest
-difference between our logits, with every vision token kept, and those of transformers' own model class on the same
-weights and pixels; says PASS or FAIL. Exit code 0 or 1, and 2 for bad input. Both models are run one after the other,
-so that memory for one is enough. With --method, what that method keeps is counted as well.
+The command prints how the prompt is built (tokens before the image, ids around it, tiles, vision tokens). It then
+compares our logits, with all vision tokens kept, with those of transformers' own model class on the same weights and
+pixels. It prints the largest difference and PASS or FAIL. Exit codes: 0 for PASS, 1 for FAIL, 2 for bad input. The two
+models run one after the other, so memory for one is enough. With --method, the command also counts what that method
+keeps.
 """
 
 from __future__ import annotations
@@ -31,21 +32,20 @@ from llava.mm_utils import process_images, tile_plan, tokenizer_image_token
 from llava.model.checkpoint import Checkpoint
 
 QUESTION = "What is in the picture? Answer the question using a single word or phrase."
-FLOAT32_LIMIT = 1e-4  # largest absolute difference of a logit
-# Half precision rounds each layer's output to 11 or 8 bits; the limit is for the root mean square of the difference
-# over that of the logits about their mean.
+FLOAT32_LIMIT = 1e-4  # largest allowed absolute difference of a logit
+# Half precision rounds each layer's output to 11 bits (float16) or 8 bits (bfloat16), so single logits can differ much.
+# The limit is relative: RMS of the difference, divided by the RMS of the logits around their mean.
 HALF_LIMITS = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @dataclass
 class OurSide:
-    """What our model made of the prompt, kept after the model itself has been freed.
+    """Results of our model, which outlive the model itself.
 
-    ids [S] with the placeholder; logits [T, V] float32 over the spliced sequence; span: where the image tokens lie
-    pixels: as process_images gave them, in float32; image_processor: name of the class behind them
-    kept_right: --method kept as many tokens as it should
-    config: our model's configuration
-    weights: our model's tensors, where they exist nowhere on disk
+    ids: token ids with the placeholder. logits: [S, V] float32 over the sequence with the vision tokens spliced in.
+    span: (start, count) of the vision tokens. pixels: result of process_images, in float32.
+    image_processor: name of its class. kept_right: whether --method kept as many tokens as it should.
+    config: our model's configuration. weights: our model's tensors, if no single folder on disk holds them, else None.
     """
 
     ids: list[int]
@@ -60,7 +60,7 @@ class OurSide:
 
 
 def built_in_image() -> Image.Image:
-    """A 640 x 480 picture: sky, ground, sun, house. Four to three, so that anyres checkpoints unpad it."""
+    """A 640 x 480 picture of a house. Its sides are 4 : 3, so that anyres checkpoints have to unpad it."""
     image = Image.new("RGB", (640, 480), (120, 180, 240))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 320, 640, 480), fill=(80, 150, 70))
@@ -89,7 +89,8 @@ def say(name: str, text: object) -> None:
 
 @torch.no_grad()
 def run_ours(args: argparse.Namespace, source: Checkpoint, image: Image.Image, device_map) -> OurSide:
-    """Load our model, report the prompt, and compute the logits with every vision token kept."""
+    """Load our model, report the prompt, and compute the logits with all vision tokens kept."""
+    # 1. Load.
     config = AdaVConfig(method="none")
     checkpoint = LoadedCheckpoint(
         args.checkpoint,
@@ -118,6 +119,7 @@ def run_ours(args: argparse.Namespace, source: Checkpoint, image: Image.Image, d
         attention_mask=prepared.attention_mask,
         position_ids=prepared.position_ids,
     ).logits
+    # 3. What must outlive the model: a merged LoRA or projector exists only in its tensors.
     kept_right = args.method is None or _report_method(args, model, tokenizer, pixels, ids, image)
     weights = dict(model.state_dict()) if source.kind != "full" else None
     kind = type(image_processor).__name__
@@ -145,11 +147,12 @@ def _report_prompt(tokenizer, template: str, ids: list[int], span, prepared, pla
 
 
 def _report_method(args, model, tokenizer, pixels: Tensor, ids: list[int], image: Image.Image) -> bool:
-    """What --method keeps and what the model answers with it; True where it keeps as many tokens as it was asked to."""
+    """Print what --method keeps and what the model then answers. Returns True if it keeps as many tokens as asked."""
     config = AdaVConfig(method=args.method, overall_tokens=args.tokens)
     prepared = model.prepare(torch.tensor([ids]), pixels, [image.size], config=config)
     tokens = model.generate(prepared=prepared, do_sample=False, max_new_tokens=16)
     selection, dropping = prepared.selections[0][0], prepared.dropping
+    # A dropper has survivors after each cut. The last count is compared with the budget.
     survivors = [selection.indices, *(dropping.survivors(0, 0) if dropping else [])][-1]
     tile = selection.tile[survivors[survivors >= 0]] if dropping else selection.tile
     per_tile = [int((tile == number).sum()) for number in range(len(pixels[0]) if pixels.dim() == 5 else 1)]
@@ -158,6 +161,7 @@ def _report_method(args, model, tokenizer, pixels: Tensor, ids: list[int], image
     if not config.make_method().uses_budget:
         return True
     whole = model.prepare(torch.tensor([ids]), pixels, [image.size]).selections[0][0]
+    # A dropper also counts newline tokens. A selector chooses from patches alone, and all patches mean all tokens.
     candidates = whole.total if dropping else int((whole.tile >= 0).sum())
     asked = args.tokens if args.tokens < candidates else whole.total
     if len(survivors) != asked:
@@ -167,11 +171,12 @@ def _report_method(args, model, tokenizer, pixels: Tensor, ids: list[int], image
 
 @torch.no_grad()
 def run_reference(source: Checkpoint, ours: OurSide, image: Image.Image, device_map) -> tuple[Tensor, float]:
-    """transformers' logits [T, V] for the same prompt, and the largest difference between its pixels and ours.
+    """Logits [S, V] of transformers for the same prompt, and the largest difference between its pixels and ours.
 
-    For a llava-hf checkpoint the pixels come from transformers' own processor; an original one has none, and both
-    models see ours.
+    For a llava-hf checkpoint, the pixels come from transformers' own processor. An original checkpoint has no such
+    processor, so both models get our pixels. UserError if both unpad the image differently.
     """
+    # 1. Pixels.
     reference = build_reference(source, ours.config, ours.weights, ours.dtype, device_map)
     anyres = reference.config.model_type == "llava_next"
     pixels = ours.pixels
@@ -183,6 +188,7 @@ def run_reference(source: Checkpoint, ours: OurSide, image: Image.Image, device_
     batch = {"pixel_values": pixels.to(reference.device, ours.dtype)}
     if anyres:
         batch["image_sizes"] = torch.tensor([[image.height, image.width]], device=reference.device)
+    # 2. Ids: one placeholder per vision token, as the class expects them.
     features = reference.get_image_features(**batch, return_dict=True).pooler_output
     count = sum(len(of_image) for of_image in features)
     if count != ours.span[1] and not source.hf:
@@ -192,16 +198,17 @@ def run_reference(source: Checkpoint, ours: OurSide, image: Image.Image, device_
         )
     place, image_id = ours.ids.index(IMAGE_TOKEN_INDEX), reference.config.image_token_index
     if image_id >= reference.config.text_config.vocab_size or image_id in ours.ids:
-        # The class replaces every token of this id by a feature, so it must be one that the prompt does not use.
+        # The class replaces every token with this id by a feature, so the prompt must not use the id elsewhere.
         image_id = next(i for i in range(reference.config.text_config.vocab_size) if i not in ours.ids)
         reference.config.image_token_index = image_id
     ids = ours.ids[:place] + [image_id] * count + ours.ids[place + 1 :]
+    # 3. Logits.
     logits = reference(input_ids=torch.tensor([ids], device=reference.device), **batch).logits
     return logits[0].float().cpu(), float((pixels - ours.pixels).abs().max())
 
 
 def compare(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    """Print the difference of two sets of logits [T, V] and whether it is within the limit for `dtype`."""
+    """Print the difference of two sets of logits [S, V]. Returns True if it is within the limit for `dtype`."""
     if ours.shape != theirs.shape:
         say("logits", f"ours {list(ours.shape)}, transformers' {list(theirs.shape)}: the sequences differ")
         return False
@@ -223,7 +230,8 @@ def compare(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check(args: argparse.Namespace) -> bool:
-    """The whole check; True for PASS."""
+    """Run the whole check. Returns True for PASS; UserError for bad arguments."""
+    # Arguments are checked before the model is loaded, which can take minutes.
     if args.tokens is not None and args.method is None:
         raise UserError("--tokens says how many vision tokens a method keeps, so it needs --method")
     if args.method is not None:
@@ -236,7 +244,7 @@ def check(args: argparse.Namespace) -> bool:
     image = _open_image(args.image)
     source = Checkpoint.open(args.checkpoint, args.model_base)
     ours = run_ours(args, source, image, args.device)
-    gc.collect()  # our model, before the second one is loaded
+    gc.collect()  # frees our model before the second one is loaded; modules can be in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     theirs, pixel_difference = run_reference(source, ours, image, args.device)

@@ -1,4 +1,4 @@
-"""One exception for bad input, and the one place that turns it into a sentence and exit code 2."""
+"""The exception for bad input, and the one place that turns it into one sentence and exit code 2."""
 
 import functools
 import sys
@@ -10,12 +10,15 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception has to say, on one line: libraries append paragraphs of advice."""
+    """First line of an exception's message, or its type name if it has none. Libraries append paragraphs of advice."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def exits_cleanly(main):
-    """Decorate a command's main(): a UserError becomes one line on stderr and exit code 2, a warning one line."""
+    """Decorator of a command's main(): a UserError becomes one line on stderr and exit code 2.
+
+    Warnings become one line, too.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -26,11 +29,12 @@ def exits_cleanly(main):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         finally:
+            # Tests and other commands call main() in one process, so the change must not outlive the call.
             warnings.formatwarning = before
 
     return wrapper
 
 
 def _warning_line(message, *_, **__) -> str:
-    """A warning as a user of a command reads it: not where in the code it was given."""
+    """A warning as one line, without the place in the code that issued it."""
     return f"warning: {' '.join(str(message).split())}\n"

@@ -1,4 +1,4 @@
-"""File tools of the evaluation: writing that never leaves half a file, and failures told as one sentence."""
+"""Reading and writing files: no write leaves half a file, and every failure is one sentence."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from llava.common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Errors after which the same command can be resumed once there is space again.
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -21,7 +22,7 @@ _FULL = {
 
 @contextmanager
 def as_user_error_on_write(path):
-    """Turn an OSError while writing `path` into a UserError that says whether anything is lost."""
+    """Context that turns an OSError while writing `path` into a UserError, which says whether anything is lost."""
     try:
         yield
     except OSError as error:
@@ -33,13 +34,16 @@ def as_user_error_on_write(path):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one: a reader never sees half of it."""
+    """Write `text` to `path` so that a reader sees the whole old file or the whole new one, never a part."""
     path = Path(path)
+    # The process id keeps apart two processes that write the same file. The same folder: a rename is atomic only
+    # within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with as_user_error_on_write(path):
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
+                # Without fsync, a power loss after the rename can leave an empty file under the final name.
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -49,21 +53,21 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value, indent: int | None = 2) -> None:
-    """A JSON file, whole or not at all; its folder is made."""
+    """Write `value` as a JSON file atomically. Creates its folder."""
     with as_user_error_on_write(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """A .jsonl file, whole or not at all; its folder is made."""
+    """Write `rows` as a .jsonl file atomically, one row per line. Creates its folder."""
     with as_user_error_on_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: Path):
-    """A JSON file that must be there; UserError says what is wrong with it."""
+    """Value of a JSON file that must exist. UserError says what is wrong with it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -75,12 +79,16 @@ def read_json(path: Path):
 
 
 def digest_of(value) -> str:
-    """Ten hex digits that differ wherever two JSON values differ."""
+    """Ten hex digits of SHA-256 that identify a JSON value. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def repair(path: Path) -> None:
-    """Cut a torn last line off, so that the next row starts on a line of its own."""
+    """Cut off an incomplete last line, so that the next appended row starts on a line of its own.
+
+    A process that is killed while it appends leaves such a line.
+    """
+    # Reads backwards in blocks: answer files can be large, and only the end matters.
     with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         end = size

@@ -1,6 +1,6 @@
-"""The checkpoint of a run, as far as the launcher must know it: where its files lie and what tells it apart.
+"""What the launcher knows about a checkpoint: its folder, its config.json and its identity.
 
-Imports no torch. What is wrong with the weights themselves, the worker says (llava.model.checkpoint).
+Imports no torch. The worker reports errors of the weights themselves (llava.model.checkpoint).
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from llava.common.errors import UserError
 from llava.common.files import REPOSITORY, read_json
 from llava.common.hub import checkpoint_folder
 
+# Suffixes of the files that change what a checkpoint answers: settings, weights, tokenizer, chat template.
 _IDENTIFYING = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja")
-_SAMPLE = 1 << 20  # bytes read at the front, the middle and the end of a weight file
+_SAMPLE = 1 << 20  # bytes that are read at the start, in the middle and at the end of a large weight file
 
 
 @dataclass(frozen=True)
 class EvalCheckpoint:
-    """A checkpoint. name: as the user gave it; folder: None for one that is not fetched yet; settings: its config.json."""
+    """A checkpoint as the launcher sees it.
+
+    name: as the user gave it. folder: None if the checkpoint is not downloaded yet. settings: its config.json.
+    """
 
     name: str
     folder: Path | None
@@ -28,13 +32,13 @@ class EvalCheckpoint:
 
     @property
     def short_name(self) -> str:
-        """The last part of the name; checkpoint-N folders keep their parent's name in front, as in LLaVA."""
+        """The last part of the name. For checkpoint-N folders the parent's name comes first, as in LLaVA."""
         parts = self.name.rstrip("/").split("/")
         return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
     @property
     def anyres(self) -> bool:
-        """True where images are cut into several tiles (LLaVA 1.6), in either checkpoint format."""
+        """True if images are cut into several tiles (LLaVA-1.6), in either checkpoint format."""
         return self.settings.get("image_aspect_ratio") == "anyres" or self.settings.get("model_type") == "llava_next"
 
     @property
@@ -43,10 +47,10 @@ class EvalCheckpoint:
 
 
 def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
-    """A checkpoint by folder (as given, or below the repository) or hub name; UserError where there is none.
+    """Checkpoint of a folder (as given, or below the repository) or of a hub name. UserError if there is none.
 
-    A hub checkpoint is fetched here, once, so that the shards do not all fetch it at the same time; with fetch=False it
-    may come without a folder.
+    A hub checkpoint is downloaded here, once, so that the shards do not all download it at the same time. With
+    fetch=False nothing is downloaded, and the checkpoint may have no folder.
     """
     for folder in (Path(name), REPOSITORY / name):
         if folder.is_dir():
@@ -67,14 +71,16 @@ def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
 
 
 def content_digest(folder: Path) -> str:
-    """What identifies the content of a checkpoint folder, wherever it lies.
+    """Ten hex digits that identify the content of a checkpoint folder, independent of where the folder is.
 
-    Small files count whole; of a large one the size and three samples, since 14 GB take minutes to read.
+    Files up to 16 MiB are hashed whole. Of a larger file, the size and three samples are hashed, because reading 14 GB
+    takes minutes.
     """
     seen = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
         if not path.is_file() or path.suffix not in _IDENTIFYING:
             continue
+        # The relative path is hashed, so that a copy of the folder elsewhere has the same digest.
         size = os.path.getsize(path)
         seen.update(f"{path.relative_to(folder)}\0{size}\0".encode())
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a folder with its files: a local folder as it is, a hub name downloaded once.
+"""Folder of a checkpoint: a local folder as it is, or a hub name, which is downloaded once.
 
 Imports no torch.
 """
@@ -14,16 +14,18 @@ from llava.common.errors import UserError, first_line
 
 
 def checkpoint_folder(name, weights: bool = True, fetch: bool = True) -> Path | None:
-    """Folder of `name`, a local folder or a hub name (owner/name). weights=False fetches only the small files.
+    """Folder of `name`, which is a local folder or a hub name (owner/name).
 
-    fetch=False asks no network: None where a hub checkpoint is not on this machine already.
-    Raises UserError where there is no such folder and the hub does not give it either.
+    weights: False downloads only the small files.
+    fetch: False uses no network. The result is None if the hub checkpoint is not on this machine already.
+
+    UserError if there is no such folder and the hub does not have it either.
     """
     path, text = Path(name), os.fspath(name)
     if path.is_dir():
         return path
     owner, _, rest = text.partition("/")
-    # Where the first part is a folder here, a path was meant: never ask the hub for somebody's namesake.
+    # If the first part is a folder here, a path was meant. Asking the hub could load a stranger's model of that name.
     if not rest or "/" in rest or owner in ("", ".", "..", "~") or path.exists() or Path(owner).exists():
         raise UserError(f"{name}: no such folder, allowed are a checkpoint folder and a hub name (owner/name)")
     return _fetch(text, weights) if fetch else _cached(text)
@@ -45,18 +47,19 @@ def _fetch(name: str, weights: bool) -> Path:
 
     patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it announces each of its retries; what is wrong is said once, below
+    logging.set_verbosity_error()  # the hub client announces each retry; the UserError below reports the failure once
     try:
         if weights:
+            # Many repositories hold the same weights twice. The .bin files are downloaded only where they are needed.
             patterns.append("*.safetensors")
             try:
                 complete = any(file.endswith(".safetensors") for file in HfApi().list_repo_files(name))
-            except Exception:  # offline: what is in the local cache decides
+            except Exception:  # offline: snapshot_download then takes what the local cache has
                 complete = False
             if not complete:
                 patterns.append("*.bin")
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # hub errors, network errors, a bad name
+    except Exception as error:  # hub errors, network errors and bad names share no base class
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -64,11 +67,13 @@ def _fetch(name: str, weights: bool) -> Path:
 
 @contextmanager
 def quiet_loading():
-    """transformers reports weights that it did not find, which are loaded afterwards or refused here; no alarm for those.
+    """Context that silences transformers' warnings while a checkpoint is loaded.
 
-    It draws its loading bar into log files too: a log gets none.
+    transformers warns about weights that it did not find. Our loader loads them afterwards or refuses the checkpoint,
+    so the warning would be a false alarm. transformers also draws its loading bar into log files; the bar is switched
+    off where stderr is not a terminal.
     """
-    from transformers.utils import logging  # here: the launcher reads this file, and imports no torch
+    from transformers.utils import logging  # not at the top: the launcher imports this file and must not import torch
 
     verbosity, bar = logging.get_verbosity(), not sys.stderr.isatty() and logging.is_progress_bar_enabled()
     logging.set_verbosity(max(verbosity, logging.ERROR))

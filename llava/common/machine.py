@@ -1,4 +1,4 @@
-"""How a number was made: versions, commit and hardware, told without importing torch."""
+"""Versions, commit and hardware that a number was measured with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors",
 
 
 def environment() -> dict:
-    """Versions and hardware of this machine."""
+    """Versions of Python and of the packages, and hardware of this machine."""
     return {
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
@@ -29,29 +29,31 @@ def environment() -> dict:
 
 def cores() -> int:
     """CPU cores that this process may use."""
+    # cpu_count() ignores the affinity mask, so in a container or under taskset it returns too many. macOS has no mask.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
-    """One line per NVIDIA GPU of the machine, whatever CUDA_VISIBLE_DEVICES says; [] where there is none."""
+    """One line per NVIDIA GPU of the machine, also those that CUDA_VISIBLE_DEVICES hides. [] if there is none."""
     return [line for line in _output(["nvidia-smi", "-L"]).splitlines() if line.startswith("GPU ")]
 
 
 def torch_is_for_cpu() -> bool:
-    """True where the installed torch is a build without CUDA."""
+    """True if the installed torch is a build without CUDA, or if there is no torch."""
     return (_version("torch") or "+cpu").endswith("+cpu")
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+" where files differ from it; None outside a repository.
+    """The repository's commit, followed by "+" if tracked files differ from it. None outside a repository.
 
-    The environment variable ADAV_COMMIT goes first, for copies of the files that come without their repository.
+    The environment variable ADAV_COMMIT has priority. It is for copies of the files without their repository.
     """
     if given := os.environ.get("ADAV_COMMIT"):
         return given
     if not (REPOSITORY / ".git").exists():
         return None
     head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]).strip()
+    # A plain `git status` takes the index lock, and a git command of the user at that moment would fail.
     changed = _output(
         ["git", "--no-optional-locks", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no"]
     )
@@ -59,7 +61,10 @@ def commit() -> str | None:
 
 
 def code_digest() -> str:
-    """Changes with the source that answers depend on: configuration, prompts, images, methods, model, kernels."""
+    """Ten hex digits that identify the source which answers depend on.
+
+    That is configuration, prompts, images, methods, model and kernels. A resumed run warns if the digest has changed.
+    """
     seen = hashlib.sha256()
     package = REPOSITORY / "llava"
     folders = ("common", "methods", "model", "inference", "kernels")

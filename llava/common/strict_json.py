@@ -1,4 +1,4 @@
-"""JSON files that people write by hand, read strictly."""
+"""Strict reader for JSON files that people write by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from llava.common.errors import UserError
 
 
 def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
-    """The one object of a JSON file. `error` for a missing or unreadable file, and for what strict JSON does not have: comments,
-    NaN, a key that is there twice. The sentence names line and column."""
+    """The object that a JSON file holds.
+
+    Raises `error` for a missing or unreadable file, and for what strict JSON does not allow: comments, NaN, a key that
+    stands twice in an object. For a syntax error, the message names line and column.
+    """
+    # 1. Read the text.
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -19,6 +23,7 @@ def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
         why = getattr(cause, "strerror", None) or cause
         raise error(f"{path}: cannot be read as a text file ({why})") from None
 
+    # 2. Parse it. json.loads alone keeps the last of two equal keys and accepts NaN and Infinity, both silently.
     def unique(pairs):
         seen = dict(pairs)
         if len(seen) < len(pairs):
@@ -33,6 +38,7 @@ def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
     try:
         values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except json.JSONDecodeError as cause:
+        # 3. Show what stands at the error. Not splitlines(): the decoder counts "\n" alone.
         line = text.split("\n")[cause.lineno - 1]
         found = line[cause.colno - 1 :].strip()[:40]
         hint = "; JSON has no comments" if found.startswith(("//", "#", "/*")) else ""

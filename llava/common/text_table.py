@@ -1,4 +1,4 @@
-"""Tables as text: Markdown that is also read well as it is, and plain columns."""
+"""Tables as text: Markdown with aligned columns, and plain columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 def markdown_table(lines: Sequence[Sequence[str]], left: int = 2) -> str:
-    """A table of `lines`, the first of which is the head; all columns but the first `left` are aligned to the right."""
+    """Markdown table of `lines`. The first line is the header.
+
+    left: the first `left` columns are aligned to the left, the others to the right.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
         " | ".join(
@@ -19,7 +22,7 @@ def markdown_table(lines: Sequence[Sequence[str]], left: int = 2) -> str:
 
 
 def columns(lines: list[tuple[str, ...]]) -> str:
-    """Lines of cells as plain text: the first column to the left, the others to the right, two spaces between."""
+    """Lines of cells as plain text, two spaces apart. The first column is left-aligned, the others right-aligned."""
     first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(
         "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))])

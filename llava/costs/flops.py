@@ -1,18 +1,20 @@
 """What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
 
-    python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672] [--text-tokens 80]
+    python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672]
 
-prints the parts for one image; a config.json is enough, no weights are read.
+prints the parts for one image. A config.json is enough; no weights are read.
 
-What is counted: matrix products and the patch convolution, 2 FLOPs for each multiply-add, for one sample by itself
-(padding of a batch excluded). Attention counts queries x keys in full, S x S, although it is causal: that is what
-papers quote and what torch's flop counter sees under the MATH backend; a causal kernel does about half of the part
-`attention`. Grouped heads: keys and values are projected for the KV heads, and attended by all query heads. What is not
-a matrix product is not counted (norms, activations, softmax, RoPE); what a method does of that kind is listed apart,
-in elements (method_costs.py). A sliding window is taken to be longer than the prompt.
+The count has matrix products and the patch convolution, at 2 FLOPs per multiply-add, for one sample without the padding
+of a batch. Attention counts queries x keys in full, S x S, although it is causal: papers quote this number, and torch's
+flop counter sees it under the MATH backend. A causal kernel does about half of the part `attention`. With grouped
+heads, keys and values are projected for the KV heads, and all query heads attend to them. Norms, activations, softmax
+and RoPE are not counted, because they are not matrix products. Such work of a method is listed separately, in elements
+(method_costs.py). A sliding window is assumed to be longer than the prompt.
 
-    cost = predict(ModelShape.from_config(model.config), config, [ImageCounts.from_plan(plan, side)], text_tokens=80, words=[45])
-    cost.parts, cost.total, cost.layer_mean, cost.decode(step=1), cost.kv_bytes(element_size=2), cost.read_bytes(2, step=1)
+    shape = ModelShape.from_config(model.config)
+    cost = predict(shape, config, [ImageCounts.from_plan(plan, shape.side)], text_tokens=80, words=[45])
+    cost.parts, cost.total, cost.layer_mean
+    cost.decode(step=1), cost.kv_bytes(element_size=2), cost.read_bytes(element_size=2, step=1)
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ from llava.mm_utils import tile_plan
 
 @dataclass(frozen=True)
 class Cost:
-    """One sample's prefill.
+    """Cost of one sample: prefill, decode steps and KV cache.
 
-    parts       FLOPs: vision_tower, cls_row, projector, method (what selects or drops tokens), projections (q, k, v and
-                output), attention (scores and weighted sum), mlp, cache (what the cache policy reads to choose), lm_head
-    elements    what the method does beside matrix products: kind -> elements
-    plans       [L] what the cache policy makes of each layer's entries (llava.methods.kv_cache)
-    layer_mean  image tokens in a layer's attention, mean over layers
+    parts       FLOPs of prefill: vision_tower, cls_row, projector, method (selection or dropping of tokens),
+                projections (q, k, v and output), attention (scores and weighted sum), mlp, cache (attention rows that
+                the cache policy reads to choose entries), lm_head
+    elements    work of the method and the cache policy beside matrix products: kind -> elements
+    plans       [L] the cache policy's plan for each layer (llava.methods.kv_cache)
+    layer_mean  vision tokens in a layer's attention, mean over layers
     """
 
     shape: ModelShape
@@ -60,11 +63,12 @@ class Cost:
         return tuple(plan.stored() for plan in self.plans)
 
     def decode(self, step: int = 1) -> dict[str, int]:
-        """FLOPs of the step-th decode step by part, counted from 1: one token reads what its step reads, and itself."""
+        """FLOPs of one decode step by part. step: counted from 1."""
+        # plan.read counts the new token's own entry, and decode() below adds it again.
         return decode(self.shape, [plan.read(step) - 1 for plan in self.plans])
 
     def read_bytes(self, element_size: int, step: int = 1) -> int:
-        """Bytes of keys and values that the step-th decode step reads, its own among them."""
+        """Bytes of keys and values that one decode step reads, including those of its own token. step: from 1."""
         return sum(plan.read(step) for plan in self.plans) * self.shape.kv_entry(element_size)
 
     def kv_bytes(self, element_size: int, steps: int = 0) -> int:
@@ -73,11 +77,13 @@ class Cost:
 
 
 def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0, multiple: int = 1) -> int:
-    """Bytes that the cache of a batch occupies: in each layer every row has as many slots as the longest one.
+    """Bytes that the KV cache of a batch occupies. In each layer, every row has as many slots as the longest row.
 
-    steps: that there may be; storage is allocated once, before prefill. multiple: what steps and slots are rounded up by
-    (rounded_up), as by the engine where it captures steps (llava.model.decoding.engine.CAPACITY_MULTIPLE).
+    costs: one per row. element_size: bytes per number. steps: largest number of decode steps; storage is allocated
+    once, before prefill. multiple: steps and slots are rounded up to a multiple of this, as the engine does when it
+    captures steps (llava.model.decoding.engine.CAPACITY_MULTIPLE).
     """
+    # The order is the engine's: it rounds the steps, asks the plan for slots, and rounds the slots.
     room = rounded_up(steps, multiple)
     slots = (max(cost.plans[layer].slots(room) for cost in costs) for layer in range(costs[0].shape.layers))
     longest = [rounded_up(count, multiple) for count in slots]
@@ -85,14 +91,16 @@ def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0,
 
 
 def vision(shape: ModelShape, tiles: int, projected: int) -> dict[str, int]:
-    """FLOPs of the tower up to the layer whose features are used, of its one [CLS] row, and of the projector.
+    """FLOPs of the tower up to the layer whose features are used, of the [CLS] attention row, and of the projector.
 
-    projected: rows that go through the projector, which padding does not and, under a method that chooses without
-    looking at them, what is dropped does not either.
+    tiles: T, of all images. projected: tower states that go through the projector. Padding does not. If the method
+    chooses without reading projected features, dropped patches do not either.
     """
+    # The + 1 is [CLS]. A layer: four projections, scores and weighted sum, and the two products of the MLP.
     tokens, width = shape.tile_patches + 1, shape.tower_width
     layer = 4 * product(tokens, width, width) + 2 * product(tokens, width, tokens)
     layer += 2 * product(tokens, width, shape.tower_mlp)
+    # The patch convolution: its stride equals its kernel, so it is one product per patch of 3 x patch x patch numbers.
     patches = product(shape.tile_patches, 3 * shape.patch**2, width)
     return {
         "vision_tower": tiles * (patches + shape.tower_layers * layer),
@@ -104,10 +112,11 @@ def vision(shape: ModelShape, tiles: int, projected: int) -> dict[str, int]:
 def language_model(
     shape: ModelShape, text_tokens: int, seen: Sequence[tuple[int, int]], logits: int = 1
 ) -> dict[str, int]:
-    """FLOPs of the LLM's prefill.
+    """FLOPs of the LLM's prefill by part.
 
-    seen: per layer, image tokens in its attention (as queries, keys and values) and in its MLP, which are fewer where a
-    method cuts inside the layer. logits: positions that the head is computed for; generate() asks for the last one.
+    text_tokens: text tokens of the prompt. seen: per layer, vision tokens in its attention (as queries, keys and
+    values) and in its MLP. The second number is smaller if a method cuts inside the layer. logits: positions that the
+    LM head is computed for; generate() needs only the last one. ValueError if `seen` does not have one pair per layer.
     """
     if len(seen) != shape.layers:
         raise ValueError(f"token counts of {len(seen)} layers for an LLM of {shape.layers}")
@@ -118,14 +127,15 @@ def language_model(
 
 
 def decode(shape: ModelShape, cached: Sequence[int]) -> dict[str, int]:
-    """FLOPs of one decode step by part. cached: [L] entries that the new token reads beside its own, in each layer."""
+    """FLOPs of one decode step by part. cached: [L] entries that the new token reads in each layer, without its own."""
     return _sum([_layer(shape, 1, entries + 1, 1) for entries in cached]) | {
         "lm_head": product(1, shape.width, shape.vocab)
     }
 
 
 def _layer(shape: ModelShape, queries: int, keys: int, left: int) -> dict[str, int]:
-    """One LLM layer: `queries` tokens enter and attend to `keys` entries, `left` of them go on to the MLP."""
+    """FLOPs of one LLM layer: `queries` tokens enter and attend to `keys` entries; `left` tokens enter the MLP."""
+    # H x d can differ from the width (Mistral-Nemo: 4096 and 5120), so it is not taken from the width.
     inner = shape.heads * shape.head
     return {
         "projections": product(queries, shape.width, 2 * inner + 2 * shape.kv_heads * shape.head),
@@ -147,36 +157,41 @@ def predict(
     kept: Sequence[int] | None = None,
     logits: int = 1,
 ) -> Cost:
-    """The cost of one sample under a configuration.
+    """Predicted cost of one sample under a configuration.
 
-    images: each as it is before selection. text_tokens: the prompt's tokens that are no image tokens.
-    words: per image, how many of those the method may read. kept: per image, tokens that enter the LLM; None takes what
-    the configuration asks for. logits: see language_model.
+    images: each image before selection. text_tokens: text tokens of the prompt. words: per image, how many text tokens
+    the method may read. kept: per image, vision tokens that enter the LLM; None: as many as the configuration asks for.
+    logits: see language_model.
     """
+    # 1. How many vision tokens enter the LLM.
     drops = config.method in DROPPERS
     method, options = config.make_method(), config.method_options
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
+    # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
     if drops:
         dropper, price, costs = method, DROPPER_COSTS[config.method], []
     else:
         dropper, price = PrefillFilter.from_config(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
-        # Where everything is kept, no method is asked.
+        # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
         costs = [SELECTOR_COSTS[config.method](case) for case in asked]
+    # 3. What each layer sees, and what dropping inside the LLM costs.
     seen = [(sum(kept), sum(kept))] * shape.layers
     if dropper is not None:
         cuts = [dropper.cuts(n, config.overall_tokens, shape.layers) for n in kept]
         seen = _seen(dropper, config.overall_tokens, kept, shape.layers)
         costs.append(price(DropperCase(shape, text_tokens, words, kept, cuts, seen)))
+    # 4. Tiles of the tower, and tower states that are projected: only the kept ones, if the method reads no features.
     extra = together(costs)
     tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
     late = not method.reads_features
     rows = [n if late and n < image.candidates else image.candidates for image, n in zip(images, kept, strict=True)]
     projected = sum(rows) if method.needs_image else 0
+    # 5. What the cache policy stores and reads in each layer.
     policy = config.make_cache_policy()
-    behind = words[0] if images else 0  # text behind the first image's start
+    behind = words[0] if images else 0  # text after the first image's start
     held = [Counts(text_tokens - behind, attended, behind, sum(kept)) for attended, _ in seen]
     choosing = together(cache_cost(shape, policy, counts) for counts in held)
     both = together([extra, choosing])
@@ -192,16 +207,16 @@ def predict(
 
 
 def _kept(method: type, budget: int, image: ImageCounts) -> int:
-    """Tokens of one image that a selector keeps which has no option that says otherwise."""
+    """Tokens of one image that a selector keeps, if none of its options changes the budget."""
     if method.uses_budget:
         return image.kept(budget)
     return image.tokens if method.needs_image else 0
 
 
 def _seen(dropper: Dropper, overall_tokens: int, tokens: Sequence[int], layers: int) -> list[tuple[int, int]]:
-    """What each layer sees of all images together under a method inside the LLM: (in attention, in the MLP).
+    """Per layer, vision tokens of all images (in attention, in the MLP) under a method inside the LLM.
 
-    The method's own plan says it, which the decoder loop obeys: no request has to run for it.
+    The numbers come from the method's plan, which the layer loop obeys, so no request has to run.
     """
     of_images = [dropper.schedule(n, overall_tokens, layers) for n in tokens]
     return [
@@ -211,13 +226,13 @@ def _seen(dropper: Dropper, overall_tokens: int, tokens: Sequence[int], layers: 
 
 
 def steps_shown(cost: Cost) -> list[int]:
-    """Decode steps that differ in kind: the first, and under a policy that re-ranks a core, the first that does so."""
+    """Decode steps that differ in kind: the first step and, if the policy ranks a core anew, the first update step."""
     interval = cost.plans[0].policy.interval
     return [1, interval] if interval > 1 else [1]
 
 
 def table(cost: Cost, plain: Cost) -> str:
-    """The parts of a cost beside those of the plain model, in GFLOPs."""
+    """Text table of a cost's parts in GFLOPs, next to those of the model without a method. plain: the latter's cost."""
     lines = [("part", "GFLOPs", "share", "none", "of none")]
     rows = [*((name, flops, plain.parts[name]) for name, flops in cost.parts.items())]
     rows.append(("prefill, all", cost.total, plain.total))
@@ -242,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=64, help="decode steps that KV bytes are given after (64)")
     add_config_flags(parser)
     args = parser.parse_args(argv)
+    # 1. Arguments, configuration and sizes.
     words = args.text_tokens // 2 if args.question_tokens is None else args.question_tokens
     if not 0 <= words <= args.text_tokens:
         raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
@@ -250,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = ModelShape.from_config(model_config)
     plan = tile_plan(args.image_size, model_config, config.option("anyres"))
     image = ImageCounts.from_plan(plan, shape.side)
+    # 2. FLOPs of prefill and of a decode step.
     plain, cost = (
         predict(shape, asked, [image], args.text_tokens, [words]) for asked in (AdaVConfig(method="none"), config)
     )
@@ -258,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{cost.layer_mean:,.1f} in the mean layer, {args.text_tokens} text tokens\n\n{table(cost, plain)}\n"
     )
     print("2 FLOPs per multiply-add; attention in full, S x S: a causal kernel does about half of that part")
+    # 3. Bytes of the KV cache, stored and read.
     size, policy = args.element_size, config.cache_policy
     for steps, when in ((0, "after prefill"), (args.steps, f"after {args.steps} decode steps")):
         kept, before = (of.kv_bytes(size, steps) for of in (cost, plain))

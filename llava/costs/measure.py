@@ -1,5 +1,4 @@
-"""What a worker measures beside its answers: how many bytes the KV cache takes, peak memory, and what the batch should
-have cost."""
+"""What a worker measures beside its answers: bytes of the KV cache, peak memory, and the predicted cost of a batch."""
 
 from __future__ import annotations
 
@@ -17,27 +16,32 @@ from llava.model.decoding.prepared import PreparedPrompt
 
 
 def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelShape, config: AdaVConfig) -> list[Cost]:
-    """What each row of a batch costs by itself. images: of the batch in reading order, as they were before selection."""
+    """Predicted cost of each row of a batch, as if the row ran alone.
+
+    images: all images of the batch in reading order, before selection.
+    """
     costs, images, length = [], iter(images), prepared.inputs_embeds.shape[1]
     for row, spans in enumerate(prepared.image_spans):
         kept = [n for _, n in spans]
         text = prepared.lengths[row] - sum(kept)
-        # Text after an image is what is not a token of it or of a later one. (text_scope="turn" may read less of it.)
+        # Text after an image: the slots from its start on, without its own tokens and those of later images. With
+        # text_scope="turn", the method may read less of it.
         words = [length - start - sum(kept[i:]) for i, (start, _) in enumerate(spans)]
         costs.append(predict(shape, config, [next(images) for _ in spans], text, words, kept))
     return costs
 
 
 def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> list[dict[str, int]]:
-    """Per row of a batch, at the end of generation: bytes of its KV cache.
+    """Bytes of each row's KV cache at the end of generation.
 
-    costs: of each row, as predicted. new_tokens: tokens that each row generated.
-    kv_bytes_live       entries of the row's own tokens, measured on the cache; padding excluded
+    costs: predicted cost of each row. new_tokens: how many tokens each row generated.
+
+    kv_bytes_live       entries of the row's own tokens, measured on the cache, without padding
     kv_bytes_allocated  the row's share of what the cache's tensors occupy
-    kv_bytes_predicted  live, from the configuration alone (llava.costs.flops)
+    kv_bytes_predicted  prediction of the live bytes from the configuration alone (llava.costs.flops)
     """
     rows, size = len(new_tokens), cache.layers[0].keys.element_size()
-    # The last new token is never fed back, and what a batch feeds a row after its end is padding.
+    # The last new token is never fed back, so it has no entry. After a row's end, the batch feeds it padding.
     steps = [max(new - 1, 0) for new in new_tokens]
     live, allocated = [0] * rows, cache.kv_nbytes
     for layer in cache.layers:
@@ -56,8 +60,8 @@ def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> 
 
 
 def peak_memory() -> dict[str, int]:
-    """Largest resident memory of this process so far, and of its GPUs, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    """Largest memory so far in bytes: resident memory of this process, and allocated memory summed over its GPUs."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS and KiB on Linux
     found = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
         found["peak_cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
@@ -65,7 +69,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def vision_tokens(prepared: PreparedPrompt, row: int) -> dict[str, list]:
-    """Per image of a row: vision tokens left after the last cut, and those that a layer sees in the mean over layers."""
+    """Vision tokens of each image of a row: the last count, and the layer mean."""
     dropping, selections = prepared.dropping, prepared.selections[row]
     if dropping is None:
         kept = [len(selection.indices) for selection in selections]

@@ -1,14 +1,14 @@
-"""What each method costs by itself: its matrix products in FLOPs, and the rest of its work in elements.
+"""What each method costs: its matrix products in FLOPs, and the rest of its work in elements.
 
-One table for all methods rather than a method of each class: the rules stay free of bookkeeping, the entries can be
-compared side by side, and a test runs every method under torch's flop counter, so that an entry cannot drift from its
-rule unnoticed. A new method is one function and one line of SELECTOR_COSTS or DROPPER_COSTS. Cache policies share one
-function: what they read is in their plans.
+The costs stand in one table and not in the classes of the methods. This keeps the rules free of bookkeeping, and the
+entries can be compared. A test runs every method under torch's flop counter, so an entry cannot drift from its rule
+unnoticed. A new method needs one function and one line of SELECTOR_COSTS or DROPPER_COSTS. Cache policies share one
+function, because their plans say what they read.
 
-What is not a matrix product has no agreed price in FLOPs. It is listed apart, as elements that pass through
+Work that is not a matrix product has no agreed price in FLOPs. It is listed separately, as elements that pass through
   softmax     exponentials
   sort        a sort or top-k
-  greedy      rounds of a greedy choice x candidates looked at in each (an argmax and an update)
+  greedy      rounds of a greedy choice x candidates per round (an argmax and an update)
   distance    pairs x width of states whose distances are summed without a matrix product
 """
 
@@ -26,7 +26,7 @@ from llava.methods.kv_cache.base import CachePolicy, Counts
 
 @dataclass(frozen=True)
 class MethodCost:
-    """flops: 2 x multiply-adds of matrix products. elements: kind of other work -> elements (see above)."""
+    """Cost of one method. flops: 2 x multiply-adds of matrix products. elements: kind of other work -> elements."""
 
     flops: int = 0
     elements: dict[str, int] = field(default_factory=dict)
@@ -34,7 +34,10 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class SelectorCase:
-    """What the cost of a selector depends on: one image, the words [m] that it may read, and the K tokens it keeps."""
+    """What the cost of a selector depends on.
+
+    image: one image before selection. words: m, text tokens that the method may read. kept: K. options: the method's.
+    """
 
     shape: ModelShape
     image: ImageCounts
@@ -44,7 +47,7 @@ class SelectorCase:
 
     @property
     def quotas(self) -> list[int]:
-        """Tokens that a method which goes tile by tile keeps of each tile."""
+        """[T] tokens of each tile that are kept by a method which selects tile by tile."""
         return split_evenly(self.kept, list(self.image.patches))
 
     def cosines_with_words(self) -> int:
@@ -52,17 +55,19 @@ class SelectorCase:
 
 
 def cosines_of_pairs(count: int, width: int) -> int:
-    """FLOPs of similarity.cosine_matrix on [count, width]: the upper half in blocks of rows, the lower one copied."""
+    """FLOPs of similarity.cosine_matrix on [count, width], which computes the upper half in blocks and copies it."""
     return sum(product(min(BLOCK, count - start), width, count - start) for start in range(0, count, BLOCK))
 
 
 def coverage_updates(candidates: int, tiles: int, largest: int, rounds: int) -> int:
-    """FLOPs of keeping the gains of coverage.py up to date: a product [tiles, rows] @ [rows, 1 + largest] for the rows
-    whose nearest chosen patch has changed.
+    """FLOPs of the gain updates in coverage.py: products [tiles, rows] @ [rows, 1 + largest].
 
-    How many change depends on the image. As many are taken as where patches are chosen in random order, of which the
-    n-th is nearer than all before it to one patch in n. A greedy choice changes fewer (0.7 times as many on the features
-    of the demo's tower), because it covers much with its first picks.
+    candidates: P. largest: M, patches of the largest tile. rounds: rounds of the greedy choice.
+
+    `rows` are the patches whose nearest chosen patch has changed. Their number depends on the image, so this is an
+    estimate. It assumes a random order of choice: the n-th chosen patch is then the nearest so far for one patch in n.
+    A greedy choice changes fewer rows, because its first picks cover much: 0.7 times as many on the features of the
+    demo's tower.
     """
     rows = round(candidates * sum(1 / n for n in range(1, rounds + 1)))
     return product(tiles, rows, 1 + largest)
@@ -73,61 +78,62 @@ def _nothing(case: SelectorCase) -> MethodCost:
 
 
 def _random(case: SelectorCase) -> MethodCost:
-    return MethodCost(elements={"sort": case.image.candidates})  # a permutation
+    return MethodCost(elements={"sort": case.image.candidates})  # a permutation, counted as a sort
 
 
 def _saliency(case: SelectorCase) -> MethodCost:
-    """cls and fastervlm: a sort of [CLS] attention, which the tower gives."""
+    """cls and fastervlm: a sort of the saliency. The tower's part `cls_row` has the attention row itself."""
     return MethodCost(elements={"sort": case.image.candidates})
 
 
 def _words(case: SelectorCase) -> MethodCost:
-    """t2i: cosines [m, P], a softmax of each row, a sort."""
+    """t2i: cosines [m, P], a softmax of each row, and a sort."""
     elements = {"softmax": case.words * case.image.candidates, "sort": case.image.candidates}
     return MethodCost(case.cosines_with_words(), elements)
 
 
 def _mix(case: SelectorCase) -> MethodCost:
-    """Cosines [m, P] without a softmax, and a sort of each list."""
+    """mix: cosines [m, P] without a softmax, and a sort of each list. Without words, there is one list."""
     return MethodCost(case.cosines_with_words(), {"sort": case.image.candidates * (2 if case.words else 1)})
 
 
 def _adav(case: SelectorCase) -> MethodCost:
-    """t2i's cosines and softmax, and a sort of each list; the search over splits is K + 1 products."""
+    """adav: the cosines and softmax of t2i, and a sort of each list. The search over splits is only K + 1 products."""
     elements = {"softmax": case.words * case.image.candidates}
     return MethodCost(case.cosines_with_words(), elements | {"sort": case.image.candidates * (2 if case.words else 1)})
 
 
 def _adav_cover(case: SelectorCase) -> MethodCost:
-    """AdaV, and coverage over cosines [P, P]."""
+    """adav_cover: the cost of adav, and coverage over cosines [P, P]."""
     adav, patches = _adav(case), case.image.candidates
     coverage = cosines_of_pairs(patches, case.shape.width) + coverage_updates(patches, 1, patches, case.kept)
     return MethodCost(adav.flops + coverage, adav.elements | {"greedy": case.kept * patches})
 
 
 def _divprune(case: SelectorCase) -> MethodCost:
-    """Cosines [P, P], and K rounds over one row of them."""
+    """divprune: cosines [P, P], and K rounds over one row of them."""
     pairs = cosines_of_pairs(case.image.candidates, case.shape.width)
     return MethodCost(pairs, {"greedy": case.kept * case.image.candidates})
 
 
 def _cdpruner(case: SelectorCase) -> MethodCost:
-    """Cosines [M, M] of each tile, padded to the largest; round n of the greedy choice is a product with n columns.
+    """cdpruner: cosines [M, M] of each tile, padded to the largest. Round n of the greedy choice multiplies n columns.
 
-    Relevance from word embeddings is a cosine matrix [m, P]. CLIP's text tower, where an option asks for it, is a model
-    of its own and not counted.
+    Relevance from word embeddings is a cosine matrix [m, P]. CLIP's text tower, which an option can ask for, is a
+    separate model and is not counted.
     """
     tiles, largest, rounds = len(case.image.patches), max(case.image.patches), max(case.quotas)
     pairs = tiles * cosines_of_pairs(largest, case.shape.width)
     explained = sum(tiles * product(largest, n, 1) for n in range(rounds))
     default = "clip" if case.options.get("text_tower") else "embeddings"
+    # The same default as in the selector: CLIP's text tower if one is given, else word embeddings.
     by_words = (case.options.get("relevance") or default) == "embeddings"
     relevance = case.cosines_with_words() if by_words else 0
     return MethodCost(pairs + explained + relevance, {"greedy": rounds * tiles * largest})
 
 
 def _scope(case: SelectorCase) -> MethodCost:
-    """Cosines [M, M] of each tile's tower states, padded to the largest, and the coverage of each tile."""
+    """scope: cosines [M, M] of each tile's tower states, padded to the largest tile, and the coverage of each tile."""
     tiles, largest, rounds = len(case.image.patches), max(case.image.patches), max(case.quotas)
     pairs = tiles * cosines_of_pairs(largest, case.shape.tower_width)
     updates = coverage_updates(case.image.candidates, tiles, largest, rounds)
@@ -135,7 +141,8 @@ def _scope(case: SelectorCase) -> MethodCost:
 
 
 def _visionzip(case: SelectorCase) -> MethodCost:
-    """Per tile: cosines of the n other patches' keys with c targets, and merging as [c, n] @ [n, W]."""
+    """visionzip: per tile, cosines of the keys of n other patches with c targets, and merging as [c, n] @ [n, W]."""
+    # The paper states how many tokens are dominant and contextual. Other budgets are split in the same ratio.
     dominant, contextual = PUBLISHED
     if case.options.get("dominant") is not None:
         dominant, contextual = case.options["dominant"], case.options["contextual"]
@@ -143,7 +150,7 @@ def _visionzip(case: SelectorCase) -> MethodCost:
     for patches, quota in zip(case.image.patches, case.quotas, strict=True):
         if quota:
             merged = quota * contextual // (dominant + contextual)
-            others = patches - (quota - merged - 1)
+            others = patches - (quota - merged - 1)  # [CLS] counts as one of the dominant tokens, but it is no patch
             flops += product(others, width // case.shape.tower_heads, merged) + product(merged, others, width)
             compared += others * merged
     return MethodCost(flops, {"sort": case.image.candidates, "greedy": compared})
@@ -171,11 +178,11 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
 class DropperCase:
     """What the cost of dropping inside the LLM depends on: one sample with its images.
 
-    text_tokens     of the prompt
-    words           per image, how many of them the method may read; none stands for the prompt's last token
-    tokens          per image, image tokens that enter the LLM
-    cuts            per image, its cuts: (layer, tokens kept, tokens made)
-    seen            per layer, image tokens of all images: (in attention, in the MLP)
+    text_tokens     text tokens of the prompt
+    words           per image, how many text tokens the method may read; 0: it reads the prompt's last token
+    tokens          per image, vision tokens that enter the LLM
+    cuts            per image, its cuts: (layer, tokens kept, merged tokens made)
+    seen            per layer, vision tokens of all images: (in attention, in the MLP)
     """
 
     shape: ModelShape
@@ -186,7 +193,7 @@ class DropperCase:
     seen: Sequence[tuple[int, int]]
 
     def all_cuts(self) -> Iterator[tuple[int, int, int, int]]:
-        """(layer, image, its tokens before, keys) of every cut; keys: tokens in the layer's attention, text included."""
+        """Each cut as (layer, image, tokens of the image before the cut, keys of the layer's attention with text)."""
         for image, cuts in enumerate(self.cuts):
             before = self.tokens[image]
             for layer, kept, made in cuts:
@@ -194,7 +201,7 @@ class DropperCase:
                 before = kept + made
 
     def rows(self, queries: int, keys: int) -> MethodCost:
-        """Attention rows of `queries` over `keys`, in all heads."""
+        """Cost of the attention rows of `queries` tokens over `keys` tokens, in all heads."""
         flops = product(queries, self.shape.heads * self.shape.head, keys)
         return MethodCost(flops, {"softmax": self.shape.heads * queries * keys})
 
@@ -210,25 +217,29 @@ def together(costs: Iterable[MethodCost]) -> MethodCost:
 
 
 def _fastv(case: DropperCase) -> MethodCost:
-    """The row of the last token, and a sort."""
+    """fastv: the attention row of the last token, and a sort."""
     cuts = list(case.all_cuts())
     sorts = MethodCost(elements={"sort": sum(before for _, _, before, _ in cuts)})
     return together([*(case.rows(1, keys) for _, _, _, keys in cuts), sorts])
 
 
 def _pyramiddrop(case: DropperCase) -> MethodCost:
-    """Before a cut's layer its key projection of all tokens and its query projection of the last one, and that row."""
+    """pyramiddrop: before each layer that cuts, key projections of all tokens, and the last token's query and row.
+
+    The layer computes these projections again afterwards, so they are an extra cost.
+    """
     shape, costs, projected = case.shape, [], {}
     for layer, _, before, _ in case.all_cuts():
         keys = case.text_tokens + case.seen[layer - 1][0]
         costs += [case.rows(1, keys), MethodCost(elements={"sort": before})]
+        # By layer, not added up: images that are cut in one layer share its projections.
         projected[layer] = product(1, shape.width, shape.heads * shape.head)
         projected[layer] += product(keys, shape.width, shape.kv_heads * shape.head)
     return together([*costs, MethodCost(sum(projected.values()))])
 
 
 def _fitprune(case: DropperCase) -> MethodCost:
-    """In every layer that cuts, the rows of all image tokens and all words, and a sort."""
+    """fitprune: in every layer that cuts, the attention rows of all vision tokens and all words, and a sort."""
     costs = []
     for _, image, before, keys in case.all_cuts():
         rows = case.rows(before + max(1, case.words[image]), keys)
@@ -237,9 +248,9 @@ def _fitprune(case: DropperCase) -> MethodCost:
 
 
 def _sparsevlm(case: DropperCase) -> MethodCost:
-    """Raters: one product [n, D] @ [D, m]. At each cut their rows, a sort, and distances of the recycled tokens.
+    """sparsevlm: one product [n, D] @ [D, m] finds the raters. Each cut has their rows, a sort, and distances.
 
-    Which words are raters depends on the sample: all of them are counted, of which some are.
+    Which words are raters depends on the sample. All words are counted, so this is an upper bound.
     """
     costs = [
         MethodCost(product(n, case.shape.width, words), {"softmax": n * words})
@@ -248,6 +259,7 @@ def _sparsevlm(case: DropperCase) -> MethodCost:
     kept = {(layer, image): cut for image, cuts in enumerate(case.cuts) for layer, *cut in cuts}
     for layer, image, before, keys in case.all_cuts():
         keep, made = kept[layer, image]
+        # As sparsevlm.recycled: 30 % of the dropped tokens, rounded down, plus one. Their distances form the clusters.
         members = (before - keep) * 3 // 10 + 1 if made else 0
         elements = {"sort": before, "distance": members**2 * case.shape.width}
         costs += [case.rows(max(1, case.words[image]), keys), MethodCost(elements=elements)]
@@ -264,9 +276,10 @@ DROPPER_COSTS: dict[str, Callable[[DropperCase], MethodCost]] = {
 
 # -------------------------------------------------------------------------------------------------- cache policies
 def cache_cost(shape: ModelShape, policy: CachePolicy, counts: Counts) -> MethodCost:
-    """What a cache policy does in one layer when it has been prefilled: rows of attention over all keys, and sorts."""
+    """Cost of a cache policy in one layer after prefill: attention rows over all keys, and sorts."""
     keys, plan = counts.before + counts.image + counts.after, policy.plan(counts)
     rows, sorts = 0, 0
+    # Vision entries are ranked only if some of them are evicted or stay outside the core.
     stay, _ = policy.image(counts.entered, counts.image)
     if not policy.whole and (stay < counts.image or plan.core < plan.image):
         rows, sorts = 1, counts.image

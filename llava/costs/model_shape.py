@@ -1,4 +1,4 @@
-"""The sizes that costs are counted from: of a model (from its configuration, no weights needed) and of one image."""
+"""Sizes that costs are computed from: those of a model (from its configuration, without weights) and of an image."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llava.mm_utils import NEWLINE, TilePlan, merge_order
 from llava.model.checkpoint import Checkpoint
 from llava.model.multimodal_encoder.clip_encoder import layers_used
 
-# The tower that LLaVA 1.5 and 1.6 name (https://huggingface.co/openai/clip-vit-large-patch14-336, config.json,
-# vision_config), so that a checkpoint of LLaVA's own format can be counted from its config.json alone.
+# LLaVA-1.5 and 1.6 only name their tower. With its sizes here, a checkpoint in LLaVA's own format can be counted from
+# its config.json alone. Source: https://huggingface.co/openai/clip-vit-large-patch14-336, config.json, vision_config.
 PUBLISHED_TOWERS = {
     "openai/clip-vit-large-patch14-336": {
         "hidden_size": 1024,
@@ -28,18 +28,19 @@ PUBLISHED_TOWERS = {
 
 
 def product(rows: int, inner: int, columns: int) -> int:
-    """FLOPs of [rows, inner] @ [inner, columns]: two for each multiply-add."""
+    """FLOPs of [rows, inner] @ [inner, columns], at two per multiply-add."""
     return 2 * rows * inner * columns
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of one LLaVA.
+    """Sizes of one LLaVA model.
 
-    tower_layers   layers that run: up to the one whose features are used; tower_width, tower_mlp, tower_heads
-    patch, side    pixels per patch side, patches per tile side
-    projector      widths from the tower to the LLM: (1024, 4096) is one linear layer, (1024, 4096, 4096) two
-    layers, width, mlp, heads, kv_heads, head, vocab   of the LLM; head is the size of one head
+    tower_layers   layers of the tower that run, up to the layer whose features are used
+    tower_width, tower_mlp, tower_heads   W, width of the MLP and heads of the tower
+    patch, side    pixels per side of a patch; patches per side of a tile
+    projector      widths from the tower to the LLM: (1024, 4096) is one linear layer, (1024, 4096, 4096) is two
+    layers, width, mlp, heads, kv_heads, head, vocab   L, D, width of the MLP, H, G, d and V of the LLM
     """
 
     tower_layers: int
@@ -59,7 +60,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config) -> ModelShape:
-        """From `model.config`, the one configuration that both checkpoint formats are read into."""
+        """Sizes from `model.config`. Checkpoints of both formats are read into this one configuration."""
         vision, kind = config.vision, config.mm_projector_type
         depth = 1 if kind == "linear" else int(kind.removeprefix("mlp").removesuffix("x_gelu"))
         return cls(
@@ -74,6 +75,7 @@ class ModelShape:
             width=config.hidden_size,
             mlp=config.intermediate_size,
             heads=config.num_attention_heads,
+            # Older configurations have neither of the two keys, or have null there.
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab=config.vocab_size,
@@ -85,22 +87,23 @@ class ModelShape:
         return self.side**2
 
     def projected(self, tokens: int) -> int:
-        """FLOPs of `tokens` tower states through the projector."""
+        """FLOPs of the projector for `tokens` tower states."""
         return sum(product(tokens, a, b) for a, b in zip(self.projector, self.projector[1:], strict=False))
 
     def kv_entry(self, element_size: int) -> int:
-        """Bytes of one token's keys and values in one layer, at `element_size` bytes per number."""
+        """Bytes of one entry: a token's key and value in one layer. element_size: bytes per number."""
         return 2 * self.kv_heads * self.head * element_size
 
 
 def read_config(checkpoint):
-    """The configuration of a checkpoint (folder or hub name) of either format from its config.json; no weights needed.
+    """Model configuration of a checkpoint (folder or hub name) of either format, read without weights.
 
-    A tower that lies elsewhere is one of PUBLISHED_TOWERS or is looked for as when loading. UserError where there is no
-    LLaVA.
+    A tower outside the checkpoint is one of PUBLISHED_TOWERS, or is searched for as in loading. UserError if the
+    checkpoint is not a LLaVA model.
     """
     folder = checkpoint_folder(checkpoint, weights=False)
     settings, hf = Checkpoint.read_settings(folder)
+    # A tower folder inside the checkpoint, or its stored settings, may differ from the published one and has priority.
     tower = settings.get("mm_vision_tower")
     if tower in PUBLISHED_TOWERS and not settings.get("mm_vision_config") and not (folder / tower).is_dir():
         settings = {**settings, "mm_vision_config": PUBLISHED_TOWERS[tower]}
@@ -109,11 +112,11 @@ def read_config(checkpoint):
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """One image before selection.
+    """Token counts of one image before selection.
 
-    patches   per tile (the whole image first), how many of its patches the LLM could read: unpadding takes some away.
-              The tower runs on whole tiles all the same.
-    newlines  newline tokens among the image's tokens
+    patches   [T] patches of each tile that are left after unpadding; tile 0 is the whole image. The tower still runs on
+              whole tiles.
+    newlines  newline tokens of the image
     """
 
     patches: tuple[int, ...]
@@ -121,23 +124,24 @@ class ImageCounts:
 
     @classmethod
     def from_plan(cls, plan: TilePlan, side: int) -> ImageCounts:
-        """From the image's tile plan; side: patches per tile side."""
+        """Counts from the image's tile plan. side: patches per side of a tile."""
         order = merge_order(plan, side)
         tiles = order[order != NEWLINE] // side**2
         return cls(tuple(torch.bincount(tiles, minlength=plan.tiles).tolist()), int((order == NEWLINE).sum()))
 
     @property
     def candidates(self) -> int:
-        """P: patches that selection chooses from."""
+        """P: patches that a selector chooses from."""
         return sum(self.patches)
 
     @property
     def tokens(self) -> int:
-        """N: what the LLM reads without selection."""
+        """N: vision tokens that the LLM reads without selection."""
         return self.candidates + self.newlines
 
     def kept(self, budget: int) -> int:
-        """Tokens that are left of a budget: everything, newline tokens included, where it reaches all patches."""
+        """Vision tokens after selection under a budget K. UserError for a budget below 1."""
+        # A budget that reaches all patches means no selection, so the newline tokens stay, too.
         if budget < 1:
             raise UserError(f"the budget is {budget}, allowed is a whole number of at least 1")
         return self.tokens if budget >= self.candidates else budget

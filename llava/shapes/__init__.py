@@ -1,4 +1,4 @@
 """The demo task: pictures of coloured shapes, digits and letters, questions about them, and their tokenizer.
 
-Only numpy and Pillow are needed here (`tokenizers` for the tokenizer): importing this package never imports torch.
+The package needs only numpy and Pillow, and `tokenizers` for the tokenizer. Importing it never imports torch.
 """

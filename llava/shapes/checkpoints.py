@@ -1,4 +1,4 @@
-"""The two demo checkpoints, and what `make demo` shows of each."""
+"""The two demo checkpoints, and what `make demo` measures on each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scene:
-    """What is measured on one checkpoint. questions and batch keep the whole demo at about two minutes on two cores."""
+    """What is measured on one checkpoint.
+
+    tokens: budget K, about a tenth of the vision tokens. questions, batch: chosen so that the whole demo takes about
+    two minutes on two cores.
+    """
 
     checkpoint: str
     tokens: int
     questions: int
     batch: int
-    settings: dict[str, dict]  # label -> what overrides the default configuration
+    settings: dict[str, dict]  # label -> keys that override the default configuration
 
 
 _METHODS = {name: {"method": name} for name in ("none", "random", "fastervlm", "adav")}

@@ -14,7 +14,7 @@ from llava.shapes.dataset import PER_IMAGE, write_dataset
 
 
 def write_conversations(family, pictures, out):
-    """Write the first `pictures` pictures of the training split; returns the path of data.json."""
+    """Write the first `pictures` pictures of the training split as conversations. Returns the path of data.json."""
     out = write_dataset(family, "train", pictures * PER_IMAGE, out)
     lines = [(out / name).read_text(encoding="utf-8").splitlines() for name in ("questions.jsonl", "labels.jsonl")]
     samples = [

@@ -22,22 +22,27 @@ from llava.shapes.scenes import FAMILIES, SPLITS, draw_scene, scene_rng
 from llava.shapes.vocabulary import QUESTION_TYPES
 
 PER_IMAGE = len(QUESTION_TYPES)
-SEED_SETS = 3
-_FORMAT = 1
+SEED_SETS = 3  # disjoint sets of scenes per split
+_FORMAT = 1  # part of the folder's stamp: a new number makes all folders be written again
 
 
 def scene_questions(family, split, index, seed_set=0):
-    """(scene, questions): one question of each type, in a fixed order; a type the scene does not allow gives `exists`."""
+    """(scene, questions) of one picture: one question of each type, in a fixed order.
+
+    A type that is not possible for the scene is replaced by `exists`, which always is.
+    """
     scene = draw_scene(family, split, index, seed_set)
     rng = scene_rng(family, split, index, seed_set, stream=1)
     return scene, [ask(scene, category, rng) or ask(scene, "exists", rng) for category in QUESTION_TYPES]
 
 
 def write_dataset(family, split, questions, out, seed_set=0):
-    """Write the first `questions` questions of a split into folder `out`; returns `out` as a Path.
+    """Write the first `questions` questions of a split into the folder `out`. Returns `out` as a Path.
 
-    seed_set: 0, 1 or 2, disjoint sets of scenes of the same split. Four questions share a picture.
+    seed_set: 0, 1 or 2, disjoint sets of scenes of the same split. Four questions share a picture. UserError for bad
+    arguments. A folder that is complete already is not written again.
     """
+    # 1. Is the folder complete? If not, the record goes first: a stopped run must not leave it beside other files.
     _check(family, split, questions, seed_set)
     out = Path(out)
     stamp = {"family": family, "split": split, "questions": questions, "seed_set": seed_set, "format": _FORMAT}
@@ -49,9 +54,11 @@ def write_dataset(family, split, questions, out, seed_set=0):
     images.mkdir(parents=True, exist_ok=True)
     for left_over in images.glob("*.png"):
         left_over.unlink()
+    # 2. Draw the pictures.
     indices = range((questions + PER_IMAGE - 1) // PER_IMAGE)
     work = partial(_write_scene, family, split, seed_set, images)
-    # fork, because a caller without a __main__ guard would be started over by spawn; without fork, one process.
+    # spawn would run a caller without a __main__ guard again from its start. Where fork is missing, one process draws.
+    # A few pictures are drawn faster than processes start.
     forks = "fork" in multiprocessing.get_all_start_methods()
     if len(indices) < 64 or not forks:
         asked = [work(index) for index in indices]
@@ -59,6 +66,7 @@ def write_dataset(family, split, questions, out, seed_set=0):
         with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
             drawn = pool.imap(work, indices, chunksize=32)
             asked = [*progress_bar("drawing", drawn, total=len(indices), unit=" pictures")]
+    # 3. Write questions and labels.
     rows = [(name, question) for name, group in asked for question in group][:questions]
     with (
         open(out / "questions.jsonl", "w", encoding="utf-8") as question_file,
@@ -69,7 +77,7 @@ def write_dataset(family, split, questions, out, seed_set=0):
             label = {"question_id": number, "answer": answer, "category": category}
             question_file.write(json.dumps(question) + "\n")
             label_file.write(json.dumps(label) + "\n")
-    # Last, so that a folder with this file is complete.
+    # 4. The record comes last, so a folder that has it is complete.
     record.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
     return out
 
@@ -77,7 +85,7 @@ def write_dataset(family, split, questions, out, seed_set=0):
 def _write_scene(family, split, seed_set, images, index):
     scene, asked = scene_questions(family, split, index, seed_set)
     name = f"{index + 1:06d}.png"
-    # Little compression: the pictures are noise, and writing them should not take longer than drawing them.
+    # The pictures are noise, which hardly compresses, and writing should not take longer than drawing.
     Image.fromarray(scene.pixels).save(images / name, compress_level=1)
     return name, [(question.text, question.answer, question.category) for question in asked]
 
@@ -94,6 +102,7 @@ def _check(family, split, questions, seed_set):
 
 
 def _whole_number(text):
+    # Text that is not a number passes through, so that _check reports it in its own words.
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Masks of the objects: how a circle, a star or the digit 7 covers a square of pixels."""
+"""Masks of the objects: which part of each pixel a circle, a star or the digit 7 covers."""
 
 from functools import lru_cache
 
@@ -7,12 +7,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava.shapes.vocabulary import SHAPES
 
-_OVERSAMPLING = 4
+_OVERSAMPLING = 4  # Pillow's shapes are not anti-aliased, so they are drawn larger and averaged
 
 
 @lru_cache(maxsize=1024)
 def glyph_mask(kind, size):
-    """Coverage of one object, float32 [size, size] in 0..1, anti-aliased by drawing four times larger.
+    """Coverage of one object, float32 [size, size] in 0..1. kind: one of vocabulary.KINDS. size: pixels per side.
 
     Digits and letters come from Pillow's own font, so that every machine draws the same picture.
     """
@@ -23,12 +23,12 @@ def glyph_mask(kind, size):
     else:
         _draw_character(draw, kind.upper(), size * _OVERSAMPLING)
     mask = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255.0
-    mask.setflags(write=False)
+    mask.setflags(write=False)  # the cache returns the same array to every caller
     return mask
 
 
 def _draw_character(draw, character, side):
-    # The font size is chosen so that a capital fills the box; the stroke makes thin letters bold.
+    # At this font size a capital fills the box. The stroke makes thin letters bold.
     font = ImageFont.load_default(size=side * 1.18)
     stroke = max(1, side // 28)
     left, top, right, bottom = draw.textbbox((0, 0), character, font=font, stroke_width=stroke)

@@ -1,4 +1,4 @@
-"""Questions about a scene, each with its one-word answer."""
+"""Questions about a scene, each with a one-word answer."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from llava.shapes.vocabulary import (
 
 @dataclass(frozen=True)
 class Question:
-    """`text` as a user would type it, `answer` one word, `category` one of QUESTION_TYPES or PRACTICE_TYPES."""
+    """A question. text: as a user would type it. answer: one word. category: of QUESTION_TYPES or PRACTICE_TYPES."""
 
     text: str
     answer: str
@@ -26,15 +26,14 @@ class Question:
 
 
 def ask(scene, category, rng):
-    """A random question of this category about the scene, or None where the scene allows none."""
+    """A random question of this category about the scene, or None if the scene allows none."""
     return _MAKERS[category](scene, rng)
 
 
 def ask_some(scene, rng, number, weights=None):
-    """`number` questions (an impossible category is replaced by an existence question), categories drawn by `weights`.
+    """`number` questions whose categories are drawn by `weights`. An impossible category is replaced by `exists`.
 
-    `weights`: positive numbers in the order of QUESTION_TYPES and, where there are more, PRACTICE_TYPES; four equal
-    ones when missing.
+    weights: numbers in the order of QUESTION_TYPES, then PRACTICE_TYPES, which may be missing. None: four equal ones.
     """
     weights = [1.0] * len(QUESTION_TYPES) if weights is None else list(weights)
     categories = (*QUESTION_TYPES, *PRACTICE_TYPES)
@@ -44,7 +43,7 @@ def ask_some(scene, rng, number, weights=None):
 
 
 def _color(scene, rng):
-    """The colour of a kind that occurs once."""
+    """Question for the colour of a kind that occurs once."""
     counts = Counter(placed.kind for placed in scene.objects)
     unique = [placed for placed in scene.objects if counts[placed.kind] == 1]
     if not unique:
@@ -54,7 +53,11 @@ def _color(scene, rng):
 
 
 def _exists(scene, rng):
-    """Half yes, half no; every no shares its kind or its colour with an object of the scene."""
+    """Question whether an object of a colour and kind exists: half yes, half no.
+
+    For every no, an object of the scene has the kind or the colour that is asked for. Otherwise a model could answer
+    from the kinds alone.
+    """
     pairs = {(placed.color, placed.kind) for placed in scene.objects}
     placed = scene.objects[rng.integers(len(scene.objects))]
     color, kind = placed.color, placed.kind
@@ -67,7 +70,7 @@ def _exists(scene, rng):
         elif draw < 0.75:
             kind = KINDS[rng.integers(len(KINDS))]
         else:
-            # The hardest: both the kind and the colour are there, on different objects.
+            # The hardest case: the kind and the colour both occur, but on different objects.
             other = scene.objects[rng.integers(len(scene.objects))]
             kind = other.kind
             if (color, kind) in pairs:
@@ -80,7 +83,7 @@ def _article(word):
 
 
 def _where(scene, rng):
-    """What digit, letter or shape is in a quadrant that holds exactly one of that category."""
+    """Question for the digit, letter or shape in a quadrant that has exactly one object of that category."""
     found = Counter((category_of(placed.kind), scene.quadrant(placed)) for placed in scene.objects)
     single = [(c, q) for c in CATEGORIES for q in QUADRANTS if found[c, q] == 1]
     if not single:
@@ -91,7 +94,7 @@ def _where(scene, rng):
 
 
 def _count(scene, rng):
-    """How many of a shape; one question in five asks for a shape that is not there."""
+    """Question for the number of objects of a shape. In one question of five, the scene does not have the shape."""
     counts = Counter(placed.kind for placed in scene.objects if placed.kind in SHAPES)
     absent = [shape for shape in SHAPES if shape not in counts]
     pool = absent if absent and (not counts or rng.random() < 0.2) else list(counts)
@@ -100,7 +103,7 @@ def _count(scene, rng):
 
 
 def _named(scene, rng):
-    """What shape, digit or letter has this colour, where only one does."""
+    """Question for the shape, digit or letter that has a colour, if only one does."""
     found = Counter((category_of(placed.kind), placed.color) for placed in scene.objects)
     single = [p for p in scene.objects if found[category_of(p.kind), p.color] == 1]
     if not single:
@@ -110,7 +113,7 @@ def _named(scene, rng):
 
 
 def _some(scene, rng):
-    """Whether any shape, digit or letter has this colour; about half yes, and the category is always there."""
+    """Question whether any shape, digit or letter has a colour. About half are yes, and the category always occurs."""
     placed = scene.objects[rng.integers(len(scene.objects))]
     category, color = category_of(placed.kind), placed.color
     if rng.random() < 0.5:
@@ -122,7 +125,7 @@ def _some(scene, rng):
 
 
 def _tally(scene, rng):
-    """How many objects have a colour; one question in four asks for a colour that is not there."""
+    """Question for the number of objects of a colour. In one question of four, the scene does not have the colour."""
     counts = Counter(placed.color for placed in scene.objects)
     absent = [color for color in COLOR_NAMES if color not in counts]
     pool = absent if absent and rng.random() < 0.25 else list(counts)
@@ -131,7 +134,7 @@ def _tally(scene, rng):
 
 
 def _pairs(scene, rng):
-    """How many objects have a colour and a kind; half of the questions change one of the two."""
+    """Question for the number of objects with a colour and a kind. Half of the questions replace one of the two."""
     placed = scene.objects[rng.integers(len(scene.objects))]
     color, kind = placed.color, placed.kind
     draw = rng.random()

@@ -1,7 +1,8 @@
-"""Draws the pictures of the demo task. Everything follows from (family, split, set, index).
+"""Draws the pictures of the demo task. (family, split, set, index) determines every pixel.
 
-Family `v1.5`: 96x96 pixels, 4x4 cells, 3 to 6 objects. Family `v1.6`: five aspect ratios, up to 192x192 pixels (strips up
-to 288x96), the same number of smaller objects, so that the whole picture at 96x96 is too coarse and the crops matter.
+Family `v1.5`: 96x96 pixels, 4x4 cells, 3 to 6 objects. Family `v1.6`: five aspect ratios, up to 192x192 pixels (strips
+up to 288x96), with the same number of smaller objects. The whole picture at 96x96 is then too coarse, so the crops
+matter.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +15,13 @@ from llava.shapes.vocabulary import COLOR_NAMES, COLORS, DIGITS, LETTERS, MAX_OB
 
 FAMILIES = ("v1.5", "v1.6")
 SPLITS = ("train", "validation", "test")
-# (width, height) of the five canvases of v1.6 before they shrink by up to 14 % per side; one per anyres grid.
+# (width, height) of the five canvases of v1.6, one per anyres grid, before each side shrinks by up to 14 %.
 CANVASES = ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288))
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One object: what it is and the pixel box (left, top, size) it was drawn into."""
+    """One object: its kind, its colour, and the pixel box (left, top, size) that it is drawn into."""
 
     kind: str
     color: str
@@ -35,9 +36,9 @@ class Placed:
 
 @dataclass
 class Scene:
-    """A picture and what is in it.
+    """A picture and its objects.
 
-    `pixels` uint8 [height, width, 3]; `owner` int8 [height, width]: index of the object that covers the pixel, or -1.
+    pixels: uint8 [height, width, 3]. owner: int8 [height, width], index of the object that covers the pixel, or -1.
     """
 
     pixels: np.ndarray
@@ -50,13 +51,14 @@ class Scene:
         return self.pixels.shape[1], self.pixels.shape[0]
 
     def quadrant(self, placed):
-        """Name of the quarter of the picture that holds the object's centre, for example 'top left'."""
+        """Name of the quadrant of the picture that has the object's centre, for example 'top left'."""
         x, y = placed.center
         return f"{'top' if y < self.size[1] / 2 else 'bottom'} {'left' if x < self.size[0] / 2 else 'right'}"
 
 
 def scene_rng(family, split, index, seed_set=0, stream=0):
-    """Random generator of one scene (`stream` 0) or of its questions (`stream` 1); no two keys share a seed."""
+    """Random generator of one scene (`stream` 0) or of its questions (`stream` 1). No two keys share a seed."""
+    # A stream of its own: a change in the questions must not change the pictures.
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: expected one of {', '.join(FAMILIES)}")
     if split not in SPLITS:
@@ -65,7 +67,7 @@ def scene_rng(family, split, index, seed_set=0, stream=0):
 
 
 def draw_scene(family, split, index, seed_set=0):
-    """The scene with this key; the same key always gives the same pixels."""
+    """The scene with this key. The same key always gives the same pixels."""
     rng = scene_rng(family, split, index, seed_set)
     width, height = _canvas_size(family, rng)
     pixels = _background(rng, width, height)
@@ -73,6 +75,7 @@ def draw_scene(family, split, index, seed_set=0):
     objects = _place_objects(family, rng, width, height)
     for number, placed in enumerate(objects):
         _paint(pixels, owner, placed, number, rng)
+    # Noise on every pixel: otherwise background patches would be almost equal to each other.
     pixels += rng.normal(0.0, 7.0, pixels.shape).astype(np.float32)
     return Scene(np.clip(pixels, 0, 255).astype(np.uint8), owner, objects)
 
@@ -81,12 +84,13 @@ def _canvas_size(family, rng):
     if family == "v1.5":
         return 96, 96
     width, height = CANVASES[rng.integers(len(CANVASES))]
-    # Shrunk sides make pictures that do not fill their tiles: padding, unpadding and scaling all occur.
+    # A picture with shrunk sides does not fill its tiles, so padding, unpadding and scaling all occur.
     return int(round(width * rng.uniform(0.86, 1.0))), int(round(height * rng.uniform(0.86, 1.0)))
 
 
 def _background(rng, width, height):
     """Dark coloured texture with grey strokes, arcs and blobs, float32 [height, width, 3]."""
+    # The clutter is grey, which is the colour of no object, so no question is about it.
     coarse = rng.uniform(-22, 22, (5, 5, 3)) + rng.uniform(25, 75, 3)
     texture = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -113,9 +117,9 @@ def _background(rng, width, height):
 
 
 def _place_objects(family, rng, width, height):
-    """3 to 6 objects in different cells; half of the scenes repeat a shape, so that counting is not always one."""
+    """3 to 6 objects in different cells. Half of the scenes repeat a shape, so that the count is not always one."""
     cell = 24
-    # An even number of cells per side: no object straddles the lines between the quadrants.
+    # An even number of cells per side, so that no object crosses the lines between the quadrants.
     columns, rows = (max(2, 2 * int(side / cell / 2)) for side in (width, height))
     low, high = (16, 23) if family == "v1.5" else (14, 18)
     number = int(rng.integers(3, MAX_OBJECTS + 1))
@@ -135,7 +139,7 @@ def _place_objects(family, rng, width, height):
 
 
 def _jitter(rng, cell, side, size):
-    """A random start of the object inside its cell."""
+    """Random first pixel of an object inside its cell. cell: its index; side: pixels per cell; size: of the object."""
     return int(np.floor(cell * side + rng.uniform(0, max(side - size, 0))))
 
 
@@ -149,15 +153,15 @@ def _paint(pixels, owner, placed, number, rng):
     rows, columns = slice(placed.top, placed.top + placed.size), slice(placed.left, placed.left + placed.size)
     color = np.asarray(COLORS[placed.color], dtype=np.float32) * rng.uniform(0.88, 1.0) + rng.uniform(-10, 10, 3)
     region = pixels[rows, columns]
-    region += mask[..., None] * (color.astype(np.float32) - region)
+    region += mask[..., None] * (color.astype(np.float32) - region)  # `region` is a view, so this paints `pixels`
     owner[rows, columns][mask > 0.5] = number
 
 
 def summary(scene):
-    """One line per scene for logs: 'red circle, blue 7'."""
+    """One line about a scene, for logs: 'red circle, blue 7'."""
     return ", ".join(f"{placed.color} {placed.kind}" for placed in scene.objects)
 
 
 def categories_present(scene):
-    """Set of 'shape', 'digit', 'letter' that occur in the scene."""
+    """Set of the categories ('shape', 'digit', 'letter') that occur in the scene."""
     return {category_of(placed.kind) for placed in scene.objects}

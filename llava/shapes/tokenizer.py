@@ -1,4 +1,4 @@
-"""The word-level tokenizer of the demo checkpoints, in the files that transformers' AutoTokenizer reads."""
+"""The word-level tokenizer of the demo checkpoints, saved as the files that transformers' AutoTokenizer reads."""
 
 import json
 from pathlib import Path
@@ -12,17 +12,22 @@ MAX_LENGTH = 2048
 
 
 def vocabulary():
-    """Word to id: the four special tokens first, then every word of the demo's world."""
+    """Word -> id. The four special tokens come first, then all words of the demo."""
+    # The shipped checkpoints depend on this order.
     return {word: number for number, word in enumerate((*SPECIAL, *all_words()))}
 
 
 def build_tokenizer():
-    """A `tokenizers.Tokenizer`: lower case; words, punctuation marks and the line feed are one token each; `<s>` in front."""
+    """A `tokenizers.Tokenizer` for lower case, which puts `<s>` in front.
+
+    Each word, punctuation mark, digit and line feed is one token.
+    """
     vocab = vocabulary()
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            # The line feed is a token of LLaVA's prompt, so it is split off before other white space is removed.
             pre_tokenizers.Split(Regex(r"\n"), behavior="isolated"),
             pre_tokenizers.Split(Regex(r"[^\S\n]+"), behavior="removed"),
             pre_tokenizers.Punctuation(behavior="isolated"),
@@ -35,7 +40,7 @@ def build_tokenizer():
 
 
 def save_tokenizer(folder):
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`."""
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))
@@ -43,6 +48,7 @@ def save_tokenizer(folder):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": MAX_LENGTH,
+        # True would join "'" and "?" to the words before them when an answer is decoded.
         "clean_up_tokenization_spaces": False,
         "add_bos_token": True,
         **names,
@@ -52,5 +58,5 @@ def save_tokenizer(folder):
 
 
 def is_demo_vocabulary(tokenizer) -> bool:
-    """Whether a checkpoint's tokenizer knows the words of the demo's world and no others."""
+    """True if a checkpoint's tokenizer has exactly the words of the demo."""
     return set(tokenizer.get_vocab()) == set(vocabulary())

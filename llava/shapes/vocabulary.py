@@ -1,9 +1,9 @@
-"""The closed world of the demo: kinds of objects, colours, places, and every word the demo model knows."""
+"""The vocabulary of the demo: kinds of objects, colours, places, and all words that the demo model knows."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIGITS = tuple("0123456789")
-# No "a": a word-level tokenizer would mix it up with the article; no "s", which stands in "user's". The others are left
-# out because they look like another kind (B and 8, O and a ring, X and a cross).
+# "a" is missing because a word-level tokenizer would confuse it with the article, and "s" because "user's" has it. The
+# other missing letters look like another kind (B and 8, O and a ring, X and a cross).
 LETTERS = tuple("ehkmptuw")
 KINDS = SHAPES + DIGITS + LETTERS
 CATEGORIES = ("shape", "digit", "letter")
@@ -29,7 +29,7 @@ PLURALS = {
 }
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 QUESTION_TYPES = ("color", "exists", "where", "count")
-# Asked in training alone: they make the LLM look objects up by colour, which no other type but "exists" needs.
+# Only training asks these. They make the LLM look objects up by colour, which of the four types only "exists" needs.
 PRACTICE_TYPES = ("named", "some", "tally", "pairs")
 MAX_OBJECTS = 6
 
@@ -41,17 +41,18 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
 def category_of(kind):
-    """'shape', 'digit' or 'letter'."""
+    """Category of a kind: 'shape', 'digit' or 'letter'."""
     return "shape" if kind in SHAPES else "digit" if kind in DIGITS else "letter"
 
 
 def naming_words():
-    """The words that name something visible: kinds, colours, categories and plurals, in a fixed order."""
+    """Words that name something visible: kinds, colours, categories and plurals, in a fixed order."""
     return (*KINDS, *COLOR_NAMES, *CATEGORIES, *PLURALS.values())
 
 
 def all_words():
-    """Every word of the tokenizer, in a fixed order, without duplicates."""
+    """All words of the tokenizer, in a fixed order, without duplicates."""
+    # All prompts of training and evaluation are made of these words. A missing one would be read as <unk>.
     template = f"{SYSTEM} USER: ASSISTANT: {SHORT_ANSWER} what color is the in top bottom left right are there how many yes no picture ?"
     for mark in ".,:'?":
         template = template.replace(mark, f" {mark} ")

@@ -1,1 +1,1 @@
-"""Training: LLaVA's recipe on transformers' Trainer (train.py), and the demo checkpoints from nothing (demo/)."""
+"""LLaVA's training recipe on transformers' Trainer. llava.shapes.training trains the demo checkpoints from scratch."""

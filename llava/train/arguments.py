@@ -1,6 +1,6 @@
-"""The command line of training: LLaVA's flags (its own names), transformers' TrainingArguments, and checks of both.
+"""Command line of training: LLaVA's flags under their own names, transformers' TrainingArguments, and their checks.
 
-Flags that LLaVA's published command lines carry and that decide nothing here any more are taken too; each says so.
+Some flags of LLaVA's published command lines have no effect here. They are accepted, and their help says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llava.config import AdaVConfig
 from llava.conversation import conv_templates
 from llava.methods.inside_llm import dropper_names
 
-# LLaVA's --version values that have another name than the conversation template.
+# LLaVA's --version values whose conversation template has another name.
 VERSIONS = {"v1": "vicuna_v1"}
 
 
@@ -24,7 +24,7 @@ def _flag(default, help: str):
 
 @dataclass
 class ModelArguments:
-    """What is trained, and from what."""
+    """Flags about the model: what is trained, and from which checkpoints."""
 
     model_name_or_path: str | None = _flag(None, "an LLM (Vicuna, Llama, Mistral) or a LLaVA, folder or hub name")
     version: str | None = _flag(None, "conversation template: v1, plain, chatml_direct, mistral_instruct")
@@ -43,7 +43,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What is learnt."""
+    """Flags about the data."""
 
     data_path: str | None = _flag(None, "JSON list of conversations")
     image_folder: str | None = _flag(None, "where the images of data_path lie")
@@ -58,7 +58,7 @@ class DataArguments:
 
 @dataclass
 class LlavaTrainingArguments(TrainingArguments):
-    """transformers' arguments, and what LLaVA adds to them."""
+    """transformers' arguments with LLaVA's additions."""
 
     model_max_length: int = _flag(2048, "tokens of a sample, vision tokens included; what is longer is cut at the end")
     group_by_modality_length: bool = _flag(False, "batches of one modality, and of samples of like length")
@@ -77,14 +77,15 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.warmup_ratio is not None:
             if not 0 <= self.warmup_ratio < 1:
                 raise UserError(f"--warmup_ratio is {self.warmup_ratio}, allowed is a share from 0 to below 1")
-            self.warmup_steps = self.warmup_ratio  # transformers 5 reads a share below 1 there
+            self.warmup_steps = self.warmup_ratio  # transformers 5 reads a number below 1 as a share of the steps
+        # Otherwise Trainer removes what forward() does not name, and the pixels never reach the collator.
         self.remove_unused_columns = False
         super().__post_init__()
 
 
 @dataclass
 class RunArguments:
-    """Everything that one training run was asked for; `selection` is how vision tokens are chosen during it."""
+    """All arguments of one training run. selection: how vision tokens are chosen during training."""
 
     model: ModelArguments
     data: DataArguments
@@ -99,7 +100,8 @@ class RunArguments:
         return "lora" if self.training.lora_enable else "full"
 
     def check(self) -> None:
-        """UserError for what is missing and for what does not go together."""
+        """Raise UserError for missing arguments and for arguments that contradict each other."""
+        # 1. What every run needs.
         for owner, name in (
             (self.model, "model_name_or_path"),
             (self.data, "data_path"),
@@ -107,11 +109,13 @@ class RunArguments:
         ):
             if not getattr(owner, name):
                 raise UserError(f"--{name} is missing, and training needs it")
+        # 2. The conversation template.
         if self.model.version is not None:
             self.model.version = VERSIONS.get(self.model.version, self.model.version)
             if self.model.version not in conv_templates:
                 names = ", ".join([*VERSIONS, *conv_templates])
                 raise UserError(f'--version is "{self.model.version}", allowed are {names}')
+        # 3. LLaVA's flags of which only one value is supported.
         for owner, name, allowed in (
             (self.model, "mm_use_im_start_end", False),
             (self.model, "mm_use_im_patch_token", False),
@@ -120,6 +124,7 @@ class RunArguments:
         ):
             if getattr(owner, name) != allowed:
                 raise UserError(f"--{name} is {getattr(owner, name)}, allowed is {allowed}")
+        # 4. Pretraining of the projector saves only the projector, so nothing else may be trained with it.
         if self.kind == "projector" and self.training.lora_enable:
             raise UserError("--tune_mm_mlp_adapter trains the projector alone, so --lora_enable does not go with it")
         if self.kind == "projector" and self.training.freeze_mm_mlp_adapter:
@@ -130,13 +135,14 @@ class RunArguments:
             raise UserError(
                 "--tune_mm_mlp_adapter saves the projector alone, so --unfreeze_mm_vision_tower does not go with it"
             )
+        # 5. Numbers, and the selection of vision tokens.
         if self.training.model_max_length < 1:
             raise UserError(f"--model_max_length is {self.training.model_max_length}, allowed is 1 or more")
         refuse_selection(self.selection)
 
 
 def refuse_selection(config: AdaVConfig) -> None:
-    """UserError for settings that have no meaning while a model is trained."""
+    """Raise UserError for settings of AdaV that have no meaning during training."""
     if config.method == "no_image":
         raise UserError('method is "no_image", so no image would be seen: leave the images out of the data instead')
     if config.method in dropper_names():
@@ -152,7 +158,8 @@ def refuse_selection(config: AdaVConfig) -> None:
 
 
 def selection_config(path: str | None, overrides: dict) -> AdaVConfig:
-    """Selection during training happens only where it is asked for, by --adav_config or by a key's flag."""
+    """Configuration of the selection in training. Without --adav_config and without a key's flag, method none."""
+    # AdaVConfig.load reads the repository's adav_configs.json if it gets no path, and training would select tokens.
     if path is None and not overrides:
         return AdaVConfig(method="none")
     return AdaVConfig.load(path, **overrides)

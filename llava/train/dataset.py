@@ -1,9 +1,10 @@
-"""LLaVA's training data: a JSON list of conversations with images, checked as a whole before anything is trained.
+"""LLaVA's training data: a JSON list of conversations with images. All samples are checked before training starts.
 
     [{"id": "1", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                        {"from": "gpt", "value": "A cat."}]}, ...]
 
-"image" is a path inside the image folder, or a list of paths where a conversation has several; a text-only sample has none.
+"image" is a path inside the image folder, or a list of paths for a conversation with several images. A text-only sample
+has no "image".
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from llava.train.labels import labelled_tokens, turns_of
 
 @dataclass
 class Sample:
-    """One conversation. where: how messages name it; turns: user and assistant alternate; images: paths."""
+    """One conversation. where: its name in messages. turns: texts of user and assistant in turn. images: paths."""
 
     where: str
     turns: list[str]
@@ -37,14 +38,17 @@ class Sample:
 
     @property
     def words(self) -> int:
-        """Its length as LLaVA counts it for grouping; negative for a text without image."""
+        """Number of words, which LLaVA uses as length for grouping. Negative if the sample has no image."""
         count = max(1, sum(len(turn.split()) for turn in self.turns))
         return count if self.images else -count
 
 
 def read_samples(path: str, image_folder: str | None) -> list[Sample]:
-    """All samples of a data file. UserError, naming the sample, for the first thing that is wrong with any of them:
-    its form, its number of <image> placeholders, an image that is not there or lies outside the folder."""
+    """All samples of a data file.
+
+    UserError for the first bad sample, with its name: its form is wrong, its number of <image> placeholders is not its
+    number of images, or an image is missing or outside the folder.
+    """
     rows = _read_list(Path(path))
     samples, known = [], {}
     for number, row in enumerate(progress_bar("checking samples", rows, unit=" samples")):
@@ -61,6 +65,7 @@ def read_samples(path: str, image_folder: str | None) -> list[Sample]:
         if images and image_folder is None:
             raise UserError(f"{where}: has an image, but --image_folder does not say where images lie")
         for name in images:
+            # LLaVA's 665 k mixture uses many images several times, and a check on a network disk is slow.
             if name not in known:
                 known[name] = _image_path(image_folder, name, where)
         samples.append(Sample(where, turns, [known[name] for name in images]))
@@ -70,7 +75,7 @@ def read_samples(path: str, image_folder: str | None) -> list[Sample]:
 
 
 def check_captions(samples: list[Sample]) -> None:
-    """UserError for a sample that template plain (an image and its caption) cannot hold."""
+    """Raise UserError for a sample that is not one image with its caption, as the template plain needs."""
     for sample in samples:
         if len(sample.turns) != 2 or len(sample.images) != 1:
             raise UserError(
@@ -100,6 +105,8 @@ def _images_of(row: dict, where: str) -> list[str]:
 
 
 def _image_path(folder: str, name: str, where: str) -> str:
+    # normpath resolves "..", so that a data file from elsewhere cannot name files outside the folder. The join with ""
+    # adds a separator: without it, the folder "images" would also admit "images-private".
     path = os.path.normpath(os.path.join(folder, name))
     if os.path.isabs(name) or not path.startswith(os.path.join(os.path.normpath(folder), "")):
         raise UserError(f"{where}: image {name} does not lie inside {folder}")
@@ -109,11 +116,11 @@ def _image_path(folder: str, name: str, where: str) -> str:
 
 
 class ConversationDataset(Dataset):
-    """Samples as token ids, labels and pixels. Everything is made when an item is asked for.
+    """Samples as token ids, labels and pixels. Each item is made when it is read.
 
-    max_length: of a sample, its vision tokens included. What is longer is cut at the end, as LLaVA does, with a warning;
-    a sample whose images or whose every answer would be cut is an error.
-    selection: how vision tokens are chosen, which decides how many of them there are.
+    max_length: largest number of tokens of a sample, with its vision tokens. A longer sample is cut at the end with a
+    warning, as LLaVA does. UserError if an image or every answer of the sample would be cut off.
+    selection: how vision tokens are chosen. Their number depends on it.
     """
 
     def __init__(
@@ -135,15 +142,16 @@ class ConversationDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Words of each sample, negative without image: what batches are grouped by."""
+        """Words of each sample, negative without image. Batches are grouped by this number."""
         return [sample.words for sample in progress_bar("lengths", self.samples, unit=" samples")]
 
     def __getitem__(self, index: int) -> dict:
-        """input_ids [S], labels [S], pixels (a list of [3, H, W] or [T, 3, H, W]) and sizes [(width, height)]."""
+        """One sample: input_ids, labels [S], pixels (list of [3, H, W] or [T, 3, H, W]), sizes [(width, height)]."""
         sample = self.samples[index]
         images = [_open(path, sample.where) for path in sample.images]
         ids, labels = labelled_tokens(sample.turns, self.template, self.tokenizer)
-        vision = sum(self._vision_tokens(image.size) - 1 for image in images)  # less the placeholder of each
+        # Each placeholder is one id already. It is replaced by the vision tokens.
+        vision = sum(self._vision_tokens(image.size) - 1 for image in images)
         room = self.max_length - vision
         if len(ids) > room:
             self._refuse_cut(sample, ids, labels, room)
@@ -170,19 +178,20 @@ class ConversationDataset(Dataset):
             )
 
     def _vision_tokens(self, size: tuple[int, int]) -> int:
-        """How many tokens the LLM reads of an image of `size`."""
+        """Number of vision tokens that the LLM reads for an image of `size` = (width, height)."""
         plan = tile_plan(size, self.model_config, self.selection.option("anyres"))
         vision = self.model_config.vision
         order = merge_order(plan, vision.image_size // vision.patch_size)
         patches = int((order != NEWLINE).sum())
+        # A budget that reaches all patches means no selection, and the newline tokens stay, too.
         keeps_all = self.selection.method == "none" or self.selection.overall_tokens >= patches
         return len(order) if keeps_all else self.selection.overall_tokens
 
     def blank(self) -> dict:
-        """A sample with a black image and nothing to learn.
+        """A sample with a black image and no learnt label.
 
-        It joins a batch of texts, so that tower and projector take part in every step on every rank: gradients are then
-        there to be averaged, and ZeRO-3 gathers the same weights everywhere.
+        It is added to a batch of texts, so that tower and projector run in every step on every rank. Without it, DDP
+        would wait for gradients that one rank does not have, and ZeRO-3 for weights that it does not gather.
         """
         image = Image.new("RGB", (self.model_config.mm_tile_size,) * 2)
         pixels = process_images([image], self.image_processor, self.model_config, self.selection.option("anyres"))[0]
@@ -199,18 +208,18 @@ def _open(path: str, where: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+    except Exception as error:  # Pillow's decoders raise many types: struct.error, SyntaxError, ValueError, ...
         raise UserError(f"{where}: image {path} cannot be read ({first_line(error)})") from error
 
 
 @dataclass
 class Collator:
-    """Items of a ConversationDataset as one batch for the model's forward, padded right."""
+    """Makes one right-padded batch of items of a ConversationDataset. blank: see ConversationDataset.blank."""
 
     blank: Callable[[], dict]
 
     def __call__(self, items: list[dict]) -> dict:
-        """input_ids, labels, attention_mask [B, S], images and image_sizes (flat, in reading order)."""
+        """The model's arguments: input_ids, labels, attention_mask [B, S], images and image_sizes in reading order."""
         if not any(item["pixels"] for item in items):
             items = [*items, self.blank()]
         mask = [torch.ones_like(item["input_ids"]) for item in items]

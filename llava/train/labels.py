@@ -1,8 +1,9 @@
-"""A conversation as token ids and labels: what the assistant says is learnt, everything else is only read.
+"""Token ids and labels of a conversation. Only the assistant's answers are learnt.
 
-The prompt is what the conversation template makes of the turns, so training and evaluation see the same string. A token
-is learnt if it covers a character behind the assistant's cue (an answer's leading space is generated too), up to the end of
-the separator (`</s>`), which is where generation stops.
+The conversation template makes the prompt from the turns, so training and evaluation see the same string. A token is
+learnt if it covers a character between the end of the assistant's cue and the end of the separator (`</s>`). The span
+starts at the cue, because the leading space of an answer is generated, too. It ends with the separator, because
+generation stops there.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import get_conversation
 
-ROLES = ("human", "gpt")
+ROLES = ("human", "gpt")  # names of the two speakers in LLaVA's data files
 
 
 def prompt_and_spans(turns: list[str], template: str) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt of `turns` (user and assistant alternate, the user first), and where it has to be learnt: (start, end)
-    in characters, from the end of the assistant's cue, where generation begins, to the end of the answer's separator.
+    """Prompt of `turns`, and the spans (start, end) in characters that are learnt.
 
-    `plain` is LLaVA's pretraining format: the placeholder, the caption and a line feed, nothing between the first two.
+    turns: texts of user and assistant in turn, the user first. A span starts at the end of the assistant's cue, where
+    generation begins, and ends after the answer's separator.
+
+    The template `plain` is LLaVA's pretraining format: the placeholder, followed directly by the caption and a newline.
     """
     conversation = get_conversation(template)
     if conversation.style == "plain":
@@ -29,6 +32,7 @@ def prompt_and_spans(turns: list[str], template: str) -> tuple[str, list[tuple[i
     for number, text in enumerate(turns):
         role = conversation.roles[number % 2]
         if number % 2:
+            # The template itself says where its cue ends, so no rule about separators is written twice.
             cued = conversation.copy()
             cued.append_message(role, None)
             start = len(cued.get_prompt())
@@ -40,10 +44,13 @@ def prompt_and_spans(turns: list[str], template: str) -> tuple[str, list[tuple[i
 
 
 def labelled_tokens(turns: list[str], template: str, tokenizer) -> tuple[list[int], list[int]]:
-    """(ids [S], labels [S]) of a conversation: IMAGE_TOKEN_INDEX where an image goes, IGNORE_INDEX where nothing is learnt.
+    """(ids [S], labels [S]) of a conversation.
 
-    The ids are those of `tokenizer_image_token` on the same prompt. UserError for a tokenizer without offsets.
+    ids: the same as those of `tokenizer_image_token` on the prompt, with IMAGE_TOKEN_INDEX for each image. labels:
+    IGNORE_INDEX where nothing is learnt. UserError for a tokenizer without offsets.
     """
+    # A turn can have other tokens alone than within the prompt. LLaVA counts the tokens of single turns, and needs
+    # corrections for some tokenizers. Offsets need none.
     if not tokenizer.is_fast:
         raise UserError(
             f"{type(tokenizer).__name__} does not say where its tokens lie in the text, which training needs"
@@ -60,7 +67,8 @@ def labelled_tokens(turns: list[str], template: str, tokenizer) -> tuple[list[in
 
 
 def _tokens_and_places(prompt: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids as `tokenizer_image_token` gives them, and the characters (start, end) of each; (0, 0) for `<s>`."""
+    """Token ids as in `tokenizer_image_token`, and the characters (start, end) of each token. `<s>` has (0, 0)."""
+    # llava-hf tokenizers have the placeholder as a token of their own, and then nothing is split.
     if DEFAULT_IMAGE_TOKEN in tokenizer.get_added_vocab():
         placeholder = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
         found = tokenizer(prompt, return_offsets_mapping=True)
@@ -73,6 +81,7 @@ def _tokens_and_places(prompt: str, tokenizer) -> tuple[list[int], list[tuple[in
         if number:
             ids.append(IMAGE_TOKEN_INDEX)
             places.append((at - len(DEFAULT_IMAGE_TOKEN), at))
+            # The tokenizer starts every piece with <s>. Only the first one belongs to the prompt.
             bos = int(bool(own) and own[0] == tokenizer.bos_token_id)
             own, where = own[bos:], where[bos:]
         ids += own
@@ -82,10 +91,10 @@ def _tokens_and_places(prompt: str, tokenizer) -> tuple[list[int], list[tuple[in
 
 
 def turns_of(sample: dict, where: str) -> list[str]:
-    """The texts of a sample in LLaVA's format, the user's first; turns before that are left out, as LLaVA does.
+    """Texts of a sample in LLaVA's format, from the user's first turn on. Earlier turns are left out, as in LLaVA.
 
-    A turn with one <image> has it moved to its front, on a line of its own. UserError, beginning with `where`, for
-    turns that are none, do not alternate, or hold no answer.
+    If a turn has exactly one <image>, the placeholder is moved to the front, on a line of its own. UserError, starting
+    with `where`, if "conversations" is not a list of turns, if the speakers do not alternate, or if an answer is empty.
     """
     found = sample.get("conversations")
     if not isinstance(found, list) or not all(

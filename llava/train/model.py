@@ -1,4 +1,4 @@
-"""The model that is trained: an LLM with tower and projector added, or a LLaVA; and which of its weights learn."""
+"""Builds the model for training, from an LLM with tower and projector or from a LLaVA, and marks what is trained."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from llava.model.checkpoint import Checkpoint, load_extra
 from llava.model.processors import load_image_processor, load_tokenizer
 from llava.train.arguments import RunArguments
 
-# The LLM's matrices that get adapters: every one but the output, as LLaVA chooses them. The tower has layers of the same
-# names, hence the whole path.
+# Adapters are added to all linear layers of the LLM except the LM head, as in LLaVA. The tower has layers of the same
+# names, so the pattern has the whole path.
 LORA_TARGETS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
 
 def build(run: RunArguments):
-    """(tokenizer, model, image_processor) of a run, every weight loaded and marked as learning or not.
+    """(tokenizer, model, image_processor) of a run. All weights are loaded, and requires_grad says which are trained.
 
-    Sets run.model.version where the command line did not. UserError for whatever is wrong with the checkpoints.
+    Sets run.model.version if the command line does not. UserError for bad checkpoints and arguments that do not fit.
     """
+    # 1. Seed and dtype.
     model_args, data_args, training = run.model, run.data, run.training
-    set_seed(training.seed)  # the projector's start
+    set_seed(training.seed)  # a new projector starts from random weights
     folder = checkpoint_folder(model_args.model_name_or_path)
-    # Weights in half precision need the full-precision copies that DeepSpeed's optimizer keeps; without it they stay float32.
+    # Small updates are lost in half-precision weights. DeepSpeed's optimizer keeps float32 copies of them; without
+    # DeepSpeed the weights stay in float32.
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     dtype = half if training.deepspeed else torch.float32
+    # 2. Weights.
     with _whole_weights(training):
         if Checkpoint.is_llava(folder):
             _refuse_settings_of_a_llava(run)
@@ -49,6 +52,7 @@ def build(run: RunArguments):
             load_extra(model, path)
     if tokenizer is None or image_processor is None:
         raise UserError(f"{folder}: has no tokenizer or no image processor, and training needs both")
+    # 3. How images are prepared. A LLaVA keeps its own way, apart from square and pad, which need no other weights.
     if data_args.image_aspect_ratio not in (None, model.config.image_aspect_ratio):
         if is_hf(model.config) or model.config.image_aspect_ratio == "anyres":
             raise UserError(
@@ -56,6 +60,7 @@ def build(run: RunArguments):
                 f'"{data_args.image_aspect_ratio}" must not be given'
             )
         model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    # 4. Template, and what LLaVA writes into config.json.
     if model_args.version is None:
         model_args.version = default_conv_mode(model.config, tokenizer)
     tokenizer.padding_side = "right"
@@ -65,7 +70,8 @@ def build(run: RunArguments):
     model.config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     model.config.freeze_mm_mlp_adapter = training.freeze_mm_mlp_adapter
     model.config.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
-    model.config.use_cache = False
+    model.config.use_cache = False  # training reads no KV cache, and gradient checkpointing does not allow one
+    # 5. What is trained.
     _choose_what_learns(model, run)
     if run.kind == "lora":
         model = _with_lora(model, training, dtype)
@@ -73,7 +79,7 @@ def build(run: RunArguments):
 
 
 def _from_llm(run: RunArguments, dtype):
-    """An LLM with the tower of --vision_tower and a projector that knows nothing yet."""
+    """(tokenizer, model, image_processor) from an LLM, the tower of --vision_tower and an untrained projector."""
     model_args, data_args = run.model, run.data
     if not model_args.vision_tower:
         raise UserError(f"{model_args.model_name_or_path}: is a plain LLM, so --vision_tower must name a CLIP")
@@ -101,6 +107,7 @@ def _from_llm(run: RunArguments, dtype):
 
 
 def _check_pinpoints(config) -> None:
+    # The flag is a string that the user typed, so parsing can fail in several ways.
     try:
         sizes = grid_pinpoints(config)
     except (ValueError, SyntaxError, TypeError):
@@ -115,7 +122,7 @@ def _check_pinpoints(config) -> None:
 
 
 def _refuse_settings_of_a_llava(run: RunArguments) -> None:
-    """A LLaVA brings its tower and its grid with it: another one would be another model."""
+    """Raise UserError for settings that a LLaVA checkpoint fixes: another grid would make it a different model."""
     if run.data.image_grid_pinpoints is not None:
         raise UserError(
             f"{run.model.model_name_or_path}: is a LLaVA already, so --image_grid_pinpoints must not be given"
@@ -128,13 +135,14 @@ def _refuse_settings_of_a_llava(run: RunArguments) -> None:
 
 
 def _choose_what_learns(model, run: RunArguments) -> None:
-    """requires_grad of every weight: LLaVA's rules, and for the newline token that of the projector."""
+    """Set requires_grad of every weight by LLaVA's rules. The newline token follows the projector."""
     base, kind = model.model, run.kind
+    # The order matters: the first line also sets tower and projector, which are parts of the model.
     model.requires_grad_(kind == "full" and not run.model.freeze_backbone)
     base.vision_tower.requires_grad_(run.model.unfreeze_mm_vision_tower)
     base.mm_projector.requires_grad_(not run.training.freeze_mm_mlp_adapter)
     if hasattr(base, "image_newline"):
-        # Selection keeps no newline token: it would be a weight that most batches have no gradient for.
+        # Selection keeps no newline token, so most batches would give this weight no gradient, and DDP would fail.
         reads_newlines = run.selection.method == "none" and model.config.image_aspect_ratio == "anyres"
         base.image_newline.requires_grad_(reads_newlines and not run.training.freeze_mm_mlp_adapter)
     if kind != "lora" and not any(p.requires_grad for p in model.parameters()):
@@ -142,6 +150,7 @@ def _choose_what_learns(model, run: RunArguments) -> None:
 
 
 def _with_lora(model, training, dtype):
+    """The model with LoRA adapters in the LLM. UserError for values that peft does not accept."""
     from peft import LoraConfig, get_peft_model
 
     if training.lora_r < 1 or training.lora_alpha < 1 or not 0 <= training.lora_dropout < 1:
@@ -160,10 +169,12 @@ def _with_lora(model, training, dtype):
             bias=training.lora_bias,
             task_type="CAUSAL_LM",
         ),
+        # By default peft makes adapters float32. Under DeepSpeed all weights need one dtype.
         autocast_adapter_dtype=dtype == torch.float32,
     )
-    for parameter in learning:  # peft freezes whatever is no adapter
+    for parameter in learning:  # get_peft_model freezes everything but the adapters, the projector included
         parameter.requires_grad_(True)
+    # With frozen embeddings, a checkpointed layer's input needs no gradient, and its adapters would get none either.
     if training.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return adapted
@@ -171,9 +182,12 @@ def _with_lora(model, training, dtype):
 
 @contextmanager
 def _whole_weights(training):
-    """Under ZeRO-3 transformers would cut every weight into the ranks' parts while it is read, and what is filled in
-    afterwards (tower, projector) would find nothing to fill. Here each rank reads the whole model into host memory, and
-    DeepSpeed cuts it up when training starts."""
+    """Context in which transformers loads whole weights although DeepSpeed ZeRO-3 is on.
+
+    Under ZeRO-3, transformers partitions every weight over the ranks while it loads it. Tower and projector are filled
+    in later and would find empty tensors. In this context each rank loads the whole model into host memory, and
+    DeepSpeed partitions it when training starts.
+    """
     config = getattr(training, "hf_deepspeed_config", None)
     if config is None:
         yield

@@ -1,7 +1,7 @@
-"""The order of samples under --group_by_modality_length: batches of one modality, shared out evenly by length.
+"""Order of the samples under --group_by_modality_length: batches of one modality, whose parts have similar lengths.
 
-LLaVA's rule (arXiv 2310.03744, section A): a batch of texts does not wait for images, and each of the parts that a global
-batch is cut into (ranks, accumulation steps) gets about as many words.
+LLaVA's rule (arXiv 2310.03744, section A). A batch of texts does not have to wait for images. A global batch is divided
+into parts (ranks and accumulation steps), and each part gets about the same number of words.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from torch.utils.data import Sampler
 
 
 def grouped_order(lengths: list[int], batch: int, parts: int, generator: torch.Generator) -> list[int]:
-    """A permutation of the samples. lengths: words, negative for a text; batch: samples of one part; parts: of a global batch.
+    """Permutation of the samples' indices.
 
-    Every global batch (batch * parts samples in a row) has one modality, but for the last, which takes what is left of both.
+    lengths: words of each sample, negative without image. batch: samples per part. parts: parts of a global batch.
+
+    Every global batch (batch * parts samples in a row) has one modality. The samples that fill no global batch of their
+    modality come last, mixed.
     """
     whole, groups, left = batch * parts, [], []
     for images in (True, False):
@@ -24,12 +27,14 @@ def grouped_order(lengths: list[int], batch: int, parts: int, generator: torch.G
         full = len(mine) - len(mine) % whole
         groups += [mine[i : i + whole] for i in range(0, full, whole)]
         left += mine[full:]
+    # The rest stays at the end: a shorter batch in the middle would shift all batches after it.
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     return [i for group in groups for i in _even_parts(group, lengths, batch, parts)] + left
 
 
 def _even_parts(group: list[int], lengths: list[int], batch: int, parts: int) -> list[int]:
-    """The samples of a global batch, part after part: the longest first, each to the part with the fewest words so far."""
+    """Samples of a global batch, part after part. Long samples are placed first, each in the part with fewest words."""
+    # Every part must get exactly `batch` samples: the data loader cuts the order at fixed places.
     shares: list[list[int]] = [[] for _ in range(parts)]
     words = [0] * parts
     for i in sorted(group, key=lambda i: -abs(lengths[i])):
@@ -40,7 +45,10 @@ def _even_parts(group: list[int], lengths: list[int], batch: int, parts: int) ->
 
 
 class ModalityGroupedSampler(Sampler):
-    """`grouped_order`, another one in each epoch: it depends on (seed, epoch) alone, so a resumed run goes on with it."""
+    """Sampler over `grouped_order`. The order depends on (seed, epoch) only, so a resumed run continues in it.
+
+    epoch: returns the current epoch. It is called at the start of each epoch.
+    """
 
     def __init__(self, lengths: list[int], batch: int, parts: int, seed: int, epoch: Callable[[], int]):
         self.lengths, self.batch, self.parts, self.seed, self.epoch = lengths, batch, parts, seed, epoch
@@ -49,5 +57,6 @@ class ModalityGroupedSampler(Sampler):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        # The large prime keeps apart the seeds of neighbouring runs: seed 1, epoch 0 is not seed 0, epoch 1.
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
         return iter(grouped_order(self.lengths, self.batch, self.parts, generator))

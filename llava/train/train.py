@@ -1,10 +1,10 @@
-"""Train a LLaVA: projector pretraining, full fine-tuning, LoRA; with LLaVA's flags and data format.
+"""Trains a LLaVA: projector pretraining, full fine-tuning or LoRA, with LLaVA's flags and data format.
 
     bash scripts/v1_5/finetune.sh                        # torchrun over all GPUs, DeepSpeed ZeRO-3
     python -m llava.train.train --model_name_or_path playground/llava-shapes-v1.5 --data_path FILE --image_folder DIR \\
         --output_dir DIR --learning_rate 2e-4 --max_steps 50 [--method adav --overall_tokens 36]
 
-A run that was stopped goes on from its last checkpoint with the same command.
+The same command resumes a stopped run from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from llava.train.trainer import LlavaTrainer
 
 
 def parse(argv: list[str] | None = None) -> RunArguments:
-    """The command line as checked arguments."""
+    """Checked arguments of the command line. UserError for bad ones."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, LlavaTrainingArguments), prog="python -m llava.train.train", allow_abbrev=False
     )
     add_config_flags(parser)
+    # Before parsing: TrainingArguments imports deepspeed, and its error says nothing about the extra to install.
     _need_deepspeed(sys.argv[1:] if argv is None else argv)
     try:
         model, data, training, flags = parser.parse_args_into_dataclasses(argv)
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None = None) -> RunArguments:
     run = RunArguments(model, data, training, selection_config(data.adav_config, config_overrides(flags)))
     run.check()
     if not sys.stderr.isatty():
-        run.training.disable_tqdm = True  # losses are printed all the same
+        run.training.disable_tqdm = True  # a bar would fill a log file; losses are printed without it, too
     return run
 
 
@@ -58,10 +59,12 @@ def _need_deepspeed(argv: list[str]) -> None:
 
 
 def train(run: RunArguments) -> LlavaTrainer:
-    """Train and save; returns the trainer, whose state.log_history has the loss of every logged step."""
+    """Train and save. Returns the trainer, whose state.log_history has the loss of every logged step."""
+    # 1. Data first: a bad sample is reported before the model is loaded.
     samples = read_samples(run.data.data_path, run.data.image_folder)
     if run.model.version == "plain":
         check_captions(samples)
+    # 2. Model, data set and trainer.
     tokenizer, model, image_processor = build(run)
     dataset = ConversationDataset(
         samples,
@@ -81,10 +84,11 @@ def train(run: RunArguments) -> LlavaTrainer:
         kind=run.kind,
         image_processor=image_processor,
     )
+    # 3. Train and save.
     try:
         trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint or _last_checkpoint(run.training))
     except UserError as error:
-        # From a data loader's worker the sentence comes at the end of its traceback.
+        # An error in a data loader's worker arrives as the text of its traceback, with the sentence at its end.
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from error
     trainer.save_state()
     trainer.save_model()
@@ -92,7 +96,8 @@ def train(run: RunArguments) -> LlavaTrainer:
 
 
 def _last_checkpoint(training) -> str | None:
-    """The newest checkpoint of the output folder that was finished: the trainer's state is written last."""
+    """Newest complete checkpoint of the output folder, None if there is none."""
+    # Trainer writes its state file last, so a folder without it is from an interrupted save.
     folders = Path(training.output_dir).glob("checkpoint-*")
     done = {
         int(f.name.split("-")[1]): f for f in folders if f.name[11:].isdigit() and (f / TRAINER_STATE_NAME).is_file()
@@ -106,7 +111,7 @@ def main() -> None:
     if trainer.args.should_save:
         print(f"checkpoint written to {trainer.args.output_dir}")
     if torch.distributed.is_initialized():
-        # Together: a rank whose neighbours have gone is aborted by gloo while it clears up.
+        # All ranks leave together: gloo aborts a rank whose peers have exited already.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -1,7 +1,9 @@
-"""transformers' Trainer with what LLaVA needs: batches of one modality, a learning rate per part, its checkpoint formats.
+"""transformers' Trainer with LLaVA's batches of one modality, learning rates per part and checkpoint formats.
 
-What a checkpoint folder holds depends on what is trained, and every one is read by `load_pretrained_model`:
-projector (mm_projector.bin, over a model_base), lora (adapter and non_lora_trainables.bin, over a model_base), full.
+The files of a checkpoint depend on what is trained. `load_pretrained_model` reads all three kinds:
+    projector  mm_projector.bin, needs a model_base
+    lora       the adapter and non_lora_trainables.bin, needs a model_base
+    full       the whole model
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ PROJECTOR_FILE, OTHERS_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 
 
 class LlavaTrainer(Trainer):
-    """kind: "projector", "lora" or "full"; image_processor goes into every checkpoint, beside processing_class."""
+    """Trainer of LLaVA. kind: "projector", "lora" or "full". image_processor: saved in every checkpoint."""
 
     def __init__(self, *args, kind: str, image_processor, **kwargs):
         super().__init__(*args, **kwargs)
@@ -28,7 +30,7 @@ class LlavaTrainer(Trainer):
 
     @property
     def llava(self):
-        """The model itself, without peft's level around it."""
+        """The model itself, without peft's wrapper."""
         return self.model.get_base_model() if self.kind == "lora" else self.model
 
     # --- order and optimizer ----------------------------------------------------------------------------------
@@ -37,8 +39,10 @@ class LlavaTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(dataset)
+        # data_seed, if given, changes the order of the data without changing the initial weights.
         parts = self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # The state's epoch is a float and can lie just below a whole number after a resume.
         return ModalityGroupedSampler(
             dataset.lengths, self.args.train_batch_size, parts, seed, lambda: int((self.state.epoch or 0) + 1e-6)
         )
@@ -48,6 +52,7 @@ class LlavaTrainer(Trainer):
             model = self.model if model is None else model
             decaying = set(self.get_decay_parameter_names(model))
             rates = {"mm_projector": self.args.mm_projector_lr, "vision_tower": self.args.mm_vision_tower_lr}
+            # One group per learning rate and weight decay. Trainer's own optimizer has one learning rate for all parts.
             groups: dict[tuple, list] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -67,7 +72,8 @@ class LlavaTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def _save(self, output_dir=None, state_dict=None):
-        """Weights and everything that goes with them; on the first rank only. state_dict: gathered ones, from DeepSpeed."""
+        """Save weights, settings and processors, on rank 0 only. state_dict: the gathered weights under DeepSpeed."""
+        # Without this, every rank would write the same files at the same time.
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -80,13 +86,14 @@ class LlavaTrainer(Trainer):
             others = {name: value.detach().cpu().clone() for name, value in state.items() if name in learning}
             torch.save(others, folder / (PROJECTOR_FILE if self.kind == "projector" else OTHERS_FILE))
             if self.kind == "lora":
+                # peft's default, "auto", looks for the base model's config on the hub. No embeddings are resized here.
                 self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
             write_json(folder / "config.json", llava_settings(self.llava.config, whole=False))
         save_processors(self.processing_class, self.image_processor, folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights of an interrupted run (DeepSpeed reads its own files instead)."""
+        """Load the weights of an interrupted run. Under DeepSpeed, Trainer reads DeepSpeed's own files instead."""
         folder = Path(resume_from_checkpoint)
         if self.kind == "full":
             load_whole(self.llava, folder)
@@ -95,4 +102,4 @@ class LlavaTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             saved = torch.load(folder / OTHERS_FILE, map_location="cpu", weights_only=True)
-            self.model.load_state_dict(saved, strict=False)
+            self.model.load_state_dict(saved, strict=False)  # the file has only what is trained beside the adapter

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One benchmark over several machines. The same line on each of them, NODE_RANK counting from 0:
+# One benchmark over several machines. Run the same command on each of them, with NODE_RANK counted from 0:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/cluster/torchrun.sh vqav2 144 --family v1_6
-# This checkout, the checkpoint, the images and runs/ (--output) lie in folders that all machines see under the same path.
-# On each machine one rank takes all its devices (CUDA_VISIBLE_DEVICES), GPUS_PER_MODEL= of them per copy of the model;
-# RANKS_PER_NODE= makes it several ranks that share them. A machine that died: the same line again on all of them.
+# This checkout, the checkpoint, the images and runs/ (--output) must be in folders with the same path on all machines.
+# One rank per machine uses all its devices (CUDA_VISIBLE_DEVICES), GPUS_PER_MODEL= of them per copy of the model.
+# RANKS_PER_NODE= starts several ranks that share them. If a machine dies, run the same command again on all machines.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="$root/.venv/bin/python"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A short fine-tuning of a demo checkpoint on the CPU, through the trainer that trains real ones:
+# A short fine-tuning of a demo checkpoint on the CPU, with the trainer that trains real checkpoints:
 #   bash scripts/demo/finetune.sh v1.5 [flags]            e.g. --method adav --overall_tokens 14: selection in training
-# Data go to playground/train/conversations-<family>, the checkpoint to playground/train/finetuned-<family>.
+# The data go to playground/train/conversations-<family>, the checkpoint goes to playground/train/finetuned-<family>.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 family="${1:-v1.5}"

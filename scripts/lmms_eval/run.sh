@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One lmms-eval task: bash scripts/lmms_eval/run.sh TASK [tokens] [flags of python -m llava.integrations.lmms_eval.command]
-# CKPT= names the checkpoint, ADAV_CONFIG= the configuration file, MODEL_ARGS= further model arguments (overall_tokens=144,...),
-# BATCH_SIZE= and OUTPUT= what they say; RANKS=4 starts that many processes, one GPU each.
+# CKPT= names the checkpoint, ADAV_CONFIG= the configuration file, MODEL_ARGS= more model arguments
+# (overall_tokens=144,...), BATCH_SIZE= the batch size, OUTPUT= the output folder. RANKS=4 starts four processes with one
+# GPU each.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="$root/.venv/bin/python"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Full fine-tuning of LLaVA-1.5 on the 665K mixture: bash scripts/v1_5/finetune.sh [flags]
-# Published settings (arXiv 2310.03744, table of hyper-parameters; github.com/haotian-liu/LLaVA, scripts/v1_5/finetune.sh):
-# global batch 128 = 8 GPUs x 16, learning rate 2e-5, 1 epoch, 2,048 tokens. With other GPUs keep the product.
+# Published settings (arXiv 2310.03744, table of hyper-parameters, and scripts/v1_5/finetune.sh of
+# github.com/haotian-liu/LLaVA):
+# global batch 128 = 8 GPUs x 16, learning rate 2e-5, 1 epoch, 2,048 tokens.
+# With another number of GPUs, keep the product.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 exec bash "$root/scripts/train.sh" \
     --deepspeed "$root/scripts/zero3.json" \

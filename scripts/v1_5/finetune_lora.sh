@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # LoRA fine-tuning of LLaVA-1.5 on the 665K mixture: bash scripts/v1_5/finetune_lora.sh [flags]
-# Published settings (arXiv 2310.03744, table of hyper-parameters; github.com/haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh):
-# global batch 128 = 8 GPUs x 16, learning rate 2e-4 (projector 2e-5), rank 128, alpha 256, 1 epoch, 2,048 tokens. With other GPUs keep the product.
+# Published settings (arXiv 2310.03744, table of hyper-parameters, and scripts/v1_5/finetune_lora.sh of
+# github.com/haotian-liu/LLaVA):
+# global batch 128 = 8 GPUs x 16, learning rate 2e-4 (projector 2e-5), rank 128, alpha 256, 1 epoch, 2,048 tokens.
+# With another number of GPUs, keep the product.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 exec bash "$root/scripts/train.sh" \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \

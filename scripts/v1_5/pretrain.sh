@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Projector pretraining of LLaVA-1.5 on 558K captions: bash scripts/v1_5/pretrain.sh [flags]
-# Published settings (arXiv 2310.03744, table of hyper-parameters; github.com/haotian-liu/LLaVA, scripts/v1_5/pretrain.sh):
-# global batch 256 = 8 GPUs x 32, learning rate 1e-3, 1 epoch, 2,048 tokens. With other GPUs keep the product.
+# Published settings (arXiv 2310.03744, table of hyper-parameters, and scripts/v1_5/pretrain.sh of
+# github.com/haotian-liu/LLaVA):
+# global batch 256 = 8 GPUs x 32, learning rate 1e-3, 1 epoch, 2,048 tokens.
+# With another number of GPUs, keep the product.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 exec bash "$root/scripts/train.sh" \
     --deepspeed "$root/scripts/zero2.json" \

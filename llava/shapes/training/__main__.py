@@ -1,4 +1,4 @@
-"""`python -m llava.shapes.training`: see run.py."""
+"""The command `python -m llava.shapes.training`, see run.py."""
 
 from llava.shapes.training.run import main
 

@@ -9,16 +9,17 @@ from torch import Tensor
 from llava.mm_utils import NEWLINE, merge_order, tile_plan
 from llava.shapes.training.data import anyres_config, with_suffix
 
-_WINDOW = 16  # batches whose pictures are sorted by length together, so that little is padded
+_WINDOW = 16  # pictures of so many batches are sorted by length together, so that batches have little padding
 
 
 @dataclass
 class Batch:
-    """B pictures, T tiles.
+    """B pictures with T tiles in all, and Q questions of L tokens about each picture.
 
-    tiles uint8 [T, 96, 96, 3]; owners int64 [T, patches]; kinds, colors int64 [T, 6], -1 for what the tile does not show;
-    order int64 [B, N]: where in the flat tile patches each image token lies; T * patches = the newline token, one more =
-    padding; lengths int64 [B]; questions int64 [B, Q, L]; cue, category int64 [B, Q].
+    tiles uint8 [T, 96, 96, 3]; owners int64 [T, P], index of the object that a patch shows, or -1; kinds, colors int64
+    [T, 6], -1 for objects that the tile does not show. order int64 [B, N]: index of each vision token among the flat
+    patches of all tiles; T * P is the newline token, T * P + 1 is padding. lengths int64 [B]: vision tokens without
+    padding. questions int64 [B, Q, L]; cue, category int64 [B, Q].
     """
 
     tiles: Tensor
@@ -33,7 +34,7 @@ class Batch:
 
 
 def image_order(size, pinpoints, side):
-    """int64 [N]: merge order of one picture of `size` (width, height), NEWLINE included, as the evaluation path does it."""
+    """int64 [N]: LLM order of the patches of a picture of `size` (width, height), with NEWLINE, as in evaluation."""
     width, height = (int(value) for value in size)
     return merge_order(tile_plan((width, height), anyres_config(pinpoints)), side)
 
@@ -41,7 +42,8 @@ def image_order(size, pinpoints, side):
 def batches(pictures, batch, pinpoints, side, seed=0, suffix_every=0, part=(0, 1)):
     """Yield every full batch of the set once, in an order that depends on `seed` only.
 
-    suffix_every: each so-manieth batch carries LLaVA's "Answer the question using a single word or phrase." (0: none).
+    seed: 0 is for validation: the order is not shuffled, and an incomplete batch is yielded, too.
+    suffix_every: one batch of so many has LLaVA's "Answer the question using a single word or phrase." (0: none).
     part: (i, n) yields only the i-th of n equal parts of each batch.
     """
     orders = [image_order(size, pinpoints, side) for size in pictures.sizes]
@@ -50,6 +52,7 @@ def batches(pictures, batch, pinpoints, side, seed=0, suffix_every=0, part=(0, 1
     groups = []
     for start in range(0, len(rows), batch * _WINDOW):
         window = rows[start : start + batch * _WINDOW]
+        # Pictures with similar numbers of vision tokens share a batch, which saves padding.
         window = window[np.argsort([len(orders[i]) for i in window], kind="stable")]
         groups += [window[i : i + batch] for i in range(0, len(window), batch)]
     shuffled = rng.permutation(len(groups)) if seed else np.arange(len(groups))
@@ -67,6 +70,7 @@ def _collate(pictures, group, orders, suffix):
         owner = np.asarray(pictures.tile_objects[span], dtype=np.int64)
         tiles.append(pictures.tiles[span])
         owners.append(owner)
+        # A crop shows only some of the picture's objects, and the losses per tile must not ask for the others.
         shown = (owner[:, None, :] == np.arange(pictures.kinds.shape[1])[None, :, None]).any(-1)
         kinds.append(np.where(shown, pictures.kinds[i], -1))
         colors.append(np.where(shown, pictures.colors[i], -1))
@@ -74,7 +78,7 @@ def _collate(pictures, group, orders, suffix):
         offset += owner.size
     lengths = torch.tensor([len(rows) for rows in index])
     order = torch.nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=offset + 1)
-    order = torch.where(order == NEWLINE, offset, order)
+    order = torch.where(order == NEWLINE, offset, order)  # only now: the newline's index follows all tiles of the batch
     blocks, cue = pictures.questions[group], np.asarray(pictures.cue[group])
     if suffix:
         blocks, cue = with_suffix(blocks, cue)
@@ -84,17 +88,17 @@ def _collate(pictures, group, orders, suffix):
 
 
 def image_embeddings(projected, newline, order):
-    """[B, N, D]: projected tile patches [T, patches, D] put in LLM order, newline tokens included (padding is zero)."""
+    """[B, N, D]: projected patches [T, P, D] in LLM order, with newline tokens. Padding is zero."""
     flat = projected.flatten(0, 1)
     return torch.cat([flat, newline[None], torch.zeros_like(newline)[None]])[order]
 
 
 def jittered_positions(lengths, n, share, generator):
-    """int64 [B, N + 1]: image positions of which random spans are compressed, then the first position after the image.
+    """int64 [B, N + 1]: compressed positions of the vision tokens, then the first position after the image.
 
-    A picture in `share` gets a rate r (log-uniform, 0.03 to 1); each token moves the position on by one with
-    probability r. No token is dropped; what changes is that neighbours share positions, as re-numbering after
-    pruning would have it.
+    A share `share` of the pictures gets a rate r (log-uniform, 0.03 to 1). Each token advances the position by one with
+    probability r. No token is dropped, but neighbours share positions. The LLM thus gets used to images that span few
+    positions, as after selection with new positions.
     """
     b = len(lengths)
     rate = torch.exp(torch.rand(b, 1, generator=generator) * float(np.log(0.03)))
@@ -102,16 +106,17 @@ def jittered_positions(lengths, n, share, generator):
     steps = (torch.rand(b, n, generator=generator) < rate).long()
     steps = steps * (torch.arange(n) < lengths[:, None])
     ends = steps.cumsum(1)
-    return torch.cat([ends - steps, ends[:, -1:].clamp_min(1)], dim=1)
+    return torch.cat([ends - steps, ends[:, -1:].clamp_min(1)], dim=1)  # the text never starts on the image's position
 
 
 def sparse_order(batch, share, generator):
-    """(order, lengths) as in Batch, where pictures in `share` lose background patches: a rate drawn per picture, 0 to 1.
+    """(order, lengths) as in Batch, after a share `share` of the pictures has lost background patches.
 
-    Patches that show an object stay, and so do newline tokens. The LLM then does not count on a fixed number of
-    background tokens; it never learns to answer without the object that is asked about.
+    The rate is drawn per picture, from 0 to 1. Patches that show an object stay, and newline tokens stay. The LLM thus
+    does not rely on a fixed number of background tokens, and it never learns to answer without the object in question.
     """
     patches = batch.owners.numel()
+    # The two extra entries are the newline token, which stays, and padding.
     shows = torch.cat([batch.owners.flatten() >= 0, torch.tensor([True, False])])[batch.order]
     rate = torch.rand(len(batch.order), 1, generator=generator)
     rate = torch.where(torch.rand(len(batch.order), 1, generator=generator) < share, rate, torch.zeros_like(rate))

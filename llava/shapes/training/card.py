@@ -17,6 +17,7 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.shapes.scenes import FAMILIES
 from llava.shapes.training.recipe import RECIPES
 
+# About 25, 10 and 5 % of the vision tokens.
 BUDGETS = {"v1.5": (36, 14, 7), "v1.6": (144, 58, 29)}
 METHODS = {
     "v1.5": ("random", "cls", "t2i", "mix", "adav"),
@@ -37,7 +38,8 @@ LIMITS = """## Limits: read this before quoting a figure
 
 
 def measure(family, checkpoint, ablation, work):
-    """Dictionary of every figure on the card."""
+    """Dictionary with all numbers of the card. ablation: checkpoint without the alignment loss, or None."""
+    # Imported late: --text-only loads no model.
     from llava.shapes.training.figures import all_token_figures, method_figures
 
     budgets = BUDGETS[family]
@@ -52,7 +54,8 @@ def measure(family, checkpoint, ablation, work):
 
 
 def card_text(family, figures, log):
-    """The Markdown of the card. `log`: rows of the training log (None where there is none)."""
+    """Markdown of the card. figures: of `measure`. log: rows of the training log, [] if there is none."""
+    # 1. Accuracy, with all tokens and with selected ones.
     recipe = RECIPES[family]
     methods = figures["methods"]
     parts = [
@@ -85,6 +88,7 @@ def card_text(family, figures, log):
         f"Measured with the repository's own tower, selection and LLM code, first answer token from one forward pass; `model.generate` gave "
         f"the same answer in {_percent(methods['agreement'])} % of 200 questions.\n",
     ]
+    # 2. The ablation, the limits and the recipe.
     if "ablation" in figures:
         parts += [
             "## Without the alignment loss\n",
@@ -117,6 +121,7 @@ def _method_table(methods):
 
 
 def _recipe_text(family, recipe, log, versions):
+    # 1. Losses and optimizers, in words.
     start = f"It starts from the weights of `{recipe.start}`. " if recipe.start else ""
     lines = [
         "## Recipe\n",
@@ -126,6 +131,7 @@ def _recipe_text(family, recipe, log, versions):
         "cross-entropy, several questions packed per picture. Muon (float32) on matrices, AdamW on the rest, linear warm-up, cosine decay.\n",
     ]
     lines[1] = lines[1].replace("(PLACE)", f"on two CPU cores, one thread; {versions}")
+    # 2. One row per stage. The log of a resumed run has several rows of a stage, and the last one counts.
     seconds = {row["stage"]: row["finished"] for row in log if "finished" in row}
     after = {row["stage"]: row["validation"] for row in log if row.get("validation")}
     rows = []

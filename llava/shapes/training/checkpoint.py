@@ -1,4 +1,4 @@
-"""Writes a trained demo model as a checkpoint in LLaVA's original format, and reads one back for further training."""
+"""Writes a trained demo model as a checkpoint in LLaVA's original format, and reads it for further training."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,8 @@ _TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 def checkpoint_tensors(model, dtype=torch.float16):
-    """State dictionary under the names of LLaVA's own checkpoints (the tied output matrix is left out)."""
+    """State dictionary under the names of LLaVA's own checkpoints, without the tied LM head."""
+    # clone: safetensors refuses tensors that share memory. position_ids: a buffer that newer CLIP classes do not save.
     named = {f"model.{k}": v for k, v in model.llm.model.state_dict().items()}
     named |= {_TOWER + k: v for k, v in model.tower.state_dict().items() if not k.endswith("position_ids")}
     named |= {f"model.mm_projector.{k}": v for k, v in model.projector.state_dict().items()}
@@ -46,7 +47,7 @@ def write_checkpoint(model, recipe, folder):
 
 
 def llava_config(recipe):
-    """config.json as LLaVA's own checkpoints have it."""
+    """Dictionary for config.json, with the keys of LLaVA's own checkpoints."""
     sizes = recipe.sizes
     llama = llm_config(sizes).to_dict()
     keys = (
@@ -57,6 +58,7 @@ def llava_config(recipe):
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         **{key: llama[key] for key in keys.split()},
+        # Llama's default, as in LLaVA's files. Training starts from another value (llm_config), but nothing reads this.
         "initializer_range": 0.02,
         "rope_theta": sizes.rope_theta,
         "torch_dtype": "float16",
@@ -79,13 +81,13 @@ def llava_config(recipe):
 
 
 def preprocessor_config(sizes):
-    """CLIPImageProcessor settings for tiles of this size."""
+    """Settings of CLIPImageProcessor for tiles of this size."""
     side = sizes.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": side},
-        "resample": 3,
+        "resample": 3,  # bicubic, as in CLIP
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
@@ -98,7 +100,10 @@ def preprocessor_config(sizes):
 
 
 def load_demo_model(folder, sizes):
-    """A DemoModel (float32) from a checkpoint that write_checkpoint wrote; a missing newline token starts afresh."""
+    """DemoModel (float32) from a folder that write_checkpoint wrote. UserError if the folder has no weights.
+
+    A newline token that the checkpoint does not have starts from random numbers, as v1.6 does on the weights of v1.5.
+    """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{folder}: no model.safetensors there; train that checkpoint first")
@@ -115,6 +120,7 @@ def load_demo_model(folder, sizes):
             renamed["image_newline"] = tensor
         else:
             renamed["llm." + name] = tensor
+    # `state` first, for the newline token; strict=True still refuses names that the model does not have.
     model.load_state_dict({**state, **renamed}, strict=True)
     return model
 

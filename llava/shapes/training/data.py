@@ -1,4 +1,4 @@
-"""Training pictures and questions as flat arrays, drawn once and kept under playground/train/."""
+"""Training pictures and questions as flat arrays. They are drawn once and stored under playground/train/."""
 
 import multiprocessing
 import os
@@ -30,19 +30,19 @@ from llava.shapes.vocabulary import (
 )
 
 BLOCK = 12  # tokens of the longest question, its cue and its answer
-FORMAT = 1  # goes into the cache's name: change it when the arrays change
+FORMAT = 1  # part of the cache's name: increase it when the arrays change
 _CATEGORIES = (*QUESTION_TYPES, *PRACTICE_TYPES)
-_COVERED = 8  # an object owns a patch when it covers this many of its 64 pixels
+_COVERED = 8  # an object owns a patch if it covers at least so many of its 64 pixels
 _ARRAYS = ("tiles", "tile_objects", "first_tile", "sizes", "kinds", "colors", "questions", "cue", "category")
 
 
 def prefix_ids():
-    """Token ids [P] of everything in front of the image: `<s>`, the system sentence, `USER:`."""
+    """Token ids of the text before the image: `<s>`, the system sentence, `USER:`."""
     return _tokenizer().encode(f"{SYSTEM} USER: ").ids
 
 
 def question_ids(text):
-    """Token ids of what follows the image: line feed, question, `ASSISTANT:` (no `<s>`)."""
+    """Token ids of the text after the image: line feed, question, `ASSISTANT:`. There is no `<s>`."""
     return _tokenizer().encode(f"\n{text} ASSISTANT:", add_special_tokens=False).ids
 
 
@@ -52,19 +52,19 @@ def _tokenizer():
 
 
 def word_id(word):
-    """Token id of one word."""
+    """Token id of a word."""
     return _tokenizer().token_to_id(word)
 
 
 def object_words(kind, color):
-    """The words that name an object: its kind, colour, category and, for a shape, the plural."""
+    """Words that name an object: its kind, colour, category and, for a shape, the plural."""
     words = [kind, color, category_of(kind)]
     return words + [PLURALS[kind]] if kind in PLURALS else words
 
 
 @lru_cache(maxsize=1)
 def naming_table():
-    """float32 [kinds * colours, V]: which tokens name an object; row = kind * len(colours) + colour."""
+    """float32 [kinds * colours, V]: 1 for each token that names an object. Its row is kind * len(colours) + colour."""
     table = torch.zeros(len(KINDS) * len(COLOR_NAMES), _tokenizer().get_vocab_size())
     for k, kind in enumerate(KINDS):
         for c, color in enumerate(COLOR_NAMES):
@@ -74,7 +74,7 @@ def naming_table():
 
 
 def anyres_config(pinpoints, tile_size=96):
-    """The keys that llava.mm_utils.tile_plan reads, for training on `pinpoints` (None: one tile, no cropping)."""
+    """Configuration with the keys that llava.mm_utils.tile_plan reads. pinpoints: canvases; None: one tile."""
     return SimpleNamespace(
         mm_tile_size=tile_size,
         image_aspect_ratio="anyres" if pinpoints else "pad",
@@ -84,11 +84,13 @@ def anyres_config(pinpoints, tile_size=96):
 
 
 def scene_tiles(scene, pinpoints, patch=8):
-    """(tiles uint8 [T, 96, 96, 3], patch owners int8 [T, 144]) exactly as the evaluation path cuts the picture."""
+    """(tiles uint8 [T, 96, 96, 3], patch owners int8 [T, 144]), cut exactly as in evaluation."""
     if not pinpoints:
         return scene.pixels[None], _patch_owners(scene.owner, patch)[None]
     plan = tile_plan(scene.size, anyres_config(pinpoints))
     tiles = np.stack([np.asarray(tile) for tile in cut_tiles(Image.fromarray(scene.pixels), plan)])
+    # The owners go the same way as the pixels, but by nearest neighbour: a mean of two object numbers means nothing.
+    # + 1, because an image of bytes cannot hold -1.
     owner = Image.fromarray((scene.owner + 1).astype(np.uint8))
     canvas = Image.new("L", plan.canvas, 0)
     canvas.paste(owner.resize(plan.resized, Image.Resampling.NEAREST), plan.offset)
@@ -101,7 +103,7 @@ def scene_tiles(scene, pinpoints, patch=8):
 
 
 def _patch_owners(owner, patch):
-    """Index of the object that covers most of each patch, or -1; int8 [patches]."""
+    """int8 [P]: index of the object that covers most of each patch, or -1 if none covers enough."""
     rows, columns = owner.shape[0] // patch, owner.shape[1] // patch
     counts = np.stack(
         [(owner == number).reshape(rows, patch, columns, patch).sum((1, 3)) for number in range(MAX_OBJECTS)]
@@ -121,7 +123,7 @@ def _draw_chunk(job):
         for row, question in enumerate(asked):
             ids = [*question_ids(question.text), word_id(question.answer)]
             blocks[row, : len(ids)] = ids
-            cue[row] = len(ids) - 2
+            cue[row] = len(ids) - 2  # the token before the answer
         pad = [-1] * (MAX_OBJECTS - len(scene.objects))
         out["tiles"].append(tiles)
         out["tile_objects"].append(owners)
@@ -139,11 +141,12 @@ def _draw_chunk(job):
 
 @dataclass
 class PictureSet:
-    """Pictures with their questions, as arrays (memory-mapped from the cache).
+    """n pictures with Q questions each, as arrays that are memory-mapped from the cache.
 
-    tiles [T, 96, 96, 3] uint8; tile_objects [T, 144] int8; first_tile [n + 1] int64: tiles of picture i are
-    first_tile[i] : first_tile[i + 1]; sizes [n, 2] (width, height); kinds, colors [n, 6], -1 where there is no object;
-    questions [n, Q, 12] int16 with the answer last, padded right; cue [n, Q]: index of the ":" that the answer follows.
+    tiles uint8 [T, 96, 96, 3]; tile_objects int8 [T, 144]; first_tile int64 [n + 1]: picture i has the tiles
+    first_tile[i] : first_tile[i + 1]. sizes [n, 2] (width, height); kinds, colors [n, 6], -1 if there is no object.
+    questions int16 [n, Q, 12], right-padded, the answer last; cue [n, Q]: index of the ":" before the answer.
+    category [n, Q]: index of the question's type.
     """
 
     tiles: np.ndarray
@@ -161,7 +164,7 @@ class PictureSet:
 
 
 def picture_set(family, split, start, count, questions, weights, pinpoints, cache, processes=2):
-    """The PictureSet of pictures start .. start + count; drawn on first use, read back from `cache` afterwards."""
+    """PictureSet of the pictures start .. start + count - 1. They are drawn at first use and then read from `cache`."""
     key = f"{family}-{split}-{start}-{count}-{questions}-{'_'.join(f'{w:g}' for w in weights)}-f{FORMAT}"
     folder = Path(cache) / key
     if not folder.exists():
@@ -170,10 +173,11 @@ def picture_set(family, split, start, count, questions, weights, pinpoints, cach
             (family, split, first, min(size, start + count - first), questions, weights, pinpoints)
             for first in range(start, start + count, size)
         ]
+        # imap keeps the order of the jobs, so the arrays do not depend on the number of processes.
         with multiprocessing.get_context("fork").Pool(min(processes, os.cpu_count() or 1, len(jobs))) as pool:
             drawn = pool.imap(_draw_chunk, jobs)
             chunks = [*progress_bar(f"drawing pictures, {size} each", drawn, total=len(jobs), unit=" parts")]
-        # Written beside and renamed: another run may be drawing the same pictures.
+        # Written under another name and renamed: another run may draw the same pictures, or read the folder too early.
         part = folder.with_name(f"{key}.part{os.getpid()}")
         part.mkdir(parents=True, exist_ok=True)
         for name in _ARRAYS:
@@ -183,7 +187,7 @@ def picture_set(family, split, start, count, questions, weights, pinpoints, cach
             np.save(part / f"{name}.npy", array)
         try:
             part.rename(folder)
-        except OSError:
+        except OSError:  # the other run was first, and its pictures are the same
             shutil.rmtree(part)
     return PictureSet(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS})
 
@@ -191,10 +195,11 @@ def picture_set(family, split, start, count, questions, weights, pinpoints, cach
 def with_suffix(blocks, cue):
     """Insert "\\nAnswer the question using a single word or phrase." before `ASSISTANT:` in every question.
 
-    blocks int16 [..., 12], cue [...] -> the same with BLOCK + 11 tokens and a later cue.
+    blocks int16 [..., 12], cue [...] -> blocks with as many more tokens as the sentence has, and a later cue.
     """
     suffix = np.asarray(_tokenizer().encode(f"\n{SHORT_ANSWER}", add_special_tokens=False).ids, blocks.dtype)
     longer = np.full((*blocks.shape[:-1], BLOCK + len(suffix)), word_id("<pad>"), blocks.dtype)
+    # Questions of one length together: the place to insert depends on the length only.
     for length in np.unique(cue):
         rows = cue == length
         head, tail = blocks[rows][:, : length - 1], blocks[rows][:, length - 1 :]

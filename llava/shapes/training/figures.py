@@ -1,8 +1,8 @@
-"""Measures a demo checkpoint for its model card, with the very code that evaluation uses.
+"""Measures a demo checkpoint for its model card, with the code that evaluation uses.
 
-The checkpoint goes through load_pretrained_model; tiles, tower, selection and LLM are those of `model.generate`. Pictures
-are encoded once and reused by every method; the first answer token is read from one forward pass, and `agreement` says how
-often that is what `model.generate` answers.
+The checkpoint is loaded by load_pretrained_model. Tiles, tower, selection and LLM are those of `model.generate`.
+Pictures are encoded once and used by every method. The first answer token is read from one forward pass. `agreement`
+says how often `model.generate` gives the same answer.
 """
 
 import json
@@ -25,7 +25,10 @@ _BATCH = 32
 
 
 class Exam:
-    """A loaded checkpoint, on the CPU, and one question file of the demo task, encoded once."""
+    """A checkpoint on the CPU, and one question file of the demo task with its encoded pictures.
+
+    limit: only the first so many questions.
+    """
 
     def __init__(self, checkpoint, folder, limit=None):
         self.tokenizer, self.model, self.processor, _ = load_pretrained_model(checkpoint, device_map="cpu")
@@ -38,7 +41,7 @@ class Exam:
         self.images = self._encode(folder / "images")
 
     def _ids(self, text):
-        """(ids before the image, ids after it) of the prompt for one question."""
+        """(ids before the image, ids after the image) of the prompt for one question."""
         conversation = conv_templates["vicuna_v1"].copy()
         conversation.append_message(conversation.roles[0], f"<image>\n{text}")
         conversation.append_message(conversation.roles[1], None)
@@ -48,7 +51,7 @@ class Exam:
 
     @torch.no_grad()
     def _encode(self, folder):
-        """File name -> ImageTokens."""
+        """ImageTokens by file name."""
         encoded, names = {}, sorted(set(self.names))
         for start in range(0, len(names), _BATCH):
             part = names[start : start + _BATCH]
@@ -58,7 +61,7 @@ class Exam:
 
     @torch.no_grad()
     def image_tokens(self, images):
-        """PIL images -> list of ImageTokens."""
+        """List of ImageTokens of PIL images."""
         pixels = process_images(images, self.processor, self.model.config)
         pixels = [p if p.dim() == 4 else p[None] for p in pixels]
         plans = self.model._plans(pixels, [image.size for image in images], "official")[1]
@@ -70,14 +73,18 @@ class Exam:
 
     @torch.no_grad()
     def answer(self, method="none", budget=1, positions="reindexed", images=None, texts=None, **options):
-        """List of answer words. images: ImageTokens per question instead of its own; texts: ids [m] the selector reads."""
+        """List of answer words.
+
+        positions: "reindexed" or "original" positions of the kept tokens. images: ImageTokens per question, instead of
+        its own. texts: per question, ids [m] that the selector reads, instead of the question's. options: the method's.
+        """
         embed, words = self.model.get_input_embeddings(), []
         for start in range(0, len(self.rows), _BATCH):
             parts = []
             for number in range(start, min(start + _BATCH, len(self.rows))):
                 before, after = self.rows[number]
                 tokens = images[number] if images else self.images[self.names[number]]
-                tokens.key = number
+                tokens.key = number  # seeds the method `random`: questions about one picture get different tokens
                 text = embed(torch.tensor(texts[number] if texts else after))
                 kept = select(method, tokens, text, budget, **options)
                 parts.append(self._sequence(embed, before, kept, after, positions))
@@ -93,6 +100,7 @@ class Exam:
         return torch.cat([head, kept.features, tail]), torch.cat(index)
 
     def _next_words(self, parts):
+        # Padding on the left: the last slot is then every row's last token.
         length = max(len(embeds) for embeds, _ in parts)
         inputs = torch.zeros(len(parts), length, parts[0][0].shape[-1])
         mask, where = (
@@ -107,11 +115,12 @@ class Exam:
         return self.tokenizer.batch_decode(logits[:, -1:].argmax(-1))
 
     def other_questions(self):
-        """Per question, token ids [m] of one about another picture (four questions share a picture): for `texts`."""
+        """Per question, token ids [m] of a question about another picture, for `texts`."""
+        # Four questions share a picture, so five questions on is always another picture.
         return [self.rows[(number + 5) % len(self.rows)][1] for number in range(len(self.rows))]
 
     def score(self, words):
-        """{"all": share of right answers, and one share per question type}."""
+        """Share of right answers: of all questions ("all"), and of each question type."""
         hits = defaultdict(list)
         for word, answer, category in zip(words, self.answers, self.categories, strict=True):
             hits["all"].append(word == answer)
@@ -119,7 +128,7 @@ class Exam:
         return {name: sum(hits[name]) / len(hits[name]) for name in ("all", *QUESTION_TYPES) if hits[name]}
 
     def prior(self):
-        """Accuracy of always giving the commonest answer of the question's type."""
+        """Accuracy of the most frequent answer of each question type."""
         counts = defaultdict(Counter)
         for answer, category in zip(self.answers, self.categories, strict=True):
             counts[category][answer] += 1
@@ -127,7 +136,7 @@ class Exam:
 
 
 def all_token_figures(checkpoint, family, work, questions=4000):
-    """Accuracy with all tokens on three disjoint test sets, and the prior of each."""
+    """One row per test set: accuracy with all tokens, and the prior. The three sets are disjoint."""
     rows = []
     for seed_set in progress_bar("test sets", range(3), unit=" sets"):
         folder = write_dataset(family, "test", questions, Path(work) / f"card-{family}-{seed_set}", seed_set)
@@ -137,7 +146,11 @@ def all_token_figures(checkpoint, family, work, questions=4000):
 
 
 def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
-    """Accuracy of each method at each budget, both position modes, on the first questions of set 0; and the controls."""
+    """Accuracy of each method at each budget under both kinds of positions, and the controls.
+
+    Measured on the first `questions` questions of set 0.
+    """
+    # 1. Methods. `random` is a mean over three seeds.
     folder = write_dataset(family, "test", 4000, Path(work) / f"card-{family}-0", 0)
     exam = Exam(checkpoint, folder, questions)
     table = []
@@ -150,18 +163,20 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
                 table.append(
                     {"method": method, "budget": budget, "positions": positions, "all": sum(scores) / len(scores)}
                 )
-        # What the same selector does with the question of another picture.
+        # A control: if text guidance works, the question of another picture must make it worse.
         others = exam.other_questions()
         for positions in ("reindexed", "original"):
             score = exam.score(exam.answer("t2i", budget, positions, texts=others))["all"]
             table.append({"method": "t2i, wrong question", "budget": budget, "positions": positions, "all": score})
     own = [exam.images[name] for name in exam.names]
+    # 2. Controls. The colour is CLIP's mean, which normalisation turns into about zero.
     blank = exam.image_tokens([Image.new("RGB", (96, 96), (122, 116, 104))])[0]
     return {
         "questions": questions,
         "prior": exam.prior(),
         "all_tokens": exam.score(exam.answer())["all"],
         "tokens_mean": sum(len(tokens.tile) for tokens in own) / len(own),
+        # Eight questions on: the picture after the next one.
         "wrong_image": exam.score(exam.answer(images=own[8:] + own[:8]))["all"],
         "blank_image": exam.score(exam.answer(images=[blank] * len(own)))["all"],
         "table": table,
@@ -171,7 +186,7 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
 
 @torch.no_grad()
 def agreement(exam, folder, count=200):
-    """Share of questions for which model.generate gives the same word as the shortened path above."""
+    """Share of the first `count` questions for which model.generate gives the same word as Exam.answer."""
     same, words = 0, exam.answer()
     for number in progress_bar("agreement", range(min(count, len(exam.rows))), unit=" questions"):
         image = Image.open(folder / exam.names[number]).convert("RGB")

@@ -1,4 +1,4 @@
-"""The demo model in training: transformers' own CLIP tower and Llama, a two-layer projector, the newline token."""
+"""The demo model for training: transformers' CLIP tower and Llama, a two-layer projector and the newline token."""
 
 import torch
 from torch import nn
@@ -6,12 +6,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from llava.shapes.tokenizer import MAX_LENGTH, vocabulary
 
+# Of OpenAI's CLIP (preprocessor_config.json of openai/clip-vit-large-patch14-336), as in LLaVA.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def tower_config(sizes):
-    """CLIP vision configuration of a demo tower."""
+    """CLIPVisionConfig of the demo tower."""
     return CLIPVisionConfig(
         hidden_size=sizes.width,
         intermediate_size=sizes.tower_mlp,
@@ -25,7 +26,7 @@ def tower_config(sizes):
 
 
 def llm_config(sizes, layers=None):
-    """Llama configuration of a demo LLM with `layers` layers (default: the final number)."""
+    """LlamaConfig of the demo LLM with `layers` layers. Default: the final number."""
     vocab = vocabulary()
     return LlamaConfig(
         vocab_size=len(vocab),
@@ -46,7 +47,7 @@ def llm_config(sizes, layers=None):
 
 
 class DemoModel(nn.Module):
-    """tower, projector, llm and image_newline, with the names that the checkpoint writer expects."""
+    """Tower, projector, LLM and newline token, with the names that the checkpoint writer expects."""
 
     def __init__(self, sizes, llm_layers=None):
         super().__init__()
@@ -60,19 +61,22 @@ class DemoModel(nn.Module):
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
         for layer in self.tower.encoder.layers:
-            # CLIP's own start is tuned for width 768 and many layers; at width 128 the plain one learns faster.
+            # CLIP's initial weights are tuned for width 768 and many layers. At width 128, Xavier learns faster.
             for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
     def replace_llm_layers(self, layers):
-        """Throw the decoder layers away and start `layers` new ones; embeddings stay."""
+        """Replace the decoder layers by `layers` new ones. The word embeddings stay."""
         fresh = LlamaForCausalLM._from_config(llm_config(self.sizes, layers), attn_implementation="sdpa")
         fresh.model.embed_tokens.weight.data.copy_(self.llm.model.embed_tokens.weight.data)
         self.llm = fresh
 
     def grow_llm(self, layers):
-        """Append decoder layers up to `layers`. Their outputs start at zero, so the model computes what it did before."""
+        """Append decoder layers until there are `layers`.
+
+        The outputs of new layers are zero at first, so the model still computes the same as before.
+        """
         grown = LlamaForCausalLM._from_config(llm_config(self.sizes, layers), attn_implementation="sdpa")
         grown.load_state_dict(self.llm.state_dict(), strict=False)
         for layer in grown.model.layers[len(self.llm.model.layers) :]:
@@ -81,11 +85,12 @@ class DemoModel(nn.Module):
         self.llm = grown
 
     def see(self, tiles):
-        """uint8 tiles [T, 96, 96, 3] -> hidden states [T, 1 + patches, width] of the layer before the last, [CLS] first."""
+        """Hidden states [T, 1 + P, W] of the layer before the last, [CLS] first, of tiles uint8 [T, 96, 96, 3]."""
         return self.see_and_gather(tiles)[0]
 
     def see_and_gather(self, tiles):
-        """`see`, and what [CLS] takes in by attention in that layer, [T, width] (the residual left out)."""
+        """(result of `see`, attention output [T, W] of [CLS] in that layer, without the residual)."""
+        # The layer is written out because its module does not return the attention output by itself.
         hidden = self._before_last_trained(tiles)
         layer = self.tower.encoder.layers[-2]
         taken, _ = layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)
@@ -100,7 +105,7 @@ class DemoModel(nn.Module):
         return hidden
 
     def cls_attention(self, tiles):
-        """Mean over heads of softmax [CLS] -> patch in the layer whose output `see` returns; [T, patches]."""
+        """Saliency [T, P]: attention from [CLS] to the patches, mean over heads, in the layer before the last."""
         hidden = self._before_last_trained(tiles)
         layer = self.tower.encoder.layers[-2]
         normed, attention = layer.layer_norm1(hidden), layer.self_attn
@@ -112,5 +117,5 @@ class DemoModel(nn.Module):
 
     @property
     def embeddings(self):
-        """Word embeddings [V, width], also the output matrix (tied)."""
+        """Word embeddings [V, D]. They are also the LM head (tied)."""
         return self.llm.model.embed_tokens.weight

@@ -1,18 +1,22 @@
-"""Muon (https://kellerjordan.github.io/posts/muon) in float32, equal shapes orthogonalised as one batch.
+"""Muon (https://kellerjordan.github.io/posts/muon) in float32. Matrices of one shape are orthogonalised as one batch.
 
-torch.optim.Muon runs its iteration in bfloat16, one matrix at a time; on a CPU without bfloat16 units that took a fifth of
-each step (60 matrices of 128x128, one thread: 233 ms). The update is the same, scaled to AdamW's size (0.2 * sqrt(longer side)).
+torch.optim.Muon iterates in bfloat16, one matrix at a time. On a CPU without bfloat16 units this took a fifth of each
+step (60 matrices of 128x128, one thread: 233 ms). The update is the same, scaled to the size of AdamW's updates
+(0.2 * sqrt(longer side)).
 """
 
 from collections import defaultdict
 
 import torch
 
+# Of the quintic iteration in the post above. They bring singular values near 1 in few steps, but not exactly to 1.
 _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 def orthogonalize(matrices, steps=5):
-    """Newton-Schulz iteration: [G, R, C] -> nearly orthogonal matrices with the same singular vectors."""
+    """Nearly orthogonal matrices with the singular vectors of `matrices` [n, rows, columns], by Newton-Schulz steps."""
+    # The transposition makes the Gram matrices as small as possible. Singular values must be at most 1 at the start,
+    # and the Frobenius norm bounds them.
     x = matrices
     flip = x.shape[-2] > x.shape[-1]
     if flip:
@@ -26,7 +30,7 @@ def orthogonalize(matrices, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, with decoupled weight decay; for 2-D parameters only."""
+    """Optimizer with orthogonalised momentum and decoupled weight decay, for 2-D parameters only."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -41,6 +45,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                # Nesterov momentum: the update mixes the gradient in once more.
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 by_shape[p.shape].append((p, torch.lerp(p.grad, buffer, group["momentum"])))
             for shape, entries in by_shape.items():

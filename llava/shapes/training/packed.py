@@ -1,25 +1,26 @@
-"""Llama over one prefix, B images and B x Q questions at once, without computing anything twice.
+"""Llama over one prefix, B images and B x Q questions in one pass, without computing anything twice.
 
-Each question sees the prefix, its image and itself, at the positions it would have right behind the image: what the
-LLM computes is what it computes in evaluation for one prompt per question. The prefix is the same for all and comes
-before everything else, so it is computed once for the whole batch.
+Each question attends to the prefix, its image and itself, at the positions directly after the image. The LLM thus
+computes the same as in evaluation with one prompt per question. The prefix is the same for all prompts and attends to
+nothing else, so it is computed once for the whole batch.
 """
 
 import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import rotate_half
 
-_CHUNK = 160  # image queries per attention call: causal, so early chunks need few keys
+_CHUNK = 160  # image queries per attention call; attention is causal, so early chunks read few keys
 
 
 def packed_forward(llm, prefix, image, questions, positions=None, lengths=None, probe=None):
-    """Final hidden states of the question tokens, [B, Q, L, D]; with `probe`, also those after so many layers.
+    """Final hidden states [B, Q, L, D] of the question tokens. With `probe`, also those after so many layers.
 
-    prefix: int64 [P]. image: embeddings [B, N, D], padded on the right. questions: int64 [B, Q, L], padded on the right.
-    positions: int64 [B, N + 1], position of each image token and of the first question token, counted from the end
-    of the prefix (default 0, 1, ..., and the image's length). lengths: int64 [B], image tokens without padding
-    (default N).
+    prefix: int64 [p]. image: embeddings [B, N, D], right-padded. questions: int64 [B, Q, L], right-padded.
+    positions: int64 [B, N + 1], position of each vision token and of the first question token, counted from the end of
+    the prefix. Default: 0, 1, ..., and the image's length. lengths: int64 [B], vision tokens without padding.
+    Default: N.
     """
+    # 1. Positions of the flat stream: prefix, images, questions.
     model = llm.model
     b, n, width = image.shape
     _, q, block = questions.shape
@@ -36,15 +37,17 @@ def packed_forward(llm, prefix, image, questions, positions=None, lengths=None, 
             (p + starts + torch.arange(block)).expand(b, q, block).reshape(-1),
         ]
     )
+    # 2. Embeddings, rotation and mask.
     hidden = torch.cat(
         [model.embed_tokens(prefix), image.reshape(-1, width), model.embed_tokens(questions).view(-1, width)]
     )
     cos, sin = (part[0].unsqueeze(1) for part in model.rotary_emb(hidden, where[None]))
     mask = _question_mask(p, n, q, block, lengths)
+    # 3. Decoder layers.
     text, middle = p + b * n, None
     for number, layer in enumerate(model.layers):
         normed, attention = layer.input_layernorm(hidden), layer.self_attn
-        # Of the last layer only the questions' outputs are read: the others need keys and values, nothing more.
+        # Only the questions' outputs of the last layer are read. Its other tokens need only keys and values.
         first = text if number + 1 == len(model.layers) else 0
         key, value = (f(normed).unflatten(-1, (-1, attention.head_dim)) for f in (attention.k_proj, attention.v_proj))
         query = attention.q_proj(normed[first:]).unflatten(-1, (-1, attention.head_dim))
@@ -60,17 +63,17 @@ def packed_forward(llm, prefix, image, questions, positions=None, lengths=None, 
 
 
 def _question_mask(p, n, q, block, lengths):
-    """bool [B or 1, 1, Q * L, P + N + Q * L]: prefix and real image tokens, and the own question up to here."""
+    """bool [B or 1, 1, Q * L, p + N + Q * L]: a token attends to prefix, real vision tokens and its question so far."""
     own = torch.block_diag(*[torch.ones(block, block).tril()] * q).bool()
     seen = torch.arange(n) < lengths[:, None]
-    if bool(seen.all()):
+    if bool(seen.all()):  # without padding, one row of the mask serves the whole batch
         seen = seen[:1]
     front = torch.cat([torch.ones(len(seen), p, dtype=torch.bool), seen], dim=1)[:, None, :].expand(-1, q * block, -1)
     return torch.cat([front, own.expand(len(seen), -1, -1)], dim=-1).unsqueeze(1)
 
 
 def _attend(query, key, value, dims, mask):
-    """Attention outputs [queries, heads, head_dim] of the flat token stream (or of its questions, if those are all)."""
+    """Attention outputs [queries, H, d] of the flat stream. `query` holds all its tokens, or only the questions."""
     p, b, n, q, block = dims
     heads, size = key.shape[1:]
     k_prefix, k_image, k_text = _parts(key, dims)
@@ -83,6 +86,8 @@ def _attend(query, key, value, dims, mask):
     q_prefix, q_image, q_text = _parts(query, dims)
     out = [F.scaled_dot_product_attention(q_prefix, k_prefix, v_prefix, is_causal=True)]
     image = []
+    # In chunks: SDPA with a mask computes also the masked half, and the later keys are not passed at all here. Padding
+    # needs no mask, because it is on the right and nothing real attends to it.
     for start in range(0, n, _CHUNK):
         end = min(n, start + _CHUNK)
         causal = torch.ones(end - start, p + end, dtype=torch.bool).tril(p + start)
@@ -94,7 +99,7 @@ def _attend(query, key, value, dims, mask):
 
 
 def _parts(x, dims):
-    """The flat stream [T, heads, head_dim] as prefix [1, heads, P, d], images [B, heads, N, d], questions [B, heads, Q * L, d]."""
+    """Parts of the flat stream [tokens, H, d]: prefix [1, H, p, d], images [B, H, N, d], questions [B, H, Q * L, d]."""
     p, b, n, q, block = dims
     first, *others = x.split([p, b * n, b * q * block])
     return first[None].transpose(1, 2), *(part.view(b, -1, *x.shape[1:]).transpose(1, 2) for part in others)

@@ -1,7 +1,7 @@
-"""What is trained, in which order, for how many steps: the whole recipe as data.
+"""The training recipes of the demo checkpoints as data: what is trained, in which order, for how many steps.
 
-Step counts and seeds are fixed and nothing looks at the clock, so a rerun gives the same model on the same machine
-with the same number of threads (another number adds up in another order).
+Step counts and seeds are fixed, and nothing depends on time. A rerun therefore gives the same model on the same machine
+with the same number of threads. Another number of threads sums in another order.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the demo model. The tower's last layer is there because LLaVA reads the layer before it."""
+    """Sizes of the demo model. The tower's last layer is never trained; LLaVA reads the layer before the last."""
 
     image_size: int = 96
     patch_size: int = 8
@@ -32,17 +32,18 @@ class Stage:
     """One stage of training.
 
     name            letter in file names and logs
-    first_image     index of its first picture in the training split; it sees `steps * batch` pictures, once each
-    fresh_llm       layers of the LLM to start anew with (None: go on with what is there)
-    grow_to         layers of the LLM to grow to; the new ones pass everything through until they have learned
-    train_tower     False freezes the vision tower (no gradient goes through it)
-    hard_captions   the caption loss reads what [CLS] takes in by attention in the last trained layer, and tells the caption
-                    from copies with one word changed; without it, it reads the [CLS] state and other pictures' captions
+    first_image     index of the first picture in the training split; the stage reads `steps * batch` pictures once each
+    fresh_llm       number of layers of a new LLM (None: keep the present LLM)
+    grow_to         number of layers to grow to; new layers change nothing until they are trained
+    train_tower     False freezes the vision tower, and no gradient passes through it
+    hard_captions   True: the caption loss reads the attention output of [CLS] in the last trained layer, and wrong
+                    captions also include the right one with one word changed; False: it reads the [CLS] state, and
+                    wrong captions are only those of other pictures
     answers         False leaves the LLM out: only the tower's two losses are trained, tile by tile
-    jitter          share of pictures whose image positions are compressed at random (no token is dropped)
-    sparse          share of pictures that lose a random part of their background patches (of no object, ever)
-    lookup          weight of the loss that makes existence questions look the object up half-way (losses.lookup_loss)
-    weights         how often each question type is asked, in the order color, exists, where, count
+    jitter          share of pictures whose image positions are compressed at random; no token is dropped
+    sparse          share of pictures that lose a random part of their background patches; patches of objects stay
+    lookup          weight of the practice loss for existence questions (losses.lookup_loss)
+    weights         how often each question type is asked, in the order of QUESTION_TYPES, then PRACTICE_TYPES
     flatness, evenness  weights of the two variances in the alignment loss (losses.alignment_loss)
     """
 
@@ -67,16 +68,16 @@ class Stage:
 
     @property
     def images(self):
-        """Half-open range of picture indices that this stage sees."""
+        """Half-open range of the picture indices that this stage reads."""
         return self.first_image, self.first_image + self.steps * self.batch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checkpoint's recipe.
+    """Recipe of one checkpoint.
 
-    start      folder under playground/ whose weights it starts from (None: from nothing)
-    processes  each takes an equal part of every batch, and gradients are averaged
+    start      folder under playground/ with the initial weights (None: from scratch)
+    processes  number of training processes; each takes an equal part of every batch, and gradients are averaged
     """
 
     family: str
@@ -89,6 +90,7 @@ class Recipe:
     processes: int = 1
 
 
+# Weights of the question types, in the order color, exists, where, count, named, some, tally, pairs.
 _MIX = (1.0, 2.0, 1.3, 1.0)
 _EXISTS = (0.7, 3.0, 1.0, 0.7)
 _COUNTED = (0.6, 2.0, 1.0, 0.8, 0.0, 0.0, 1.0, 2.0)
@@ -128,7 +130,7 @@ V15 = Recipe(
         ),
     ),
 )
-# (width, height), in the order in which ties are decided.
+# (width, height). Of equally good canvases the first one is chosen, so the order matters.
 PINPOINTS = ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288))
 _TILED = {"batch": 16, "questions": 16, "jitter": 0.3, "sparse": 0.7, "flatness": 30_000.0, "evenness": 1000.0}
 V16 = Recipe(

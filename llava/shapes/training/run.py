@@ -26,16 +26,20 @@ PLAYGROUND = Path("playground")
 
 
 def train(recipe, work, out, start_folder=None):
-    """Run all stages of `recipe`; returns the model. `work`: folder of working files, `out`: folder of the checkpoint."""
+    """Run all stages of `recipe` and return the model. UserError if `work` has stages of another recipe.
+
+    work: folder of working files. out: folder of the checkpoint. start_folder: initial weights, if the recipe has any.
+    """
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
     described = json.dumps(dataclasses.asdict(recipe))
     model = None
+    # Only rank 0 writes. The others open the null device, so that the loop below is the same for all.
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     with open(work / "log.jsonl" if first else os.devnull, "a", encoding="utf-8") as log:
         for number, stage in enumerate(recipe.stages):
             file = work / f"stage_{stage.name}.pt"
-            # A stage's weights count only while everything up to it is as it was when they were made.
+            # 1. Reuse a finished stage. Its weights are valid only if all stages up to it are still the same.
             key = json.dumps([dataclasses.asdict(s) for s in recipe.stages[: number + 1]]) + str(recipe.alignment)
             if file.is_file():
                 saved = torch.load(file, weights_only=True)
@@ -44,6 +48,7 @@ def train(recipe, work, out, start_folder=None):
                 model = DemoModel(recipe.sizes, _layers(saved["state"]))
                 model.load_state_dict(saved["state"])
                 continue
+            # 2. The first stage makes the model.
             if model is None:
                 torch.manual_seed(stage.seed)
                 model = (
@@ -51,6 +56,7 @@ def train(recipe, work, out, start_folder=None):
                     if recipe.start
                     else DemoModel(recipe.sizes, stage.fresh_llm)
                 )
+            # 3. Train, save and validate.
             started = time.monotonic()
             run_stage(model, recipe, stage, work.parent / "pictures", log)
             if not first:
@@ -73,7 +79,7 @@ def _layers(state):
 
 
 def _train_part(rank, threads, port, job):
-    """One of several training processes; the first one writes the files."""
+    """Body of one of several training processes. Rank 0 writes the files."""
     torch.set_num_threads(threads)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=job[0].processes)
     train(*job)
@@ -81,6 +87,7 @@ def _train_part(rank, threads, port, job):
 
 
 def _free_port():
+    # Port 0 lets the system choose. All processes are on this machine, so no other port has to be agreed on.
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -102,7 +109,7 @@ def main(argv=None):
     recipe, playground = RECIPES[args.recipe], Path(args.playground)
     if not playground.is_dir():
         raise UserError(f"no folder {playground}; run this in the repository root or name one with --playground")
-    # An ablation is for measuring: it stays among the working files unless a place is named.
+    # An ablation is only measured, so it goes to the working files unless --out names another place.
     shipped = args.recipe == recipe.family
     name = f"llava-shapes-{args.recipe}"
     out = Path(args.out) if args.out else (playground if shipped else playground / "train") / name

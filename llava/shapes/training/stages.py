@@ -1,4 +1,4 @@
-"""The training loop of one stage, and the accuracy after it."""
+"""Training loop of one stage, and the accuracy after it."""
 
 import json
 import math
@@ -16,19 +16,21 @@ from llava.shapes.training.muon import Muon
 from llava.shapes.training.packed import packed_forward
 from llava.shapes.vocabulary import QUESTION_TYPES
 
-_WARMUP = 40
-_SUFFIX_EVERY = 8
-_CHANGED = 8  # wrong captions per picture under hard_captions
+_WARMUP = 40  # steps
+_SUFFIX_EVERY = 8  # one batch of so many has LLaVA's sentence about short answers, so both prompts work
+_CHANGED = 8  # extra wrong captions per picture under hard_captions
 
 
 def run_stage(model, recipe, stage, cache, log):
-    """Train `model` in place through one stage. `log`: open text file, one JSON line every 50 steps."""
+    """Train `model` in place for one stage. cache: folder of drawn pictures. log: open text file for JSON lines."""
+    # 1. Model. The seed is set per stage, so that a resumed run gives the same weights as an uninterrupted one.
     torch.manual_seed(stage.seed)
     if stage.fresh_llm:
         model.replace_llm_layers(stage.fresh_llm)
     if stage.grow_to:
         model.grow_llm(stage.grow_to)
     captioner = Captioner(recipe.sizes.width) if stage.train_tower else None
+    # 2. Pictures and optimizers.
     first, last = stage.images
     pictures = picture_set(
         recipe.family, "train", first, last - first, stage.questions, stage.weights, recipe.pinpoints, cache
@@ -39,6 +41,7 @@ def run_stage(model, recipe, stage, cache, log):
     part = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     source = batches(pictures, stage.batch, recipe.pinpoints, recipe.sizes.side, stage.seed, _SUFFIX_EVERY, part)
     bar = progress_bar(f"stage {stage.name}", source, total=stage.steps, disable=part[0] > 0 or None)
+    # 3. Steps.
     sums, started = defaultdict(float), time.monotonic()
     model.train()
     for step, batch in enumerate(bar):
@@ -57,6 +60,7 @@ def run_stage(model, recipe, stage, cache, log):
         for name, value in losses.items():
             sums[name] += float(value.detach())
         sums["right"] += right
+        # Means over the last 50 steps go to the log.
         if (step + 1) % 50 == 0 or step + 1 == stage.steps:
             count = step % 50 + 1
             row = {name: round(value / count, 4) for name, value in sums.items()}
@@ -68,20 +72,22 @@ def run_stage(model, recipe, stage, cache, log):
 
 def _average_gradients(model, processes):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([g.flatten() for g in gradients])  # one all_reduce: its latency would count once per weight
     distributed.all_reduce(flat)
     for gradient, mean in zip(gradients, (flat / processes).split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
 def _losses(model, captioner, recipe, stage, batch, prefix, generator):
-    """Dictionary of weighted losses of one batch, and the share of right answers."""
+    """(weighted losses of one batch by name, share of right answers)."""
+    # 1. Tower and projector.
     with torch.set_grad_enabled(stage.train_tower):
         hidden, taken = model.see_and_gather(batch.tiles)
     projected = model.projector(hidden[:, 1:])
+    # 2. Losses of the tower: captions, and alignment of patches and words.
     losses, right = {}, 0.0
     if captioner is not None:
-        shown = (batch.kinds >= 0).any(1)
+        shown = (batch.kinds >= 0).any(1)  # a crop without an object has no caption
         cls, changed = (taken, _CHANGED) if stage.hard_captions else (hidden[:, 0], 0)
         losses["caption"] = captioner(cls[shown], batch.kinds[shown], batch.colors[shown], changed)
     if recipe.alignment:
@@ -89,6 +95,7 @@ def _losses(model, captioner, recipe, stage, batch, prefix, generator):
         losses["alignment"] = 0.25 * alignment_loss(
             projected, *objects, model.embeddings, stage.flatness, stage.evenness
         )
+    # 3. Losses of the LLM: answers and, if asked for, lookup.
     if stage.answers:
         order, lengths = batch.order, batch.lengths
         if stage.sparse:
@@ -107,12 +114,13 @@ def _losses(model, captioner, recipe, stage, batch, prefix, generator):
 
 
 def _optimizers(model, captioner, stage):
-    """[(optimizer, peak learning rate)]: Muon for matrices, AdamW for embeddings, convolution, biases and norms."""
+    """List of (optimizer, peak learning rate): Muon for matrices; AdamW for embeddings, convolution, biases, norms."""
     modules = [model.projector]
     if stage.answers:
         modules.append(model.llm.model)
     if stage.train_tower:
         tower = model.tower
+        # Without the last layer: no loss depends on it, since LLaVA reads the layer before it.
         modules += [tower.embeddings, tower.pre_layrnorm, *tower.encoder.layers[:-1], captioner]
     matrices, others, seen = [], [model.image_newline] if stage.answers else [], set()
     for module in modules:
@@ -121,7 +129,7 @@ def _optimizers(model, captioner, stage):
                 seen.add(id(p))
                 embedding = any(part in name for part in ("embed", "pairs", "kinds", "colors"))
                 (matrices if p.ndim == 2 and not embedding else others).append(p)
-    # The tied word embeddings take part in every stage: without the LLM they stay what the LLM knows.
+    # Without answers the word embeddings are not trained: the alignment loss then reads them as the LLM knows them.
     return [
         (Muon(matrices, lr=stage.lr), stage.lr),
         (torch.optim.AdamW(others, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0), stage.lr),
@@ -129,7 +137,7 @@ def _optimizers(model, captioner, stage):
 
 
 def _schedule(step, steps):
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    """Factor of the learning rate: linear warm-up, then a cosine down to 2 % of the peak."""
     warm = min(_WARMUP, max(1, steps // 10))
     if step < warm:
         return (step + 1) / warm
@@ -138,7 +146,7 @@ def _schedule(step, steps):
 
 @torch.no_grad()
 def validate(model, recipe, cache, batch=16):
-    """Accuracy on the validation split: {"all": share, "color": ..., ...}; 8 questions per picture."""
+    """Accuracy on the validation split by question type and over "all", with 8 questions per picture."""
     model.eval()
     pictures = picture_set(
         recipe.family, "validation", 0, recipe.validation_images, 8, (1.0,) * 4, recipe.pinpoints, cache
