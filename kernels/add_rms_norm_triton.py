@@ -1,4 +1,4 @@
-"""Residual sum and RMSNorm in Triton: one program per row, which stays in registers (needs triton; import it lazily)."""
+"""Residual sum and RMSNorm in Triton: one program per row, the row in registers (needs triton; import it lazily)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values per thread: one 16-byte load of a half-precision row. A row at batch 1 is one program, whose latency is all there is.
+# Values per thread: one 16-byte load of a half-precision row. At batch 1 there is one program, so its latency is the
+# whole time, and wide loads by many threads keep it short.
 _PER_THREAD = 8
 
 
@@ -19,13 +20,14 @@ def _add_rms_norm(
     dims = tl.arange(0, PADDED_WIDTH)
     inside = dims < WIDTH
     offsets = tl.program_id(0).to(tl.int64) * WIDTH + dims
-    # Ahead of the sum over the row, so that the load does not wait for it.
+    # Loaded before the sum over the row, so that the load does not wait for the sum.
     weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     states = tl.load(hidden_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         states += tl.load(delta_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         rounded = states.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + offsets, rounded, mask=inside)
+        # The norm reads the rounded sum, as it does where sum and norm are separate modules.
         states = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(states * states, axis=0) / WIDTH + eps)
     tl.store(normed_ptr + offsets, (states * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
@@ -37,6 +39,7 @@ def launch(
     """Fill `normed` and, where there is a delta, `summed`. Shapes as in add_rms_norm; all contiguous."""
     width = hidden.shape[-1]
     padded = triton.next_power_of_2(width)
+    # Triton launches on the current device, which need not be that of the tensors when a model is on several GPUs.
     with torch.cuda.device_of(hidden):
         _add_rms_norm[(hidden.numel() // width,)](
             hidden, delta, weight, None if delta is None else summed, normed, eps,

@@ -2,7 +2,7 @@
 
     from llava.methods.inside_llm import DROPPERS, make_dropper
     dropper = make_dropper("fastv", layer=3)
-    dropper.schedule(n=576, overall_tokens=144, layers=32)      # image tokens that each layer sees
+    dropper.schedule(n=576, overall_tokens=144, layers=32)      # vision tokens that each layer sees
 
 Importing this package imports no torch: the launcher and the configuration check method names with `dropper_names`.
 DROPPERS and the classes are imported on first access. llava/model/decoding/layer_loop.py runs the methods.
