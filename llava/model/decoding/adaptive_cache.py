@@ -75,7 +75,7 @@ class Caching:
 
 
 def _counts(prompt: RowSpans, entered: int, seen: int) -> Counts:
-    """Return what one layer sees of a row: `seen` of the `entered` vision tokens that entered the LLM reach the layer."""
+    """Return what one layer sees of a row: `entered` vision tokens entered the LLM, `seen` of them reach the layer."""
     before = prompt.images[0][0] if prompt.images else prompt.length
     return Counts(before, seen, prompt.length - entered - before, entered)
 
