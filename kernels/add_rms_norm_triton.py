@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values per thread: one 16-byte load of a half-precision row. At batch 1 there is one program, so its latency is the
-# whole time, and wide loads by many threads keep it short.
+# Values per thread: one 16-byte load of a half-precision row. At batch 1 the latency of one program is the whole time.
 _PER_THREAD = 8
 
 
@@ -39,7 +38,6 @@ def launch(
     """Fill `normed` and, where there is a delta, `summed`. Shapes as in add_rms_norm; all contiguous."""
     width = hidden.shape[-1]
     padded = triton.next_power_of_2(width)
-    # Triton launches on the current device, which need not be that of the tensors when a model is on several GPUs.
     with torch.cuda.device_of(hidden):
         _add_rms_norm[(hidden.numel() // width,)](
             hidden, delta, weight, None if delta is None else summed, normed, eps,

@@ -44,8 +44,7 @@ def reference(
         ],
         dim=-1,
     )
-    # Entries of a list behind its length are arbitrary numbers. Slot 0 replaces them; the mask removes its key and
-    # value.
+    # Entries of a list behind its length are arbitrary. Slot 0 replaces them; the mask removes its key and value.
     slots = torch.cat(parts, dim=-1).long() * valid
     # 3. Their keys and values.
     sequence = torch.arange(batch * groups, device=q.device).view(batch, groups, 1)

@@ -24,8 +24,7 @@ from torch import Tensor
 _PROGRAMS_PER_SM = 8
 # A split with fewer slots costs more time in the reduction than it saves.
 _ROWS_PER_SPLIT = 64
-# The number of splits is a constant of the compiled kernels. Powers of two up to this limit mean few kernels for all
-# capacities.
+# The number of splits is compiled into the kernels. Powers of two up to this limit mean few kernels.
 _MOST_SPLITS = 32
 # Entries and heads that a program of launch 2 adds up at a time.
 _SCORE_BLOCK = 64
@@ -142,8 +141,7 @@ def _split(
     logits_ptr += first_head * logits_head
     if GROUP == 1:
         q = tl.load(q_ptr + dims, mask=inside, other=0.0).to(tl.float32)
-        # Each of the BLOCK lanes has its own online softmax. They are joined after the loop, so the loop has no sum
-        # over lanes.
+        # Each of the BLOCK lanes has its own online softmax, joined after the loop: the loop has no sum over lanes.
         maximum = tl.full([BLOCK], float("-inf"), tl.float32)
         total_weight = tl.zeros([BLOCK], tl.float32)
         acc = tl.zeros([BLOCK, PADDED_WIDTH], tl.float32)
@@ -357,8 +355,7 @@ def launch(
     text_blocks = triton.cdiv(text_width, _SCORE_BLOCK) if text_scores else 0
     scratch = (workspace.partial, workspace.maxima, workspace.sums, workspace.logits)
     logits_head = workspace.logits.stride(1)
-    # 3. The launches. Triton launches on the current device, which need not be that of the tensors when a model is on
-    # several GPUs.
+    # 3. The launches. Triton uses the current device, which a model over several GPUs does not set to the tensors'.
     with torch.cuda.device_of(q):
         _split[(batch * groups, splits)](
             q, k, v, prefix_len, core, core_len, text, text_len, *scratch,

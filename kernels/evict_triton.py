@@ -84,8 +84,7 @@ def _evict(
     order = tl.where(place == last, worst, place + ((place >= worst) & (place < last)).to(tl.int32))
     moved = _scores(scores_ptr, paid_ptr, order, last, centre, HISTORY, CENTRED)
     slots = tl.load(text_ptr + order, mask=place <= last, other=0)
-    # 4. Entries move by one place, from thread to thread. The barrier makes sure that all are read before any is
-    # written.
+    # 4. Entries move by one place, from thread to thread. The barrier separates all reads from all writes.
     tl.debug_barrier()
     tl.store(scores_ptr + place, moved, mask=place < width)
     tl.store(text_ptr + place, slots, mask=place <= last)
@@ -106,7 +105,6 @@ def launch(
     """Update scores, text and text_len in place, as evict does; shapes as there, all contiguous."""
     (batch, groups, width), steps = text.shape, total.shape[1]
     block, warps = block_for(width)
-    # Triton launches on the current device, which need not be that of the tensors when a model is on several GPUs.
     with torch.cuda.device_of(text):
         _evict[(batch * groups,)](
             scores, paid, text, text_len, total, recent, step, float(quantile), width, steps,

@@ -24,8 +24,7 @@ def _silu_mul(gate_ptr, up_ptr, out_ptr, gate_row, up_row, width, BLOCK: tl.cons
 
 def launch(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """Fill `out`, contiguous. Shapes as in silu_mul."""
-    # flatten gives a view where one stride leads from row to row, as in the halves of a product's output. Otherwise it
-    # copies.
+    # A view where one stride leads from row to row, as in the halves of a product's output; otherwise a copy.
     gate, up = gate.flatten(0, -2), up.flatten(0, -2)
     rows, width = gate.shape
     with torch.cuda.device_of(gate):

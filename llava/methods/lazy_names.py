@@ -34,8 +34,7 @@ class LazyNames:
             value = self._load(self._others[name])
         else:
             raise AttributeError(f"module {self._package!r} has no attribute {name!r}")
-        # Python calls a module's __getattr__ only for missing names, so the next access does not come here. The table
-        # is therefore one dictionary object, and a method that a user adds to it stays there.
+        # One object from now on: Python asks __getattr__ only for missing names. Methods that users add stay in it.
         self._namespace[name] = value
         return value
 

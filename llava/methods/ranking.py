@@ -20,8 +20,7 @@ def keep_best(scores: Tensor, keep: int, keep_last: bool = False) -> Tensor:
 
     NaN ranks last. keep_last: the last of the n entries stays, whatever its score.
     """
-    # The infinities are passed explicitly: by default nan_to_num replaces them by the largest finite numbers. It
-    # returns a copy, so the assignment below does not change the caller's scores.
+    # By default nan_to_num would make infinities finite. It copies, so the caller's scores do not change below.
     scores = scores.float().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     if keep_last:
         scores[-1] = float("inf")

@@ -26,8 +26,7 @@ from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistr
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 HF_CLASSES = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 
-# Names in the files -> names in our model. Ours are those of LLaVA without "vision_model.", which transformers 5
-# removed.
+# Names in the files -> names in our model: those of LLaVA without "vision_model.", which transformers 5 removed.
 ORIGINAL_KEYS = {r"vision_tower\.vision_tower\.vision_model\.": r"vision_tower.vision_tower."}
 # transformers has saved its LLaVA models in two layouts, with and without a leading "model.".
 HF_KEYS = {
@@ -213,8 +212,7 @@ class Checkpoint:
 
     def load(self, model_class, config, device_map, dtype):
         """Return the model with all its weights. UserError where weights are missing, damaged or of another shape."""
-        # 1. The folder with most of the weights: the base, where the checkpoint has one. A broken download is found
-        # here, so that the error names its file.
+        # 1. The folder with most of the weights. A broken download is found here, so that the error names its file.
         folder, hf = self.base or self.folder, self.hf
         for file in _weight_files(folder):
             _check_file(file)
@@ -240,8 +238,7 @@ class Checkpoint:
         except Exception as error:  # torch, safetensors, pickle and transformers each raise their own
             raise UserError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
         if hf:
-            # save_pretrained would apply HF_KEYS backwards. Their patterns are no names, and the saved config.json is
-            # in LLaVA's format.
+            # save_pretrained would apply HF_KEYS backwards, though its config.json is in LLaVA's format.
             vars(model).pop("_weight_conversions", None)
         if info["unexpected_keys"]:
             unknown = sorted(info["unexpected_keys"])
@@ -249,8 +246,7 @@ class Checkpoint:
                 f"{folder}: {len(unknown)} weights have no place in the model that config.json describes, among them "
                 f"{', '.join(unknown[:3])}"
             )
-        # 3. Weights that are elsewhere: in the checkpoint beside its base, in the tower's folder, or random at the
-        # start of training. What no file has is an error, because from_pretrained leaves it random.
+        # 3. Weights that are elsewhere. Those that no file has are an error: from_pretrained leaves them random.
         missing = set(info["missing_keys"])
         if self.kind == "projector":
             missing -= self._load_extra(model, "mm_projector.bin")

@@ -223,8 +223,7 @@ def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
 
 def _alone(value: Tensor) -> Tensor:
     """Return the tensor on the CPU with storage of its own."""
-    # Tensors that ZeRO-3 gathers or merge_projections joins are views of one buffer. safetensors refuses shared
-    # storage.
+    # ZeRO-3 and merge_projections make weights views of one buffer, and safetensors refuses shared storage.
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 

@@ -69,9 +69,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                     cuts.
     """
 
-    # Weights that may be left over: tower layers above the one whose features are used, buffers that old versions
-    # saved, and the newline token where mm_patch_merge_type does not use it. Any other weight without a place is an
-    # error (Checkpoint.load).
+    # Weights that may be left over: later tower layers, buffers of old versions, and the newline token where
+    # mm_patch_merge_type does not use it. Any other weight without a place is an error (Checkpoint.load).
     _keys_to_ignore_on_load_unexpected = [
         r"rotary_emb\.inv_freq",
         r"image_newline",
@@ -111,8 +110,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 raise UserError(f"image {i} has {tiles.shape[0]} tiles, so image_sizes is needed: (width, height) each")
             size = image_sizes[i] if image_sizes is not None else (side, side)
             plan = tile_plan([int(x) for x in size], self.config, anyres)
-            # transformers pads a batch to the largest number of tiles, so surplus tiles are cut off. A single tile is
-            # an image that was not cut into tiles.
+            # transformers pads a batch to the largest number of tiles. A single tile is an image that was not cut.
             if tiles.shape[0] > 1:
                 if tiles.shape[0] < plan.tiles:
                     raise UserError(
@@ -161,7 +159,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return list(zip(features.split(counts), saliency.split(counts), towers, strict=True))
 
     def encoding(self, config: AdaVConfig) -> tuple:
-        """Return the part of a configuration that `encode` depends on; configurations with equal parts share results."""
+        """Return the part of a configuration that `encode` depends on; results are shared where it is equal."""
         method = config.make_method()
         # Whether all patches go through the projector depends on the number of kept ones (_defers_projection).
         kept = None if method.reads_features else (repr(method), config.overall_tokens)

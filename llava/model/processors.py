@@ -11,8 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from llava.common.errors import UserError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-# The PIL variants, by name. transformers' automatic choice fails without torchvision; with torchvision it resizes
-# differently, and the pixels differ from LLaVA's.
+# The PIL variants, by name: transformers' choice fails without torchvision, and gives other pixel values with it.
 _IMAGE_PROCESSORS = {
     "CLIPImageProcessor": "CLIPImageProcessorPil",
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
@@ -26,8 +25,7 @@ def load_tokenizer(folders):
     for folder in filter(None, folders):
         if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
             try:
-                # AutoTokenizer picks its class by the model type. It does not know ours, but it knows Llama's, and a
-                # folder with only a tokenizer.model needs the class.
+                # AutoTokenizer does not know our model types. With Llama's it reads a folder with only tokenizer.model.
                 return AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), padding_side="left")
             except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
                 raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error

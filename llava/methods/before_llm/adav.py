@@ -71,8 +71,7 @@ class AdaV(Selector):
             (text_to_image(image, text, self.temperature) if len(text) else None, patch_saliency(image))
             for image, text in zip(images, texts, strict=True)
         ]
-        # 2. What is kept of each image. Either way the splits of the whole batch come to the host in one copy: a copy
-        # per image would wait for the device once per image.
+        # 2. What is kept of each image. The splits of a batch come to the host in one copy: each copy would wait.
         if self.compat == "public":
             kept, splits = zip(
                 *(

@@ -97,7 +97,6 @@ class AdaVCover(GreedySelector):
         if len(text):
             text_score = text_to_image(image, text, self.temperature)
             k_text = best_split(text_score, saliency, budget, guaranteed_count(self.min_share, budget)).reshape(1)
-        # k_text stays on the device here. keep_all reads the splits of the whole batch in one copy.
         report = {
             "k_text": k_text,
             "text_score": on_all_tokens(image, text_score),

@@ -31,8 +31,7 @@ class TokenPlaces:
     real               [T, M] False in the padding. Unpadding leaves tiles of different size; M is that of the largest.
     """
 
-    # The tensors are made outside inference mode. An evaluation request may make them and a training step may read
-    # them next, and autograd refuses tensors that were made in inference mode.
+    # Tensors are made outside inference mode: autograd refuses others, and a training step may read them next.
 
     def __init__(self, tile: Tensor, row: Tensor, column: Tensor):
         self.tile, self.row, self.column = tile, row, column

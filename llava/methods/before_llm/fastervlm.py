@@ -22,8 +22,7 @@ class FasterVLM(Selector):
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         members, real, sizes = members_of_tiles(image)
-        # Members are in raster order. Sorted into LLM order, ties go to the token that the LLM reads first. Padding
-        # gets an index behind all patches, so it is sorted to the end.
+        # From raster order to LLM order (padding last), so that ties go to the token that the LLM reads first.
         members = members.masked_fill(~real, len(image.patches)).sort(dim=1).values.clamp(max=len(image.patches) - 1)
         saliency = patch_saliency(image)[members].masked_fill(~real, float("-inf"))
         quota = split_evenly(budget, sizes)

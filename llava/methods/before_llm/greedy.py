@@ -62,7 +62,6 @@ class GreedySelector(Selector):
         for group in _groups(map(self.problem, images, texts, budgets)):
             largest = max(problem.similarity.shape[-1] for problem in group)
             similarity = torch.cat([_filled(problem.similarity, (largest, largest)) for problem in group])
-            # Transposed: one tuple per input of the rule, with that input of every image.
             columns = zip(*((problem.real, *problem.extra_inputs) for problem in group), strict=True)
             rest = [torch.cat([_filled(part, (largest,)[: part.dim() - 1]) for part in column]) for column in columns]
             counts = torch.tensor([count for problem in group for count in problem.counts])

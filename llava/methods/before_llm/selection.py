@@ -60,8 +60,7 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
     if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1:
         raise UserError(f"the budget of method {name!r} is {budget!r}, allowed is a whole number of at least 1")
     selector = method(**options)
-    # 2. The images that the method has to choose from; of all others every token is kept. The copies move their tensors
-    # to one device without a change to the caller's.
+    # 2. The images that have more patches than the budget. `replace` copies, so the caller's images stay unchanged.
     images = [replace(image) for image in images]
     budgets = [selector.num_kept(image, budget) for image in images]
     whole = [method.uses_budget and k >= len(image.patches) for image, k in zip(images, budgets, strict=True)]
@@ -72,8 +71,8 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
             raise UserError(
                 f"method {name!r} reads {' and '.join(missing)} of the vision tower, but ImageTokens.tower does not have it"
             )
-    # 3. The choices. In training a choice of indices has no gradient, but the chosen features have one: they are read
-    # again with gradients. Merged tokens carry the gradient through the merging, so that runs with gradients.
+    # 3. The choices. In training the chosen features have a gradient, so they are read again with one; merged tokens
+    # carry it through the merging.
     learns = torch.is_grad_enabled()
     with torch.set_grad_enabled(learns and method.makes_tokens):
         of_chosen = ([values[i] for i in chosen] for values in (images, texts, budgets))

@@ -13,7 +13,7 @@ def split_evenly(budget: int, room: list[int]) -> list[int]:
     """Return how many of `budget` tokens each tile gets when tile i has room[i] patches.
 
     The split is even, and the remainder goes to the lowest tiles. Tokens that a tile has no room for are split over the
-    others in the same way. Needs budget <= sum(room); the loop does not end otherwise.
+    others in the same way. Needs budget <= sum(room).
     """
     quota = [0] * len(room)
     takers = list(range(len(room)))

@@ -102,8 +102,7 @@ class VisionZip(Selector):
             rows, keep = members[tile, : sizes[tile]], quota - merged - 1
             chosen = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
             chosen.index_fill_(0, lowest_index_topk(saliency[rows], keep), 1)
-            # A stable sort of the mask gives both sets in raster order, the others first. A boolean index would wait
-            # for the device to learn how many there are.
+            # Both sets in raster order, the others first. A boolean index would wait for the device.
             others, salient = rows[chosen.sort(stable=True).indices].tensor_split([len(rows) - keep])
             made = image.tower.hidden[tile, :1].float()
             others = others if merged else others[:0]

@@ -113,8 +113,7 @@ class Dropper(ABC):
         Raises UserError where the option is given together with budget "mean", which it would make meaningless.
         """
         value = getattr(self, option)
-        # JSON gives lists, but the dropper is a key of lru_cache and must be hashable. A frozen dataclass refuses plain
-        # assignment, hence object.__setattr__.
+        # JSON gives lists, but a dropper is a key of lru_cache and must be hashable.
         if isinstance(value, list):
             object.__setattr__(self, option, tuple(value))
         if value is not None and self.budget == "mean":

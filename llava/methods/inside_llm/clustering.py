@@ -30,7 +30,6 @@ def density_peaks(states: Tensor, clusters: int) -> Tensor:
     separation = torch.where(separation.isinf(), distance.max(), separation)
     centres = torch.sort(density * separation, descending=True, stable=True).indices[:clusters]
     cluster = distance[:, centres].argmin(dim=1)
-    # Equal states may all be centres, and argmin would give each of them the lowest number. With its own number for
-    # each centre no cluster is empty.
+    # Each centre has its own number: of equal centres, argmin would give all the lowest, and leave clusters empty.
     cluster[centres] = torch.arange(clusters, device=states.device)
     return cluster

@@ -25,7 +25,7 @@ LISTS = {
 
 def recycled(dropped: int) -> int:
     """Return how many of `dropped` tokens are merged: the upper 30 %, plus one."""
-    # In integers: 0.3 * dropped would land just below some whole numbers.
+    # In integers, so that floating-point error decides nothing.
     return dropped * 3 // 10 + 1 if dropped else 0
 
 
@@ -89,8 +89,7 @@ class SparseVLM(Dropper):
 
     def _cuts(self, counts, n: int, layers: int, counted: bool) -> tuple[Cut, ...]:
         """Return the cuts that leave `counts` tokens. counted: whether `counts` include the merged tokens."""
-        # layers - 2: a cut after the last layer would save nothing. In a shallow model two cuts may share a layer; the
-        # dictionary keeps the later one.
+        # layers - 2: a cut after the last layer would save nothing. Of cuts that share a layer, the later one counts.
         at = dict(zip([scaled_layer(layer, layers, layers - 2) for layer in LAYERS], counts, strict=True))
         cuts, now = [], n
         for layer, count in at.items():

@@ -65,8 +65,7 @@ class AVL(CachePolicy):
     def image(self, entered: int, held: int) -> tuple[int, int]:
         if self.rate is None:
             return held, held
-        # Shares of the tokens that entered the LLM, not of those that a dropper left in this layer. + 1e-6: the product
-        # may lie just below the whole number that it should be.
+        # Shares of the tokens that entered the LLM, not of those that a dropper left here. 1e-6: as in share().
         stay, core = (min(held, floor((1 - part) * entered + 1e-6)) for part in (self.rate, self.compute_rate))
         return stay, core
 

@@ -178,8 +178,7 @@ class CacheTensors:
             kv = part.view(2, count, batch, heads, sizes.slots, size)
             first = self.runs[-1].layers.stop if self.runs else 0
             self.runs.append(Run(sizes, first, count, kv, batch, ranked))
-        # 2. Counts and tables: one tensor, filled from one pinned buffer. Only from pinned memory is a copy
-        # asynchronous.
+        # 2. Counts and tables: one tensor, filled from a pinned buffer, because other copies are not asynchronous.
         self._counts_shape = (4, layers, batch)
         self._tables_shape = (len(set(layout.table_of)) if ranked else 0, 2, batch, 1 + layout.steps)
         self._host = torch.empty(prod(self._counts_shape) + prod(self._tables_shape), dtype=torch.int32)

@@ -95,8 +95,7 @@ class Stepper:
                 return attended.transpose(1, 2)
 
             hidden, delta = layer(hidden, delta, attend)
-        # Only the last token of each row goes through the head. Logits of a whole prompt would be [S, V] floats per
-        # row.
+        # Only the last token of each row goes through the head: logits of a whole prompt would be [S, V] floats.
         last = last + torch.arange(0, len(hidden), shape[1], device=hidden.device)
         return self._logits(hidden[last], delta[last])
 

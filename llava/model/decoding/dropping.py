@@ -241,7 +241,7 @@ class Dropping:
         query [B, H, Q, d]: of the last Q slots; key [B, G, S, d]; hidden [B, S, D]: all of the layer, padded as now
         index: a slot of `hidden`, or S + i for merged token i of that row; padding repeats slot 0
         """
-        # 1. Each row on its own, without its padding: rows without a cut here need no attention rows.
+        # Each row on its own, without its padding: rows without a cut here need no attention rows.
         length = hidden.shape[1]
         orders, made = [], []
         for b, row in enumerate(self._rows):
@@ -252,7 +252,6 @@ class Dropping:
             order, new = self._cut_row(b, layer, attention, hidden[b, left:])
             orders.append(order + left)
             made.append(new)
-        # 2. The rows as one batch again, right-aligned.
         self._add_stage(hidden.device)
         longest, most = max(map(len, orders)), max(map(len, made))
         index = torch.stack([pad(order, (longest - len(order), 0)) for order in orders])

@@ -91,7 +91,7 @@ class LayerCache(CacheLayerMixin):
         self.plans: Sequence[LayerPlan] = ()
         self.stayed: list[Tensor] = []
         self.side = (
-            None  # the side stream for the ranking of the core (AdaptiveCache.rank_beside)
+            None  # the side stream that ranks the core in parallel with the layers that follow (AdaptiveCache.rank_beside)
         )
         self.update_step = False  # whether the current step is an update step; set by AdaptiveCache.begin_step
         self._gone = False
@@ -101,7 +101,6 @@ class LayerCache(CacheLayerMixin):
     def use_tensors(self, tensors: dict[str, Tensor], plans: Sequence[LayerPlan]) -> None:
         """Bind the views of one layer (CacheTensors.of_layer), whose lists are filled as `plans` [B] say."""
         self.plans = plans
-        # As plain attributes: layers differ in which views they have.
         vars(self).update(tensors)
 
     def drop_tensors(self) -> None:

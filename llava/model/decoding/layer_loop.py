@@ -297,8 +297,7 @@ class DroppingDecoder:
 
 def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: AttentionInputs, dropping: Dropping) -> None:
     """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left."""
-    # accelerate moves the inputs of a whole layer to its device. Here its parts are called, so the inputs are moved by
-    # hand.
+    # accelerate moves inputs to the device of a layer that is called as a whole. Its parts are called here, so we do.
     device = _device(layer)
     flow.hidden = flow.hidden.to(device)
     call["attention_mask"], call["position_ids"] = _to(call["attention_mask"], device), call["position_ids"].to(device)
