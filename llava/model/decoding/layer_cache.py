@@ -91,7 +91,7 @@ class LayerCache(CacheLayerMixin):
         self.plans: Sequence[LayerPlan] = ()
         self.stayed: list[Tensor] = []
         self.side = (
-            None  # the side stream that ranks the core in parallel with the layers that follow (AdaptiveCache.rank_beside)
+            None  # the side stream that ranks the core in parallel with the next layers (AdaptiveCache.rank_beside)
         )
         self.update_step = False  # whether the current step is an update step; set by AdaptiveCache.begin_step
         self._gone = False
