@@ -1,7 +1,7 @@
-"""A residual sum and the RMSNorm behind it (arXiv 1910.07467) in one kernel; picks the implementation.
+"""Residual sum and RMSNorm (arXiv 1910.07467) in one kernel: the contract, and the choice of the implementation.
 
-Between two products of a decoder layer the hidden states take a sum and a norm: apart, they are two kernels that write
-and read the states once more.
+Between two matrix products of a decoder layer, the hidden states pass a residual sum and a norm. As two kernels these
+would write and read the states once more.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from llava.kernels.checks import check_contiguous, check_tensor
 def add_rms_norm(
     hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(summed, normed): summed = hidden + delta, rounded to the dtype; normed = rms_norm(summed) * weight.
+    """Return (summed, normed): summed = hidden + delta, rounded to the dtype; normed = rms_norm(summed) * weight.
 
-    hidden [..., D] contiguous, delta of the same shape or None, weight [D], of one dtype. Sums are in float32. Without delta,
-    summed is `hidden` itself and nothing is written for it. The kernel keeps a row in registers: made for D up to 8,192.
+    hidden [..., D] contiguous; delta: the same shape, contiguous, or None; weight [D]; all of one dtype. Sums are in
+    float32. Without delta, summed is `hidden` itself, and no copy is written. The kernel keeps a row in registers; it
+    is made for D up to 8,192.
 
     backend: "triton" or "reference"; default Triton on CUDA. ValueError for shapes or dtypes that do not fit.
     """
     _check(hidden, delta, weight)
     if backends.backend_for(hidden, backend) == "triton":
+        # Imported here: the file needs triton, which a machine without a GPU may not have.
         from llava.kernels import add_rms_norm_triton
 
         summed = None if delta is None else torch.empty_like(hidden)

@@ -1,4 +1,4 @@
-"""Residual sum and RMSNorm in plain PyTorch: what the Triton kernel must equal, and what runs without CUDA."""
+"""Residual sum and RMSNorm in plain PyTorch: the reference for the Triton kernel, and the code without CUDA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def reference(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(summed, normed); shapes as in add_rms_norm."""
+    """Return (summed, normed); shapes as in add_rms_norm."""
     summed = hidden if delta is None else hidden + delta
     return summed, torch.rms_norm(summed, weight.shape, weight, eps)

@@ -1,4 +1,4 @@
-"""Residual sum and RMSNorm in Triton: one program per row, which stays in registers (needs triton; import it lazily)."""
+"""Residual sum and RMSNorm in Triton: one program per row, the row in registers (needs triton; import it lazily)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values per thread: one 16-byte load of a half-precision row. A row at batch 1 is one program, whose latency is all there is.
+# Values per thread: one 16-byte load of a half-precision row. At batch 1 the latency of one program is the whole time.
 _PER_THREAD = 8
 
 
@@ -19,13 +19,14 @@ def _add_rms_norm(
     dims = tl.arange(0, PADDED_WIDTH)
     inside = dims < WIDTH
     offsets = tl.program_id(0).to(tl.int64) * WIDTH + dims
-    # Ahead of the sum over the row, so that the load does not wait for it.
+    # Loaded before the sum over the row, so that the load does not wait for the sum.
     weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     states = tl.load(hidden_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         states += tl.load(delta_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         rounded = states.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + offsets, rounded, mask=inside)
+        # The norm reads the rounded sum, as it does where sum and norm are separate modules.
         states = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(states * states, axis=0) / WIDTH + eps)
     tl.store(normed_ptr + offsets, (states * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)

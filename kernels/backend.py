@@ -1,4 +1,4 @@
-"""Which implementation of a kernel a call gets: decided here, for all kernels."""
+"""The choice between Triton and PyTorch, made in this one place for all kernels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def backend_for(tensor: Tensor, requested: str | None = None) -> str:
-    """The implementation by name, "triton" or "reference": as requested, else Triton where the tensor is on CUDA.
+    """Return the implementation, "triton" or "reference": the requested one, else Triton for tensors on CUDA.
 
-    ValueError for a name that is neither.
+    ValueError for any other name.
     """
     if requested not in (None, "triton", "reference"):
         raise ValueError(f'backend is "{requested}", allowed are "triton", "reference" and None')
@@ -22,4 +22,5 @@ def backend_for(tensor: Tensor, requested: str | None = None) -> str:
 
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
+    # find_spec looks for triton without importing it. Not every build of torch with CUDA has it (Windows).
     return importlib.util.find_spec("triton") is not None

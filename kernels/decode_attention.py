@@ -1,15 +1,15 @@
-"""Attention of one query per row over a few listed slots of a KV cache; picks the implementation, in this one place.
+"""Attention of one query per row over listed slots of a KV cache: the contract, and the choice of the implementation.
 
-The slots that a query reads are the union of three disjoint parts, each with its length on the device:
+A query reads the union of three disjoint parts. The length of each part is on the device:
 
     prefix   slots 0 .. prefix_len - 1, the same for all heads
-    core     a list of slots per row, shared by all heads of the layer (A-VL's core, arXiv 2409.14846, section 7.2
-             of whose rule lets all heads read the same image tokens)
-    text     a list of slots per row and KV head (text entries that survived eviction)
+    core     a list of slots per row, shared by all heads of the layer (A-VL's core, arXiv 2409.14846; by its section
+             7.2 all heads read the same vision tokens)
+    text     a list of slots per row and KV head (text entries that were not evicted)
 
-Slots that no part names cost nothing: they are neither copied nor masked, they are not read. On CUDA this is two
-launches of a Triton kernel (decode_attention_triton.py) whose grids depend on shapes alone, so that a decoding step can be
-captured as a CUDA graph; everywhere else it is the plain PyTorch of decode_attention_reference.py.
+Slots in no part cost nothing: they are not read, copied or masked. On CUDA this is two launches of Triton kernels
+(decode_attention_triton.py). Their grids depend on shapes alone, so a decode step can be captured as a CUDA graph.
+Without CUDA the plain PyTorch of decode_attention_reference.py runs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ SCORES = (False, True, "core", "text")
 
 
 class DecodeOutput(NamedTuple):
-    """What decode_attention returns, and what it fills where it is passed as `out`.
+    """Result of decode_attention. Passed as `out`, it is filled in place.
 
-    out [B, H, D] in the queries' dtype.
-    core_scores float32 [B, Nc]: probability of each entry of the core list, mean over all heads; 0 behind core_len.
+    out [B, H, D]: attention output in the dtype of the queries
+    core_scores float32 [B, Nc]: probability of each entry of the core list, mean over all heads; 0 behind core_len
     text_scores float32 [B, G, Nt]: probability of each entry of the text list, summed over the query heads of the KV
-    head; 0 behind text_len. Either is None where it was not asked for.
+        head; 0 behind text_len
+    Scores that were not requested are None.
     """
 
     out: Tensor
@@ -41,7 +42,7 @@ class DecodeOutput(NamedTuple):
 
     @classmethod
     def empty(cls, q: Tensor, core: Tensor, text: Tensor, scores: bool | str = False) -> DecodeOutput:
-        """Room for a result; passing it to every step keeps allocations out of the step."""
+        """Return uninitialised tensors for a result. A step that gets them as `out` allocates nothing."""
         floats = {"device": q.device, "dtype": torch.float32}
         return cls(
             torch.empty(q.shape, device=q.device, dtype=q.dtype),
@@ -66,18 +67,21 @@ def decode_attention(
     workspace=None,
     backend: str | None = None,
 ) -> DecodeOutput:
-    """softmax(scale * q k^T) v over the slots of the three parts, in float32; a row that reads nothing gives zeros.
+    """Return softmax(scale * q k^T) v over the slots of the three parts; a row that reads no slot gives zeros.
 
-    q [B, H, D]; k, v [B, G, C, D] with H a multiple of G, any strides but a contiguous last dimension; prefix_len int32
-    [B]; core int32 [B, Nc], the first core_len[b] of which count; text int32 [B, G, Nt], the first text_len[b, g] of which
-    count. Nc and Nt may be 0. Lengths and slots are not checked against the storage: that would need the host.
+    q [B, H, D]; k, v [B, G, C, D], H a multiple of G. The last dimension is contiguous, other strides are free. The
+    softmax is computed in float32.
+    prefix_len int32 [B]; core int32 [B, Nc], of which the first core_len[b] count; text int32 [B, G, Nt], of which the
+    first text_len[b, g] count. Nc and Nt may be 0. Lengths and slots are not checked against the storage, because the
+    host would have to wait for the device.
 
-    scale: default 1 / sqrt(D). scores: True, or "core" or "text" for one of them (see DecodeOutput).
-    out, workspace: preallocated, from DecodeOutput.empty and decode_workspace; without them the call allocates.
-    backend: "triton" or "reference"; default Triton on CUDA and the reference elsewhere.
+    scale: default 1 / sqrt(D)
+    scores: True for both scores, "core" or "text" for one of them (see DecodeOutput)
+    out, workspace: preallocated, from DecodeOutput.empty and decode_workspace; without them the call allocates
+    backend: "triton" or "reference"; default Triton on CUDA and the reference elsewhere
 
-    The result is deterministic: sums over splits and heads have a fixed order. ValueError for shapes or dtypes that
-    do not fit.
+    The result is deterministic: sums over splits and heads have a fixed order. ValueError for shapes or dtypes that do
+    not fit.
     """
     _check(q, k, v, prefix_len, core, core_len, text, text_len, scores)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -101,10 +105,11 @@ def decode_attention(
 def decode_workspace(
     q: Tensor, k: Tensor, core: Tensor, text: Tensor, splits: int | None = None, backend: str | None = None
 ):
-    """Scratch memory for decode_attention on tensors of these shapes, or with shorter lists; None for the reference.
+    """Return scratch memory for decode_attention on tensors of these shapes, or with shorter lists.
 
-    One will do for all layers, since they run one after another. splits: into how many programs a row's slots are cut;
-    default from the shapes and the number of multiprocessors.
+    The result is None for the reference, which needs none. Layers run one after another, so one workspace serves all.
+    splits: number of programs that share the slots of a row; by default it follows from the shapes and the number of
+    multiprocessors.
     """
     if backends.backend_for(q, backend) != "triton":
         return None
@@ -114,6 +119,7 @@ def decode_workspace(
 
 
 def _check(q, k, v, prefix_len, core, core_len, text, text_len, scores) -> None:
+    """Raise ValueError for operands that do not fit. Wrong strides or dtypes would make the kernel read garbage."""
     if scores not in SCORES:
         raise ValueError(f"scores is {scores!r}, allowed are {', '.join(map(repr, SCORES))}")
     if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape:

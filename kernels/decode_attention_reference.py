@@ -1,4 +1,4 @@
-"""Decode attention over listed slots in plain PyTorch: what the Triton kernel must equal, and what runs without CUDA."""
+"""Decode attention over listed slots in plain PyTorch: reference for the Triton kernel, and the code without CUDA."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ def reference(
     scale: float,
     scores: bool | str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, core_scores, text_scores) as in decode_attention.DecodeOutput; shapes as in decode_attention.
+    """Return (out, core_scores, text_scores) as in decode_attention.DecodeOutput; shapes as in decode_attention.
 
-    It copies the listed slots (and storage whose rows, KV heads and slots are not contiguous) and reads the longest
-    lengths on the host, which on CUDA waits for the device. Float32 throughout (float64 for float64 inputs).
+    It copies the listed slots, and storage whose rows, KV heads and slots are not contiguous. It reads the longest
+    lengths on the host, which waits for the device on CUDA. It computes in float32 (float64 for float64 inputs).
     """
+    # 1. Without lists the entries are a slice of the storage, which SDPA reads without a copy.
     if not core.shape[-1] and not text.shape[-1] and q.dtype == torch.float32:
         return _prefix_alone(q, k, v, prefix_len, scale), *_no_scores(core, text, scores)
+    # 2. The slots of all parts as one list per row and KV head, with a mask of those that count.
     batch, heads, width = q.shape
     groups = k.shape[1]
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -42,21 +44,25 @@ def reference(
         ],
         dim=-1,
     )
-    # What lies behind a length is anything: slot 0 stands in for it, and neither its key nor its value counts.
+    # Entries of a list behind its length are arbitrary. Slot 0 replaces them; the mask removes its key and value.
     slots = torch.cat(parts, dim=-1).long() * valid
+    # 3. Their keys and values.
     sequence = torch.arange(batch * groups, device=q.device).view(batch, groups, 1)
-    # By index_select on rows, which on a CPU takes a tenth of the time of indexing in three dimensions.
+    # index_select on rows takes a tenth of the time of indexing in three dimensions on a CPU.
     rows = (sequence * k.shape[2] + slots).flatten()
     keys, values = (
         storage.reshape(-1, width).index_select(0, rows).view(*slots.shape, width).to(precise) for storage in (k, v)
     )
 
+    # 4. Attention.
     logits = q.reshape(batch, groups, heads // groups, width).to(precise) @ keys.transpose(-1, -2) * scale
     logits = logits.masked_fill(~valid[:, :, None], -torch.inf)
-    # A row that reads nothing has only -inf, whose softmax is NaN.
+    # A row that reads nothing has only -inf, whose softmax is NaN. The mask makes it 0.
     probs = logits.softmax(-1).masked_fill(~valid[:, :, None], 0)
+    # Values are masked too: storage that was never written may hold NaN, and 0 * NaN is NaN.
     out = probs @ values.masked_fill_(~valid[..., None], 0)
 
+    # 5. Scores of the lists, at full width with zeros behind the lengths.
     core_scores = text_scores = None
     if scores in (True, "core"):
         core_scores = core.new_zeros(core.shape, dtype=torch.float32)
@@ -68,8 +74,7 @@ def reference(
 
 
 def _prefix_alone(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor, scale: float) -> Tensor:
-    """What no list names need not be gathered: the same attention over views of the first slots, row by row where rows
-    differ in length."""
+    """Return the attention output where only the prefix is read: SDPA over views, row by row where lengths differ."""
     lengths = prefix_len.tolist()
     if len(set(lengths)) > 1:
         return torch.cat([_prefix_alone(*(t[b : b + 1] for t in (q, k, v, prefix_len)), scale) for b in range(len(q))])
@@ -81,7 +86,7 @@ def _prefix_alone(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor, scale: fl
 
 
 def _no_scores(core: Tensor, text: Tensor, scores: bool | str) -> tuple[Tensor | None, Tensor | None]:
-    """Scores of empty lists."""
+    """Return the scores of empty lists, None for those that were not requested."""
     return tuple(
         entries.new_zeros(entries.shape, dtype=torch.float32) if scores in (True, name) else None
         for name, entries in (("core", core), ("text", text))

@@ -1,14 +1,14 @@
 """Decode attention over listed slots in Triton: a split-K kernel and its reduction (needs triton; import it lazily).
 
-Launch 1, `_split`: one program per row, KV head and split. The three parts are one sequence of positions; a split takes an
-equal share of it, looks up each position's slot and reads that slot's key and value once, for all query heads of the
-KV head. What is left of a split is a maximum, a sum and an unnormalised output per head (online softmax, arXiv
-1805.02867; splits as in Flash-Decoding). Where scores are asked for, it also writes the listed entries' logits.
+Launch 1, `_split`: one program per row, KV head and split. The three parts form one sequence of positions, and each
+split takes an equal share of it. The program looks up the slot of each position and reads its key and value once, for
+all query heads of the KV head. It writes a maximum, a sum and an unnormalised output per head (online softmax, arXiv
+1805.02867; splits as in Flash-Decoding). Where scores are requested, it also writes the logits of the listed entries.
 
-Launch 2, `_reduce`: joins the splits of each head and turns the logits into scores, heads in a fixed order, without
-atomics. Which program does what follows from its number, so one launch is enough.
+Launch 2, `_reduce`: joins the splits of each head and turns the logits into scores. Heads are added in a fixed order
+and without atomics. The number of a program says which of these tasks it has, so one launch is enough.
 
-Logarithms are to base 2 throughout: exp2 is one instruction.
+All logarithms are to base 2, because exp2 is one instruction.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of launch 1 per multiprocessor: about two waves of those that fit at once (see tuning_for).
+# Programs of launch 1 per multiprocessor: about two waves of the programs that fit at a time (see tuning_for).
 _PROGRAMS_PER_SM = 8
-# A split of fewer slots than this costs more in the reduction than it brings.
+# A split with fewer slots costs more time in the reduction than it saves.
 _ROWS_PER_SPLIT = 64
-# The number of splits is compiled into the kernels, so it is a power of two up to this: few kernels for all capacities.
+# The number of splits is compiled into the kernels. Powers of two up to this limit mean few kernels.
 _MOST_SPLITS = 32
+# Entries and heads that a program of launch 2 adds up at a time.
 _SCORE_BLOCK = 64
 _HEAD_TILE = 16
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Of launch 1: slots per iteration, warps per program, depth of the pipeline of loads."""
+    """Settings of launch 1: slots per iteration, warps per program, depth of the load pipeline."""
 
     block: int
     warps: int
@@ -40,11 +41,13 @@ class Tuning:
 
 
 def tuning_for(group: int, dtype: torch.dtype) -> Tuning:
-    """The default for `group` query heads per KV head. Chosen by what the compiler reports for sm_90 at head size 128.
+    """Return the default settings for `group` query heads per KV head.
 
-    One head: products and sums in registers, 96 registers per thread, so that five programs (80 kB of loads) fit on a
-    multiprocessor and no pipeline is needed. More: tensor cores, a group padded to 16 rows, 137 registers, three programs
-    that load a block ahead (96 kB). Float32 has no tensor cores that are exact: smaller blocks, or registers spill.
+    They are chosen by the compiler's report for sm_90 at head size 128. With one head, products and sums are in
+    registers. 96 registers per thread let five programs (80 kB of loads) fit on a multiprocessor, so no pipeline is
+    needed. With several heads, tensor cores multiply a group that is padded to 16 rows. 137 registers leave room for
+    three programs, which load one block ahead (96 kB). Float32 has no exact tensor cores, so its blocks are smaller;
+    otherwise registers spill.
     """
     if group == 1:
         return Tuning(block=32, warps=4, stages=1)
@@ -53,10 +56,10 @@ def tuning_for(group: int, dtype: torch.dtype) -> Tuning:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Scratch memory between the two launches; its contents mean nothing between calls.
+    """Scratch memory between the two launches. No call reads what an earlier call left in it.
 
-    partial float32 [B, H, S, D], maxima and sums float32 [B, H, S] for S splits; logits float32 [B, H, W] with W at least
-    the width of both lists. tuning: None for the default.
+    partial float32 [B, H, S, D], maxima and sums float32 [B, H, S] for S splits; logits float32 [B, H, W] with W at
+    least the sum of the widths of both lists; tuning: None for the default
     """
 
     partial: Tensor
@@ -67,6 +70,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, q: Tensor, k: Tensor, core: Tensor, text: Tensor, splits: int | None = None) -> Workspace:
+        """Return a workspace for these tensors. splits: None chooses by choose_splits."""
         (batch, heads, width), groups = q.shape, k.shape[1]
         splits = choose_splits(batch * groups, k.shape[2], _processors(q.device)) if splits is None else splits
         floats = {"device": q.device, "dtype": torch.float32}
@@ -79,9 +83,10 @@ class Workspace:
 
 
 def choose_splits(sequences: int, slots: int, processors: int) -> int:
-    """How many programs share one sequence (row and KV head) of at most `slots` entries, on so many multiprocessors.
+    """Return how many programs share one sequence (row and KV head) of at most `slots` entries.
 
-    A power of two, rounded up: a split may get half of _ROWS_PER_SPLIT.
+    processors: number of multiprocessors. The result is a power of two, rounded up, so a split may get only half of
+    _ROWS_PER_SPLIT.
     """
     wanted = min(triton.cdiv(_PROGRAMS_PER_SM * processors, sequences), slots // _ROWS_PER_SPLIT)
     return min(triton.next_power_of_2(max(wanted, 1)), _MOST_SPLITS)
@@ -91,8 +96,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# Lists and their strides follow the length of a request: whether they are multiples of 16 changes nothing in the kernels but how
-# many of them are compiled.
+# Lists and their strides depend on the length of a request. Triton would compile a second kernel for values that are
+# multiples of 16, although that makes these kernels no faster.
 @triton.jit(
     do_not_specialize=("core_row", "text_row", "text_group", "logits_head"),
     do_not_specialize_on_alignment=("prefix_len_ptr", "core_ptr", "core_len_ptr", "text_ptr", "text_len_ptr"),
@@ -106,7 +111,8 @@ def _split(
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     CORE_SCORES: tl.constexpr, TEXT_SCORES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Strides count elements. Heads of a group are h = group * GROUP + 0 .. GROUP - 1; see the module's docstring."""
+    """Launch 1 (module docstring). Strides count elements. The heads of a group are group * GROUP + 0 .. GROUP - 1."""
+    # 1. The share of this split: positions first .. last - 1.
     # 64 bits: a large cache has more than 2^31 elements.
     sequence = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -116,10 +122,12 @@ def _split(
     n_core = tl.load(core_len_ptr + row)
     n_text = tl.load(text_len_ptr + sequence)
     total = n_prefix + n_core + n_text
+    # At least a block: short sequences then use few splits, and the others end at once.
     share = tl.maximum(tl.cdiv(total, SPLITS), BLOCK)
     first = split * share
     last = tl.minimum(first + share, total)
 
+    # 2. Pointers of this row and KV head, and the queries of its group.
     offsets = tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_WIDTH)
     heads = tl.arange(0, PADDED_GROUP)
@@ -133,7 +141,7 @@ def _split(
     logits_ptr += first_head * logits_head
     if GROUP == 1:
         q = tl.load(q_ptr + dims, mask=inside, other=0.0).to(tl.float32)
-        # Each of the BLOCK lanes has an online softmax of its own, joined after the loop: no sum over lanes inside it.
+        # Each of the BLOCK lanes has its own online softmax, joined after the loop: the loop has no sum over lanes.
         maximum = tl.full([BLOCK], float("-inf"), tl.float32)
         total_weight = tl.zeros([BLOCK], tl.float32)
         acc = tl.zeros([BLOCK, PADDED_WIDTH], tl.float32)
@@ -141,12 +149,13 @@ def _split(
         q = tl.load(
             q_ptr + heads[:, None] * q_head + dims[None, :], mask=(heads < GROUP)[:, None] & inside[None, :], other=0.0
         )
-        if UPCAST:
+        if UPCAST:  # in the interpreter, see _INTERPRETED
             q = q.to(tl.float32)
         maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
         total_weight = tl.zeros([PADDED_GROUP], tl.float32)
         acc = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
 
+    # 3. Online softmax over the blocks of the share.
     for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         position = start + offsets
         valid = position < last
@@ -166,7 +175,7 @@ def _split(
                 tl.store(logits_ptr + listed, logits, mask=wanted)
             logits = tl.where(valid, logits, float("-inf"))
             higher = tl.maximum(maximum, logits)
-            finite = tl.where(higher == float("-inf"), 0.0, higher)  # a lane that saw nothing: no inf - inf
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # a lane without entries: -inf - -inf is NaN
             shrink = tl.exp2(maximum - finite)
             weight = tl.exp2(logits - finite)
             total_weight = total_weight * shrink + weight
@@ -190,6 +199,7 @@ def _split(
             acc = tl.dot(weight.to(v.dtype), v, acc=acc * shrink[:, None], input_precision="ieee")
         maximum = higher
 
+    # 4. The result of the split. A split without entries writes maximum -inf and sum 0, but no partial output.
     if GROUP == 1:
         lanes = maximum
         maximum = tl.max(lanes, axis=0)
@@ -213,7 +223,7 @@ def _join(
     partial_ptr, maxima_ptr, sums_ptr, out_ptr, head,
     WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The output of one head out of those of its splits."""
+    """Write the output of one head, joined from its splits."""
     splits = tl.arange(0, PADDED_SPLITS)
     dims = tl.arange(0, PADDED_WIDTH)
     maxima = tl.load(maxima_ptr + head * SPLITS + splits, mask=splits < SPLITS, other=float("-inf"))
@@ -221,10 +231,11 @@ def _join(
     highest = tl.max(maxima, axis=0)
     join = tl.exp2(maxima - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(sums * join, axis=0)
-    # A split without entries wrote no partial output.
+    # A split without entries wrote no partial output, so its memory is not initialised and must not be read.
     written = (maxima > float("-inf"))[:, None] & (dims < WIDTH)[None, :]
     entry = (head * SPLITS + splits)[:, None] * WIDTH + dims[None, :]
     partial = tl.load(partial_ptr + entry, mask=written, other=0.0)
+    # A row that reads nothing has total 0; its output is 0, not NaN.
     out = tl.sum(partial * join[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + head * WIDTH + dims, out.to(out_ptr.dtype.element_ty), mask=dims < WIDTH)
 
@@ -234,7 +245,10 @@ def _probabilities(
     maxima_ptr, sums_ptr, logits_ptr, logits_head, head, known, entry, valid,
     SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Summed over the given heads, of the given entries of the list of logits; 0 where not valid."""
+    """Return the probabilities of listed entries, summed over the given heads; 0 where not valid.
+
+    head, known: heads, and which of them exist. entry, valid: indices into the logits, and which of them count.
+    """
     splits = tl.arange(0, PADDED_SPLITS)
     of_split = head[:, None] * SPLITS + splits[None, :]
     mask = known[:, None] & (splits < SPLITS)[None, :]
@@ -263,7 +277,8 @@ def _reduce(
     SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, HEAD_TILE: tl.constexpr, SCORE_BLOCK: tl.constexpr,
     CORE_SCORES: tl.constexpr, TEXT_SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 .. HEADS - 1 of a row: outputs; then core_blocks of the core scores, then text_blocks per KV head."""
+    """Launch 2. Programs 0 .. HEADS - 1 of a row join outputs; the next core_blocks write core scores; then text_blocks
+    programs per KV head write text scores."""
     task = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if task < HEADS:
@@ -296,7 +311,7 @@ def _reduce(
             tl.store(text_scores_ptr + sequence * text_width + text, sums, mask=text < text_width)
 
 
-# Arithmetic on bf16 is wrong in Triton's interpreter: there, values are float32 from the load on.
+# Triton's interpreter computes wrong results in bfloat16. Under it, values become float32 right after the load.
 _INTERPRETED = not isinstance(_split, triton.runtime.JITFunction)
 
 
@@ -314,7 +329,8 @@ def launch(
     out,
     workspace: Workspace,
 ) -> None:
-    """Fill `out` (a DecodeOutput). Shapes as in decode_attention."""
+    """Fill `out` (a DecodeOutput). Shapes as in decode_attention. ValueError for a workspace of other shapes."""
+    # 1. The workspace must fit: the kernels write to it without a check.
     (batch, heads, width), groups = q.shape, k.shape[1]
     splits = workspace.maxima.shape[-1]
     core_width, text_width = core.shape[-1], text.shape[-1]
@@ -323,11 +339,13 @@ def launch(
             f"the workspace is for partial outputs {[*workspace.partial.shape]} and {workspace.logits.shape[-1]} listed "
             f"entries, where {[batch, heads, splits, width]} and {core_width + text_width} are due"
         )
+    # 2. Constants that both kernels share.
     tuning = workspace.tuning or tuning_for(heads // groups, q.dtype)
     core_scores, text_scores = scores in (True, "core"), scores in (True, "text")
     shared = {
         "GROUP": heads // groups,
         "WIDTH": width,
+        # tl.arange needs a power of two, and tl.dot at least 16.
         "PADDED_WIDTH": max(16, triton.next_power_of_2(width)),
         "SPLITS": splits,
         "CORE_SCORES": core_scores,
@@ -337,7 +355,7 @@ def launch(
     text_blocks = triton.cdiv(text_width, _SCORE_BLOCK) if text_scores else 0
     scratch = (workspace.partial, workspace.maxima, workspace.sums, workspace.logits)
     logits_head = workspace.logits.stride(1)
-    # Triton launches on the current device, which with a model over several GPUs need not be that of the tensors.
+    # 3. The launches. Triton uses the current device, which a model over several GPUs does not set to the tensors'.
     with torch.cuda.device_of(q):
         _split[(batch * groups, splits)](
             q, k, v, prefix_len, core, core_len, text, text_len, *scratch,

@@ -1,11 +1,11 @@
-"""One step of eviction from the text region of a KV cache: scores updated, and a slot freed where the region is over its
-budget; picks the implementation.
+"""One step of eviction from the text region of a KV cache: the contract, and the choice of the implementation.
 
-Rules, by how an entry's score follows from the attention `paid` that the step's query pays to it:
-    summed      H2O (arXiv 2306.14048): the sum of all that it has been paid
-    latest      what it is paid now
-    centred     A-VL (arXiv 2409.14846): the sum of what it is paid above the `quantile` (linear between ranks) of what the
-                entries that were there before are paid; its own step counts in full
+A step updates the scores. Where the region is over its budget, it frees a slot. `paid` is the attention of the step's
+query to each entry. The rules:
+    summed      H2O (arXiv 2306.14048): the score is the sum of all attention to the entry
+    latest      the score is the attention of this step
+    centred     A-VL (arXiv 2409.14846): the score is the sum of the attention minus its `quantile` (linear between
+                ranks) over the older entries; the attention of an entry's own step counts in full
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def evict(
     quantile: float = 0.0,
     backend: str | None = None,
 ) -> None:
-    """Scores, text and text_len after a decode step, in place; everything contiguous.
+    """Update scores, text and text_len in place after a decode step. All tensors are contiguous.
 
-    scores, paid float32 [B, G, T] in the order of text int32 [B, G, T]: slots of the region, oldest entry first, the first
-    text_len int32 [B, G] of which count. The newest, at text_len - 1, is the step's own: its score is set here. total, recent
-    int32 [B, steps + 1]: by step, how many entries may stay and how many of the newest, the step's own included, cannot be
-    evicted; step int32 or int64 [1], the step at hand counted already.
+    text int32 [B, G, T]: slots of the region, oldest entry first; the first text_len int32 [B, G] count
+    scores, paid float32 [B, G, T]: in the order of text. The newest entry, at text_len - 1, belongs to this step; its
+        score is set here.
+    total, recent int32 [B, steps + 1]: per step, how many entries may stay, and how many of the newest, the step's own
+        included, are protected
+    step int32 or int64 [1]: number of this step, counted from 1
+    quantile: used by rule "centred" only
+    backend: "triton" or "reference"; default Triton on CUDA
 
-    A list of more than `total` entries loses the one with the lowest score, of equal ones the newest: its slot moves to the
-    end of the live entries, where the next entry takes it, and text_len falls by one. Scores behind the live entries are 0.
-
-    quantile: of the rule "centred" alone. backend: "triton" or "reference"; default Triton on CUDA. ValueError for
-    shapes, dtypes or a rule that do not fit.
+    A list with more than `total` entries loses the entry with the lowest score, of equals the newest. Its slot moves
+    behind the live entries, where the next entry takes it, and text_len falls by one. Scores behind the live entries
+    are 0. ValueError for shapes, dtypes or a rule that do not fit.
     """
     _check(scores, paid, text, text_len, total, recent, step, rule, quantile)
     if not text.shape[-1]:

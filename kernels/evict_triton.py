@@ -1,4 +1,7 @@
-"""A step of eviction in Triton: one program per row and KV head, its list in registers (needs triton; import it lazily)."""
+"""One step of eviction in Triton: one program per row and KV head (needs triton; import it lazily).
+
+A list stays in registers from the load to the store, so a step reads and writes it once.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,25 @@ from llava.kernels.selection_triton import block_for, kth_largest, ordered, valu
 
 @triton.jit
 def _quantile(paid, older, n_older, quantile):
-    """The quantile of `paid` over the older entries, linear between ranks."""
+    """Return the quantile of `paid` over the older entries, linear between ranks."""
+    # -2^31 is below every key, so entries that do not count rank last.
     keys = tl.where(older, ordered(paid), -0x7FFFFFFF - 1)
     rank = quantile * tl.maximum(n_older - 1, 0).to(tl.float32)
     whole = rank.to(tl.int32)
     part = rank - whole.to(tl.float32)
     key = kth_largest(keys, n_older - whole)
     higher = tl.min(tl.where(keys > key, keys, 0x7FFFFFFF), axis=0)
+    # Where several entries equal the lower value, the next rank may have the same value.
     repeated = n_older - tl.sum((keys > key).to(tl.int32), axis=0) > whole + 1
     below = value_of(key)
     above = tl.where(repeated | (part == 0.0), below, value_of(higher))
-    # As torch.lerp: from the end that is nearer.
+    # The formula of torch.lerp, which starts at the nearer end: the results equal those of the reference.
     return tl.where(part < 0.5, below + part * (above - below), above - (above - below) * (1.0 - part))
 
 
 @triton.jit
 def _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY: tl.constexpr, CENTRED: tl.constexpr):
-    """Scores with the step's attention, of the entries at `place`; 0 where there is none."""
+    """Return the scores after this step of the entries at `place`; 0 where there is no entry."""
     older = place < last
     own = place == last
     new = tl.load(paid_ptr + place, mask=older | own, other=0.0)
@@ -39,7 +44,7 @@ def _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY: tl.constexpr, CE
     return new
 
 
-# What follows the length of the lists or of the request is not specialised on: a kernel less to compile per request.
+# Arguments that depend on the length of a request are not specialised on: otherwise a new request may compile a kernel.
 @triton.jit(
     do_not_specialize=("width", "steps"),
     do_not_specialize_on_alignment=(
@@ -50,7 +55,8 @@ def _evict(
     scores_ptr, paid_ptr, text_ptr, text_len_ptr, total_ptr, recent_ptr, step_ptr, quantile, width, steps,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, HISTORY: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """steps: columns of the tables."""
+    """One program per row and KV head. width: entries of a list; steps: columns of the tables."""
+    # 1. The budget of this step, and this program's lists.
     sequence = tl.program_id(0).to(tl.int64)
     of_step = sequence // GROUPS * steps + tl.load(step_ptr)
     total = tl.load(total_ptr + of_step)
@@ -60,6 +66,7 @@ def _evict(
     paid_ptr += sequence * width
     text_ptr += sequence * width
     place = tl.arange(0, BLOCK)
+    # 2. The scores with this step's attention.
     centre = 0.0
     if CENTRED:
         older = place < last
@@ -67,6 +74,8 @@ def _evict(
         centre = _quantile(paid, older, tl.maximum(last, 0), quantile)
     scores = _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY, CENTRED)
 
+    # 3. The entry that goes, and the new order, as in evict_reference.py. A program cannot permute its registers, so
+    # the scores are computed again at the places that they come from.
     over = last >= total
     candidate = place <= last - recent
     lowest = tl.min(tl.where(candidate, scores, float("inf")), axis=0)
@@ -75,7 +84,7 @@ def _evict(
     order = tl.where(place == last, worst, place + ((place >= worst) & (place < last)).to(tl.int32))
     moved = _scores(scores_ptr, paid_ptr, order, last, centre, HISTORY, CENTRED)
     slots = tl.load(text_ptr + order, mask=place <= last, other=0)
-    # Entries move by one place, that is, from thread to thread: all are read before any is written.
+    # 4. Entries move by one place, from thread to thread. The barrier separates all reads from all writes.
     tl.debug_barrier()
     tl.store(scores_ptr + place, moved, mask=place < width)
     tl.store(text_ptr + place, slots, mask=place <= last)
@@ -93,7 +102,7 @@ def launch(
     rule: str,
     quantile: float,
 ) -> None:
-    """In place, as evict; shapes as there, all contiguous."""
+    """Update scores, text and text_len in place, as evict does; shapes as there, all contiguous."""
     (batch, groups, width), steps = text.shape, total.shape[1]
     block, warps = block_for(width)
     with torch.cuda.device_of(text):

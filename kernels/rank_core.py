@@ -1,4 +1,4 @@
-"""The core of the stored image entries chosen anew (A-VL, arXiv 2409.14846, section 7.2); picks the implementation."""
+"""A new core among the stored vision entries (A-VL, arXiv 2409.14846, section 7.2): contract, choice of the kernel."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from llava.kernels.rank_core_reference import reference
 def rank_core(
     scores: Tensor, image: Tensor, image_len: Tensor, core: Tensor, core_len: Tensor, *, backend: str | None = None
 ) -> None:
-    """core, in place: the slots of the core_len[b] image entries with the highest scores, in the order of `image`.
+    """Fill `core` in place with the slots of the core_len[b] vision entries with the highest scores.
 
-    scores float32 [B, N], image int32 [B, N] slots of the stored image entries, the first image_len int32 [B] of which count;
-    core int32 [B, M] with M at most N, core_len int32 [B], at most image_len. Ties go to the lowest index. Behind core_len
-    stands the last slot of `image`, which nobody reads. All contiguous.
+    The slots are in the order of `image`. Ties go to the lowest index.
+    image int32 [B, N]: slots of the stored vision entries, of which the first image_len int32 [B] count
+    scores float32 [B, N]: of these entries; core int32 [B, M], M at most N; core_len int32 [B], at most image_len
+    Behind core_len, `core` gets the last slot of `image`, which nothing reads. All tensors are contiguous.
 
     backend: "triton" or "reference"; default Triton on CUDA. ValueError for shapes or dtypes that do not fit.
     """

@@ -1,5 +1,7 @@
-"""Rotary embedding of queries and keys (RoPE, arXiv 2104.09864), and the new keys and values into the KV cache, in one
-kernel; picks the implementation."""
+"""Rotary embedding (RoPE, arXiv 2104.09864) and new KV cache entries in one kernel.
+
+This file is the contract and chooses the implementation.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,20 @@ def rotate_append(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """The rotated queries [B, H, S, d], contiguous; keys and values take the rotated k and v in place.
+    """Return the rotated queries [B, H, S, d], contiguous; write the rotated k and v into keys and values in place.
 
-    q [B, S, H, d]; k, v [B, S, G, d] with H a multiple of G: views of one product's output, say. cos, sin [B, S, d], or [1, S, d]
-    for all rows; sin carries the sign of rotate_half: rotated = x * cos + roll(x, d / 2) * sin. keys, values
-    [B, G, C, d]. All of one dtype, any strides but a contiguous last dimension. The arithmetic is in float32.
+    q [B, S, H, d]; k, v [B, S, G, d], H a multiple of G, for example views of one product's output
+    cos, sin [B, S, d], or [1, S, d] for all rows; sin has the sign of rotate_half, so that
+        rotated = x * cos + roll(x, d / 2) * sin
+    keys, values [B, G, C, d]
+    All are of one dtype. The last dimension is contiguous, other strides are free. The arithmetic is in float32.
 
-    Where token s of row b goes for KV head g:
-        counts None                               slot s (prefill)
-        counts int32 [B]                          slot counts[b] - S + s
+    Token s of row b goes, for KV head g, to:
+        counts None                                   slot s (prefill)
+        counts int32 [B]                              slot counts[b] - S + s
         counts int32 [B, G], slots int32 [B, G, T]    slot slots[b, g, counts[b, g] - S + s]
-    counts include the new tokens already. They and the slots are not checked against the storage: that would need the host.
+    counts include the new tokens. Counts and slots are not checked against the storage, because the host would have to
+    wait for the device.
 
     backend: "triton" or "reference"; default Triton on CUDA. ValueError for shapes or dtypes that do not fit.
     """

@@ -1,5 +1,4 @@
-"""Rotary embedding and the new cache entries in plain PyTorch: what the Triton kernel must equal, and what runs without
-CUDA."""
+"""Rotary embedding and new cache entries in plain PyTorch: reference for the Triton kernel, and code without CUDA."""
 
 from __future__ import annotations
 
@@ -18,13 +17,14 @@ def reference(
     slots: Tensor | None,
     counts: Tensor | None,
 ) -> Tensor:
-    """The rotated queries; shapes as in rotate_append. Queries and keys are rotated together: fewer operations."""
+    """Return the rotated queries and write the new entries; shapes as in rotate_append."""
     _, tokens, heads, size = q.shape
+    # Queries and keys are rotated together: at batch 1 on a CPU each operation costs more to start than to run.
     both = torch.cat([q, k], dim=2).transpose(1, 2)
     turned = both.roll(size // 2, dims=-1).mul_(sin.unsqueeze(1))
     both = (both * cos.unsqueeze(1)).add_(turned)
     key, value = both[:, heads:], v.transpose(1, 2)
-    # On a CPU a copy into a slice takes half the time of a scatter.
+    # Where all rows end at the same slot, the entries are one slice: a copy takes half the time of a scatter on a CPU.
     end = tokens if counts is None else _same(counts) if slots is None else None
     if end is not None:
         keys[:, :, end - tokens : end] = key
@@ -37,13 +37,13 @@ def reference(
 
 
 def _same(counts: Tensor) -> int | None:
-    """The count of all rows, where it is one."""
+    """Return the count that all rows share; None where they differ."""
     first, *rest = counts.tolist()
     return first if all(count == first for count in rest) else None
 
 
 def _slots(slots: Tensor | None, counts: Tensor, tokens: int) -> Tensor:
-    """Where the new entries go, int64 [B, G or 1, S, 1]."""
+    """Return the slots of the new entries, int64 [B, G or 1, S, 1]."""
     place = counts.long().sub_(tokens).unsqueeze(-1)
     if tokens > 1:
         place = place + torch.arange(tokens, device=counts.device)

@@ -1,7 +1,7 @@
-"""Rotary embedding and the new cache entries in Triton: one program per token and KV head (needs triton; import it lazily).
+"""Rotary embedding and new cache entries in Triton: one program per token and KV head (needs triton; import it lazily).
 
-A program reads the two halves of each head of its group, so that the other factor of the rotation needs no exchange between
-threads.
+A program reads the two halves of each head as separate registers. A rotation combines both halves, so no thread needs
+values of another thread.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @triton.jit
 def _rotated(low, high, cos_low, cos_high, sin_low, sin_high):
-    """Both halves of x * cos + roll(x, d / 2) * sin."""
+    """Return both halves of x * cos + roll(x, d / 2) * sin."""
     return low * cos_low + high * sin_low, high * cos_high + low * sin_high
 
 
-# What follows the number of tokens or of listed slots is not specialised on: a kernel less to compile per request.
+# Arguments that depend on the length of a request are not specialised on: otherwise a new request may compile a kernel.
 @triton.jit(
     do_not_specialize=("tokens", "slots_row", "slots_group"),
     do_not_specialize_on_alignment=("slots_ptr", "counts_ptr"),
@@ -31,8 +31,8 @@ def _rotate_append(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PADDED_GROUP: tl.constexpr, PADDED_HALF: tl.constexpr,
     COUNTED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Strides count elements; see the module's docstring."""
-    # 64 bits: a large cache has more than 2^31 elements.
+    """One program per token and KV head. Strides count elements."""
+    # 1. The slot of the new entry. 64 bits: a large cache has more than 2^31 elements.
     row = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
@@ -45,6 +45,7 @@ def _rotate_append(
     else:
         slot = place
 
+    # 2. cos and sin of this token.
     dims = tl.arange(0, PADDED_HALF)
     inside = dims < HALF
     cos_ptr += row * cos_row + token * cos_token + dims
@@ -54,6 +55,7 @@ def _rotate_append(
     sin_low = tl.load(sin_ptr, mask=inside, other=0.0).to(tl.float32)
     sin_high = tl.load(sin_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
 
+    # 3. The key, rotated, and the value, into the cache.
     k_ptr += row * k_row + token * k_token + group * k_head + dims
     v_ptr += row * v_row + token * v_token + group * v_head + dims
     low = tl.load(k_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -68,6 +70,7 @@ def _rotate_append(
     tl.store(values_ptr, value_low, mask=inside)
     tl.store(values_ptr + HALF, value_high, mask=inside)
 
+    # 4. The queries of the group, rotated.
     member = tl.arange(0, PADDED_GROUP)
     head = group * GROUP + member
     mask = (member < GROUP)[:, None] & inside[None, :]
@@ -94,6 +97,7 @@ def launch(
 ) -> None:
     """Fill `out`, contiguous, and the new entries of keys and values. Shapes as in rotate_append."""
     (batch, tokens, heads, size), groups = q.shape, k.shape[2]
+    # An expanded row has stride 0, so one rotation serves all rows without a copy.
     cos, sin = (part.expand(batch, -1, -1) for part in (cos, sin))
     half, group = triton.next_power_of_2(size // 2), triton.next_power_of_2(heads // groups)
     listed = slots is not None

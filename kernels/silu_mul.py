@@ -1,5 +1,4 @@
-"""silu(gate) * up, the activation of a gated feed-forward layer (SwiGLU, arXiv 2002.05202), in one kernel; picks the
-implementation."""
+"""silu(gate) * up in one kernel, the activation of SwiGLU (arXiv 2002.05202): contract, choice of the kernel."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from llava.kernels.silu_mul_reference import reference
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
-    """silu(gate) * up, contiguous, of gate's shape and dtype.
+    """Return silu(gate) * up, contiguous, with the shape and dtype of gate.
 
-    gate, up [..., M] of one dtype: halves of one product's output, say, with any stride between rows and a contiguous last
-    dimension. The arithmetic is in float32.
+    gate, up [..., M] of one dtype, for example halves of one product's output. The last dimension is contiguous, other
+    strides are free. The arithmetic is in float32.
 
     backend: "triton" or "reference"; default Triton on CUDA. ValueError for shapes or dtypes that do not fit.
     """

@@ -1,4 +1,4 @@
-"""silu(gate) * up in plain PyTorch: what the Triton kernel must equal, and what runs without CUDA."""
+"""silu(gate) * up in plain PyTorch: the reference for the Triton kernel, and the code that runs without CUDA."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch.nn.functional import silu
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Shapes as in silu_mul."""
+    """Return silu(gate) * up; shapes as in silu_mul."""
     return silu(gate) * up

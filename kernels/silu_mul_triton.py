@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Two 16-byte loads per thread of four warps; at batch 1 a row of 11,008 gives eleven programs.
+# Two 16-byte loads per thread of four warps. At batch 1 a row of 11,008 values gives eleven programs.
 _BLOCK = 1024
 
 
@@ -24,7 +24,7 @@ def _silu_mul(gate_ptr, up_ptr, out_ptr, gate_row, up_row, width, BLOCK: tl.cons
 
 def launch(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """Fill `out`, contiguous. Shapes as in silu_mul."""
-    # Views, where one stride leads from row to row, as in the halves of a product's output; else copies.
+    # A view where one stride leads from row to row, as in the halves of a product's output; otherwise a copy.
     gate, up = gate.flatten(0, -2), up.flatten(0, -2)
     rows, width = gate.shape
     with torch.cuda.device_of(gate):

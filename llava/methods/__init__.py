@@ -1,9 +1,11 @@
-"""Every method: before_llm (which vision tokens the LLM reads), inside_llm (which go between its layers), kv_cache (which
-keys and values decoding stores and reads).
+"""All methods of AdaV, in three packages.
+
+before_llm chooses which vision tokens the LLM reads. inside_llm drops vision tokens between LLM layers. kv_cache
+chooses which keys and values decoding stores and reads.
 
     from llava.methods import SELECTORS, DROPPERS, CACHES, ImageTokens, Selection, select
 
-Importing this package imports no torch: its names are imported when they are first asked for.
+Importing this package imports no torch. Each name is imported on first access.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every method by the name that the key `method` of adav_configs.json has for it. Imports torch only where a class is asked for."""
+"""All methods by the name that the key `method` of adav_configs.json uses. Only `method_class` imports torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from llava.methods.inside_llm import dropper_names
 
 
 def method_names() -> tuple[str, ...]:
-    """Every value that `method` may have: selectors (before the LLM), `none` and `no_image` among them, and droppers."""
+    """Return every allowed value of `method`: selectors (with `none` and `no_image`), then droppers."""
     return (*selector_names(), *dropper_names())
 
 
 def method_class(name: str) -> type:
-    """The selector or dropper of that name (imports torch)."""
+    """Return the selector or dropper class of that name (imports torch). KeyError for an unknown name."""
+    # Imported here: the launcher lists method names and must not wait seconds for torch.
     from llava.methods.before_llm import SELECTORS
     from llava.methods.inside_llm import DROPPERS
 

@@ -1,6 +1,6 @@
-"""A package's names that are imported when they are first asked for: a table of methods, and the classes beside it.
+"""Names of a package that are imported on first access: a table of methods, and further classes.
 
-The launcher and the configuration check method names without ever touching a tensor; importing torch takes seconds.
+The launcher and the configuration check method names but use no tensor. Importing torch would cost them seconds.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from importlib import import_module
 
 
 class LazyNames:
-    """What a package's `__getattr__` answers with.
+    """A callable for a package's `__getattr__` (PEP 562) that imports the name which is asked for.
 
-    package: its __name__; table: what its dictionary of methods is called; methods: method -> "file:Class";
-    others: further names -> "file:name". A name that was asked for once is a plain attribute of the package from then on.
+    package: __name__ of the package
+    table: name of the package's dictionary of methods, for example "SELECTORS"
+    methods: method name -> "file:Class"
+    others: further name -> "file:name"
+
+    After the first access a name is a plain attribute of the package. AttributeError for an unknown name.
     """
 
     def __init__(self, package: str, table: str, methods: dict[str, str], others: dict[str, str]):
@@ -30,15 +34,17 @@ class LazyNames:
             value = self._load(self._others[name])
         else:
             raise AttributeError(f"module {self._package!r} has no attribute {name!r}")
+        # One object from now on: Python asks __getattr__ only for missing names. Methods that users add stay in it.
         self._namespace[name] = value
         return value
 
     def table(self) -> dict[str, type]:
-        """The dictionary of methods itself (imports what they import)."""
+        """Return the package's dictionary of methods, name -> class (imports torch)."""
         return getattr(import_module(self._package), self._table)
 
     def names(self) -> tuple[str, ...]:
-        """The methods' names, without importing any; what a user added to the dictionary is included."""
+        """Return the names of all methods without an import; methods that a user added are included."""
+        # Before the first access to the table no user can have added to it, so the static names are complete.
         return tuple(self._namespace.get(self._table, self._methods))
 
     def _load(self, place: str) -> Callable:

@@ -1,4 +1,4 @@
-"""What the value of an option may be: one table of rules, for the configuration file and for every method."""
+"""Allowed values of all options: one table of rules for the configuration file and for every method."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from llava.common.errors import UserError
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be: a test and the words that describe it."""
+    """One rule for values: `test` tells whether a value is allowed, `allowed` says in words what is."""
 
     allowed: str
     test: Callable[[Any], bool]
 
 
 def iswhole(value) -> bool:
+    """Return whether `value` is an integer. True and False are not, although bool is a subclass of int."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value) -> bool:
+    """Return whether `value` is an integer or a float; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def whole(minimum: int, also: int | None = None) -> Rule:
+    """Return the rule for integers of at least `minimum`, and the single value `also` where it is given."""
     words = f"a whole number of at least {minimum}" + ("" if also is None else f", or {also}")
     return Rule(words, lambda v: iswhole(v) and (v >= minimum or v == also))
 
 
 def one_of(*values) -> Rule:
+    """Return the rule for a fixed set of strings."""
     return Rule("one of " + ", ".join(json.dumps(v) for v in values), lambda v: isinstance(v, str) and v in values)
 
 
 def _is_keep_list(value) -> bool:
-    """Three counts, or three shares, that never rise."""
+    """Return whether `value` is a list of three counts, or of three shares, none above the one before it."""
     if not isinstance(value, list) or len(value) != 3:
         return False
     counts = all(iswhole(v) and v >= 1 for v in value)
@@ -59,8 +63,8 @@ OPTIONAL_SHARE = Rule("a number from 0 to 1, or null", lambda v: v is None or SH
 OBJECT = Rule("an object of method options", lambda v: isinstance(v, dict))
 
 
-# Options of methods and of the image path, by name. A method's own dataclass says which of them it takes
-# (llava.methods.before_llm); what a value may be is said here, once, so that it is checked without torch.
+# Options of methods and of the image path, by name. The dataclass of a method says which of them it takes; this table
+# says which values are allowed. It imports no torch, so the launcher can check a configuration before any model loads.
 OPTION_RULES: dict[str, Rule] = {
     "min_share": Rule("a number from 0 to 0.5", lambda v: is_number(v) and 0 <= v <= 0.5),
     "temperature": Rule("a number above 0", lambda v: is_number(v) and 0 < v < float("inf")),
@@ -87,14 +91,15 @@ OPTION_RULES: dict[str, Rule] = {
 }
 
 
-# Options that every method takes: they steer the path around the selector, not the selector.
+# Options that every method takes, with their defaults. They steer the code around the method, not the method itself.
 COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
 
 
 def check_options(method) -> None:
-    """UserError where an option of a method, which is a dataclass whose fields are its options, is out of its range.
+    """Raise UserError where an option of `method` is out of its range.
 
-    A default needs no check: None means that the option is not set.
+    method: a dataclass instance whose fields are its options. A value that is the default is not checked: for many
+    options it is None, which means "not set" and which no rule allows.
     """
     for option in fields(method):
         value, rule = getattr(method, option.name), OPTION_RULES.get(option.name)

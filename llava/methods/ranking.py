@@ -1,4 +1,4 @@
-"""The best of a list of scores, with ties that always go to the lowest index."""
+"""The best entries of a list of scores. Ties always go to the lowest index, so results repeat on every device."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from torch import Tensor
 
 
 def lowest_index_topk(scores: Tensor, k: int) -> Tensor:
-    """Indices [k] of the k largest scores [n] (or [..., n] row by row), best first; ties go to the lowest index.
+    """Return the indices [k] of the k largest of `scores` [n], best first; ties go to the lowest index.
 
-    torch.topk promises nothing about ties, and half-precision scores tie often.
+    For scores [..., n] each row is ranked on its own, and the result is [..., k].
     """
+    # A stable sort, because torch.topk promises nothing about ties and half-precision scores tie often.
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def keep_best(scores: Tensor, keep: int, keep_last: bool = False) -> Tensor:
-    """[keep] indices of the highest scores [n], ascending; ties go to the lowest index, what is no number goes last.
+    """Return the indices [keep] of the highest of `scores` [n], ascending; ties go to the lowest index.
 
-    keep_last: the last of the n stays whatever its score.
+    NaN ranks last. keep_last: the last of the n entries stays, whatever its score.
     """
+    # By default nan_to_num would make infinities finite. It copies, so the caller's scores do not change below.
     scores = scores.float().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     if keep_last:
         scores[-1] = float("inf")

@@ -1,7 +1,8 @@
-"""load_pretrained_model: from a checkpoint folder or hub name to tokenizer, model and image processor.
+"""load_pretrained_model: loads tokenizer, model and image processor from a checkpoint folder or hub name.
 
-Both checkpoint formats load: LLaVA's original one (`liuhaotian/llava-*`, with its projector-only and LoRA forms on
-top of a `model_base`) and transformers' (`llava-hf/*`). What kind a checkpoint is, its files say, never its name.
+Two checkpoint formats load: the original one of LLaVA (`liuhaotian/llava-*`, with its projector-only and LoRA forms on
+top of a `model_base`), and that of transformers (`llava-hf/*`). The files of a checkpoint say what it is, never its
+name.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ def load_pretrained_model(
 ):
     """Load a LLaVA checkpoint. Returns (tokenizer, model, image_processor, context_len).
 
-    model_path: folder or hub name. model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint.
-    model_name: accepted because LLaVA's users pass it; nothing is decided by a name.
-    config: how vision tokens are chosen; None is the plain model.
-    device_map: as transformers takes it; "auto" is the CPU where there is no GPU.
-    torch_dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU; else a dtype or its name.
-    A checkpoint without tokenizer or image processor loads all the same: both are returned as None.
-    Raises UserError for whatever is wrong with the checkpoint.
+    model_path: folder or hub name
+    model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint
+    model_name: accepted because callers of LLaVA pass it, and ignored
+    config: settings of the methods; None is the plain model
+    device_map: as transformers takes it; "auto" is the CPU where there is no GPU
+    torch_dtype: a dtype or its name; "auto" is the checkpoint's own dtype on a GPU and float32 on the CPU
+    context_len is in tokens. Tokenizer or image processor is None where the checkpoint has none. Raises UserError for
+    anything that is wrong with the checkpoint or does not fit `config`.
     """
+    # 1. Configuration and checks. They come before the weights, which take minutes to load.
     config = config or AdaVConfig(method="none")
     config.check_method_options()
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
@@ -51,22 +54,25 @@ def load_pretrained_model(
     source = Checkpoint.open(model_path, model_base)
     model_config = source.model_config()
     check_config(config, model_config)
+    # 2. The model.
     model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
     model.eval()
     make_fast(model)
+    # 3. Tokenizer and image processor. Projector-only and LoRA checkpoints often leave them to the base or the tower.
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
     if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
-        model.config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
+        model.config.image_aspect_ratio = "pad"  # do_pad makes transformers' LlavaImageProcessor pad by itself
+    # 4. The methods.
     configure(model, config, tokenizer)
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
 
 
 def make_fast(model) -> None:
-    """What costs nothing and makes an LLM faster on one GPU; nothing elsewhere.
+    """Make the LLM faster on GPUs without changing its results; do nothing where any weight is not on a GPU.
 
-    Weights that read one input lie behind one another (merge_projections), and cuDNN's attention is not chosen.
+    Weights that multiply the same input become adjacent (merge_projections), and cuDNN's attention is switched off.
     """
     devices = {weight.device.type for weight in model.parameters()}
     if devices == {"cuda"}:
@@ -75,17 +81,18 @@ def make_fast(model) -> None:
 
 
 def prefer_flash_attention() -> None:
-    """Keep PyTorch from choosing cuDNN's attention, for the whole process.
+    """Switch off cuDNN's attention in PyTorch, for the whole process.
 
-    torch 2.11 for CUDA 13 takes it first on an H100 and H200. It builds a plan for every new shape, which takes 20 to 400
-    ms: one for each decode step of generate() and one for each length of a prompt. Flash attention needs none.
+    torch 2.11 for CUDA 13 prefers it on an H100 and an H200. It builds a plan for every new shape, which takes 20 to
+    400 ms. generate() has a new shape in each decode step and in each length of a prompt. Flash attention needs no
+    plan.
     """
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_config(config: AdaVConfig, model_config) -> None:
-    """UserError where `config` asks for what a model of `model_config` cannot do; told before any weight is loaded."""
+    """Raise UserError where a model of `model_config` cannot run `config`; called before weights are loaded."""
     if config.method in dropper_names():
         config.make_method().check(model_config)
     prefill_filter = PrefillFilter.from_config(config)
@@ -94,7 +101,7 @@ def check_config(config: AdaVConfig, model_config) -> None:
 
 
 def configure(model, config: AdaVConfig, tokenizer=None) -> None:
-    """Make `config` the model's own, with what its method needs beside the model. tokenizer: None where there is none."""
+    """Make `config` the default of the model and load what its method needs. tokenizer: None where there is none."""
     model.adav_config = config
     model.config.mm_anyres = config.option("anyres")
     config.warn_of_unused_options()
@@ -106,6 +113,8 @@ def configure(model, config: AdaVConfig, tokenizer=None) -> None:
 
 
 def _dtype(torch_dtype, on_gpu: bool):
+    """Return the dtype for from_pretrained. UserError for a name that is no floating-point dtype of torch."""
+    # float32 on a CPU: half precision is slow there, and not every operation supports it.
     if torch_dtype == "auto":
         return "auto" if on_gpu else torch.float32
     if isinstance(torch_dtype, torch.dtype):

@@ -1,7 +1,7 @@
-"""What a checkpoint folder holds, in either format, and how its weights get into our model.
+"""Checkpoint: the files of a checkpoint folder in either format, and the loading of its weights into our model.
 
-`Checkpoint.open` finds the files, `model_config` gives one configuration for both formats, `load` fills the model.
-Loading itself (shards, dtypes, device maps) is transformers' from_pretrained; this file knows the names.
+`Checkpoint.open` finds the files. `model_config` gives one configuration for both formats. `load` fills the model.
+from_pretrained of transformers does the loading (shards, dtypes, device maps); this file maps the names of weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistr
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 HF_CLASSES = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 
-# Names in the files -> names in our model. LLaVA's own names are ours, but for the level that transformers 5 removed.
+# Names in the files -> names in our model: those of LLaVA without "vision_model.", which transformers 5 removed.
 ORIGINAL_KEYS = {r"vision_tower\.vision_tower\.vision_model\.": r"vision_tower.vision_tower."}
-# transformers has written its LLaVA models in two layouts, with and without a leading "model.".
+# transformers has saved its LLaVA models in two layouts, with and without a leading "model.".
 HF_KEYS = {
     r"^(?:model\.)?language_model\.model\.": r"model.",
     r"^language_model\.lm_head\.": r"lm_head.",
@@ -42,11 +42,12 @@ HF_KEYS = {
 
 @dataclass
 class Checkpoint:
-    """A checkpoint on disk (hub names are downloaded by `open`).
+    """A checkpoint on disk (`open` downloads hub names).
 
-    folder: the checkpoint; base: folder of its model_base, where it needs one; settings: its config.json
-    kind: "full", "lora" (adapter_config.json), "projector" (mm_projector.bin), or "llm": an LLM that is about to become a
-        LLaVA, whose projector is not there yet; hf: transformers' format
+    folder: the checkpoint; base: folder of its model_base, None where it needs none; settings: its config.json
+    kind: "full", "lora" (adapter_config.json), "projector" (mm_projector.bin), or "llm": an LLM at the start of
+        training, which has no projector yet
+    hf: whether it is in transformers' format
     """
 
     folder: Path
@@ -57,9 +58,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model_path, model_base=None) -> Checkpoint:
-        """Find the files and say what they are. UserError where they are missing or no LLaVA."""
+        """Return the checkpoint in a folder or under a hub name. UserError where files are missing or are no LLaVA."""
         folder = checkpoint_folder(model_path)
         settings, hf = cls.read_settings(folder)
+        # LoRA first: an adapter folder may have weight files of its own.
         if (folder / "adapter_config.json").is_file():
             kind = "lora"
         elif _weight_files(folder):
@@ -79,9 +81,9 @@ class Checkpoint:
 
     @classmethod
     def of_llm(cls, model_path, **mm_settings) -> Checkpoint:
-        """An LLM (Vicuna, Llama, Mistral) as the start of a LLaVA: its config.json with LLaVA's `mm_*` settings added.
+        """Return an LLM (Vicuna, Llama, Mistral) as the start of a LLaVA: its config.json plus LLaVA's `mm_*` settings.
 
-        UserError for an LLM of another kind.
+        UserError for an LLM of another architecture.
         """
         folder = checkpoint_folder(model_path)
         settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
@@ -94,13 +96,16 @@ class Checkpoint:
 
     @staticmethod
     def is_llava(folder: Path) -> bool:
-        """Whether config.json is that of a LLaVA, in either format, and not that of a plain LLM."""
+        """Return whether config.json is that of a LLaVA in either format, and not that of a plain LLM."""
         settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
         return settings.get("model_type") not in CONFIG_CLASSES
 
     @staticmethod
     def read_settings(folder: Path) -> tuple[dict, bool]:
-        """config.json of a checkpoint folder, and whether it is in transformers' format; UserError where it is no LLaVA."""
+        """Return config.json of a checkpoint folder, and whether it is in transformers' format.
+
+        UserError where it is no LLaVA.
+        """
         settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
         hf = settings.get("model_type") in HF_CLASSES and "text_config" in settings
         original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
@@ -114,7 +119,7 @@ class Checkpoint:
 
     @property
     def tower_folder(self) -> Path | None:
-        """Where the vision tower's own files lie (LLaVA's format names it); None where the checkpoint has it all."""
+        """Folder of the vision tower that LLaVA's format names; None where the checkpoint itself has everything."""
         name = self.settings.get("mm_vision_tower")
         if self.hf or not name:
             return None
@@ -122,7 +127,7 @@ class Checkpoint:
         return inside if inside.is_dir() else checkpoint_folder(name, weights=False)
 
     def model_config(self):
-        """One configuration for both formats. UserError for what this code base does not run."""
+        """Return the configuration, in one form for both formats. UserError for settings that this code cannot run."""
         try:
             config = self._from_hf() if self.hf else self._from_original()
         except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -140,11 +145,14 @@ class Checkpoint:
         return config
 
     def _refuse(self, value, allowed, name: str) -> None:
+        """Raise UserError unless the setting `name` has one of the allowed values."""
         if value not in allowed:
             words = ", ".join("null" if a is None else f'"{a}"' for a in allowed)
             raise UserError(f'{self.folder}: {name} is "{value}", allowed are {words}')
 
     def _from_hf(self):
+        """Return our configuration of a checkpoint in transformers' format."""
+        # 1. Checks.
         source = HF_CLASSES[self.settings["model_type"]].from_dict(self.settings)
         text, vision = source.text_config, source.vision_config
         if text.model_type not in CONFIG_CLASSES or vision.model_type != "clip_vision_model":
@@ -156,6 +164,7 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: vision_feature_layer is {source.vision_feature_layer}, allowed is one layer"
             )
+        # 2. The settings of the LLM, and transformers' names translated to LLaVA's.
         feature = {"default": "patch", "full": "cls_patch"}.get(source.vision_feature_select_strategy)
         values = {k: v for k, v in text.to_dict().items() if k not in ("architectures", "model_type", "_name_or_path")}
         values.update(
@@ -171,18 +180,22 @@ class Checkpoint:
             mm_checkpoint_format="llava_hf",
             image_aspect_ratio="crop",
         )
+        # 3. LLaVA-1.6.
         if source.model_type == "llava_next":
             values.update(
                 image_aspect_ratio="anyres",
                 mm_patch_merge_type="spatial_unpad",
-                # (height, width) there, (width, height) here; their order, which decides ties, stays.
+                # transformers has (height, width), LLaVA (width, height). The order of the list stays: it decides ties.
                 image_grid_pinpoints=[[w, h] for h, w in source.image_grid_pinpoints],
             )
+        # Files of transformers may have the pad token on the outer level only.
         if values.get("pad_token_id") is None:
             values["pad_token_id"] = getattr(source, "pad_token_id", None)
         return CONFIG_CLASSES[text.model_type](**values)
 
     def _from_original(self):
+        """Return our configuration of a checkpoint in LLaVA's format."""
+        # model_type and architectures are those of LLaVA's classes. Our configuration class sets its own.
         values = dict(self.settings)
         model_type = values.pop("model_type")
         values.pop("architectures", None)
@@ -198,16 +211,18 @@ class Checkpoint:
     # --- weights ----------------------------------------------------------------------------------------------
 
     def load(self, model_class, config, device_map, dtype):
-        """The model with all its weights. UserError where they are missing, damaged or of another shape."""
+        """Return the model with all its weights. UserError where weights are missing, damaged or of another shape."""
+        # 1. The folder with most of the weights. A broken download is found here, so that the error names its file.
         folder, hf = self.base or self.folder, self.hf
         for file in _weight_files(folder):
             _check_file(file)
         if self.base is not None:
-            # Embeddings are the base's until the checkpoint's own arrive.
+            # The model starts with the vocabulary of the base. It is resized when the checkpoint's own rows are loaded.
             of_base = _read_json(folder / "config.json", f"{folder}: no config.json")
             hf = of_base.get("model_type") in HF_CLASSES and "text_config" in of_base
             vocabulary = of_base["text_config"].get("vocab_size") if hf else of_base.get("vocab_size")
             wanted, config.vocab_size = config.vocab_size, vocabulary or config.vocab_size
+        # 2. from_pretrained.
         try:
             with quiet_loading():
                 model, info = model_class.from_pretrained(
@@ -218,12 +233,12 @@ class Checkpoint:
                     key_mapping=HF_KEYS if hf else ORIGINAL_KEYS,
                     output_loading_info=True,
                     weights_only=True,
-                    attn_implementation="sdpa",
+                    attn_implementation="sdpa",  # the decoder replaces it by its own (layer_loop.py)
                 )
         except Exception as error:  # torch, safetensors, pickle and transformers each raise their own
             raise UserError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
         if hf:
-            # save_pretrained would undo HF_KEYS. Their patterns are no names, and the model's config.json is LLaVA's.
+            # save_pretrained would apply HF_KEYS backwards, though its config.json is in LLaVA's format.
             vars(model).pop("_weight_conversions", None)
         if info["unexpected_keys"]:
             unknown = sorted(info["unexpected_keys"])
@@ -231,12 +246,13 @@ class Checkpoint:
                 f"{folder}: {len(unknown)} weights have no place in the model that config.json describes, among them "
                 f"{', '.join(unknown[:3])}"
             )
+        # 3. Weights that are elsewhere. Those that no file has are an error: from_pretrained leaves them random.
         missing = set(info["missing_keys"])
         if self.kind == "projector":
             missing -= self._load_extra(model, "mm_projector.bin")
         elif self.kind == "lora":
             if wanted != config.vocab_size:
-                if wanted > config.vocab_size:  # the added rows are nowhere but in the checkpoint
+                if wanted > config.vocab_size:  # only the checkpoint has the added rows
                     missing |= {"model.embed_tokens.weight", "lm_head.weight"} & model.state_dict().keys()
                 model.resize_token_embeddings(wanted, mean_resizing=False)
             missing -= self._load_extra(model, "non_lora_trainables.bin")
@@ -251,20 +267,23 @@ class Checkpoint:
         return model
 
     def _load_extra(self, model, name: str) -> set[str]:
+        """Load a file that the checkpoint needs beside its base; return the names of its weights."""
         path = self.folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing, though the checkpoint needs it beside its model_base")
         return load_extra(model, path)
 
     def _merge_lora(self, model):
+        """Return the model with the LoRA adapter merged. UserError where an adapter weight has no place in it."""
         from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
         try:
             with warnings.catch_warnings():
-                # The tower's projections have the LLM's names, so peft plans adapters there too, which stay empty.
+                # The tower's projections have the names of the LLM's, so peft expects adapters there that do not exist.
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")
                 warnings.simplefilter("ignore", FutureWarning)  # peft still uses a name that transformers will drop
                 adapted = PeftModel.from_pretrained(model, str(self.folder))
+            # peft ignores weights without a place, and the model would silently miss them.
             in_file = load_peft_weights(str(self.folder), device="cpu").keys()
             unused = sorted(in_file - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys())
             if unused:
@@ -274,11 +293,11 @@ class Checkpoint:
             return adapted.merge_and_unload(progressbar=sys.stderr.isatty())
         except UserError:
             raise
-        except Exception as error:  # peft passes on whatever its parts raise
+        except Exception as error:  # peft raises the errors of all its parts
             raise UserError(f"{self.folder}: the LoRA adapter cannot be merged ({first_line(error)})") from error
 
     def _load_tower(self, model) -> set[str]:
-        """LLaVA 1.5 keeps no tower weights: they come from the tower that config.json names."""
+        """Load the tower that config.json names (LLaVA-1.5 has no tower weights); return the names of the weights."""
         name = self.settings.get("mm_vision_tower")
         if not name:
             raise UserError(
@@ -293,18 +312,22 @@ class Checkpoint:
         prefix = "model.vision_tower.vision_tower."
         mine = model.state_dict().keys()
         weights = {prefix + key: value for key, value in tower.state_dict().items()}
+        # Our tower ends early, so the weights of later layers have no place (clip_encoder.py).
         return _fill(model, {key: value for key, value in weights.items() if key in mine}, folder)
 
 
 def load_extra(model, path: Path) -> set[str]:
-    """Fill in weights that LLaVA's training saved beside an LLM: projector, newline, perhaps the tower. Returns their names."""
+    """Load the weights that LLaVA's training saves beside an LLM, and return their names.
+
+    These are the projector, the newline token and sometimes the tower. UserError for a damaged file.
+    """
     _check_file(path)
     try:
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zipfile and pickle each raise their own
         raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
     saved = {key.removeprefix("base_model."): value for key, value in saved.items()}
-    if any(key.startswith("model.model.") for key in saved):  # peft's own level around the whole model
+    if any(key.startswith("model.model.") for key in saved):  # peft wraps the whole model in one more level
         saved = {key.removeprefix("model."): value for key, value in saved.items()}
     weights = {}
     for key, value in saved.items():
@@ -314,7 +337,7 @@ def load_extra(model, path: Path) -> set[str]:
 
 
 def load_whole(model, folder: Path) -> None:
-    """Fill a model with the weights of a checkpoint in LLaVA's format that holds all of them (safetensors)."""
+    """Load all weights of a complete checkpoint in LLaVA's format (safetensors) into a model."""
     for file in _weight_files(folder):
         _check_file(file)
         weights = load_file(file)
@@ -324,7 +347,12 @@ def load_whole(model, folder: Path) -> None:
 
 
 def _start_projector(model) -> set[str]:
-    """Random weights as LLaVA starts from: torch's own for the projector, 1 / sqrt(width) for the newline token."""
+    """Set the random weights at the start of LLaVA's training, and return their names.
+
+    The projector gets the initialisation of torch.nn.Linear; the newline token is normal with deviation 1 /
+    sqrt(width).
+    """
+    # from_pretrained initialises missing weights in transformers' way, so this is done again here.
     for module in model.model.mm_projector.modules():
         if isinstance(module, torch.nn.Linear):
             module.reset_parameters()
@@ -337,7 +365,7 @@ def _start_projector(model) -> set[str]:
 
 
 def _fill(model, weights: dict, where: Path) -> set[str]:
-    """Copy named weights into the model; UserError where a name or shape does not fit. Returns the names."""
+    """Copy named weights into the model and return the names. UserError where a name or shape does not fit."""
     try:
         unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:
@@ -348,6 +376,7 @@ def _fill(model, weights: dict, where: Path) -> set[str]:
 
 
 def _tower_config(folder: Path) -> dict:
+    """Return the settings of the vision tower in `folder`, which may be a whole CLIP. UserError for other models."""
     settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no vision tower")
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         raise UserError(f'{folder}: vision tower of model_type "{settings.get("model_type")}", allowed is CLIP')
@@ -355,7 +384,7 @@ def _tower_config(folder: Path) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that from_pretrained would read, safetensors first; [] where there are none."""
+    """Return the files that from_pretrained reads, safetensors before .bin; [] where there are none."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -369,7 +398,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
-    """UserError for a file that is not there or whose header cannot be read (a download that broke off)."""
+    """Raise UserError for a missing file, and for one whose header cannot be read (a broken download)."""
     if not path.is_file():
         raise UserError(f"{path}: missing, though the checkpoint's index names it")
     try:
@@ -383,12 +412,14 @@ def _check_file(path: Path) -> None:
 
 
 def _is_torch_file(path: Path) -> bool:
+    """Return whether a file begins like one of torch.save: a zip archive ("PK"), or a pickle in old versions."""
     with open(path, "rb") as file:
         head = file.read(2)
     return head == b"PK" or head[:1] == b"\x80"
 
 
 def _read_json(path: Path, missing: str) -> dict:
+    """Return the JSON object in a file. UserError with the sentence `missing` where there is no file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

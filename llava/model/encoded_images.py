@@ -1,6 +1,6 @@
-"""Images after the vision tower, and a bounded store of the most recent ones, so that questions about one image share it.
+"""Images after the vision tower, and a bounded store of recent ones, so that questions about one image share them.
 
-Nothing here depends on a question: tokens are selected of an EncodedImage anew for each.
+Nothing here depends on a question. Tokens of an EncodedImage are selected anew for each question.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from dataclasses import dataclass, fields
 from llava.methods.before_llm.base import ImageTokens
 from llava.mm_utils import TilePlan
 
-RECORD_BYTES = 1024
+RECORD_BYTES = 1024  # estimate for the Python objects of one image, so that images without tensors count too
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image as the LLM could read it: how it was cut into tiles, and its vision tokens in LLM order.
-
-    tokens: None under a method that looks at no image.
-    """
+    """One encoded image: its tile plan, and its vision tokens in LLM order; tokens is None under `no_image`."""
 
     plan: TilePlan
     tokens: ImageTokens | None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that belong to it, and a little for what holds them."""
+        """Bytes of all its tensors, plus RECORD_BYTES."""
         if self.tokens is None:
             return RECORD_BYTES
         held = [*_tensors(self.tokens), *(_tensors(self.tokens.tower) if self.tokens.tower else [])]
@@ -35,15 +32,16 @@ class EncodedImage:
 
 
 def _tensors(record) -> list:
+    """Return the tensors among the fields of a dataclass instance."""
     values = (getattr(record, f.name) for f in fields(record))
     return [value for value in values if hasattr(value, "nbytes")]
 
 
 class RecentImages:
-    """Encoded images by key, the least recently used ones dropped as soon as all together exceed `capacity` bytes.
+    """Encoded images by key, up to `capacity` bytes; the least recently used ones are dropped.
 
-    Belongs to one worker and one checkpoint. The key must name everything else that the encoding depends on: the image
-    file and what a configuration asks of the tower (LlavaMetaForCausalLM.encoding).
+    It belongs to one worker and one checkpoint. The key must contain everything else that the encoding depends on: the
+    image file, and the part of the configuration that LlavaMetaForCausalLM.encoding returns.
     """
 
     def __init__(self, capacity: int):
@@ -55,12 +53,13 @@ class RecentImages:
         return len(self._held)
 
     def get(self, key: Hashable) -> EncodedImage | None:
+        """Return the image of `key` and mark it as used; None where it is not stored."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
     def put(self, key: Hashable, image: EncodedImage) -> None:
-        """Keep `image`, unless it is larger than the capacity by itself."""
+        """Store `image`, unless it alone exceeds the capacity."""
         if key in self._held:
             self.nbytes -= self._held.pop(key).nbytes
         if image.nbytes > self.capacity:

@@ -26,7 +26,7 @@ from llava.mm_utils import grid_pinpoints
 
 LAYOUTS = ("llava", "llava-hf")
 _TOWER = "model.vision_tower.vision_tower."
-# Names in our model -> names in the files. LLaVA's are ours, but for the level that transformers 5 removed.
+# Names in our model -> names in the files. LLaVA's have "vision_model." in addition, which transformers 5 removed.
 _LLAVA_NAMES = {re.escape(_TOWER): _TOWER + "vision_model."}
 _HF_NAMES = {
     re.escape(_TOWER): "vision_tower.vision_model.",
@@ -39,7 +39,10 @@ _HF_NAMES = {
 
 
 def save_checkpoint(model, tokenizer, image_processor, folder, layout: str = "llava") -> None:
-    """Write weights, config.json, tokenizer and image processor into `folder`. UserError for what `layout` cannot hold."""
+    """Write weights, config.json, tokenizer and image processor into `folder`.
+
+    UserError for an unknown layout, and for a model that `layout` cannot represent.
+    """
     if layout not in LAYOUTS:
         raise UserError(f'layout is "{layout}", allowed are {", ".join(LAYOUTS)}')
     folder = Path(folder)
@@ -54,14 +57,17 @@ def save_checkpoint(model, tokenizer, image_processor, folder, layout: str = "ll
 
 
 def write_llava(state: dict[str, Tensor], config, folder: Path) -> None:
-    """Weights `state` (the model's own names) and config.json in LLaVA's format."""
+    """Write weights `state`, under the names of our model, and config.json in LLaVA's format."""
     _write_weights(_renamed(state, _LLAVA_NAMES), config, folder)
     write_json(folder / "config.json", llava_settings(config, whole=True))
 
 
 def llava_settings(config, whole: bool) -> dict:
-    """config.json in LLaVA's format. whole: the checkpoint holds the tower, and a folder inside the one that the model
-    was loaded from is not named any more."""
+    """Return config.json in LLaVA's format.
+
+    whole: the checkpoint contains the tower. A tower folder inside the checkpoint that was loaded is then not named,
+        because the copy does not have it.
+    """
     values = config.to_dict()
     values.pop("mm_anyres", None)  # a setting of the run
     values["architectures"] = ["LlavaMistralForCausalLM" if "mistral" in config.model_type else "LlavaLlamaForCausalLM"]
@@ -73,7 +79,7 @@ def llava_settings(config, whole: bool) -> dict:
 
 
 def save_processors(tokenizer, image_processor, folder: Path) -> None:
-    """Tokenizer and image processor, where there are any."""
+    """Write tokenizer and image processor, where they are not None."""
     for part in (tokenizer, image_processor):
         if part is not None:
             part.save_pretrained(folder)
@@ -83,6 +89,8 @@ def save_processors(tokenizer, image_processor, folder: Path) -> None:
 
 
 def _write_llava_hf(model, tokenizer, image_processor, folder: Path) -> None:
+    """Write a checkpoint in transformers' format. UserError for a model that the format cannot represent."""
+    # 1. Checks, before any file is written.
     config = model.config
     anyres = config.image_aspect_ratio == "anyres"
     if config.mm_projector_type != "mlp2x_gelu":
@@ -97,6 +105,7 @@ def _write_llava_hf(model, tokenizer, image_processor, folder: Path) -> None:
         )
     if tokenizer is None or image_processor is None:
         raise UserError("the checkpoint has no tokenizer or no image processor, and transformers' format needs both")
+    # 2. The tokenizer gets an <image> token and a pad token: transformers' processor needs both.
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict())
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
@@ -105,6 +114,7 @@ def _write_llava_hf(model, tokenizer, image_processor, folder: Path) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": [DEFAULT_IMAGE_TOKEN]})
     elif DEFAULT_IMAGE_TOKEN not in tokenizer.get_added_vocab():
         raise UserError("the tokenizer has <image> as a plain word; transformers' format needs it as a special token")
+    # 3. Weights: rows for the added tokens, and a norm that transformers' tower has in addition.
     rows = max(len(tokenizer), config.vocab_size)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in state:
@@ -113,6 +123,7 @@ def _write_llava_hf(model, tokenizer, image_processor, folder: Path) -> None:
     width = settings.vision_config.hidden_size
     state[_TOWER + "post_layernorm.weight"] = torch.ones(width)  # only CLIP's pooled output passes through it
     state[_TOWER + "post_layernorm.bias"] = torch.zeros(width)
+    # 4. The files.
     _write_weights(_renamed(state, _HF_NAMES), config, folder)
     settings.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -120,22 +131,25 @@ def _write_llava_hf(model, tokenizer, image_processor, folder: Path) -> None:
 
 
 def _with_rows(weight: Tensor, rows: int) -> Tensor:
-    """Rows for added tokens: the mean of the others, which no input reads and which wins no argmax."""
+    """Return `weight` with rows for added tokens: the mean of the others, so an added token is never the argmax."""
     added = weight.float().mean(dim=0, keepdim=True).to(weight.dtype).expand(rows - weight.shape[0], -1)
     return torch.cat([weight, added])
 
 
 def _hf_config(config, tokenizer, rows: int):
-    """The tower ends at the layer whose output is used, as ours does, so that layer is -1 there."""
+    """Return the configuration in transformers' format."""
+    # 1. The LLM.
     text_class = MistralConfig if "mistral" in config.model_type else LlamaConfig
     known = text_class().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     text = text_class(
         **{name: value for name, value in config.to_dict().items() if name in known} | {"vocab_size": rows}
     )
     text.use_cache = True
+    # 2. The vision tower. Like ours it ends at the layer whose output is used, so that layer is -1 in this format.
     vision = CLIPVisionConfig(**config.mm_vision_config)
     layer = config.mm_vision_select_layer
     vision.num_hidden_layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
+    # 3. The whole model.
     common = {
         "text_config": text.to_dict(),
         "vision_config": vision.to_dict(),
@@ -149,7 +163,7 @@ def _hf_config(config, tokenizer, rows: int):
         "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
     }
     if config.image_aspect_ratio == "anyres":
-        # (width, height) in LLaVA, (height, width) in transformers; their order, which decides ties, stays.
+        # LLaVA has (width, height), transformers (height, width). The order of the list stays: it decides ties.
         settings = LlavaNextConfig(**common, image_grid_pinpoints=[[h, w] for w, h in grid_pinpoints(config)])
         settings.architectures = ["LlavaNextForConditionalGeneration"]
     else:
@@ -160,6 +174,8 @@ def _hf_config(config, tokenizer, rows: int):
 
 
 def _write_hf_processor(config, image_processor, settings, folder: Path) -> None:
+    """Write the two files of transformers' image processor and processor."""
+    # Names with an underscore are internal to the processor class that was loaded.
     values = image_processor.to_dict()
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     kind = "Llava"
@@ -174,7 +190,7 @@ def _write_hf_processor(config, image_processor, settings, folder: Path) -> None
         "image_token": DEFAULT_IMAGE_TOKEN,
         "patch_size": settings.vision_config.patch_size,
         "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": 1,  # [CLS], which "default" drops again
     }
     write_json(folder / "processor_config.json", processor)
 
@@ -183,6 +199,7 @@ def _write_hf_processor(config, image_processor, settings, folder: Path) -> None
 
 
 def _renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Return `state` with renamed weights; the first pattern of `names` that matches counts, so order matters."""
     renamed = {}
     for name, value in state.items():
         for ours, theirs in names.items():
@@ -194,6 +211,8 @@ def _renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
 
 
 def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
+    """Write the weights as safetensors shards."""
+    # A tied head is the embedding itself, so it is not written a second time.
     if config.tie_word_embeddings:
         state = {name: value for name, value in state.items() if not name.endswith("lm_head.weight")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,17 +222,19 @@ def _write_weights(state: dict[str, Tensor], config, folder: Path) -> None:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """The tensor with a memory of its own: what ZeRO-3 gathers and what merge_projections joins are parts of one buffer."""
+    """Return the tensor on the CPU with storage of its own."""
+    # ZeRO-3 and merge_projections make weights views of one buffer, and safetensors refuses shared storage.
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write `content` as an indented JSON file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_and_save(checkpoint: str, base: str | None, folder: str, layout: str, dtype: str) -> None:
-    """Load a checkpoint of any kind (over `base`, where it needs one) and write it whole."""
+    """Load a checkpoint of any kind (with `base`, where it needs one) and write a complete copy into `folder`."""
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, image_processor, _ = load_pretrained_model(checkpoint, base, device_map="cpu", torch_dtype=dtype)
@@ -221,7 +242,7 @@ def load_and_save(checkpoint: str, base: str | None, folder: str, layout: str, d
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The options that every command over `load_and_save` takes."""
+    """Return a parser with the options of every command that calls `load_and_save`."""
     parser = Parser(description=description)
     parser.add_argument("--model-base", help="the model under a LoRA or projector-only checkpoint")
     parser.add_argument("--layout", default="llava", choices=LAYOUTS, help="default: llava")
@@ -231,6 +252,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 @exits_cleanly
 def main() -> None:
+    """Run the command `python -m llava.model.export`."""
     parser = argument_parser(__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder or hub name")
     parser.add_argument("folder", help="where the copy goes")

@@ -1,7 +1,7 @@
-"""CUDA graphs: the one place that captures, and how many bytes of captured things are kept.
+"""CUDA graphs: the one function that captures, and a store that limits the bytes of captured work.
 
-A graph replays kernels over buffers that stay where they are, without Python between them. Capturing costs about a tenth of
-a second and the buffers stay allocated, so that it pays only for work that comes again in the same shapes.
+A graph replays kernels over buffers at fixed addresses, without Python between them. A capture costs about a tenth of a
+second, and its buffers stay allocated. It therefore pays only for work that repeats in the same shapes.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ import torch
 
 
 def available(device: torch.device) -> bool:
-    """Whether work on `device` can be captured."""
+    """Return whether work on `device` can be captured."""
     return device.type == "cuda"
 
 
 def new_pool():
-    """A memory pool for the graphs of one engine. They are never replayed at the same time, so they may share one."""
+    """Return a memory pool for all graphs of one engine. They never replay at the same time, so they may share it."""
     return torch.cuda.graph_pool_handle()
 
 
 def capture(run: Callable[[], object], pool=None) -> torch.cuda.CUDAGraph | None:
-    """Capture `run`, which must need nothing of the host. Capturing runs nothing: replay the graph for its results.
+    """Capture `run`, which must never wait for the host, and return the graph.
 
-    None where the capture failed, for want of memory above all: nothing of it is left, and whoever asked goes on without a
-    graph. capture_error_mode: calls of other threads (a data loader that pins memory) must not break a capture.
+    A capture executes nothing: replay the graph for its results. The result is None, with a warning, where the capture
+    fails, mostly for lack of memory. All of its memory is then free again, and the caller continues without a graph.
     """
+    # "thread_local": a call of another thread (a data loader that pins memory) must not break the capture.
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             run()
         return graph
-    except RuntimeError as error:  # torch.OutOfMemoryError, and what CUDA says of a capture that was cut off, are such
+    except RuntimeError as error:  # the class of torch.OutOfMemoryError and of CUDA's error for an invalidated capture
         reason = str(error).strip().splitlines() or [type(error).__name__]
     finally:
-        torch.cuda.set_stream(stream)  # torch leaves the capture's stream current where its end fails
-    # The error's traceback held what the capture had allocated; only now is it gone.
+        torch.cuda.set_stream(stream)  # where the end of a capture fails, torch leaves the capture's stream current
+    # Not inside the except block: there the error's traceback still holds the tensors of the capture.
     del graph
     torch.cuda.empty_cache()
     warnings.warn(f"a CUDA graph could not be captured ({reason[0]}); going on without it", stacklevel=2)
@@ -47,16 +48,16 @@ def capture(run: Callable[[], object], pool=None) -> torch.cuda.CUDAGraph | None
 
 
 class Kept(Protocol):
-    """What a Store keeps: something of so many bytes that may be in use right now."""
+    """An object that a Store keeps. nbytes: its size; busy: whether it is in use and must not be freed."""
 
     nbytes: int
     busy: bool
 
 
 class Store:
-    """Captured things by shape, those used last kept longest, within a bound of bytes.
+    """Captured work by shape. `evict` frees the least recently used objects beyond a limit.
 
-    limit: bytes of all that are not in use.
+    limit: the most bytes of all objects that are not in use
     """
 
     def __init__(self, limit: int):
@@ -64,19 +65,21 @@ class Store:
         self._held: OrderedDict[Hashable, Kept] = OrderedDict()
 
     def get(self, shape: Hashable):
-        """None where nothing is kept for the shape."""
+        """Return the object of a shape and mark it as used; None where there is none."""
         if shape in self._held:
             self._held.move_to_end(shape)
         return self._held.get(shape)
 
     def put(self, shape: Hashable, kept: Kept) -> None:
+        """Store an object under its shape. The limit is applied by the next `evict`."""
         self._held[shape] = kept
 
     def drop(self, shape: Hashable) -> None:
+        """Remove the object of a shape, if there is one."""
         self._held.pop(shape, None)
 
     def evict(self, spare: Hashable = None) -> None:
-        """Let go of what was used longest ago until what is idle fits; what `spare` names stays."""
+        """Free idle objects, the least recently used first, until the others fit; the shape `spare` stays."""
         idle = [shape for shape, kept in self._held.items() if shape != spare and not kept.busy]
         total = sum(self._held[shape].nbytes for shape in idle)
         for shape in idle:
@@ -85,11 +88,11 @@ class Store:
             total -= self._held.pop(shape).nbytes
 
     def clear(self) -> None:
-        """Let go of everything that is not in use."""
+        """Free every object that is not in use."""
         self._held = OrderedDict((shape, kept) for shape, kept in self._held.items() if kept.busy)
 
     def all(self) -> list:
-        """Everything that is kept, that used last at the end."""
+        """Return all objects, the most recently used last."""
         return list(self._held.values())
 
     @property

@@ -1,9 +1,9 @@
-"""Images + prompt -> one embedded sequence. Token selection happens here, before the LLM reads anything.
+"""From images and a prompt to one embedded sequence. Token selection happens here, before the LLM reads anything.
 
-`LlavaMetaModel` adds tower, projector and newline embedding to an LLM; `LlavaMetaForCausalLM` adds `prepare`, which
-turns token ids with image placeholders into a `PreparedPrompt` (prepared.py), and a `forward` that starts from one;
-`generate` is in generation.py.
-`encode` is the part of it that no question changes. Whatever belongs to one request lives in its PreparedPrompt.
+`LlavaMetaModel` adds tower, projector and newline embedding to an LLM. `LlavaMetaForCausalLM` adds `prepare`, which
+turns token ids with image placeholders into a `PreparedPrompt` (prepared.py), and a `forward` that can start from one.
+`encode` is the part of `prepare` that does not depend on the question. `generate` is in generation.py. All state of one
+request is in its PreparedPrompt.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from llava.model.prompt_rows import (
 
 
 class LlavaMetaModel:
-    """Mixin for an LLM's base model: vision_tower, mm_projector and, where checkpoints have one, image_newline."""
+    """Mixin for an LLM's base model: vision_tower, mm_projector and, where tiles are unpadded, image_newline."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -61,15 +61,16 @@ class LlavaMetaModel:
 class LlavaMetaForCausalLM(LlavaGeneration):
     """Mixin for an LLM with a language-modelling head: images in, tokens out.
 
-    adav_config   AdaVConfig of the model (the plain model unless the builder was given one)
-    turn_markers  token ids of the conversation template's turn markers, for text_scope="turn"
-    question_words  token ids -> string, for methods that read the question with another model's tokenizer
-    last_selection  what was kept for the last batch, per image; a convenience for notebooks. Under a method inside the
-                  LLM its report["survivors"] has the slots that are left after each cut, and report["cuts"] where it was.
+    adav_config     AdaVConfig of the model; without one from the builder it is the plain model
+    turn_markers    token ids of the conversation template's turn markers, for text_scope="turn"
+    question_words  function from token ids to a string, for methods that read the question with another tokenizer
+    last_selection  the Selection of each image of the last batch, a convenience for notebooks. Under a dropper,
+                    report["survivors"] has the slots that are left after each cut, and report["cuts"] the places of
+                    cuts.
     """
 
-    # Layers of the tower above the one whose features are used, buffers that old versions saved, and the newline token
-    # where mm_patch_merge_type has no use for it. Any other weight without a place is an error (Checkpoint.load).
+    # Weights that may be left over: later tower layers, buffers of old versions, and the newline token where
+    # mm_patch_merge_type does not use it. Any other weight without a place is an error (Checkpoint.load).
     _keys_to_ignore_on_load_unexpected = [
         r"rotary_emb\.inv_freq",
         r"image_newline",
@@ -89,7 +90,10 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     # --- images -----------------------------------------------------------------------------------------------
 
     def _plans(self, images, image_sizes, anyres: str) -> tuple[list[Tensor], list[TilePlan]]:
-        """Flat list of pixel tensors [T, 3, H, W] and the tile plan of each."""
+        """Return the pixel tensors [T, 3, H, W] of all images, and their tile plans.
+
+        UserError for an image of a wrong shape, and for sizes that do not fit the tiles.
+        """
         side = self.config.mm_tile_size
         if images is None:
             return [], []
@@ -106,7 +110,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 raise UserError(f"image {i} has {tiles.shape[0]} tiles, so image_sizes is needed: (width, height) each")
             size = image_sizes[i] if image_sizes is not None else (side, side)
             plan = tile_plan([int(x) for x in size], self.config, anyres)
-            # transformers pads a batch to the largest number of tiles; a single tile stands for an image left whole.
+            # transformers pads a batch to the largest number of tiles. A single tile is an image that was not cut.
             if tiles.shape[0] > 1:
                 if tiles.shape[0] < plan.tiles:
                     raise UserError(
@@ -119,7 +123,10 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return pixels, plans
 
     def slots(self, images, image_sizes=None, config: AdaVConfig | None = None) -> list[int]:
-        """Tokens that each image (as `prepare` takes them) has before any are dropped, newline tokens included."""
+        """Return the number of vision tokens N of each image before selection, newline tokens included.
+
+        images, image_sizes: as `prepare` takes them
+        """
         pixels, plans = self._plans(images, image_sizes, (config or self.adav_config).option("anyres"))
         side = self.get_vision_tower().num_patches_per_side
         return [len(merge_order(plan, side, len(tiles))) for tiles, plan in zip(pixels, plans, strict=True)]
@@ -127,10 +134,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     def encode_images(
         self, pixels: list[Tensor], clock: StageClock, wanted: tuple[str, ...] = (), project: bool = True
     ) -> list[tuple[Tensor, Tensor, TowerStates]]:
-        """[T_i, 3, H, W] each -> per image projected patches [T_i, P, D] (or the tower's own, [T_i, P, W]), [CLS] attention
-        [T_i, P], and what a method wants of the tower (Selector.tower_states; `text_cosine` belongs to a question and is
-        not filled in here)."""
+        """Return (features, saliency [T_i, P], TowerStates) of each image, from pixels [T_i, 3, H, W].
+
+        features: projected patches [T_i, P, D], or the tower's states [T_i, P, W] for project=False
+        wanted: states of the tower that a method reads (Selector.tower_states); `text_cosine` depends on a question and
+            is not filled in here
+        """
         counts = [p.shape[0] for p in pixels]
+        # text_cosine is computed from the hidden states later, when the question is known (_select).
         if "text_cosine" in wanted:
             wanted = (*wanted, "hidden")
         with clock.stage("vision_tower"):
@@ -141,23 +152,24 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 features = self._project(features)
         split = {name: state.split(counts) for name, state in states.items()}
         towers = [
-            # Copies: an image may be kept for longer than the batch that a view would keep alive.
+            # Copies: an image may be stored for long, and a view would keep the states of its whole batch in memory.
             TowerStates(self._project, **{name: parts[i].clone() for name, parts in split.items()})
             for i in range(len(pixels))
         ]
         return list(zip(features.split(counts), saliency.split(counts), towers, strict=True))
 
     def encoding(self, config: AdaVConfig) -> tuple:
-        """All of a configuration that `encode` depends on; two configurations with equal ones may share its results."""
+        """Return the part of a configuration that `encode` depends on; results are shared where it is equal."""
         method = config.make_method()
-        # Whether all patches go through the projector depends on how many are kept.
+        # Whether all patches go through the projector depends on the number of kept ones (_defers_projection).
         kept = None if method.reads_features else (repr(method), config.overall_tokens)
         return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
-        """Images (as `prepare` takes them) -> their vision tokens in LLM order, before any question is known.
+        """Return the vision tokens of images in LLM order, independent of any question.
 
-        `prepare` takes the results as `encoded`: the same one as often as questions share the image.
+        images, image_sizes: as `prepare` takes them. `prepare` takes the results as `encoded`. Questions about the same
+        image may share one result.
         """
         config = config or self.adav_config
         words = self.get_input_embeddings().weight
@@ -166,14 +178,17 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         pixels, plans = self._plans(images, image_sizes, anyres)
         if not pixels or not needs_image:
             return [EncodedImage(plan, None) for plan in plans]
+        # 1. All tiles of all images through the tower as one batch.
         towers = self.encode_images(pixels, clock, wanted, project=False)
+        # 2. The tokens of each image in LLM order.
         with clock.stage("splice"):
             tokens = [
                 self.image_tokens(features, saliency, plan, tower=tower, projected=False)
                 for plan, (features, saliency, tower) in zip(plans, towers, strict=True)
             ]
-            # Where the choice does not look at them, only the features that are kept go through the projector, then.
+            # A choice that does not read features can come first; then only kept tokens go through the projector.
             late = [self._defers_projection(one, config) for one in tokens]
+        # 3. The patches of all other images through the projector, in one call.
         with clock.stage("projector"):
             now = [one.features[one.patches] for one, later in zip(tokens, late, strict=True) if not later]
             features = iter(self._project_to_llm(torch.cat(now)).split([len(part) for part in now]) if now else ())
@@ -184,28 +199,32 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
 
     def _defers_projection(self, image: ImageTokens, config: AdaVConfig) -> bool:
+        """Return whether only the kept tokens of an image go through the projector, after selection."""
         method = config.make_method()
         return not method.reads_features and method.num_kept(image, config.overall_tokens) < len(image.patches)
 
     def _project_to_llm(self, hidden: Tensor) -> Tensor:
-        """[n, W] states of the tower -> [n, D] as the LLM reads them, beside its word embeddings."""
+        """Project tower states [n, W] to LLM embeddings [n, D], with device and dtype of the word embeddings."""
         words = self.get_input_embeddings().weight
         return self._project(hidden).to(words.device, words.dtype)
 
     def _with_newlines(self, features: Tensor, patches: Tensor, tokens: int) -> Tensor:
-        """[N, D] of an image of N tokens: features [P, D] at `patches` [P], the newline embedding everywhere else."""
+        """Return the features [N, D] of N tokens: features [P, D] at `patches` [P], the newline embedding elsewhere."""
         if len(patches) == tokens:
             return features
         newlines = self.model.image_newline.to(features).expand(tokens, -1)
         return newlines.index_copy(0, patches.to(features.device), features)
 
     def _project(self, hidden: Tensor) -> Tensor:
-        """[..., W] states of the tower -> [..., D], on the projector's device."""
+        """Project tower states [..., W] to [..., D], on the device and in the dtype of the projector."""
         projector = next(self.model.mm_projector.parameters())
         return self.model.mm_projector(hidden.to(projector.device, projector.dtype))
 
     def text_tower(self, name: str) -> ClipTextTower:
-        """The CLIP text tower that `options.text_tower` names: loaded when it is first asked for, and kept."""
+        """Return the CLIP text tower `name` (options.text_tower). It is loaded on first use and kept.
+
+        UserError where the checkpoint has no tokenizer: the question must be turned into a string for CLIP.
+        """
         if self.question_words is None:
             raise UserError(
                 f'options.text_tower is "{name}", but the checkpoint has no tokenizer to read questions with'
@@ -223,9 +242,10 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         tower: TowerStates | None = None,
         projected: bool = True,
     ) -> ImageTokens:
-        """Tiles [T, P, D] and [T, P] of one image -> its ImageTokens in LLM order, newline tokens in place.
+        """Return the ImageTokens of one image in LLM order, newline tokens included.
 
-        projected: False for the tower's own states, [T, P, W]: what is read of them goes through the projector.
+        features [T, P, D], saliency [T, P]: tile by tile
+        projected: False for states of the tower, [T, P, W]. Tokens that are read then go through the projector.
         """
         tiles, _, width = features.shape
         layout = _layout(plan, self.get_vision_tower().num_patches_per_side, tiles)
@@ -235,6 +255,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         merged = features.reshape(-1, width)[source]
         scores = saliency.reshape(-1).to(features.device)[source]
         if layout.newlines:
+            # The index of a newline token was clamped to patch 0, whose score it must not inherit.
             scores = scores.masked_fill(newline, float("nan"))
         if not projected:
             merged = merged.masked_fill(newline[:, None], 0)
@@ -246,14 +267,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     # --- prompt -----------------------------------------------------------------------------------------------
 
     def _row(self, ids: Tensor, labels: Tensor | None, scope: str) -> Row:
-        """One row without padding, on the host: where its images and their questions lie."""
+        """Return one row of ids [S] without padding, on the host, with the places of its images and their questions."""
         places = image_places(ids)
         return Row(ids, labels, places, [question_of(ids, place, scope, self.turn_markers, labels) for place in places])
 
     def _select(
         self, rows: list[Row], words: Tensor, encoded: list[EncodedImage], config: AdaVConfig, method
     ) -> list[Selection]:
-        """What the LLM reads of every image of a batch, in reading order. words: embeddings of all ids (embed)."""
+        """Return the Selection of every image of a batch, in reading order. words: embeddings of all ids (embed)."""
         if encoded and not method.needs_image:
             return [_no_tokens(words) for _ in encoded]
         text_tower = method.text_tower if "text_cosine" in method.tower_states else None
@@ -266,7 +287,9 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                     tower.hidden[:, 1:], self.question_words(ids[question].tolist())
                 )
                 tower = replace(tower, text_cosine=judged)
+            # A copy: questions may share the encoded image, but its key and text_cosine belong to this question.
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
+        # A dropper removes tokens inside the LLM, so every token enters it.
         name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
         return select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
 
@@ -282,12 +305,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     ) -> PreparedPrompt:
         """Encode the images, select their tokens, and splice them into the prompts.
 
-        input_ids: [B, S] or [S], IMAGE_TOKEN_INDEX where an image goes; padding is told by attention_mask [B, S] or,
-            without one, by leading pad tokens.
-        images: flat over the batch in reading order (a row without placeholder consumes none): tensor or list of
-            [3, H, W] or [T, 3, H, W], as process_images gives them. image_sizes: (width, height) of each original.
-        config: settings of this request; None takes the model's own.
-        encoded: what `encode` gave for these images under the same settings, in place of images and image_sizes.
+        input_ids: [B, S] or [S], with IMAGE_TOKEN_INDEX as the placeholder of each image. Padding is where
+            attention_mask [B, S] is 0; without a mask, leading pad tokens are padding.
+        images: all images of the batch in reading order (a row without placeholder takes none): a tensor or a list of
+            [3, H, W] or [T, 3, H, W], as process_images returns them
+        image_sizes: (width, height) of each original image, in pixels
+        labels: [B, S] or [S], as input_ids
+        config: settings of this request; None is the configuration of the model
+        encoded: results of `encode` for these images under the same settings, in place of images and image_sizes
         Raises UserError where images and placeholders do not match or a shape is wrong.
         """
         config = config or self.adav_config
@@ -296,7 +321,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         embedding = self.get_input_embeddings()
         device = embedding.weight.device
         clock = StageClock(device)
-        # 1. Ids, padding and places are read on the host; what is on the device already comes over once.
+        # 1. Ids, padding and places are read on the host. Tensors on the device are copied to it together.
         input_ids, attention_mask, labels = to_host_together(input_ids, attention_mask, labels)
         real = real_tokens(input_ids, attention_mask, self.config)
         scope = config.option("text_scope")
@@ -309,17 +334,17 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             )
         config.check_method_options()
         method = config.make_method()
-        # 2. Images through the vision tower, unless they come encoded.
+        # 2. Images through the vision tower, unless they are encoded already.
         if encoded is None:
             encoded = self.encode(images, image_sizes, config, clock)
-        # 3. Which of their tokens the LLM reads.
+        # 3. The tokens of each image that the LLM reads.
         with clock.stage("splice"):
             words = embed(rows, embedding, device)
         with clock.stage("selection"):
             kept = iter(self._select(rows, words, encoded, config, method))
             for row in rows:
                 row.selections = [next(kept) for _ in row.places]
-        # 4. The batch, and how the LLM is to run on it.
+        # 4. The batch, and the settings of the LLM for it: dropping and the KV cache.
         with clock.stage("splice"):
             prepared = splice(rows, words, config.option("positions"))
         layers = self.config.num_hidden_layers
@@ -328,6 +353,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             dropper.check(self.config)
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, [prompt_row(row) for row in rows])
         spans = [RowSpans(row.length, row.spans) for row in rows]
+        # The positions of the first new tokens. The batch is left-padded, so the last column has each row's last token.
         following = prepared.position_ids[:, -1:] + 1 + prepared.position_offset
         dropping = prepared.dropping
         prepared.caching = Caching(
@@ -346,7 +372,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     @property
     def one_device(self) -> bool:
-        """Whether all layers of the LLM are on one device. Weights that are offloaded are on none ("meta")."""
+        """Whether all layers of the LLM are on one device. Offloaded weights are on none: their device is "meta"."""
         devices = {weight.device for layer in self.model.layers for weight in layer.parameters()}
         return len(devices) == 1 and next(iter(devices)).type != "meta"
 
@@ -364,15 +390,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         caching: Caching | None = None,
         **kwargs,
     ):
-        """The LLM's forward; with images (or placeholders in input_ids) the prompt is prepared first.
+        """Run the LLM's forward. With images, or placeholders in input_ids, the prompt is prepared first.
 
-        Logits are then those of the spliced, left-padded sequence; under a method that acts inside the LLM those of
-        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`, and under an
-        adaptive KV cache its `caching` and past_key_values=caching.cache(steps): start from `prepare`, whose result has
-        them. Without that, a prompt whose configuration asks for an adaptive cache leaves no cache behind.
-        logits_to_keep is named here because generate() looks for it in the signature: without it, prefill computes the
-        logits of every position.
+        The logits are then those of the spliced, left-padded sequence. Under a dropper, logits and loss are those of
+        the tokens that are left. Cached steps after such a prompt need its `dropping`. Under an adaptive KV cache they
+        need its `caching` and past_key_values=caching.cache(steps). The result of `prepare` has all of these. Without
+        them, a prompt whose configuration asks for an adaptive cache returns no cache.
         """
+        # generate() looks for logits_to_keep in the signature. Without it, prefill would compute all logits.
         fresh = inputs_embeds is None and past_key_values is None
         if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, labels)
@@ -400,40 +425,46 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         )
 
     def loss_function(self, logits, labels, dropping: Dropping | None = None, **kwargs):
-        """transformers' loss; labels [B, S] are those of the whole prompt, also where part of it was dropped."""
+        """Return transformers' loss. labels [B, S] are those of the whole prompt, also where tokens were dropped."""
         if dropping is not None:
             labels = dropping.labels(labels)
         return super().loss_function(logits=logits, labels=labels, **kwargs)
 
 
 def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
-    """What identifies an image of a sample whatever batch it is in: prompt, image size, place among its images."""
+    """Return a key for an image of a sample, from prompt, image size and place among its images.
+
+    It does not depend on the batch. Python's hash would, in part: it is salted per process for strings.
+    """
+    # "<i8" fixes the byte order, so that all machines get the same key. 7 bytes fit a signed 64-bit integer.
     material = to_host(ids).numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
     return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")
 
 
 class _Layout(TokenPlaces):
-    """Where the tokens of an image of one tile plan lie. source [N]: which patch of the tower's output each of them is;
-    newline [N]: which are newline tokens."""
+    """The places of the tokens of one tile plan.
+
+    source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
+    """
 
     def __init__(self, order: Tensor, side: int):
         per_tile = side * side
         self.newline, self.source = order == NEWLINE, order.clamp(min=0)
         self.newlines = int(self.newline.sum())
         tile, row = self.source // per_tile, self.source % per_tile // side
-        # A newline token ends a row of the merged crops: the number of newlines before it.
+        # A newline token ends a row of the merged crops, so its row is the number of newlines before it.
         row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
         super().__init__(tile.masked_fill(self.newline, -1), row, (self.source % side).masked_fill(self.newline, -1))
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may next index what is trained
+@torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
-    """side: patches per side of a tile; tiles: how many there are."""
+    """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles."""
     return _Layout(merge_order(plan, side, tiles), side)
 
 
 def _no_tokens(words: Tensor) -> Selection:
-    """`no_image`: the tower did not even run."""
+    """Return the empty Selection of `no_image`, under which the tower does not run."""
     none = torch.empty(0, dtype=torch.long, device=words.device)
     return Selection(none, words[:0], none, none, none, words[:0, 0].float(), total=0)

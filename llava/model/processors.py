@@ -1,4 +1,4 @@
-"""Tokenizer and image processor of a checkpoint, from whichever of its folders has them."""
+"""Tokenizer and image processor of a checkpoint, from the first of its folders that has them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from llava.common.errors import UserError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-# The PIL variants by name: transformers' automatic choice fails without torchvision, and with it gives other digits.
+# The PIL variants, by name: transformers' choice fails without torchvision, and gives other pixel values with it.
 _IMAGE_PROCESSORS = {
     "CLIPImageProcessor": "CLIPImageProcessorPil",
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
@@ -21,11 +21,11 @@ _IMAGE_PROCESSORS = {
 
 
 def load_tokenizer(folders):
-    """The tokenizer of the first folder that has one; None where none has. UserError where one cannot be read."""
+    """Return the tokenizer of the first folder that has one; None where none has. UserError for an unreadable one."""
     for folder in filter(None, folders):
         if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
             try:
-                # The plain Llama configuration keeps a bare tokenizer.model readable under our own model types.
+                # AutoTokenizer does not know our model types. With Llama's it reads a folder with only tokenizer.model.
                 return AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), padding_side="left")
             except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
                 raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
@@ -33,7 +33,10 @@ def load_tokenizer(folders):
 
 
 def load_image_processor(folders):
-    """The image processor of the first folder that has one; None where none has. UserError where one cannot be read."""
+    """Return the image processor of the first folder that has one; None where none has.
+
+    UserError for one that cannot be read or is of another class.
+    """
     for folder in filter(None, folders):
         settings = _processor_settings(Path(folder))
         if settings is None:
@@ -47,6 +50,8 @@ def load_image_processor(folders):
 
 
 def _processor_settings(folder: Path) -> dict | None:
+    """Return the settings of a folder's image processor; None where it has none. UserError for broken JSON."""
+    # transformers writes them as a file of their own, or as a part of processor_config.json.
     for file, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / file
         if path.is_file():

@@ -1,6 +1,6 @@
-"""Rows of a batch while they are put together: ids without padding, where images and questions lie, one padded batch.
+"""Rows of a batch during preparation: ids without padding, places of images and questions, and the padded batch.
 
-All of it is arithmetic on the host; the device gets one index that says which of its vectors stands where.
+All index arithmetic is on the host. The device gets one index tensor, which says where each of its vectors goes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from llava.model.decoding.prepared import PreparedPrompt
 
 @dataclass
 class Row:
-    """One row of a batch. ids [S] and labels [S] (or None): without padding, on the host.
+    """One row of a batch, on the host and without padding.
 
-    places: where images go among the ids; questions: per image, bool [S], which ids are its text; selections: per image,
-    what the LLM reads of it (once it is known).
+    ids [S]; labels [S] or None
+    places: indices of the image placeholders among the ids
+    questions: per image, bool [S], True for the ids of its text
+    selections: per image, the tokens that the LLM reads; empty until they are selected
     """
 
     ids: Tensor
@@ -35,7 +37,7 @@ class Row:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Per image: (start, length) in the spliced row."""
+        """(start, length) of each image in the spliced row."""
         spans, grown = [], 0
         for place, selection in zip(self.places, self.selections, strict=True):
             spans.append((place + grown, len(selection.indices)))
@@ -44,22 +46,25 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens of the spliced row."""
+        """Number of tokens of the spliced row."""
         return len(self.ids) + sum(len(selection.indices) - 1 for selection in self.selections)
 
     @property
     def unpruned(self) -> int:
-        """Tokens that the row would have without selection."""
+        """Number of tokens that the row would have without selection."""
         return len(self.ids) + sum(selection.total - 1 for selection in self.selections)
 
 
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) -> list[tuple[Tensor, Tensor]]:
-    """Per row: its token ids without padding, and the mask [S] that says which they are; on the device of the ids."""
+    """Return, per row, its token ids without padding and the mask [S] of real tokens, on the device of the ids.
+
+    UserError for a mask of another shape than the ids.
+    """
     if attention_mask is None:
         pad, bos = model_config.pad_token_id, model_config.bos_token_id
         mask = torch.ones_like(input_ids, dtype=torch.bool)
         if pad is not None and pad != bos and input_ids.shape[0] > 1:
-            mask = (input_ids != pad).cumsum(dim=1) > 0  # only a leading run is padding
+            mask = (input_ids != pad).cumsum(dim=1) > 0  # only leading pad tokens are padding
     else:
         if attention_mask.dim() == 1:
             attention_mask = attention_mask[None]
@@ -73,7 +78,7 @@ def real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) 
 
 
 def labels_of(labels: Tensor | None, rows: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
-    """Per row: its labels [S, or a padded batch of them] without padding; None where there are none."""
+    """Return, per row, its labels without padding; None where there are none. labels: [S] or [B, S]."""
     if labels is None:
         return [None] * len(rows)
     labels = labels[None] if labels.dim() == 1 else labels
@@ -81,12 +86,12 @@ def labels_of(labels: Tensor | None, rows: list[tuple[Tensor, Tensor]]) -> list[
 
 
 def image_places(ids: Tensor) -> list[int]:
-    """Where images go among the ids of a row."""
+    """Return the indices of the image placeholders among the ids of a row."""
     return torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten().tolist()
 
 
 def turn_around(ids: list[int], place: int, markers) -> tuple[int, int]:
-    """[start, end) of the turn that holds ids[place]: what lies between the nearest markers around it."""
+    """Return [start, end) of the conversation turn that contains ids[place]: the ids between the nearest markers."""
     start, end = 0, len(ids)
     for at in range(len(ids)):
         for marker in markers:
@@ -99,10 +104,10 @@ def turn_around(ids: list[int], place: int, markers) -> tuple[int, int]:
 
 
 def question_of(ids: Tensor, place: int, scope: str, markers, labels: Tensor | None = None) -> Tensor:
-    """[S] which ids are the text that text-aware methods read for the image at ids[place].
+    """Return a mask [S] of the ids that text-aware methods read for the image at ids[place].
 
-    scope: "after", every text token behind the image, or "turn", the text of the turn that holds it (between `markers`).
-    labels [S]: what is to be learnt is no question, or a selector in training would be told the answer.
+    scope: "after" is every text token behind the image; "turn" is the text of its turn, between `markers`
+    labels [S]: ids with a label are no part of the question
     """
     inside = torch.zeros(len(ids), dtype=torch.bool)
     if scope == "after":
@@ -110,15 +115,16 @@ def question_of(ids: Tensor, place: int, scope: str, markers, labels: Tensor | N
     else:
         start, end = turn_around(ids.tolist(), place, markers)
         inside[start:end] = True
+    # In training the answer is in the ids. Without this a selector would read it.
     if labels is not None:
         inside &= labels == IGNORE_INDEX
     return inside & (ids != IMAGE_TOKEN_INDEX)
 
 
 def prompt_row(row: Row) -> PromptRow:
-    """A row for `Dropping`: where its images and their text lie once the images are spliced in.
+    """Return a row for `Dropping`: the places of its images and of their text after the images are spliced in.
 
-    Text before an image is none of its text here: it cannot attend to the image.
+    Text before an image is left out, because it cannot attend to the image.
     """
     spans, sizes = row.spans, torch.ones_like(row.ids)
     sizes[row.places] = torch.tensor([count for _, count in spans], dtype=sizes.dtype)
@@ -129,32 +135,34 @@ def prompt_row(row: Row) -> PromptRow:
 
 
 def embed(rows: list[Row], embedding: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """[M, D] word embeddings of all rows, one after another; those of placeholders stand for nothing."""
+    """Return the word embeddings [M, D] of all rows, one after another. Those of placeholders mean nothing."""
+    # The id of a placeholder is negative, which the embedding would refuse.
     ids = torch.cat([row.ids for row in rows])
     return embedding(to_device(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0), device))
 
 
 def question_embeddings(rows: list[Row], words: Tensor) -> list[Tensor]:
-    """Per image of the batch, in reading order: [m, D], the embeddings of its text."""
+    """Return the embeddings [m, D] of each image's text, for all images of the batch in reading order."""
     found, start = [], 0
     for row in rows:
         found += [torch.nonzero(question).flatten() + start for question in row.questions]
         start += len(row.ids)
     if not found:
         return []
+    # One index for the whole batch: each copy to the device and each gather has a fixed cost.
     return list(words[to_device(torch.cat(found), words.device)].split([len(index) for index in found]))
 
 
 def splice(rows: list[Row], words: Tensor, positions: str) -> PreparedPrompt:
-    """All rows as one batch, padded left. words [M, D]: the embeddings of all ids (`embed`).
+    """Return all rows as one batch, padded on the left. words [M, D]: the embeddings of all ids (`embed`).
 
-    positions: "reindexed", counted anew, or "original", those of the prompt without selection.
+    positions: "reindexed" counts positions anew; "original" takes those of the prompt without selection
     """
     device, kept = words.device, [selection for row in rows for selection in row.selections]
-    # 1. All vectors that there are: words, what was kept of each image, and a zero for the padding.
+    # 1. All vectors: words, the kept tokens of each image, and a zero vector for the padding.
     features = [selection.features.to(device, words.dtype) for selection in kept]
     vectors = torch.cat([words, *features, words.new_zeros(1, words.shape[1])])
-    # 2. Which of them stands where, and the numbers that go with it: on the host, then to the device in one copy.
+    # 2. The place of each vector, mask and positions: computed on the host, then sent to the device in one copy.
     length, padding = max(row.length for row in rows), len(vectors) - 1
     index = torch.full((len(rows), length), padding)
     mask, position_ids = torch.zeros_like(index), torch.zeros_like(index)
@@ -170,7 +178,7 @@ def splice(rows: list[Row], words: Tensor, positions: str) -> PreparedPrompt:
         word += len(row.ids)
     sent = to_device(torch.stack([index, mask, position_ids]), device)
     offset = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
-    # 3. Original positions depend on what was kept, which the device knows.
+    # 3. Original positions depend on the kept tokens, which only the device knows.
     position_ids = sent[2]
     if positions == "original":
         position_ids = _original_positions(rows, device)[sent[0]]
@@ -190,7 +198,7 @@ def splice(rows: list[Row], words: Tensor, positions: str) -> PreparedPrompt:
 
 
 def _original_positions(rows: list[Row], device: torch.device) -> Tensor:
-    """[M + kept + 1] where each vector of `splice` stands in its row without selection; 0 for the padding's."""
+    """Return the position of each vector of `splice` in its row without selection, [M + kept + 1]; 0 for padding."""
     text, images = [], []
     for row in rows:
         own, at = torch.arange(len(row.ids)), 0
@@ -203,7 +211,7 @@ def _original_positions(rows: list[Row], device: torch.device) -> Tensor:
 
 
 def _labels(rows: list[Row], index: Tensor, vectors: int, device: torch.device) -> Tensor | None:
-    """[B, S] labels of the spliced batch: only text is learnt. None where there are none."""
+    """Return the labels [B, S] of the spliced batch; None where there are none. Vision tokens have IGNORE_INDEX."""
     if rows[0].labels is None:
         return None
     text = torch.cat([row.labels for row in rows])

@@ -1,10 +1,10 @@
-"""Which vision tokens the LLM gets to read: one file per method, chosen by name, before the first LLM layer.
+"""Methods that choose vision tokens before the first LLM layer: one file per method, chosen by name.
 
     from llava.methods.before_llm import SELECTORS, ImageTokens, Selection, select
     selection = select("adav", image, text, budget=144)
 
 Importing this package imports no torch: the launcher and the configuration check method names with `selector_names`
-and never touch a tensor. SELECTORS and the classes are imported when they are first asked for.
+and use no tensor. SELECTORS and the classes are imported on first access.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ __getattr__ = _names = LazyNames(__name__, "SELECTORS", _CLASSES, _OTHERS)
 
 
 def selector_names() -> tuple[str, ...]:
-    """Names of all selectors, without importing torch; what a user added to SELECTORS is included."""
+    """Return the names of all selectors without importing torch; methods that a user added are included."""
     return _names.names()

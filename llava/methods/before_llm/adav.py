@@ -1,4 +1,4 @@
-"""AdaV (arXiv 2501.09532): saliency and closeness to the question, the budget split between them for each sample."""
+"""AdaV (arXiv 2501.09532): patches by saliency and by text score, with the budget split anew for each sample."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from llava.methods.ranking import lowest_index_topk
 
 
 def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) -> Tensor:
-    """How many of `budget` tokens to choose by text: the k_text in [floor, budget - floor] with the largest
-    (mass of the k_text best text scores) x (mass of the budget - k_text best saliencies); the smallest one on ties. A
-    tensor that holds it: nobody waits for the device here.
+    """Return k_text, how many of `budget` tokens are chosen by text, as a tensor [].
 
-    text_score, saliency: float32 [P]. Maximising the product of the masses maximises their geometric mean; a
-    constant factor on either list changes nothing.
+    k_text is the number in [floor, budget - floor] with the largest (mass of the k_text best text scores) x (mass of
+    the budget - k_text best saliencies); the smallest one on ties. The mass of tokens is the sum of their scores.
+    text_score, saliency: float32 [P]. Maximising the product of the masses maximises their geometric mean. A constant
+    factor on either list changes nothing. The result stays on the device, so nothing waits for it.
     """
 
     def captured(scores):  # [budget + 1]: mass of the best 0, 1, .. budget tokens
         best = scores[lowest_index_topk(scores, budget)]
-        # Summed in double: float32 scores then add up exactly, so that equal splits compare as equal.
+        # Summed in double precision: float32 scores then add up exactly, so equal splits compare as equal.
         return torch.nn.functional.pad(best.double().cumsum(0), (1, 0))
 
     product = captured(text_score) * captured(saliency).flip(0)  # entry k: k by text, budget - k by saliency
     product = product[floor : budget - floor + 1]
-    # Equal up to rounding is a tie: else the scale of a score would decide between splits that capture the same.
-    # Of equal ones argmax takes the first.
+    # Products that are equal up to rounding are ties. Otherwise the scale of a score would decide between splits of
+    # equal mass. argmax returns the first of equal values, so the smallest k_text.
     return floor + (product >= product.max() * (1 - 1e-9)).int().argmax()
 
 
 def guaranteed_count(min_share: float, budget: int) -> int:
-    """How many of `budget` tokens each of the two lists is sure of."""
+    """Return how many of `budget` tokens each of the two lists gets in any split."""
     # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
     return min(int(min_share * budget + 1e-6), budget // 2)
 
@@ -46,14 +46,14 @@ def guaranteed_count(min_share: float, budget: int) -> int:
 class AdaV(Selector):
     """Self-adaptive cross-modal split (SCAR) over all tiles of an image together.
 
-    Two lists: text-to-image score (max over words of the softmax over patches of cos / temperature) and [CLS]
-    saliency. k_text + k_saliency = K maximises the product of the captured masses, each side with at least
-    floor(min_share * K); the union is filled up to exactly K patches where the lists overlap. Without text, saliency
-    alone. Needs no attention map of the LLM; the cost is one [m, P] cosine matrix.
+    There are two lists: the text score (max over words of the softmax over patches of cos / temperature) and [CLS]
+    saliency. The split k_text + k_saliency = K maximises the product of the captured masses; each list gets at least
+    floor(min_share * K) tokens. Where the lists overlap, their union is filled up to exactly K patches. Without text,
+    saliency alone decides. No attention map of the LLM is needed; the cost is one [m, P] cosine matrix.
 
-    min_share    0 .. 0.5, what each list is sure of
+    min_share    0 .. 0.5, share of K that each list gets in any split
     temperature  > 0, of the softmax over patches
-    compat       None, or "public": what the authors' code keeps, duplicates and rounding included (adav_public.py)
+    compat       None, or "public": keep what the authors' code keeps, with its duplicates and rounding (adav_public.py)
 
     report: k_text, k_saliency, text_score [N], saliency_score [N] (NaN at newline tokens)
     """
@@ -66,10 +66,12 @@ class AdaV(Selector):
         return self.keep_all([image], [text], [budget])[0]
 
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
+        # 1. Both scores of every image.
         scores = [
             (text_to_image(image, text, self.temperature) if len(text) else None, patch_saliency(image))
             for image, text in zip(images, texts, strict=True)
         ]
+        # 2. What is kept of each image. The splits of a batch come to the host in one copy: each copy would wait.
         if self.compat == "public":
             kept, splits = zip(
                 *(
@@ -82,6 +84,7 @@ class AdaV(Selector):
         else:
             unions = unions_of_best([self._lists(*own, budget) for own, budget in zip(scores, budgets, strict=True)])
             found = [(image.patches[kept], k_text) for image, (kept, k_text) in zip(images, unions, strict=True)]
+        # 3. The selections, with both scores for the overlay and the analyses.
         return [
             take(
                 image,
@@ -95,7 +98,7 @@ class AdaV(Selector):
         ]
 
     def _lists(self, text_score: Tensor | None, saliency: Tensor, budget: int) -> TwoLists:
-        """The two lists of one image; without text, saliency alone."""
+        """Return the two lists of one image; without text both are saliency, and all tokens come from the second."""
         if text_score is None:
             return TwoLists(saliency, saliency, 0, budget)
         split = best_split(text_score, saliency, budget, guaranteed_count(self.min_share, budget))

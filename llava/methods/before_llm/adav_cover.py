@@ -1,4 +1,4 @@
-"""AdaV with coverage (ours): AdaV's two lists and their split, but a patch that resembles a chosen one counts for less."""
+"""AdaV with coverage (our variant): AdaV's lists and split, with lower scores for patches that resemble chosen ones."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from llava.methods.before_llm.greedy import GreedyInputs, GreedySelector
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.similarity import cosine_matrix
 
-# Best mean over both demo checkpoints and 25, 10 and 5 % of the tokens on 600 validation questions each, and no better than
-# AdaV within their noise: 0.8414, against 0.8408 at 0 (AdaV), 0.8397 at 0.5 and 0.8253 at 1
-# (benchmarks/adav_cover_strength.py, benchmarks/results/adav_cover_strength.csv).
+# The strength with the best mean accuracy: both demo checkpoints, 25, 10 and 5 % of the tokens, 600 validation
+# questions each. The gain over AdaV is within the noise: 0.8414, against 0.8408 at 0 (AdaV), 0.8397 at 0.5 and 0.8253
+# at 1 (benchmarks/adav_cover_strength.py, benchmarks/results/adav_cover_strength.csv).
 STRENGTH = 0.25
 
 
 def covering_union(
     similarity: Tensor, real: Tensor, scores: Tensor, k_first: Tensor, counts: Tensor, most: int, strength: float
 ) -> Tensor:
-    """[B, M] which patches of each image are chosen: k_first [B] by scores[:, 0], then counts - k_first by scores[:, 1].
+    """Return a mask [B, M] of the patches that are chosen of each image.
 
-    similarity [B, M, M]; real [B, M]; scores [B, 2, M], at least 0; counts [B], at most the real patches,
-    and `most` of them.
+    The first k_first [B] patches are chosen by scores[:, 0], the next counts - k_first by scores[:, 1].
+    similarity [B, M, M]; real [B, M]: False in the padding; scores [B, 2, M], at least 0; counts [B]: tokens to choose,
+    at most the real patches; most: the largest count.
+
     Each pick takes the largest score * (gain / gain before the first pick) ** strength of its list. As in AdaV, a patch
-    that both lists name leaves the union short; while it is, the next patch comes from the list with the larger (value
-    / values taken from it so far), ties to the first.
+    that both lists choose leaves the union short of its count. Each missing patch then comes from the list with the
+    larger (value / sum of the values taken from it so far), ties to the first list.
     """
     coverage, images = Coverage(similarity), torch.arange(len(similarity), device=similarity.device)
+    # Double precision, as the gains are: rounding must not decide between equal patches.
     unused, scores = coverage.gain.clone(), scores.double()
     chosen, last = torch.zeros_like(real), torch.zeros_like(counts)
     mass = scores.new_zeros(len(scores), 2)
 
     def choose(side: Tensor | None, free: Tensor, still: Tensor) -> None:
-        """The best of the patches that are free [B, 2, M] in list `side` [B], or in the one that offers more, for the
-        images that `still` [B] lack one. The others choose their last once more, which changes nothing."""
+        """Choose one patch in each image that `still` [B] lacks one: the best that is free [B, 2, M].
+
+        side: the list [B]; None takes the list that offers more. Images that lack none choose their last patch again,
+        which changes nothing, so the loop needs no answer from the device.
+        """
         nonlocal last
         discount = torch.where(unused > 0, coverage.gain / unused, 0.0).clamp(0, 1) ** strength
         value = (scores * discount[:, None]).masked_fill(~free, -torch.inf)
@@ -53,9 +59,11 @@ def covering_union(
         chosen[images, last], free[images, side, last] = True, False
         coverage.add(last)
 
-    free = real[:, None].repeat(1, 2, 1)  # what the first list took is free in the second
+    # 1. The two lists, one after the other. A patch that the first list took is still free in the second, as in AdaV.
+    free = real[:, None].repeat(1, 2, 1)
     for n in range(most):
         choose((k_first <= n).long(), free, counts > n)
+    # 2. The patches that are missing because both lists chose the same ones. This waits for the device once per batch.
     short = counts - chosen.sum(dim=1)
     for n in range(int(to_host(short.max()))):
         choose(None, (real & ~chosen)[:, None].repeat(1, 2, 1), short > n)
@@ -64,17 +72,17 @@ def covering_union(
 
 @dataclass
 class AdaVCover(GreedySelector):
-    """AdaV's text score, saliency and split (adav.py) with the diminishing return of facility location (coverage.py).
+    """AdaV's text score, saliency and split (adav.py) with the diminishing returns of facility location (coverage.py).
 
-    The k_text patches by text score are taken first, then the k_saliency by [CLS] attention. Every pick weighs its score
-    by the share of its coverage gain that is left: (gain / gain before the first pick) ** strength, over the cosine
-    similarity of the projected patches of all tiles together, below zero counting as zero. A patch whose like has
-    been chosen, by either list, is worth little; one that is chosen is worth nothing, so the lists do not overlap.
-    With strength 0 nothing is discounted, the lists overlap, and the choice is exactly AdaV's, fill included.
-    Without text, saliency alone. Costs one [P, P] cosine matrix beside AdaV's [m, P].
+    First k_text patches are chosen by text score, then k_saliency patches by [CLS] saliency. The score of a patch is
+    multiplied by (gain / gain before the first pick) ** strength, the share of its coverage gain that is left. Coverage
+    is the cosine similarity of the projected patches of all tiles together; values below zero count as zero. A patch
+    that resembles a chosen one, of either list, is worth little. A chosen patch is worth nothing, so the lists do not
+    overlap. With strength 0 nothing is discounted, the lists overlap, and the choice is exactly AdaV's, fill included.
+    Without text, saliency alone decides. The cost is one [P, P] cosine matrix, in addition to AdaV's [m, P].
 
     min_share, temperature  as in AdaV
-    strength                >= 0, of the diminishing return
+    strength                >= 0, exponent of the diminishing returns
 
     report: k_text, k_saliency, text_score [N], saliency_score [N] (NaN at newline tokens)
     """
@@ -127,5 +135,6 @@ class AdaVCover(GreedySelector):
 
 
 def _first_true(chosen: Tensor, count: int) -> Tensor:
-    """[count] where `chosen` [P], of which so many are True, is True, ascending."""
+    """Return the indices [count] at which `chosen` [P] is True, ascending; exactly `count` entries are True."""
+    # Not nonzero, which waits for the device to learn the number of results. The stable sort keeps the order.
     return torch.sort((~chosen).int(), stable=True).indices[:count]

@@ -1,7 +1,7 @@
-"""What a selector sees (ImageTokens), what it returns (Selection), and the rule that every selector obeys.
+"""Base class of all selectors, their input (ImageTokens) and their result (Selection).
 
-A selector acts before the LLM, on one image of one sample: it sees the projected vision tokens in
-the order in which the LLM would read them, and says which K of them the LLM gets to read.
+A selector acts before the LLM, on one image of one sample. It sees the projected vision tokens in LLM order and returns
+the K tokens that the LLM reads.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from llava.methods.options import check_options
 
 
 class TokenPlaces:
-    """Where the N vision tokens of an image lie, on the host: a tile plan tells, so that no device has to be asked.
+    """The places of the N vision tokens of an image, as tensors on the host.
 
-    tile, row, column: int64 [N], as in ImageTokens. patches [P]: which tokens are patches, ascending. sizes: patches of
-    each tile, up to the last tile that has one. members [T, M], real [T, M]: the patches of each tile, as indices into
-    `patches`, in raster order; unpadding leaves tiles of different size, M is that of the largest, and `real` is False in
-    the padding, whose member is 0. A request for an answer may be the first to ask for them and a training step the next,
-    so all are made outside inference mode.
+    The places follow from the tile plan, so they are known on the host without waiting for the device.
+
+    tile, row, column  int64 [N], as in ImageTokens
+    patches            [P] indices of the tokens that are patches, ascending
+    sizes              patches of each tile, up to the last tile that has one
+    members            [T, M] the patches of each tile in raster order, as indices into `patches`; 0 in the padding
+    real               [T, M] False in the padding. Unpadding leaves tiles of different size; M is that of the largest.
     """
+
+    # Tensors are made outside inference mode: autograd refuses others, and a training step may read them next.
 
     def __init__(self, tile: Tensor, row: Tensor, column: Tensor):
         self.tile, self.row, self.column = tile, row, column
@@ -43,6 +47,7 @@ class TokenPlaces:
     def members(self) -> Tensor:
         tile, row, column = (place[self.patches] for place in (self.tile, self.row, self.column))
         sizes = torch.bincount(tile)
+        # Patches of different tiles are interleaved in LLM order, so they are sorted by (tile, row, column).
         raster = (tile * (row.max() + 1) + row) * (column.max() + 1) + column
         order = torch.argsort(raster)
         start = sizes.cumsum(0) - sizes
@@ -56,26 +61,27 @@ class TokenPlaces:
         return torch.arange(max(self.sizes)) < torch.tensor(self.sizes)[:, None]
 
     def in_whole_tiles(self, side: int) -> Tensor:
-        """[P] where each patch lies when all tiles, of side x side patches, are laid out one after another."""
+        """Return each patch's index [P] in the tower's output: all tiles of side x side patches one after another."""
         tile, row, column = (place[self.patches] for place in (self.tile, self.row, self.column))
         return (tile * side + row) * side + column
 
     @torch.inference_mode(False)
     def on(self, device: torch.device, name: str) -> Tensor:
-        """One of the tensors above, on a device. It is sent there once."""
+        """Return the tensor `name` of this object on `device`. It is sent there once."""
         key = name, device
         if key not in self._sent:
             self._sent[key] = to_device(getattr(self, name), device)
         return self._sent[key]
 
     def describes(self, image: ImageTokens) -> bool:
-        """Whether the tensors of `image` are those that were sent from here."""
+        """Return whether the place tensors of `image` are the very tensors that were sent from here."""
+        # By identity, because a comparison of values would wait for the device.
         own = ((name, getattr(image, name)) for name in ("tile", "row", "column"))
         return all(tensor is self._sent.get((name, tensor.device)) for name, tensor in own)
 
     @classmethod
     def from_image(cls, image: ImageTokens) -> TokenPlaces:
-        """Those of an image that came without: the device is asked once."""
+        """Return the places of an image that has none. This copies its three place tensors to the host, in one copy."""
         names = ("tile", "row", "column")
         places = cls(*to_host(torch.stack([getattr(image, name).long() for name in names])).unbind())
         places._sent = {(name, image.features.device): getattr(image, name) for name in names}
@@ -84,9 +90,9 @@ class TokenPlaces:
 
 @dataclass
 class TowerStates:
-    """What only some methods read of one image of T tiles: filled in where `Selector.tower_states` names it.
+    """States of the vision tower for one image of T tiles. A state is filled in where `Selector.tower_states` names it.
 
-    project      [n, W] -> [n, D]: hidden rows through the projector, on its device and in its dtype
+    project      [n, W] -> [n, D]: hidden states through the projector, on its device and in its dtype
     hidden       [T, 1 + P, W]  states of the layer that gave the features, [CLS] first, before the projector
     keys         [T, 1 + P, d]  key vectors of that layer, unscaled, mean over heads
     text_cosine  [T, P]         cosine of patch and question in CLIP's joint space, mean over the parts of the question;
@@ -109,15 +115,14 @@ class ImageTokens:
     row       [N]     patch row inside its tile; for newline tokens the row of the merged grid that it ends
     column    [N]     patch column inside its tile; -1 for newline tokens
     key       int     identifies the sample (hash of input ids, image size, place of the image), for `random`
-    tower             tile by tile, what only some methods read
-    unprojected       None, or what turns rows of `features` into what the LLM reads: `features` are then [N, W] states of
-                      the tower (zero for newline tokens), so that only what is kept goes through the projector. For
-                      methods that do not read features (Selector.reads_features), where not everything is kept.
+    tower             states of the tower, tile by tile, that only some methods read
+    unprojected       None, or a function from rows of `features` to LLM embeddings. `features` are then [N, W] states
+                      of the tower (zero for newline tokens), and only kept tokens go through the projector. This is for
+                      methods that do not read features (Selector.reads_features), where some tokens are dropped.
 
-    places            where the tokens lie, on the host. Whoever makes an ImageTokens by hand leaves it out: it is found out
-                      when it is first needed.
+    places            the places of the tokens on the host. It may be left out; it is then computed on first use.
 
-    All tensors end up on the device of `features`.
+    All tensors are moved to the device of `features`. ValueError for a tensor whose length is not N.
     """
 
     features: Tensor
@@ -136,7 +141,7 @@ class ImageTokens:
             self.places = None
         where = [self.tile, self.row, self.column]
         if self.places is None and self.features.is_cuda and not any(tensor.is_cuda for tensor in where):
-            # Made by hand: what is still on the host need not be asked for later.
+            # The places were given on the host. Keeping them here saves a copy back from the device later.
             self.places = TokenPlaces(*(tensor.long() for tensor in where))
         for name in ("saliency", "tile", "row", "column"):
             shape = tuple(getattr(self, name).shape)
@@ -151,13 +156,13 @@ class ImageTokens:
 
     @property
     def on_host(self) -> TokenPlaces:
-        """Where the tokens lie, on the host."""
+        """The places of the tokens on the host."""
         if self.places is None:
             self.places = TokenPlaces.from_image(self)
         return self.places
 
     def place(self, name: str) -> Tensor:
-        """One of the tensors of TokenPlaces, on the device of the features."""
+        """Return the tensor `name` of TokenPlaces on the device of the features."""
         return self.on_host.on(self.features.device, name)
 
     @property
@@ -166,29 +171,28 @@ class ImageTokens:
         return self.place("patches")
 
     def read(self, indices: Tensor) -> Tensor:
-        """[k, D] what the LLM reads of the tokens at `indices` [k]."""
+        """Return the LLM embeddings [k, D] of the tokens at `indices` [k]."""
         rows = self.features[indices]
         return rows if self.unprojected is None else self.unprojected(rows)
 
     def of_patches(self, states: Tensor) -> Tensor:
-        """[P, ...] what belongs to each of `patches`, out of [T, patches of a whole tile, ...] tile by tile."""
+        """Return the states [P, ...] of `patches`, from the tower's states [T, patches of a whole tile, ...]."""
         place = self.on_host.in_whole_tiles(math.isqrt(states.shape[1]))
         return states.flatten(0, 1)[to_device(place, states.device)]
 
 
 @dataclass
 class Selection:
-    """What was kept of one image.
+    """The vision tokens that are kept of one image.
 
-    indices   [K]     rows of ImageTokens.features, ascending and distinct; -1 for a token that the method made
-                      (`sources` lists what went in), wherever in the order the method puts it. The only duplicates are
-                      those of AdaV's compat="public".
-    features  [K, D]  what the LLM reads
-    tile, row, column [K]  where the kept tokens lie (-1 for made tokens), filled in by `select`
-    saliency  [K]     [CLS] attention of the kept tokens (NaN for made and newline tokens), filled in by `select`
+    indices   [K]     rows of ImageTokens.features, ascending and distinct. -1 is a merged token, which may stand
+                      anywhere in the order. Only AdaV's compat="public" gives duplicates.
+    features  [K, D]  embeddings that the LLM reads
+    tile, row, column [K]  places of the kept tokens (-1 for merged tokens), filled in by `select`
+    saliency  [K]     [CLS] attention of the kept tokens (NaN for merged and newline tokens), filled in by `select`
     total     int     N, the number of tokens before selection
-    report    dict    what the method has to say about its choice (AdaV: k_text, k_saliency, both scores)
-    sources   list    for each -1 in `indices`, in order: the indices that were merged into it; none for a [CLS] token
+    report    dict    details of the method's choice (AdaV: k_text, k_saliency, both scores)
+    sources   list    for each -1 in `indices`, in order: the indices that were merged into it; empty for a [CLS] token
     """
 
     indices: Tensor
@@ -208,45 +212,46 @@ class Selector(ABC):
     A subclass is a dataclass whose fields are the options of the method. It implements `keep`.
     """
 
-    needs_image = True  # False: the vision tower is not even run
-    uses_budget = True  # False: what is kept does not depend on the budget, and `keep` is always called
-    reads_features = True  # False: the choice does not depend on ImageTokens.features
+    needs_image = True  # False: the vision tower does not run
+    uses_budget = True  # False: the kept tokens do not depend on the budget, and `keep` is always called
+    reads_features = True  # False: `keep` does not read ImageTokens.features, so only kept tokens are projected
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
-    tower_states: tuple[str, ...] = ()  # what `keep` reads of ImageTokens.tower, by the names of its fields
+    tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
 
     def __post_init__(self):
         check_options(self)
 
     def num_kept(self, image: ImageTokens, budget: int) -> int:
-        """How many tokens are kept of `image` where `budget` were asked for: as many, unless an option says otherwise."""
+        """Return how many tokens of `image` are kept under `budget`: the budget, unless an option overrides it."""
         return budget
 
     @abstractmethod
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
-        """Choose exactly `budget` of the patches of `image`.
+        """Return the Selection of exactly `budget` of the patches of `image`.
 
-        text: [m, D] word embeddings of the question (design: text_scope), m may be 0.
-        budget: 1 <= budget < number of patches; `select` has dealt with everything else.
+        text: [m, D] word embeddings of the question (option text_scope), m may be 0
+        budget: 1 <= budget < number of patches; `select` handles all other budgets
         """
 
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
-        """`keep` for every image of a batch, of which there is at least one."""
+        """Return the Selection of every image of a batch of at least one image: `keep` for each of them."""
         return [self.keep(*one) for one in zip(images, texts, budgets, strict=True)]
 
 
 def take(image: ImageTokens, indices: Tensor, **report) -> Selection:
-    """The Selection that keeps `indices` [K] (in any order) of `image`, unmerged."""
+    """Return the Selection that keeps the tokens at `indices` [K] (in any order) of `image`, without merging."""
+    # The LLM reads kept tokens in LLM order, whatever order a method chose them in.
     indices = torch.sort(indices).values
     return Selection(indices=indices, features=image.read(indices), report=report)
 
 
 def take_all(image: ImageTokens) -> Selection:
-    """The Selection that keeps all N tokens, newline tokens included."""
+    """Return the Selection that keeps all N tokens, newline tokens included."""
     return take(image, torch.arange(len(image.tile), device=image.tile.device))
 
 
 def locate(selection: Selection, image: ImageTokens) -> Selection:
-    """Fill in where the kept tokens lie (tile, row, column), their saliency, and N."""
+    """Fill in the places of the kept tokens (tile, row, column), their saliency, and N; return the same Selection."""
     selection.total = len(image.tile)
     made, kept = selection.indices < 0, selection.indices.clamp(min=0)
     for name in ("tile", "row", "column", "saliency"):

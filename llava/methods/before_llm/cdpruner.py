@@ -1,4 +1,4 @@
-"""CDPruner (arXiv 2506.10967): patches that are both different from each other and close to the question."""
+"""CDPruner (arXiv 2506.10967): patches that differ from each other and are close to the question."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from llava.methods.before_llm.scores import max_cosine
 from llava.methods.before_llm.similarity import cosine_matrix
 from llava.methods.before_llm.tiles import first_picks, members_of_tiles, split_evenly
 
-# A patch of which less than this is left once the chosen ones are projected out adds no diversity. Exact arithmetic
-# would leave 0; single precision leaves about 1e-6, and where the rank is not used up yet, 1e-2 and more.
+# A patch adds no diversity when less than this share of it is left after the chosen ones are projected out. Exact
+# arithmetic would leave 0 and single precision leaves about 1e-6. Before the rank is used up, 1e-2 and more is left.
 VANISHED = 1e-5
 
 
 def most_diverse(similarity: Tensor, relevance: Tensor, real: Tensor, count: int) -> Tensor:
-    """[T, count] patches of each tile in the order of choice: greedy MAP of the determinantal point process with the
-    kernel diag(relevance) similarity diag(relevance), by incremental Cholesky.
+    """Return `count` patches of each tile in the order of choice, [T, count].
 
-    similarity [T, M, M] float32; relevance [T, M] >= 0; real [T, M]. Where all that is left of a tile lies in the span
-    of what was chosen (the rank of its kernel is used up), relevance alone decides. A tile with fewer than `count`
-    patches repeats itself at the end.
+    This is greedy MAP of the determinantal point process with the kernel diag(relevance) similarity diag(relevance), by
+    incremental Cholesky (arXiv 1709.05135).
+    similarity [T, M, M] float32; relevance [T, M] >= 0; real [T, M]. Where the rank of a tile's kernel is used up, all
+    remaining patches lie in the span of the chosen ones, and relevance alone decides. A tile with fewer than `count`
+    patches repeats patches at the end.
     """
     tiles = torch.arange(len(similarity), device=similarity.device)
     kernel = relevance[:, :, None] * similarity * relevance[:, None, :]
@@ -41,6 +42,8 @@ def most_diverse(similarity: Tensor, relevance: Tensor, real: Tensor, count: int
         best = score.argmax(dim=1)
         picks.append(best)
         free.scatter_(1, best[:, None], False)
+        # The new row of the Cholesky factor. Where no patch adds diversity, `left` is only rounding noise, and dividing
+        # by its root would blow the row up, so the row is zero there.
         explained = (factor[tiles, :n, best][:, None] @ factor[:, :n])[:, 0]
         row = (kernel[tiles, best] - explained) / left[tiles, best, None].sqrt()
         factor[:, n] = torch.where(by_diversity, row, 0.0)
@@ -49,26 +52,26 @@ def most_diverse(similarity: Tensor, relevance: Tensor, real: Tensor, count: int
 
 
 def scaled(relevance: Tensor) -> Tensor:
-    """[P] scaled to 0 .. 1 over all tiles together, lifted by 1e-6 of the range so that nothing is worth exactly
-    nothing; all ones where all are equal."""
+    """Return relevance [P] scaled to 0 .. 1 over all tiles together; all ones where all values are equal."""
+    # + 1e-6: a relevance of exactly 0 would remove the patch from the kernel.
     low, high = relevance.min(), relevance.max()
     return torch.where(high > low, (relevance - low + 1e-6) / (high - low), 1.0)
 
 
 @dataclass
 class CDPruner(GreedySelector):
-    """Determinantal point process over the projected patches, conditioned on the question; each tile by itself.
+    """Determinantal point process over the projected patches, conditioned on the question; each tile on its own.
 
-    The kernel is cosine similarity, weighted on both sides by relevance to the question. The budget is split evenly over
-    the tiles, relevance is scaled over all of them together. Without a question all patches are equally relevant.
-    Costs one [M, M] cosine matrix per tile and O(M K^2) for K choices in a tile.
+    The kernel is cosine similarity, weighted on both sides by relevance to the question. The budget is split evenly
+    over the tiles. Relevance is scaled over all tiles together. Without a question all patches are equally relevant.
+    The cost is one [M, M] cosine matrix per tile and O(M K^2) for K choices in a tile.
 
-    relevance   "clip": *minus* the cosine with the question in CLIP's joint space, where it is anti-correlated;
-                "embeddings": the cosine with the nearest word embedding of the LLM. The nearest, not the mean over
-                words: most words of a prompt name nothing in the image, and a mean would drown the one that does.
-                By default "clip" where text_tower is given.
+    relevance   "clip": *minus* the cosine with the question in CLIP's joint space, which is anti-correlated with
+                relevance; "embeddings": the cosine with the nearest word embedding of the LLM. It is the nearest, not
+                the mean over words, because most words of a prompt name nothing in the image. By default "clip" where
+                text_tower is given.
     text_tower  CLIP checkpoint whose text tower and projections "clip" uses: folder or hub name
-    theta       None, or 0 .. below 1: relevance r becomes exp(theta / (2 (1 - theta)) r); 0 leaves diversity alone
+    theta       None, or 0 .. below 1: relevance r becomes exp(theta / (2 (1 - theta)) r); with 0 only diversity counts
     """
 
     relevance: str | None = None
@@ -101,15 +104,16 @@ class CDPruner(GreedySelector):
         return most_diverse(similarity, relevance, real, most)
 
     def _relevance(self, image: ImageTokens, text: Tensor) -> Tensor:
-        """[P] float32, at least 0."""
+        """Return the relevance of each patch to the question, float32 [P], at least 0."""
         if not len(text):
             relevance = torch.zeros(len(image.patches), device=image.features.device)
         elif self.tower_states:
+            # nan=1.0 becomes -1, the lowest relevance: a patch that is not finite is chosen last.
             relevance = -torch.nan_to_num(image.of_patches(image.tower.text_cosine).float(), nan=1.0)
         else:
             relevance = max_cosine(image, text)
         relevance = scaled(relevance)
         if self.theta is None:
             return relevance
-        # A common factor changes no choice: the largest becomes one, and none overflows.
+        # The maximum is subtracted because exp would overflow for theta near 1. A common factor changes no choice.
         return torch.exp(self.theta / (2 * (1 - self.theta)) * (relevance - relevance.max()))

@@ -1,4 +1,4 @@
-"""cls: the most salient patches, over all tiles together (the other half of AdaV, arXiv 2501.09532)."""
+"""cls: the most salient patches of all tiles together (the saliency half of AdaV, arXiv 2501.09532)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from llava.methods.ranking import lowest_index_topk
 
 @dataclass
 class Cls(Selector):
-    """Top K patches by [CLS] attention. The question is not looked at."""
+    """Top K patches by [CLS] saliency. The question is not read."""
 
     reads_features = False
 

@@ -1,7 +1,7 @@
-"""Facility location: how much of an image is spoken for by the patches chosen so far, and what a further one adds.
+"""Facility location: how well the chosen patches cover an image, and how much coverage a further patch would add.
 
-A patch u is covered to the degree m_u of its similarity to the chosen patch that is nearest to it, at least 0. What a
-patch v would add is gain(v) = sum over u of max(0, S(u, v) - m_u). Gains only fall.
+The coverage m_u of a patch u is its similarity to the nearest chosen patch, at least 0. A patch v would add
+gain(v) = sum over u of max(0, S(u, v) - m_u). Gains never rise while patches are chosen.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18  # numbers at once: what is read of the similarities goes through several steps while it is in the cache
+BLOCK = 1 << 18  # similarities per block, few enough that a block stays in the CPU cache through all its steps
 
 
 class Coverage:
-    """Gains of all patches, tile by tile, kept up to date while patches are chosen.
+    """Coverage and gains of all patches, tile by tile, updated while patches are chosen.
 
     similarity  [T, M, M] float32, symmetric; rows of zeros for padding
     covered     [T, M]    m_u
-    gain        [T, M]    what each patch would add, float64
+    gain        [T, M]    coverage that each patch would add, float64
 
-    A choice changes m_u only where the new patch is nearer than all before. On the CPU only those rows are looked at: over
-    K choices M * log(K) or so of them, where recomputing the gains would take M * K. A GPU would have to be asked which
-    rows they are, after every choice; there all rows are looked at, of which the others lose nothing. Of
-    single-precision numbers, sums in double precision are exact to within its last digits, so the gains are those of
-    recomputing either way.
+    A choice changes m_u only where the new patch is nearer than all earlier ones. On the CPU only those rows are read:
+    about M * log(K) rows over K choices, where recomputing the gains would read M * K. On a GPU all rows are read,
+    because the host would have to wait after every choice to learn which rows changed; unchanged rows lose nothing.
+    Sums of float32 numbers in double precision are exact up to the last digits, so both ways give the recomputed gains.
     """
 
     def __init__(self, similarity: Tensor):
@@ -35,14 +34,14 @@ class Coverage:
 
     @property
     def all_rows(self) -> bool:
-        """Whether a choice looks at all rows, so that the device is asked nothing."""
+        """Whether a choice reads all rows, so that the host never waits for the device."""
         return self.similarity.is_cuda
 
     def add(self, chosen: Tensor) -> None:
         """Choose patch chosen[t] of each tile t; `chosen` [T]."""
         tiles = torch.arange(len(chosen), device=chosen.device)
         nearest = torch.maximum(self.covered, self.similarity[tiles, chosen])
-        # max(0, S - before) - max(0, S - after), for before <= after, is S kept between the two, minus before.
+        # For before <= after: max(0, S - before) - max(0, S - after) = clamp(S, before, after) - before.
         if self.all_rows:
             between = torch.clamp(self.similarity, self.covered[..., None], nearest[..., None])
             before = self.covered.sum(dim=1, keepdim=True, dtype=torch.float64)
@@ -50,14 +49,15 @@ class Coverage:
         else:
             self._lose_changed_rows(nearest, tiles)
         self.covered = nearest
-        # Exactly: what is chosen covers nothing more.
+        # A chosen patch adds nothing more. Rounding may have left its gain slightly off 0.
         self.gain.scatter_(1, chosen[:, None], 0.0)
 
     def _lose_changed_rows(self, nearest: Tensor, tiles: Tensor) -> None:
-        """Take off the gains what is lost where the nearest [T, M] chosen patch is nearer than before; tiles: 0 .. T - 1."""
+        """Lower the gains for the rows whose coverage rises to `nearest` [T, M]; tiles: 0 .. T - 1."""
         changed = torch.nonzero((nearest > self.covered).flatten()).flatten()
         for rows in changed.split(self.rows):
             before, after = (cover.flatten()[rows, None] for cover in (self.covered, nearest))
             between = torch.minimum(torch.maximum(self._flat.index_select(0, rows), before), after)
+            # Rows of all tiles are in one block. The product with the 0/1 matrix sums each tile's rows on their own.
             of_tile = (rows // nearest.shape[1] == tiles[:, None]).double()
             self.gain += of_tile @ before.double() - of_tile @ between.double()

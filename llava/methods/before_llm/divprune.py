@@ -1,4 +1,4 @@
-"""DivPrune (arXiv 2503.02175): patches that are as different from each other as can be."""
+"""DivPrune (arXiv 2503.02175): patches that are as different from each other as possible."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from llava.methods.before_llm.similarity import cosine_matrix
 
 
 def farthest_points(similarity: Tensor, real: Tensor, finite: Tensor, count: int) -> Tensor:
-    """[T, count] patches of each of T sets of M, in the order of choice.
+    """Return `count` patches of each of T sets of M patches, in the order of choice: [T, count].
 
-    First the one whose nearest neighbour is farthest by cosine distance, then again and again the one whose nearest
-    chosen one is farthest. similarity [T, M, M] float32. Patches that are not `finite` [T, M] come last, those that are
-    not `real` [T, M] only where nothing else is left; neither are anybody's neighbours.
+    The first pick is the patch whose nearest neighbour is farthest by cosine distance. Each later pick is the patch
+    whose nearest chosen patch is farthest. similarity [T, M, M] float32. Patches that are not `finite` [T, M] are
+    picked last. Patches that are not `real` [T, M] are picked only where nothing else is left. Both are no neighbours
+    of others.
     """
+    # -1 is the lowest cosine, so no patch is its own nearest neighbour. -2 is lower still, for patches that are no
+    # neighbours at all.
     sets = torch.arange(len(similarity), device=similarity.device)
     neighbours = similarity.masked_fill(~(real & finite)[:, None], -2.0)
     neighbours.diagonal(dim1=1, dim2=2).fill_(-1.0)
-    # In similarities the farthest is the smallest. Above every cosine: 2, the last to be taken, and infinity.
+    # The farthest patch has the smallest similarity. Above every cosine: 2, which is picked last, and infinity.
     last, gone = ~finite, ~real
     nearest, picks = neighbours.amax(dim=2), []
     for _ in range(count):
@@ -35,10 +38,10 @@ def farthest_points(similarity: Tensor, real: Tensor, finite: Tensor, count: int
 
 @dataclass
 class DivPrune(GreedySelector):
-    """Farthest-point sampling of the projected patches, over all tiles together. Neither saliency nor question is read.
+    """Farthest-point sampling of the projected patches of all tiles together. It reads neither saliency nor question.
 
-    The distance is one minus the cosine. Newline tokens are no candidates, unlike in the public code. Costs one [P, P]
-    cosine matrix and K passes over a row of it.
+    The distance is one minus the cosine. Newline tokens are no candidates, unlike in the public code. The cost is one
+    [P, P] cosine matrix and K passes over one of its rows.
     """
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:

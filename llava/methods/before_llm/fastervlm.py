@@ -12,17 +12,17 @@ from llava.methods.ranking import lowest_index_topk
 
 @dataclass
 class FasterVLM(Selector):
-    """Top patches of each tile by [CLS] attention. The question is not looked at.
+    """Top patches of each tile by [CLS] saliency. The question is not read.
 
-    The budget is per image, as it is for all methods here, and is split over the tiles; the published code's budget
-    is per tile.
+    As for all methods here, the budget is per image. It is split evenly over the tiles. In the published code the
+    budget is per tile.
     """
 
     reads_features = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         members, real, sizes = members_of_tiles(image)
-        # In LLM order, so that ties go to the token that comes first there.
+        # From raster order to LLM order (padding last), so that ties go to the token that the LLM reads first.
         members = members.masked_fill(~real, len(image.patches)).sort(dim=1).values.clamp(max=len(image.patches) - 1)
         saliency = patch_saliency(image)[members].masked_fill(~real, float("-inf"))
         quota = split_evenly(budget, sizes)

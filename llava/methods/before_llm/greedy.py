@@ -1,4 +1,4 @@
-"""Methods that take one patch after another, each choice in the light of those before it: all images of a batch at once."""
+"""Base of greedy methods: they choose one patch after another, for all images of a batch at the same time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector
 
-ENTRIES = 1 << 26  # of the similarities of the images that choose together: 256 MB
+ENTRIES = 1 << 26  # most similarities of the images that choose together: 256 MB in float32
 
 
 @dataclass
 class GreedyInputs:
-    """What one image asks of a greedy rule: to choose among M patches, in each of T tiles apart from the others.
+    """Input of a greedy rule for one image: T tiles of M patches. Each tile chooses on its own.
 
-    similarity  [T, M, M] float32
-    real        [T, M]    which patches there are; the others are padding
-    extra_inputs  what else the rule reads, [T, M] or [T] each
-    counts      how many of each tile are wanted, at most as many as are real
-    to_selection  the image's part of what the rule returns, [T, ...] -> what is kept of the image
+    similarity    [T, M, M] float32
+    real          [T, M]  False in the padding
+    extra_inputs  further tensors that the rule reads, [T, M] or [T] each
+    counts        how many patches of each tile to choose, at most the real ones
+    to_selection  function from the image's part of the rule's result, [T, ...], to the Selection
     """
 
     similarity: Tensor
@@ -34,22 +34,24 @@ class GreedyInputs:
 
 
 class GreedySelector(Selector):
-    """Base of methods that take one patch after another. Each says what it asks of an image (`problem`), and its rule.
+    """Base of greedy methods. A method implements `problem`, the input of its rule for one image, and `rule`.
 
-    The tiles of as many images as fit into memory choose together, the smaller ones filled up with zeros. The
-    similarities are those that an image has by itself, and a rule lets no tile look at another: the choice does not
-    depend on the batch.
+    Tiles of several images choose together, as many as fit into memory; smaller tiles are padded with zeros. Each
+    image's similarities are computed on their own and no tile reads another, so the choice does not depend on the
+    batch.
     """
 
     @abstractmethod
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
-        """As `keep`, up to the choice itself."""
+        """Return the input of the rule for one image; the arguments are those of `keep`."""
 
     @abstractmethod
     def rule(self, similarity: Tensor, real: Tensor, *others: Tensor, counts: Tensor, most: int) -> Tensor:
-        """The choice in T tiles, [T, ...] as GreedyInputs.to_selection reads it: usually `most` picks each, in the order of choice.
+        """Return the choice in T tiles, [T, ...] as GreedyInputs.to_selection reads it.
 
-        counts [T], most: the largest of them; M is that of the largest tile of the batch, and a tile that wants fewer than others may run on.
+        The usual result is `most` picks per tile, in the order of choice. counts [T]: patches to choose; most: the
+        largest count. M is the size of the largest tile of the batch. A tile with a smaller count may choose more than
+        its count.
         """
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
@@ -71,11 +73,12 @@ class GreedySelector(Selector):
 
 
 def _groups(problems: Iterable[GreedyInputs]) -> Iterator[list[GreedyInputs]]:
-    """Problems in order, as many at once as ENTRIES allows, at least one."""
+    """Yield the problems in order, in groups of at most ENTRIES similarities and at least one problem."""
     group: list[GreedyInputs] = []
     for problem in problems:
         tiles = sum(len(member.similarity) for member in [*group, problem])
         largest = max(member.similarity.shape[-1] for member in [*group, problem])
+        # Counted after padding: one large tile makes all tiles of its group as large.
         if group and tiles * largest**2 > ENTRIES:
             yield group
             group = []
@@ -85,7 +88,7 @@ def _groups(problems: Iterable[GreedyInputs]) -> Iterator[list[GreedyInputs]]:
 
 
 def _filled(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """values [T, m, ...] -> [T, *sizes], zeros behind what there is."""
+    """Return values [T, m, ...] padded with zeros to [T, *sizes]."""
     if values.shape[1:] == sizes:
         return values
     filled = values.new_zeros(len(values), *sizes)

@@ -1,4 +1,4 @@
-"""mix: half the budget by the nearest word, half by saliency; AdaV (arXiv 2501.09532) without its adaptive split."""
+"""mix: half of the budget by text, half by saliency; AdaV (arXiv 2501.09532) without its adaptive split."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from llava.methods.before_llm.two_lists import TwoLists, unions_of_best
 
 @dataclass
 class Mix(Selector):
-    """ceil(K / 2) patches by maximum cosine with a word (no softmax), the others by [CLS] attention.
+    """ceil(K / 2) patches by maximum cosine with a word (no softmax), the others by [CLS] saliency.
 
-    Where the two halves overlap they are filled up to K as AdaV's lists are. Without text, saliency alone.
+    Where the two halves overlap, they are filled up to K like AdaV's lists. Without text, saliency alone decides.
     """
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:

@@ -1,4 +1,4 @@
-"""no_image: no vision token at all. What the language model can guess from the question alone."""
+"""no_image: no vision token is kept. It measures what the LLM can guess from the question alone."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 
 @dataclass
 class NoImage(Selector):
-    """Keeps none of the N tokens whatever the budget; the vision tower need not run."""
+    """Keeps none of the N tokens, whatever the budget. The vision tower does not run."""
 
     needs_image = False
     uses_budget = False

@@ -1,4 +1,4 @@
-"""none: every vision token, newline tokens included. The plain model, and what all others are compared with."""
+"""none: every vision token is kept, newline tokens included. This is the plain model, the reference of all methods."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 
 @dataclass
 class KeepAll(Selector):
-    """Keeps all N tokens whatever the budget."""
+    """Keeps all N tokens, whatever the budget."""
 
     uses_budget = False
 

@@ -1,4 +1,4 @@
-"""SCOPE (arXiv 2510.24214): salient patches that between them cover the rest of their tile."""
+"""SCOPE (arXiv 2510.24214): salient patches that together cover their tile."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llava.methods.before_llm.tiles import first_picks, members_of_tiles, split_
 
 
 def cover_greedily(similarity: Tensor, weight: Tensor, real: Tensor, count: int) -> Tensor:
-    """[T, count] patches of each tile in the order of choice: again and again the largest gain x weight.
+    """Return `count` patches of each tile in the order of choice, [T, count]; each pick has the largest gain x weight.
 
     similarity [T, M, M] float32, zero in the padding; weight [T, M]; real [T, M]. A tile with fewer than `count`
-    patches repeats itself at the end.
+    patches repeats patches at the end.
     """
     coverage = Coverage(similarity)
     free, picks = real.clone(), []
@@ -33,13 +33,13 @@ def cover_greedily(similarity: Tensor, weight: Tensor, real: Tensor, count: int)
 
 @dataclass
 class Scope(GreedySelector):
-    """Greedy facility location over the tower's states, weighted by [CLS] attention; each tile by itself.
+    """Greedy facility location over the tower's states, weighted by [CLS] saliency; each tile on its own.
 
-    gain(v) * saliency(v) ** alpha decides, gain(v) being what v adds to the coverage of its tile by cosine similarity
-    (coverage.py). The budget is split evenly over the tiles. Patches that unpadding removes are neither chosen nor
-    covered. The question is not looked at. Costs one [M, M] cosine matrix per tile.
+    Each pick is the patch v with the largest gain(v) * saliency(v) ** alpha. gain(v) is what v adds to the coverage of
+    its tile by cosine similarity (coverage.py). The budget is split evenly over the tiles. Patches that unpadding
+    removes are neither chosen nor covered. The question is not read. The cost is one [M, M] cosine matrix per tile.
 
-    alpha  >= 0, weight of saliency; 0 leaves coverage alone
+    alpha  >= 0, exponent of saliency; with 0 only coverage counts
     """
 
     reads_features = False
@@ -51,6 +51,7 @@ class Scope(GreedySelector):
         members, real, sizes = members_of_tiles(image)
         quota = split_evenly(budget, sizes)
         states = image.of_patches(image.tower.hidden[:, 1:])[members] * real[..., None]
+        # Double precision: small saliencies to a large alpha would become 0 in float32, and all patches would tie.
         weight = patch_saliency(image)[members].double() ** self.alpha
         return GreedyInputs(
             cosine_matrix(states),

@@ -1,7 +1,8 @@
-"""What is a patch worth? The scores that several methods share: [CLS] saliency, and closeness to the question.
+"""Scores of patches that several methods share: [CLS] saliency, and closeness to the question.
 
-Every function returns one float32 score for each of the P patches of an image (`ImageTokens.patches`), whatever the
-dtype of the features. A patch that is not finite scores lowest and spoils no other; a zero word says nothing.
+The score functions return one float32 score for each of the P patches of an image (`ImageTokens.patches`), whatever
+the dtype of the features. A patch that is not finite gets the lowest score and does not change the scores of others. A
+word whose embedding is zero has no effect on the ranking.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from torch import Tensor
 
 from llava.methods.before_llm.base import ImageTokens
 
-CHUNK = 1 << 23  # cosines held at once: 64 MB in double precision
-# Below it float32 takes a temperature for 0; the softmax has long had one winner by then.
+CHUNK = 1 << 23  # most cosines in memory at a time: 64 MB in double precision
+# A smaller temperature could become 0 in float32, and the division would give NaN. At 1e-30 the softmax already has all
+# its mass on the best patch, so the limit changes no choice.
 SMALLEST = 1e-30
 
 
 def patch_saliency(image: ImageTokens) -> Tensor:
-    """[P] head-mean [CLS] attention of the patches."""
+    """Return the [CLS] saliency of the patches, [P]: attention from [CLS], mean over heads. NaN counts as 0."""
     return torch.nan_to_num(image.saliency[image.patches].float(), nan=0.0)
 
 
 def text_to_image(image: ImageTokens, text: Tensor, temperature: float) -> Tensor:
-    """[P] the most attention that any word pays to a patch: max over words of softmax over patches of cos / temperature.
+    """Return AdaV's text score [P] (arXiv 2501.09532): max over words of softmax over patches of cos / temperature.
 
-    The softmax runs over the patches of all tiles together, for each of the m >= 1 words [m, D] by itself.
+    text: embeddings [m, D] of m >= 1 words. The softmax runs over the patches of all tiles together, for each word on
+    its own.
     """
     best = None
     for cosines in _cosines(image, text):
@@ -36,7 +39,7 @@ def text_to_image(image: ImageTokens, text: Tensor, temperature: float) -> Tenso
 
 
 def max_cosine(image: ImageTokens, text: Tensor) -> Tensor:
-    """[P] cosine of a patch with the word [m >= 1, D] that is nearest to it."""
+    """Return the cosine of each patch with its nearest word, [P]. text: [m, D] with m >= 1."""
     best = None
     for cosines in _cosines(image, text):
         score = cosines.amax(0)
@@ -45,11 +48,9 @@ def max_cosine(image: ImageTokens, text: Tensor) -> Tensor:
 
 
 def _cosines(image: ImageTokens, text: Tensor) -> Iterator[Tensor]:
-    """Cosines of a few words at a time with all patches, float32 [<= m, P].
-
-    The products are summed in double precision: in single precision a matrix product rounds the same patch
-    differently in different columns, so that exact ties would not stay ties.
-    """
+    """Yield the cosines of a few words at a time with all patches, float32 [<= m, P]."""
+    # Double precision: a float32 matrix product rounds equal patches differently in different columns, so exact ties
+    # would not stay ties.
     patches = _unit(image.features[image.patches])
     words = _unit(text.to(patches.device))
     for part in words.split(max(1, CHUNK // max(1, len(patches)))):
@@ -57,13 +58,13 @@ def _cosines(image: ImageTokens, text: Tensor) -> Iterator[Tensor]:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """[n, D] rows scaled to length one, in double precision; a zero row stays zero, a non-finite one becomes NaN."""
+    """Return `vectors` [n, D] scaled to length one, float64; a zero row stays zero, a non-finite row becomes NaN."""
     vectors = vectors.double()
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def on_all_tokens(image: ImageTokens, scores: Tensor | None) -> Tensor:
-    """[N] scores of the patches [P] at their place among all tokens; NaN at newline tokens (or everywhere)."""
+    """Return scores of the patches [P] spread over all tokens [N]; NaN at newline tokens, or everywhere for None."""
     full = torch.full(image.tile.shape, float("nan"), dtype=torch.float32, device=image.tile.device)
     if scores is not None:
         full[image.patches] = scores

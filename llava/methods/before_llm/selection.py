@@ -1,4 +1,4 @@
-"""select: any method by its name, with the rules that hold for all of them (budgets, "keep everything", options)."""
+"""select: runs any selector by name, with the rules that hold for all of them (budget, "keep everything", options)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.methods.before_llm.base import ImageTokens, Selection, Selector, loca
 
 
 def option_names(name: str) -> tuple[str, ...]:
-    """Names of the options that the selector `name` takes (imports torch)."""
+    """Return the names of the options that the selector `name` takes (imports torch)."""
     method = _method(name)
     return tuple(f.name for f in fields(method) if f.init) if is_dataclass(method) else ()
 
@@ -27,28 +27,30 @@ def _method(name: str) -> type[Selector]:
 
 
 def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) -> Selection:
-    """Choose the vision tokens of one image that the LLM reads.
+    """Return the vision tokens of one image that the LLM reads.
 
     name:    a key of SELECTORS
     image:   the N vision tokens in LLM order; P of them are patches, the others are newline tokens
     text:    [m, D] word embeddings of the question; m may be 0
     budget:  K >= 1, vision tokens for this image, all tiles together
-    options: the method's own (`option_names`); what steers the path around the selector (positions, text_scope,
-             anyres) is the caller's
+    options: options of the method (`option_names`). The caller handles the options around the selector: positions,
+             text_scope, anyres.
 
-    K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K tokens are kept, patches
-    or made from patches, and no newline token (AdaV's compat="public" alone rounds K down to a multiple of twice the
-    tiles). `none` and `no_image` keep all and nothing, whatever K is; VisionZip's published counts, where they are
-    given, stand in place of K.
-    Raises UserError for an unknown name or option, an option out of its range, a budget that is no count, and an image
-    without the tower states that the method reads.
+    K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K tokens are kept:
+    patches or merged tokens, and no newline token. There are three exceptions. AdaV's compat="public" rounds K down to
+    a multiple of twice the number of tiles. `none` and `no_image` keep all and nothing, whatever K is. VisionZip's
+    published counts, where they are given, replace K. Raises UserError for an unknown name or option, an option out of
+    its range, a budget that is no count, and an image without the tower states that the method reads.
     """
     return select_all(name, [image], [text], budget, **options)[0]
 
 
 def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget: int, **options) -> list[Selection]:
-    """`select` for every image of a batch, each with its own text and the same budget: the same choices, made together
-    where the method takes one patch after another."""
+    """Return the Selection of every image of a batch, each with its own text and the same budget.
+
+    The choices are those of `select`. Greedy methods make them for all images at the same time.
+    """
+    # 1. The method and its options.
     method = _method(name)
     allowed = option_names(name)
     for option in options:
@@ -58,7 +60,8 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
     if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1:
         raise UserError(f"the budget of method {name!r} is {budget!r}, allowed is a whole number of at least 1")
     selector = method(**options)
-    images = [replace(image) for image in images]  # all tensors on one device, without a change to the caller's
+    # 2. The images that have more patches than the budget. `replace` copies, so the caller's images stay unchanged.
+    images = [replace(image) for image in images]
     budgets = [selector.num_kept(image, budget) for image in images]
     whole = [method.uses_budget and k >= len(image.patches) for image, k in zip(images, budgets, strict=True)]
     chosen = [i for i in range(len(images)) if not whole[i]]
@@ -68,7 +71,8 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
             raise UserError(
                 f"method {name!r} reads {' and '.join(missing)} of the vision tower, but ImageTokens.tower does not have it"
             )
-    # In training a choice has no gradient, what is chosen has; tokens that a method makes carry it through the making.
+    # 3. The choices. In training the chosen features have a gradient, so they are read again with one; merged tokens
+    # carry it through the merging.
     learns = torch.is_grad_enabled()
     with torch.set_grad_enabled(learns and method.makes_tokens):
         of_chosen = ([values[i] for i in chosen] for values in (images, texts, budgets))

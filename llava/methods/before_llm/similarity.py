@@ -1,15 +1,15 @@
-"""Cosine similarity of patches with each other, in single precision: what diversity and coverage are measured by."""
+"""Cosine similarity of patches with each other, in float32. Methods measure diversity and coverage with it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK = 256  # rows at once: half of a large symmetric matrix is never computed
+BLOCK = 256  # rows per block; the blocks below the diagonal are copied, not computed
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
-    """[..., D] vectors scaled to length one, float32. A vector that is zero or not finite becomes zero."""
+    """Return `vectors` [..., D] scaled to length one, float32. A vector that is zero or not finite becomes zero."""
     vectors = vectors.float()
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     unit = vectors / length
@@ -17,10 +17,10 @@ def unit_rows(vectors: Tensor) -> Tensor:
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:
-    """[..., M, D] -> [..., M, M] cosines of all pairs, float32, exactly symmetric and exactly 1 with itself: what two
-    patches add to each other is then equal where it should be.
+    """Return the cosines of all pairs of `vectors` [..., M, D]: float32 [..., M, M].
 
-    A vector that is zero or not finite has cosine 0 with every other and with itself.
+    The matrix is exactly symmetric, and the cosine of a vector with itself is exactly 1. A vector that is zero or not
+    finite has cosine 0 with every vector, itself included.
     """
     unit = unit_rows(vectors)
     count = unit.shape[-2]
@@ -29,6 +29,7 @@ def cosine_matrix(vectors: Tensor) -> Tensor:
         rows = unit[..., start : start + BLOCK, :]
         block = rows @ unit[..., start:, :].mT
         cosines[..., start : start + BLOCK, start:] = block
+        # Copied, because a second product may round differently: two equal patches must gain equally from each other.
         cosines[..., start:, start : start + BLOCK] = block.mT
     itself = torch.diagonal(cosines, dim1=-2, dim2=-1)
     itself.copy_(itself > 0)

@@ -1,4 +1,4 @@
-"""t2i: the patches that are closest to the words of the question (one half of AdaV, arXiv 2501.09532)."""
+"""t2i: the patches that are closest to the words of the question (the text half of AdaV, arXiv 2501.09532)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from llava.methods.ranking import lowest_index_topk
 
 @dataclass
 class T2I(Selector):
-    """Top K patches by text-to-image score, over all tiles together; without text, by saliency.
+    """Top K patches by text score, over all tiles together; without text, by saliency.
 
     temperature  > 0, of the softmax over patches
     """

@@ -1,4 +1,4 @@
-"""Methods that choose tile by tile: how the budget is split over the tiles, and all tiles as one padded batch."""
+"""Helpers of methods that choose tile by tile: the split of the budget, and all tiles as one padded batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llava.methods.before_llm.base import ImageTokens
 
 
 def split_evenly(budget: int, room: list[int]) -> list[int]:
-    """How many of `budget` tokens each tile gets when tile i has room[i] patches.
+    """Return how many of `budget` tokens each tile gets when tile i has room[i] patches.
 
-    An even split, the remainder to the lowest tiles. What a tile has no room for is split over the others in the same
-    way. Needs budget <= sum(room).
+    The split is even, and the remainder goes to the lowest tiles. Tokens that a tile has no room for are split over the
+    others in the same way. Needs budget <= sum(room).
     """
     quota = [0] * len(room)
     takers = list(range(len(room)))
@@ -28,16 +28,16 @@ def split_evenly(budget: int, room: list[int]) -> list[int]:
 
 
 def members_of_tiles(image: ImageTokens) -> tuple[Tensor, Tensor, list[int]]:
-    """(members [T, M], real [T, M], sizes): the patches of each tile as one padded batch, and how many there are
-    (TokenPlaces)."""
+    """Return (members [T, M], real [T, M], sizes): the patches of each tile as one padded batch, see TokenPlaces."""
     return image.place("members"), image.place("real"), image.on_host.sizes
 
 
 def first_picks(members: Tensor, picks: Tensor, quota: list[int]) -> Tensor:
-    """[sum(quota)] indices into `image.patches`: of tile t the first quota[t] of its picks [T, >= max(quota)].
+    """Return the first quota[t] picks of each tile t as indices [sum(quota)] into `image.patches`.
 
-    A greedy method that takes one patch after another may run on in tiles whose quota is met: what it took before stays.
+    picks [T, >= max(quota)]. A greedy method may choose more patches than a tile's quota; its first picks stay valid.
     """
+    # The mask depends on host numbers only, so its indices are found on the host and nothing waits for the device.
     taken = torch.arange(picks.shape[1]) < torch.tensor(quota)[:, None]
     taken = to_device(torch.nonzero(taken.flatten()).flatten(), picks.device)
     return members.gather(1, picks).flatten()[taken]

@@ -1,4 +1,4 @@
-"""Keeping the best of two rankings at once: exactly K tokens, although the two may name the same ones."""
+"""Union of the best tokens of two rankings: exactly K tokens, although the rankings may overlap."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from llava.methods.ranking import lowest_index_topk
 
 
 class TwoLists(NamedTuple):
-    """Scores `first` and `second` [P] of the patches of one image, and how many of `budget` tokens come from the first: a
-    number, or a tensor that holds one and stays on the device."""
+    """Two scores [P] of the patches of one image, and the split of the budget between them.
+
+    k_first: how many of `budget` tokens come from `first`; an int, or a tensor [] or [1] that stays on the device
+    """
 
     first: Tensor
     second: Tensor
@@ -22,16 +24,17 @@ class TwoLists(NamedTuple):
 
 
 def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
-    """Per image: indices [budget] of the best k_first by `first` and of the best others by `second`, and k_first.
+    """Return, per image, the indices [budget] of the union of both lists' best tokens, ascending, and k_first.
 
-    Where the two overlap, the union falls short. While it does, the next unused token comes from the list with the
-    larger (next score / mass captured so far), ties to `first`. The mass of a list is the sum of the scores of the
-    tokens that came from it; scores below zero count as zero here. Needs budget <= P.
-
-    The heads of all lists go to the host together, for which a batch waits once; what was chosen goes back together.
+    The union has the best k_first tokens by `first` and the best budget - k_first by `second`. Where they overlap it is
+    too small. While it is, the next unused token comes from the list with the larger (next score / mass captured so
+    far), ties to `first`. The mass of a list is the sum of the scores of the tokens that came from it. Scores below
+    zero count as zero here. Needs budget <= P.
     """
+    # 1. The heads of all lists go to the host in one copy, so a batch waits for the device once.
     heads = [_heads(lists) for lists in images]
     packed = to_host(torch.cat([head.flatten() for head in heads]))
+    # 2. The unions are built on the host: filling up is a loop whose every step depends on the one before it.
     chosen, splits = [], []
     for lists, part in zip(images, packed.split([head.numel() for head in heads]), strict=True):
         split, *rest = part.tolist()
@@ -40,14 +43,19 @@ def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
         value = [rest[s * length : (s + 1) * length] for s in (2, 3)]
         splits.append(int(split))
         chosen.append(_union(order, value, splits[-1], lists.budget))
+    # 3. All chosen indices go back in one copy.
     kept = torch.tensor([index for indices in chosen for index in indices], dtype=torch.long)
     parts = to_device(kept, images[0].first.device).split([len(indices) for indices in chosen])
     return list(zip(parts, splits, strict=True))
 
 
 def _heads(lists: TwoLists) -> Tensor:
-    """float64 [1 + 4n]: k_first; of both lists the best n indices, then their scores. The union looks no further than the
-    budget: it has all that lies before the next unused token of a list, and is short of the budget while it looks."""
+    """Return float64 [1 + 4n]: k_first, the n best indices of both lists, then their scores; n is at most the budget.
+
+    The union never reads past the first `budget` tokens of a list. It contains all tokens before the next unused one,
+    and these are fewer than the budget while it is being filled.
+    """
+    # One float64 tensor for numbers of two kinds: float64 holds every index and every float32 score exactly.
     n = min(lists.budget, len(lists.first))
     orders = [lowest_index_topk(scores, n) for scores in (lists.first, lists.second)]
     values = [scores[order].double().clamp_min(0) for scores, order in zip(lists[:2], orders, strict=True)]
@@ -58,7 +66,7 @@ def _heads(lists: TwoLists) -> Tensor:
 
 
 def _union(order: list[list[int]], value: list[list[float]], k_first: int, budget: int) -> list[int]:
-    """The union, ascending. order, value: of both lists, their best tokens and the scores of those."""
+    """Return the union, ascending. order: the best tokens of both lists; value: their scores."""
     place = [k_first, budget - k_first]
     mass = [sum(value[s][: place[s]]) for s in (0, 1)]
     kept = set(order[0][: place[0]]) | set(order[1][: place[1]])
@@ -66,7 +74,7 @@ def _union(order: list[list[int]], value: list[list[float]], k_first: int, budge
         for s in (0, 1):
             while order[s][place[s]] in kept:
                 place[s] += 1
-        # A list without mass has nothing left either: both are sorted.
+        # A list without mass has no score above 0 left, because its scores are sorted.
         gain = [value[s][place[s]] / mass[s] if mass[s] else 0.0 for s in (0, 1)]
         side = 0 if gain[0] >= gain[1] else 1
         kept.add(order[side][place[side]])

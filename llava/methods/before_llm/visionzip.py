@@ -1,4 +1,4 @@
-"""VisionZip (arXiv 2412.04467): the most salient patches with [CLS], and the rest merged into a few tokens."""
+"""VisionZip (arXiv 2412.04467): [CLS] and the most salient patches; the other patches are merged into a few tokens."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from llava.methods.before_llm.similarity import unit_rows
 from llava.methods.before_llm.tiles import members_of_tiles, split_evenly
 from llava.methods.ranking import lowest_index_topk
 
-PUBLISHED = (54, 10)  # dominant, [CLS] among them, and contextual tokens of a tile
+PUBLISHED = (54, 10)  # published counts per tile: dominant tokens, [CLS] included, and contextual tokens
 
 
 def merge_alike(hidden: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merge n patches into `count` tokens, 1 <= count <= n: (tokens [count, W] float32, group [n] of each patch).
+    """Merge n patches into `count` tokens: return (tokens [count, W] float32, group [n] of each patch).
 
-    hidden [n, W], keys [n, d]. Every (n // count)-th patch is a target, the first `count` of those; every other patch
-    joins the target whose key is most similar by cosine, the first of equals. A token is its target *plus* the mean of
-    what joined it.
+    hidden [n, W], keys [n, d], 1 <= count <= n. The targets are every (n // count)-th patch, the first `count` of
+    those. Every other patch joins the target whose key is most similar by cosine, the first of equals. A token is its
+    target *plus* the mean of the patches that joined it.
     """
     targets = torch.arange(count, device=keys.device) * max(1, len(keys) // count)
     unit = unit_rows(keys)
     group = (unit @ unit[targets].T).argmax(dim=1)
+    # A target belongs to its own group, even where an earlier target has an equal key.
     group[targets] = torch.arange(count, device=keys.device)
     joined = torch.nn.functional.one_hot(group, count).float()
     joined[targets] = 0.0
@@ -38,19 +39,22 @@ def merge_alike(hidden: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tenso
 
 @dataclass
 class VisionZip(Selector):
-    """Per tile: [CLS] and the patches that it attends to most ("dominant"), then the others merged by the similarity of
-    their keys ("contextual"). The question is not looked at.
+    """Keeps "dominant" and "contextual" tokens of each tile. The question is not read.
 
-    K counts every token that the LLM reads, [CLS] and contextual ones included. It is split evenly over the tiles, and
-    of a tile's share q, floor(q * contextual / (dominant + contextual)) tokens are contextual and the others, at least
-    one, are dominant, of which the first is [CLS]. Patches that unpadding removes take no part. Order: the first tile's [CLS],
-    dominant and contextual tokens; then the dominant patches of all crops as they lie in the image, the [CLS] tokens of
-    the crops, and their contextual tokens. [CLS] and contextual tokens have index -1, so they have no original position.
-    Merging happens in the tower's states; what it makes goes through the projector.
+    Dominant tokens are [CLS] and the patches that it attends to most. Contextual tokens are the other patches, merged
+    by the similarity of their keys.
 
-    dominant, contextual  published counts per tile, both or neither: dominant + contextual tokens times the number of
-                          tiles are then the budget, and the one that was asked for does not count. By default 54 to 10
-                          is the ratio and the budget is kept.
+    K counts every token that the LLM reads, [CLS] and contextual tokens included. It is split evenly over the tiles. Of
+    a tile's share q, floor(q * contextual / (dominant + contextual)) tokens are contextual. The others, at least one,
+    are dominant, and the first of them is [CLS]. Patches that unpadding removes take no part.
+
+    The order is: the [CLS], dominant and contextual tokens of the first tile; the dominant patches of all crops in LLM
+    order; the [CLS] tokens of the crops; their contextual tokens. [CLS] and contextual tokens have index -1, so they
+    have no original position. Merging uses the tower's states, and the merged tokens go through the projector.
+
+    dominant, contextual  published counts per tile, both or neither. The budget is then (dominant + contextual) x
+                          tiles, and the requested one is ignored. By default they are 54 and 10, only their ratio
+                          counts, and the requested budget is kept.
     """
 
     reads_features = False
@@ -77,7 +81,7 @@ class VisionZip(Selector):
 
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
         tiles = [self._tiles(image, budget) for image, budget in zip(images, budgets, strict=True)]
-        # What went into each contextual token is told by index: all of a batch goes to the host together.
+        # `sources` are lists of Python numbers. The indices of a whole batch come to the host in one copy.
         pairs = [pair for own in tiles for tile in own for pair in (tile.others, tile.group)]
         numbers = to_host(torch.cat(pairs)).split([len(pair) for pair in pairs])
         numbers = iter(numbers)
@@ -85,7 +89,7 @@ class VisionZip(Selector):
         return [_in_order(*one) for one in zip(images, tiles, sources, strict=True)]
 
     def _tiles(self, image: ImageTokens, budget: int) -> list[_Tile]:
-        """What is kept of each tile that has a share of the budget."""
+        """Return the kept tokens of each tile that has a share of the budget."""
         dominant, contextual = PUBLISHED if self.dominant is None else (self.dominant, self.contextual)
         patches, saliency = image.patches, patch_saliency(image)
         hidden, keys = (image.of_patches(states[:, 1:]) for states in (image.tower.hidden, image.tower.keys))
@@ -98,7 +102,7 @@ class VisionZip(Selector):
             rows, keep = members[tile, : sizes[tile]], quota - merged - 1
             chosen = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
             chosen.index_fill_(0, lowest_index_topk(saliency[rows], keep), 1)
-            # In raster order: the others, then those that are chosen.
+            # Both sets in raster order, the others first. A boolean index would wait for the device.
             others, salient = rows[chosen.sort(stable=True).indices].tensor_split([len(rows) - keep])
             made = image.tower.hidden[tile, :1].float()
             others = others if merged else others[:0]
@@ -111,8 +115,11 @@ class VisionZip(Selector):
 
 
 class _Tile(NamedTuple):
-    """What is kept of one tile: patches `dominant` [k]; `made` [1 + merged, W], the states of [CLS] and of the contextual
-    tokens; the patches `others` [n] that were merged, and `group` [n], which contextual token each of them belongs to."""
+    """The kept tokens of one tile.
+
+    dominant [k]: patches that are kept; made [1 + merged, W]: states of [CLS] and of the contextual tokens
+    others [n]: patches that were merged; group [n]: the contextual token that each of them belongs to
+    """
 
     dominant: Tensor
     made: Tensor
@@ -122,7 +129,7 @@ class _Tile(NamedTuple):
 
 
 def _sources(merged: int, others: Tensor, group: Tensor) -> list[list[int]]:
-    """The patches of each of `merged` contextual tokens, ascending. others, group: as in _Tile, on the host."""
+    """Return the patches of each of `merged` contextual tokens, ascending. others, group: as in _Tile, on the host."""
     groups = [[] for _ in range(merged)]
     for index, number in zip(others.tolist(), group.tolist(), strict=True):
         groups[number].append(index)
@@ -130,24 +137,27 @@ def _sources(merged: int, others: Tensor, group: Tensor) -> list[list[int]]:
 
 
 def _in_order(image: ImageTokens, tiles: list[_Tile], sources: list[list[list[int]]]) -> Selection:
-    """One Selection of an image's tiles: the first tile's tokens, then those of all others together."""
-    parts, made, listed = [], [], []  # parts: (indices, or None for tokens that the method makes; how many)
+    """Return the Selection of an image: the tokens of its first tile, then those of all other tiles together."""
+    # 1. The parts in order, each as (indices, or None for merged and [CLS] tokens; how many).
+    parts, made, listed = [], [], []
     for first, block in ((True, slice(1)), (False, slice(1, None))):
         own = tiles[block]
         if not own:
             continue
         dominant = torch.cat([tile.dominant for tile in own]).sort().values
         cls, contextual = (torch.cat([tile.made[of] for tile in own]) for of in (slice(1), slice(1, None)))
-        # Of a single tile [CLS] comes first, as in the tower; of several, their [CLS] tokens come after the patches.
+        # [CLS] of the first tile comes before its patches, as in the tower. The [CLS] tokens of the crops come after
+        # the patches of all crops.
         salient = [(None, len(cls)), (dominant, len(dominant))]
         parts += [*(salient if first else salient[::-1]), (None, len(contextual))]
         made += [cls, contextual]
         listed += [[] for _ in own] + [group for groups in sources[block] for group in groups]
+    # 2. Indices and features. Patches are projected in one call, and so are all merged tokens.
     missing = image.patches[:1].new_full((1,), -1)
     indices = torch.cat([missing.expand(count) if own is None else own for own, count in parts])
     patches = image.read(torch.cat([own for own, _ in parts if own is not None]))
     features = torch.cat([patches, image.tower.project(torch.cat(made)).to(patches)])
-    # Where each token of the sequence lies among the patches and, behind them, what was made.
+    # 3. The features in order: `place` says where each token lies among the patches, followed by the merged tokens.
     is_made = torch.cat([torch.full((count,), own is None) for own, count in parts])
     place = torch.where(is_made, len(patches) + is_made.cumsum(0) - 1, (~is_made).cumsum(0) - 1)
     return Selection(indices=indices, features=features[to_device(place, features.device)], sources=listed)

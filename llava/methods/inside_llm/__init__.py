@@ -1,12 +1,11 @@
-"""Which vision tokens go between LLM layers, during prefill: one file per method, chosen by name.
+"""Methods that drop vision tokens between LLM layers during prefill: one file per method, chosen by name.
 
     from llava.methods.inside_llm import DROPPERS, make_dropper
     dropper = make_dropper("fastv", layer=3)
-    dropper.schedule(n=576, overall_tokens=144, layers=32)      # image tokens that each layer sees
+    dropper.schedule(n=576, overall_tokens=144, layers=32)      # vision tokens that each layer sees
 
 Importing this package imports no torch: the launcher and the configuration check method names with `dropper_names`.
-DROPPERS and the classes are imported when they are first asked for. The loop that runs them is
-llava/model/decoding/layer_loop.py.
+DROPPERS and the classes are imported on first access. llava/model/decoding/layer_loop.py runs the methods.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ __getattr__ = _names = LazyNames(__name__, "DROPPERS", _CLASSES, {"Dropper": "ba
 
 
 def dropper_names() -> tuple[str, ...]:
-    """Names of all droppers, without importing torch; what a user added to DROPPERS is included."""
+    """Return the names of all droppers without importing torch; methods that a user added to DROPPERS are included."""
     return _names.names()
 
 
 def make_dropper(name: str, **options) -> Dropper:
-    """The dropper `name` with its options.
+    """Return the dropper `name` with its options.
 
-    Raises UserError for an unknown name or option, and for option values that do not go together.
+    Raises UserError for an unknown name or option, and for option values that exclude each other.
     """
     droppers = _names.table()
     if name not in droppers:

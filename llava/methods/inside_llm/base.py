@@ -1,9 +1,9 @@
-"""What every method that drops vision tokens inside the LLM says, and what it is given to choose with.
+"""Base class of all methods that drop vision tokens inside the LLM, and the data that it exchanges with the layer loop.
 
-A method acts in prefill only. It says where it cuts and how many tokens stay (`plan`), which attention rows it reads
-(`score`), and, where it does more than keep the best, what it makes of the others (`choose`). The decoder loop
-(llava/model/decoding/layer_loop.py) does the rest for all methods: attention rows, hidden states, positions, masks
-and the KV cache of each layer.
+A method acts in prefill only. `plan` says at which layers it cuts and how many tokens stay. `score` reads attention
+rows and rates the tokens. `choose` keeps the best ones; a method may override it to merge the others. The decoder loop
+(llava/model/decoding/layer_loop.py) handles attention rows, hidden states, positions, masks and the KV cache of each
+layer, for all methods alike.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from llava.methods.ranking import keep_best
 
 @dataclass
 class ImageSlots:
-    """Where an image lies in its sequence just now.
+    """The place of one image in its sequence before one cut.
 
-    start, count: its slots are start .. start + count - 1 (newline tokens are slots like all others)
-    queries [R]: the slots whose attention the method reads; see Dropper.queries
-    ends_prompt: its last slot is the prompt's last, which the answer is read from, so that slot always stays
+    start, count: the image has the slots start .. start + count - 1; newline tokens count as slots
+    queries [R]: slots whose attention rows the method reads, see Dropper.queries
+    ends_prompt: the image's last slot is the last of the prompt. The first answer token is read from that slot, so it
+        always stays.
     """
 
     start: int
@@ -37,16 +38,17 @@ class ImageSlots:
     ends_prompt: bool = False
 
     def of(self, values: Tensor) -> Tensor:
-        """The image's part of a tensor over the sequence, [S, ...] -> [count, ...]."""
+        """Return the image's part of a tensor over the sequence, [S, ...] -> [count, ...]."""
         return values[self.start : self.start + self.count]
 
 
 @dataclass
 class Choice:
-    """What becomes of one image at one cut. Numbers count the image's slots before the cut, from 0.
+    """The result of one cut of one image. All indices count the image's slots before the cut, from 0.
 
-    kept [k]: ascending; made [m, D]: hidden states of new tokens, which come after the kept ones
-    sources: for each new token the slots that went into it
+    kept [k]: slots that stay, ascending
+    made [m, D]: hidden states of merged tokens; they come after the kept ones
+    sources: for each merged token, the slots that were merged into it
     """
 
     kept: Tensor
@@ -56,72 +58,76 @@ class Choice:
 
 @dataclass(frozen=True)
 class Dropper(ABC):
-    """Base of every method that drops vision tokens inside the LLM. Its fields are its options.
+    """Base of every method that drops vision tokens inside the LLM. The fields of the dataclass are its options.
 
-    budget: what overall_tokens counts. "last": image tokens left after the last cut. "mean": image tokens that
-        attention sees, in the mean over layers.
+    budget: what overall_tokens counts. "last": vision tokens after the last cut. "mean": vision tokens that attention
+        sees, mean over layers.
     """
 
     budget: str = "last"
 
-    place: ClassVar[str]  # AFTER, BEFORE or INSIDE a layer
-    # Positions of survivors: their own in the whole prompt, or counted anew after each cut.
+    place: ClassVar[str]  # where in its layer a cut happens: AFTER, BEFORE or INSIDE (plan.py)
+    # True: position ids are counted anew after each cut. False: kept tokens keep the ids of the whole prompt.
     reindexed: ClassVar[bool] = False
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
     tower_states: ClassVar[tuple[str, ...]] = ()
-    reads_features: ClassVar[bool] = True  # every token goes through the projector, and into the LLM
-    # Options of the path around the method that change nothing here: each method's positions are its published rule.
+    reads_features: ClassVar[bool] = True  # every token enters the LLM, so all of them go through the projector
+    # `positions` has no effect on droppers: the published rule of each method fixes its position ids.
     ignored_options: ClassVar[tuple[str, ...]] = ("positions",)
 
     @abstractmethod
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
-        """The cuts that leave k of n image tokens, 1 <= k < n, at most one per layer and in layer order."""
+        """Return the cuts that leave k of n vision tokens, in layer order and at most one per layer; 1 <= k < n."""
 
     @abstractmethod
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
-        """[count] in float32: how much each of the image's slots matters; the lowest are dropped.
+        """Return a float32 score [count] for each of the image's slots; the slots with the lowest scores are dropped.
 
-        attention: of the layer that the cut belongs to (for BEFORE: rows of the last query only).
+        attention: rows of the layer that the cut belongs to. Under BEFORE it has the last query's row only.
         """
 
     def explicit(self, n: int, layers: int) -> tuple[Cut, ...] | None:
-        """The cuts where an option states them outright, whatever the budget; None where no option does."""
+        """Return the cuts that an option states directly, independent of the budget; None where no option does."""
         return None
 
     def queries(self, image: Tensor, text: Tensor) -> Tensor:
-        """[r] indices into `text`: whose attention rows count. Computed once, from input embeddings.
+        """Return indices [r] into `text`: the text tokens whose attention rows count. Called once, before layer 0.
 
-        image [n, D], text [m, D]: embeddings of the image and of its text (text_scope), m >= 1. An image without text
-        is read from the prompt's last slot instead.
+        image [n, D], text [m, D]: input embeddings of the image and of its text (option text_scope), m >= 1. For an
+        image without text the caller uses the prompt's last slot instead.
         """
         return torch.arange(len(text), device=text.device)
 
     def choose(self, scores: Tensor, cut: Cut, image: ImageSlots, hidden: Tensor) -> Choice:
-        """What stays of an image, given its scores [count] and hidden states [count, D]."""
+        """Return what stays of an image, given its scores [count] and hidden states [count, D]."""
         return Choice(keep_best(scores, cut.keep, image.ends_prompt))
 
     def select(self, attention: RowAttention, cut: Cut, image: ImageSlots, hidden: Tensor) -> Choice:
-        """score, then choose."""
+        """Score the slots of an image and return what stays of it: `score`, then `choose`."""
         return self.choose(self.score(attention, image), cut, image, hidden)
 
     def _states_every_cut(self, option: str) -> None:
-        """For __post_init__: `option` may be a list, and where it is given, options.budget has nothing left to say."""
+        """Check an option that states every cut; for __post_init__. Lists become tuples.
+
+        Raises UserError where the option is given together with budget "mean", which it would make meaningless.
+        """
         value = getattr(self, option)
+        # JSON gives lists, but a dropper is a key of lru_cache and must be hashable.
         if isinstance(value, list):
             object.__setattr__(self, option, tuple(value))
         if value is not None and self.budget == "mean":
             raise UserError(f'options.{option} states what is kept, so options.budget "mean" does not go with it')
 
     def check(self, model_config) -> None:
-        """Raise UserError where the method cannot run on an LLM of this shape; warn where it does so unfitted."""
+        """Raise UserError where the method cannot run on an LLM of this shape; warn where it was fitted on another."""
         if model_config.num_hidden_layers < 2:
             raise UserError(
                 f"the LLM has {model_config.num_hidden_layers} layer, allowed for methods inside it are at least 2"
             )
 
     def cuts(self, n: int, overall_tokens: int, layers: int) -> tuple[Cut, ...]:
-        """The cuts of an image of n tokens under the whole configuration; none where everything is kept."""
+        """Return the cuts of an image of n tokens under options and budget; empty where every token is kept."""
         stated = self.explicit(n, layers)
         if stated is not None:
             return stated
@@ -131,18 +137,20 @@ class Dropper(ABC):
         return self.plan(n, k, layers)
 
     def schedule(self, n: int, overall_tokens: int, layers: int) -> list[LayerTokens]:
-        """Image tokens that each of `layers` layers computes on, for one image of n tokens.
+        """Return how many vision tokens of an image of n tokens each of `layers` layers computes on.
 
-        A pure function of the options and its arguments, and what the decoder loop obeys. Per layer: `attention` is
-        what its attention sees and what its KV cache holds of the image after prefill, `mlp` what its MLP sees. Where
-        the cut is BEFORE a layer, the norm and key projection of that layer run a second time, over all tokens from
-        before the cut, and its query projection for one token.
+        The result depends only on the options and the arguments, and the decoder loop obeys it. Per layer, `attention`
+        is the number that attention sees and that the KV cache holds after prefill; `mlp` is the number that the MLP
+        sees. Not counted: under BEFORE the norm and the key projection of the layer run a second time over all tokens
+        from before the cut, and its query projection runs for one token.
         """
         return layer_tokens(n, self.cuts(n, overall_tokens, layers), self.place, layers)
 
 
 @lru_cache(maxsize=1024)
 def _k_for_mean(dropper: Dropper, n: int, target: int, layers: int) -> int:
+    """Return the last count for the layer mean `target` (budget_for_mean). Cached: the search makes n - 1 plans."""
+
     def mean_of(k: int) -> float:
         return layer_mean(layer_tokens(n, dropper.plan(n, k, layers), dropper.place, layers))
 

@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): after the first layers, only what the prompt's last token attends to stays."""
+"""FastV (arXiv 2403.06764): after the first layers, only vision tokens that the prompt's last token attends to stay."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from llava.methods.inside_llm.plan import AFTER, Cut
 
 @dataclass(frozen=True)
 class FastV(Dropper):
-    """One cut, on the way into layer `layer`: the image tokens with the highest attention stay.
+    """One cut between layers `layer` - 1 and `layer`: the vision tokens with the highest attention stay.
 
-    layer: how many layers see every token, absolute, at least 1 and at most the LLM's layers - 1. The default is the
-        paper's 2; the authors' demo uses 3.
+    layer: how many layers see every token, at least 1 and at most L - 1. It is not scaled to the depth of the LLM. The
+        default is the paper's 2; the authors' demo uses 3.
 
-    Reads one row: the last prompt token's attention in layer `layer` - 1, averaged over heads. Survivors keep their
-    positions. Costs H x S products of head size. The layers before the cut are not made cheaper, nor their caches.
+    The score is the last prompt token's attention in layer `layer` - 1, mean over heads: one attention row. Kept tokens
+    keep their positions. The cost is H x S dot products of head size. Layers before the cut save no time, and their KV
+    caches save no memory.
     """
 
     layer: int = 2
@@ -36,6 +37,7 @@ class FastV(Dropper):
             )
 
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
+        # AFTER layer `layer` - 1 (0-based), so that `layer` layers have seen every token.
         return (Cut(self.layer - 1, k),)
 
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:

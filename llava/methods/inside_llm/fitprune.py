@@ -1,4 +1,4 @@
-"""FitPrune (arXiv 2409.10197): every layer drops some image tokens, as many as a fitted table says."""
+"""FitPrune (arXiv 2409.10197): every layer drops some vision tokens; a fitted table says how many."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from llava.methods.inside_llm.plan import INSIDE, Cut, largest_remainder
 
 @dataclass(frozen=True)
 class FitPrune(Dropper):
-    """Inside each layer, after its attention and before its MLP, the tokens of the lowest score go.
+    """Cuts inside each layer, between attention and MLP: the vision tokens with the lowest scores are dropped.
 
-    ratio: the table for this FLOPs reduction in percent instead of a budget (shipped: 10 to 90 of LLaVA-1.5-7B, 40 and
-        60 of LLaVA-1.6-7B), its counts taken as shares of n and rounded down, as the authors do.
-    table: a table file of `llava.analysis.fit_fitprune_table` instead of the shipped ones.
-    Without `ratio`, the table whose dropped share is nearest is scaled to n - k by largest remainder.
+    ratio: FLOPs reduction in percent. It picks a table and replaces the budget (shipped: 10 to 90 for LLaVA-1.5-7B, 40
+        and 60 for LLaVA-1.6-7B). As in the authors' code, its counts are taken as shares of n and rounded down.
+    table: a table file of `llava.analysis.fit_fitprune_table`, used instead of the shipped ones
+    Without `ratio`, the table whose dropped share is nearest is scaled to n - k tokens by largest remainder.
 
-    With M the maximum over heads of a layer's attention: a token's score is the mean of M over the image's queries
-    times the sum of M over the queries of its text (text_scope; the prompt's last token where it has none). Reads all
-    these rows, in chunks: about as many products as half of the layer's own attention, in float32 and without flash
-    kernels, so this method saves less time than FLOPs. Survivors keep their positions. A layer's cache holds what was
-    there before its cut.
+    Let M be the maximum over heads of a layer's attention. The score of a token is (mean of M over the image's queries)
+    x (sum of M over the queries of its text). The text is that of option text_scope, or the prompt's last token where
+    there is none. All these rows are read in chunks. This takes about half as many products as the layer's own
+    attention, in float32 and without flash kernels, so the method saves less time than FLOPs. Kept tokens keep their
+    positions. The KV cache of a layer holds the tokens from before its cut.
     """
 
     ratio: float | None = None
@@ -53,6 +53,7 @@ class FitPrune(Dropper):
         super().check(model_config)
         sizes = (model_config.num_hidden_layers, model_config.hidden_size, model_config.intermediate_size)
         tables = self._tables()
+        # A warning and no error: a table for another depth still gives a usable schedule (Table.over).
         if all(table.sizes != sizes for table in tables):
             fitted = " and ".join(sorted({table.model for table in tables}))
             warnings.warn(
@@ -69,6 +70,7 @@ class FitPrune(Dropper):
         if self.ratio is None:
             return None
         table = with_ratio(self._tables(), self.ratio, n)
+        # + 1e-6: a product that should be a whole number may lie just below it in floating point.
         return _cuts([math.floor(drop * n / table.image_tokens + 1e-6) for drop in table.over(layers)], n)
 
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
@@ -77,9 +79,9 @@ class FitPrune(Dropper):
 
 
 def shares(attention: RowAttention, image: ImageSlots) -> tuple[Tensor, Tensor]:
-    """What each of the image's slots gets of the head-wise maximum of attention, [count] each.
+    """Return two attention scores of the image's slots, [count] each, from the maximum over heads.
 
-    From the image's own queries in the mean, and from `image.queries` in the sum.
+    The first is the mean over the image's own queries, the second the sum over `image.queries`.
     """
     own = torch.arange(image.start, image.start + image.count, device=image.queries.device)
     within = image.of(attention.head_max_sum(own)) / image.count
@@ -87,6 +89,7 @@ def shares(attention: RowAttention, image: ImageSlots) -> tuple[Tensor, Tensor]:
 
 
 def _cuts(drops: list[int], n: int) -> tuple[Cut, ...]:
+    """Return the cuts of an image of n tokens when layer l drops drops[l]. A layer that drops none gets no cut."""
     cuts, left = [], n
     for layer, drop in enumerate(drops):
         if drop:

@@ -1,8 +1,8 @@
-"""FitPrune's tables: how many image tokens each layer drops, per model and FLOPs reduction. Imports no torch.
+"""Tables of FitPrune (arXiv 2409.10197): vision tokens that each layer drops, per model and FLOPs reduction.
 
-A table file is JSON: what the table was fitted on (model, its layers and sizes, image tokens), its source, and for each
-FLOPs reduction in percent the tokens that each layer drops. Those of the authors lie in tables/;
-`python -m llava.analysis.fit_fitprune_table` fits and writes one.
+A table file is JSON. It says what the tables were fitted on (model, layers, sizes, vision tokens) and their source. For
+each FLOPs reduction in percent it lists the tokens that each layer drops. The authors' tables are in tables/.
+`python -m llava.analysis.fit_fitprune_table` fits one and writes it. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ SIZES = ("layers", "hidden_size", "intermediate_size")
 
 @dataclass(frozen=True)
 class Table:
-    """drops[l]: image tokens that layer l drops of an image of `image_tokens`, so that `ratio` % of the FLOPs go.
+    """One table: drops[l] is the number of vision tokens that layer l drops.
 
-    sizes: layers, hidden size and MLP size of the LLM that it was fitted on.
+    model: name of the model that the table was fitted on
+    ratio: FLOPs reduction in percent
+    image_tokens: vision tokens of the image that the counts are for
+    sizes: layers, hidden size and MLP size of that model's LLM
     """
 
     model: str
@@ -34,11 +37,14 @@ class Table:
 
     @property
     def share(self) -> float:
-        """Share of the image tokens that are dropped, all layers together."""
+        """Share of the vision tokens that all layers together drop."""
         return sum(self.drops) / self.image_tokens
 
     def over(self, layers: int) -> list[float]:
-        """The drops over another depth: what falls into each of `layers` equal parts of this model's depth."""
+        """Return the drops per layer for an LLM of `layers` layers, as fractions of tokens.
+
+        This model's depth is cut into `layers` equal parts. Each part gets the drops that fall into it.
+        """
         own = len(self.drops)
         if layers == own:
             return list(map(float, self.drops))
@@ -47,6 +53,7 @@ class Table:
             total.append(total[-1] + drop)
 
         def up_to(depth: float) -> float:
+            # min: at the full depth the last layer counts whole, and there is no layer behind it to index.
             whole = min(int(depth), own - 1)
             return total[whole] + (depth - whole) * self.drops[whole]
 
@@ -55,10 +62,11 @@ class Table:
 
 
 def read_tables(path: str | Path | None = None) -> tuple[Table, ...]:
-    """The tables of a file, or of all files that ship. Raises UserError for a file that is none."""
+    """Return the tables of a file, or of all shipped files. Raises UserError for a file that is no table file."""
     if path is None:
         return tuple(table for file in sorted(FOLDER.glob("*.json")) for table in read_tables(file))
     try:
+        # The time of the last change is part of the cache key, so a table that was fitted again is read again.
         return _read(Path(path), Path(path).stat().st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path}: no FitPrune table can be read there ({error.strerror})") from None
@@ -90,7 +98,10 @@ def _read(path: Path, _changed: int) -> tuple[Table, ...]:
 
 
 def write_table(path: Path, table: Table, source: str) -> None:
-    """Write a table file, or add to the one that is there if it is of the same model; the same ratio is replaced."""
+    """Write `table` to a file, and keep the tables of other ratios that are already there.
+
+    Raises UserError where the file has tables of another model, LLM size or number of vision tokens.
+    """
     path, tables = Path(path), {}
     if path.exists():
         for old in read_tables(path):
@@ -103,6 +114,7 @@ def write_table(path: Path, table: Table, source: str) -> None:
     tables[table.ratio] = table.drops
     head = {"model": table.model, "source": source, **dict(zip(SIZES, table.sizes, strict=True))}
     head["image_tokens"] = table.image_tokens
+    # One line per ratio, by hand: json.dumps with an indent would give every count its own line.
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     rows = [f'    "{ratio:g}": {json.dumps(list(tables[ratio]))}' for ratio in sorted(tables)]
     text = "\n".join(["{", *lines, '  "tables": {', ",\n".join(rows), "  }", "}", ""])
@@ -110,14 +122,15 @@ def write_table(path: Path, table: Table, source: str) -> None:
 
 
 def nearest_in_share(tables: tuple[Table, ...], share: float, n: int) -> Table:
-    """The table that drops most nearly `share` of the image tokens; ties: fitted on most nearly n tokens."""
+    """Return the table whose dropped share is nearest to `share`; of equals the one fitted nearest to n tokens."""
     return min(tables, key=lambda table: (abs(table.share - share), _distance(table, n)))
 
 
 def with_ratio(tables: tuple[Table, ...], ratio: float, n: int) -> Table:
-    """The table for a FLOPs reduction of `ratio` %, of several the one fitted on most nearly n image tokens."""
+    """Return the table for a FLOPs reduction of `ratio` %; of several the one fitted nearest to n vision tokens."""
     return min((table for table in tables if table.ratio == ratio), key=lambda table: _distance(table, n))
 
 
 def _distance(table: Table, n: int) -> float:
+    # On a log scale: half as many tokens are as far away as twice as many.
     return abs(math.log(table.image_tokens / n))

@@ -1,4 +1,4 @@
-"""A-VL's prefill filter (arXiv 2409.14846): FastV's cut by a rate, beside whatever acts before the LLM."""
+"""Prefill filter of A-VL (arXiv 2409.14846): FastV's cut with a rate, added to a method before the LLM."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from llava.methods.inside_llm.plan import Cut
 
 @dataclass(frozen=True)
 class PrefillFilter(FastV):
-    """After `layer` layers the share `rate` of each image's tokens goes: those that FastV's score ranks lowest.
+    """Drops the share `rate` of each image's tokens after `layer` layers: those with the lowest FastV scores.
 
-    Not a `method` of its own: prefill_filter_flag adds it to a method before the LLM. At least one token of an image
-    stays.
+    This is no value of the key `method`: prefill_filter_flag adds it to a method before the LLM. At least one token of
+    each image stays.
     """
 
     rate: float = 0.5
 
     @classmethod
     def from_config(cls, config) -> PrefillFilter | None:
-        """The filter that an AdaVConfig asks for; None where it is off."""
+        """Return the filter that an AdaVConfig asks for; None where it is off."""
         if not config.prefill_filter_flag:
             return None
         return cls(layer=config.prefill_filter_layer, rate=config.prefill_filter_rate)
 
     def check(self, model_config) -> None:
+        # FastV.check is not called: its message names options.layer, a key that the user of the filter has not set.
         layers = model_config.num_hidden_layers
         if self.layer > layers - 1:
             raise UserError(
@@ -36,5 +37,6 @@ class PrefillFilter(FastV):
             )
 
     def explicit(self, n: int, layers: int) -> tuple[Cut, ...]:
+        # + 1e-6: the product may lie just below the whole number that it should be.
         left = max(1, floor((1 - self.rate) * n + 1e-6))
         return (Cut(self.layer - 1, left),) if left < n else ()

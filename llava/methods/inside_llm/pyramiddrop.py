@@ -1,4 +1,4 @@
-"""PyramidDrop (arXiv 2410.17247): three cuts in geometric steps, the deeper the layer the fewer tokens."""
+"""PyramidDrop (arXiv 2410.17247): three cuts in geometric steps, so deeper layers see fewer vision tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm.base import Dropper, ImageSlots
 from llava.methods.inside_llm.plan import BEFORE, Cut, counts_of, one_per_layer, scaled_layer
 
-LAYERS = (8, 16, 24)  # of 32: how many have run when a cut comes
+LAYERS = (8, 16, 24)  # layers of 32 that have run before each cut
 
 
 @dataclass(frozen=True)
 class PyramidDrop(Dropper):
-    """Cuts before the layers at 1/4, 1/2 and 3/4 of the depth, to n x, n x^2 and k tokens with x = (k / n)^(1/3).
+    """Cuts at 1/4, 1/2 and 3/4 of the depth, to n x, n x^2 and k tokens, where x = (k / n)^(1/3).
 
-    keep: three numbers instead, never rising: counts, or shares of n below 1 (published: 0.5, 0.25, 0.125).
+    keep: the three numbers instead of a budget, none above the one before it: counts, or shares of n below 1
+        (published: 0.5, 0.25, 0.125)
 
-    Reads one row per cut: the last prompt token's attention over all keys, averaged over heads, computed with the norm
-    and the query and key projections of the layer that comes next. Positions are counted anew after each cut.
+    The score is the last prompt token's attention over all keys, mean over heads: one attention row per cut. It is
+    computed with the norm and the query and key projections of the layer behind the cut. Positions are counted anew
+    after each cut.
     """
 
     keep: tuple | None = None
@@ -34,6 +36,7 @@ class PyramidDrop(Dropper):
 
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
         x = (k / n) ** (1 / 3)
+        # + 1e-6: a cube root is inexact, so the product may lie just below the whole number that it should be.
         return self._cuts((math.floor(n * x + 1e-6), math.floor(n * x * x + 1e-6), k), n, layers)
 
     def explicit(self, n: int, layers: int) -> tuple[Cut, ...] | None:

@@ -1,11 +1,11 @@
-"""Which keys and values are stored and read during decoding: one file per policy, chosen by the configuration.
+"""Cache policies: which KV entries decoding stores and reads. One file per policy, chosen by the configuration.
 
     policy = config.make_cache_policy()                # full, avl or h2o, as the switches of adav_configs.json say
     policy.plan(counts).stored(step=64)                # entries of one layer after 64 decode steps
 
-Importing this package imports no torch. CACHES and the classes are imported when they are first asked for.
-`Caching` belongs to one request and makes the `AdaptiveCache` that decoding runs on; the loop that runs it is
-llava/model/decoding/layer_loop.py, the attention over what a policy leaves is llava/kernels/decode_attention.py.
+Importing this package imports no torch. CACHES and the classes are imported on first access. `Caching` belongs to one
+request and makes the `AdaptiveCache` that decoding uses. The loop that runs it is llava/model/decoding/layer_loop.py.
+The attention over the stored entries is llava/kernels/decode_attention.py.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ __getattr__ = _names = LazyNames(__name__, "CACHES", _CLASSES, _OTHERS)
 
 
 def cache_names() -> tuple[str, ...]:
-    """Names of all policies, without importing torch; what a user added to CACHES is included."""
+    """Return the names of all policies without importing torch; policies that a user added to CACHES are included."""
     return _names.names()

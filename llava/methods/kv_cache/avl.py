@@ -1,4 +1,4 @@
-"""A-VL (arXiv 2409.14846): the image in core, secondary and minor entries; the text within a budget."""
+"""A-VL (arXiv 2409.14846): vision entries are core, secondary or minor; text entries have a budget."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from llava.methods.kv_cache.scores import Centred, Latest, Scorer, Summed
 
 @dataclass(frozen=True)
 class AVL(CachePolicy):
-    """Adaptive attention during decoding, vision and text apart.
+    """Adaptive attention during decoding, with separate rules for vision and text entries.
 
-    Vision: when a layer has been prefilled, the share `rate` of the image tokens that entered the LLM is evicted
-    (minor), those that the prompt's last query attends to least in the mean over heads. What stays is stored; of it the
-    best share 1 - `compute_rate` of the image tokens is read (core), the others are not (secondary). Every `interval`-th
-    step reads all that is stored, and re-ranks the core by that step's attention. interval -1: no core, all that is
-    stored is read. Several images are ranked together. A layer that holds fewer image tokens than may stay, because a
-    method inside the LLM has dropped some, keeps what it holds.
+    Vision: after the prefill of a layer, the share `rate` of the vision tokens that entered the LLM is evicted (minor).
+    These are the tokens that the prompt's last query attends to least, mean over heads. The others stay stored. The
+    best share 1 - `compute_rate` of the vision tokens is read at each step (core), the rest is not (secondary). Every
+    `interval`-th step is an update step: it reads all stored vision entries and ranks the core again by its attention.
+    With interval -1 there is no core, and all stored entries are read. Several images are ranked together. A layer may
+    hold fewer vision tokens than could stay, because a method inside the LLM dropped some; it keeps what it holds.
 
-    Text after the first image's start, None where it is not pruned: max(round((1 - text_rate) * tokens so far),
-    text_minimum) entries per KV head, by `text_rule`: "h2o" (the share `heavy` heavy hitters, the others recent),
-    "history" (half of them recent, the others by attention above its own quantile `text_rate`) or "direct" (the latest
-    query's attention). Text before the image stays.
+    Text after the first image's start: max(round((1 - text_rate) * tokens so far), text_minimum) entries stay per KV
+    head, chosen by `text_rule`. "h2o": the share `heavy` are heavy hitters, the others are recent. "history": half are
+    recent, the others have the most attention above the quantile `text_rate`. "direct": the latest query's attention
+    decides. None: text is not pruned. Text before the image always stays.
 
-    Costs in prefill, per layer: one row of attention for the image and, with text rules h2o and history, a row per text
-    token. Update steps cost a sort of the image entries per layer, pruned text a pass over the text list per KV head.
+    Cost of prefill per layer: one attention row for the image and, with "h2o" and "history", one row per text token.
+    Cost of decoding per layer: a sort of the vision entries at update steps, and a pass over the text list of each KV
+    head where text is pruned.
     """
 
     rate: float | None = None
@@ -39,6 +40,7 @@ class AVL(CachePolicy):
 
     @classmethod
     def from_config(cls, config) -> AVL:
+        # The values of a rule that is switched off are ignored, so the policy has its defaults for them.
         vision, text = {}, {}
         if config.vision_adaptive_attention:
             vision = {
@@ -63,6 +65,7 @@ class AVL(CachePolicy):
     def image(self, entered: int, held: int) -> tuple[int, int]:
         if self.rate is None:
             return held, held
+        # Shares of the tokens that entered the LLM, not of those that a dropper left here. 1e-6: as in share().
         stay, core = (min(held, floor((1 - part) * entered + 1e-6)) for part in (self.rate, self.compute_rate))
         return stay, core
 

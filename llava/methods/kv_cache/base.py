@@ -1,8 +1,9 @@
-"""What every cache policy says: which entries stay after prefill, which of them a decode step reads, and how many.
+"""Base class of cache policies: which KV entries stay after prefill, and which of them a decode step reads.
 
-A policy sees a prompt in three regions: the text before the first image, which is never touched; the image tokens,
-ranked once per layer; and the text after the first image's start, ranked per layer and KV head. Its counts are pure
-functions of numbers, so bytes and FLOPs are known before anything runs; which entries they are, storage.py works out.
+A policy sees a prompt in three regions: the text before the first image, which is never evicted; the vision tokens,
+ranked per layer; and the text after the first image's start, ranked per layer and KV head. The number of entries is a
+pure function of numbers, so bytes and FLOPs are known before anything runs. Which entries they are is decided in
+llava/model/decoding/layer_cache.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from llava.methods.kv_cache.scores import Scorer
 
 
 class RowSpans(NamedTuple):
-    """A row as one layer's attention sees it. length: its tokens, padding excluded; images: (start, count) of each."""
+    """A batch row as one layer's attention sees it. length: tokens without padding; images: (start, count) of each."""
 
     length: int
     images: Sequence[tuple[int, int]]
 
     def regions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions in the row of: text before the first image, image tokens, text behind the first image's start."""
+        """Return the positions of: text before the first image, vision tokens, text after the first image's start."""
         image = torch.zeros(self.length, dtype=torch.bool)
         for start, count in self.images:
             image[start : start + count] = True
@@ -37,11 +38,12 @@ class RowSpans(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Entries that one layer's attention saw of one row's prompt.
+    """Numbers of prompt entries of one row that one layer's attention saw.
 
     before: text before the first image, or the whole prompt where there is no image
-    image:  image tokens; after: text behind the first image's start, text between images included
-    entered: image tokens that entered the LLM, before anything inside it dropped some
+    image: vision tokens
+    after: text after the first image's start, text between images included
+    entered: vision tokens that entered the LLM, before a dropper removed some
     """
 
     before: int
@@ -51,7 +53,7 @@ class Counts(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Size of the evictable region after a step, and how many of its newest entries cannot be evicted."""
+    """The most entries of the evictable region after a step, and how many of the newest are protected from eviction."""
 
     total: int
     recent: int
@@ -59,60 +61,64 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class CachePolicy(ABC):
-    """Base of every cache policy. Its fields are its settings."""
+    """Base of every cache policy. The fields of the dataclass are its settings."""
 
-    # Whether the whole sequence is one evictable region, image tokens and all.
+    # True: the whole sequence, vision tokens included, is one evictable region.
     whole: ClassVar[bool] = False
-    # Decode steps from one re-ranking of the core to the next; -1: all image entries that stay are read at every step.
+    # Decode steps between two rankings of the core; -1: every step reads all stored vision entries.
     interval = -1
 
     @classmethod
     @abstractmethod
     def from_config(cls, config) -> CachePolicy:
-        """The policy with the settings of an AdaVConfig."""
+        """Return the policy with the settings of an AdaVConfig."""
 
     @property
     def scorer(self) -> Scorer | None:
-        """How entries of the evictable region are ranked; None where nothing is ever evicted from it."""
+        """The ranking of the evictable region; None where nothing is evicted from it."""
         return None
 
     @property
     def contiguous(self) -> bool:
-        """Whether every step reads all that is stored, and nothing is evicted after prefill."""
+        """Whether every step reads all stored entries and nothing is evicted after prefill."""
         return self.scorer is None and self.interval < 0
 
     def image(self, entered: int, held: int) -> tuple[int, int]:
-        """(stay, core): of `held` image entries, how many stay after prefill, and how many of those are the core."""
+        """Return (stay, core): how many of `held` vision entries stay after prefill, and how many of these are core.
+
+        entered: vision tokens that entered the LLM; a policy may take its shares of them.
+        """
         return held, held
 
     def budget(self, prompt: int, seen: int) -> Budget:
-        """Size of the evictable region once `seen` of its tokens have been there, `prompt` of them in the prompt.
+        """Return the size of the evictable region after `seen` tokens of it, `prompt` of which are in the prompt.
 
-        Called where there is a scorer. It never falls as `seen` grows, so a step evicts at most its own number of
-        entries: one.
+        It is called only where there is a scorer. The size never falls as `seen` grows. A step adds one entry, so it
+        evicts at most one.
         """
         raise NotImplementedError
 
     def updates(self, step: int) -> bool:
-        """Whether decode step `step`, counted from 1, reads every image entry and re-ranks the core."""
+        """Return whether decode step `step`, counted from 1, reads every vision entry and ranks the core again."""
         return self.interval > 0 and step % self.interval == 0
 
     def plan(self, counts: Counts) -> LayerPlan:
-        """What becomes of one row's prompt in one layer."""
+        """Return how many entries of one row's prompt one layer stores in each region."""
         if self.whole:
             return LayerPlan(self, 0, 0, 0, counts.before + counts.image + counts.after)
         stay, core = self.image(counts.entered, counts.image)
-        if self.interval < 0:  # no core: what stays of the image is read like the text before it
+        if self.interval < 0:  # no core: stored vision entries are read at each step, like the text before them
             return LayerPlan(self, counts.before + stay, 0, 0, counts.after)
         return LayerPlan(self, counts.before, stay, core, counts.after)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Entries of one row in one layer, in the order in which they are stored.
+    """Numbers of entries of one row in one layer, in the order in which they are stored.
 
-    front: read at every step and never evicted; image: stored image entries of which `core` are read between
-    re-rankings; prompt: the prompt's tokens in the evictable region, before any eviction.
+    front: entries that every step reads and that are never evicted
+    image: stored vision entries; core: how many of them the steps between two update steps read
+    prompt: prompt tokens in the evictable region, before any eviction
     """
 
     policy: CachePolicy
@@ -122,36 +128,37 @@ class LayerPlan:
     prompt: int
 
     def text(self, step: int) -> int:
-        """Entries of the evictable region after prefill (step 0) and `step` decode steps."""
+        """Return the entries of the evictable region after prefill and `step` decode steps."""
         return text_counts(self.policy, self.prompt, step)[step]
 
     def stored(self, step: int = 0) -> int:
-        """All entries after `step` decode steps."""
+        """Return the number of all stored entries after `step` decode steps."""
         return self.front + self.image + self.text(step)
 
     def read(self, step: int) -> int:
-        """Entries that decode step `step` >= 1 reads, its own included."""
+        """Return the number of entries that decode step `step` >= 1 reads, its own included."""
         return self.front + (self.image if self.policy.updates(step) else self.core) + self.text(step - 1) + 1
 
     def text_slots(self, steps: int) -> int:
-        """Slots of the evictable region for `steps` decode steps: a step evicts only after it has read."""
+        """Return the slots that the evictable region needs for `steps` decode steps."""
+        # + 1: a step writes and reads its own entry before it evicts one.
         counts = text_counts(self.policy, self.prompt, steps)
         return max([counts[0], *(count + 1 for count in counts[:-1])])
 
     def slots(self, steps: int) -> int:
-        """Slots in all for `steps` decode steps."""
+        """Return the slots that all regions need for `steps` decode steps."""
         return self.front + self.image + self.text_slots(steps)
 
 
 @lru_cache(maxsize=4096)
 def budgets(policy: CachePolicy, prompt: int, steps: int) -> tuple[Budget, ...]:
-    """[1 + steps] of a policy that evicts: its budget after prefill and after each decode step."""
+    """Return the budgets of a policy that evicts, after prefill and after each decode step: [1 + steps]."""
     return tuple(policy.budget(prompt, prompt + step) for step in range(steps + 1))
 
 
 @lru_cache(maxsize=4096)
 def text_counts(policy: CachePolicy, prompt: int, steps: int) -> tuple[int, ...]:
-    """[1 + steps] entries of the evictable region after prefill and after each decode step."""
+    """Return the entries of the evictable region after prefill and after each decode step: [1 + steps]."""
     if policy.scorer is None:
         return tuple(range(prompt, prompt + steps + 1))
     first, *others = (budget.total for budget in budgets(policy, prompt, steps))
@@ -162,15 +169,16 @@ def text_counts(policy: CachePolicy, prompt: int, steps: int) -> tuple[int, ...]
 
 
 def share(part: float, n: int) -> int:
-    """`part` of n, rounded down; a product that floating point leaves a hair below a whole number is that number."""
+    """Return `part` of n, rounded down; a product just below a whole number by floating-point error counts as it."""
     return int(part * n + 1e-6)
 
 
 def rounded_up(count: int, multiple: int) -> int:
-    """`count` rounded up to a multiple of `multiple`; above eight of them to one of four times as much.
+    """Return `count` rounded up to a multiple of `multiple`; counts above 8 x `multiple` to one of 4 x `multiple`.
 
-    Captured steps are kept by capacity: few sizes mean few captures. multiple 1 rounds nothing.
+    multiple 1 rounds nothing.
     """
+    # A captured step fits one capacity only. Few different capacities mean few captures.
     if multiple > 1 and count > 8 * multiple:
         multiple *= 4
     return -(-count // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Everything is kept and read: what decoding costs without a policy."""
+"""full: every entry is stored and read, as in decoding without a policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava.methods.kv_cache.base import CachePolicy
 
 @dataclass(frozen=True)
 class Full(CachePolicy):
-    """No entry is evicted and every step reads them all. generate() leaves it to transformers' own cache."""
+    """No entry is evicted, and every step reads all entries. generate() uses the cache of transformers for it."""
 
     @classmethod
     def from_config(cls, config) -> Full:

@@ -1,4 +1,4 @@
-"""H2O (arXiv 2306.14048): heavy hitters and recent entries stay, whatever they are entries of."""
+"""H2O (arXiv 2306.14048): heavy hitters and recent entries stay, vision and text alike."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from llava.methods.kv_cache.base import Budget, CachePolicy, share
 from llava.methods.kv_cache.scores import Scorer, Summed
 
-# A-VL's baseline setting (its public code): of the tokens so far, at every step.
+# Setting of the H2O baseline in A-VL's public code: shares of the tokens so far, at every step.
 GROWING_HEAVY, GROWING_RECENT = 0.125, 0.375
 
 
 @dataclass(frozen=True)
 class H2O(CachePolicy):
-    """Per layer and KV head, the newest entries and of the others those that have received the most attention.
+    """Keeps, per layer and KV head, the newest entries and those of the others with the most attention so far.
 
-    heavy, recent: both as shares of the prompt, fixed when prefill ends: the paper's rule. Without them A-VL's
-        baseline: 12.5 % heavy and 37.5 % recent of all tokens so far, growing.
+    heavy, recent: shares of the prompt, both or neither. The sizes are fixed when prefill ends, as in the paper.
+        Without them the rule is A-VL's baseline: 12.5 % heavy and 37.5 % recent of all tokens so far, growing.
 
-    Reads every row of the prompt's attention once more, in chunks: S x S products of head size in every layer, which is
-    as much as the scores of prefill cost. Text before the image can be evicted too, the first token included. Every
-    step reads everything that is stored.
+    Prefill computes every row of the prompt's attention once more, in chunks: S x S products of head size per layer, as
+    many as the attention scores themselves. Text before the image can be evicted too, the first token included. Every
+    step reads all stored entries.
     """
 
     heavy: float | None = None

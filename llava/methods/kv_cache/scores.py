@@ -1,7 +1,7 @@
-"""How entries of the evictable region are ranked: running scores per KV head, from attention that was paid anyway.
+"""Scorers: they rank the entries of the evictable region by running scores per KV head, from attention.
 
-Scores lie in the order of the region's slot list (storage.py), newest entry last. The attention of a KV head is the sum
-over the query heads that share it. Everything is float32.
+Scores are in the order of the region's slot list (llava/model/decoding/layer_cache.py), newest entry last. The
+attention of a KV head is the sum over the query heads that share it. All scores are float32.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from llava.methods.attention_rows import RowAttention
 
 @dataclass(frozen=True)
 class Scorer(ABC):
-    """One way of ranking."""
+    """Base of every scorer: `start` gives the scores after prefill, `rule` says how decode steps update them."""
 
-    # What a decode step does to the scores: the rule of llava/kernels/evict.py.
+    # How a decode step updates the scores: a rule of llava/kernels/evict.py.
     rule: ClassVar[str]
 
     @property
     def kernel_rule(self) -> tuple[str, float]:
-        """(rule, quantile) as llava/kernels/evict.py takes them."""
+        """(rule, quantile) in the form that llava/kernels/evict.py takes."""
         return self.rule, 0.0
 
     def rows(self, entries: int) -> int:
-        """How many rows of attention `start` reads for so many entries."""
+        """Return how many attention rows `start` reads for that many entries."""
         return entries
 
     @abstractmethod
     def start(self, attention: RowAttention, heads: int, slots: Tensor) -> Tensor:
-        """[G, n]: scores of the prompt's entries at `slots` [n], ascending; heads: G KV heads."""
+        """Return the scores [G, n] of the prompt's entries at `slots` [n], ascending; heads: G, the KV heads."""
 
 
 @dataclass(frozen=True)
 class Summed(Scorer):
-    """H2O (arXiv 2306.14048): all attention that an entry has received from the queries of the region so far."""
+    """H2O (arXiv 2306.14048): the sum of the attention that an entry has received from the region's queries so far."""
 
     rule = "summed"
 
@@ -50,7 +50,7 @@ class Summed(Scorer):
 
 @dataclass(frozen=True)
 class Latest(Scorer):
-    """The attention that the latest query pays, without history."""
+    """The attention from the latest query, without history."""
 
     rule = "latest"
 
@@ -64,10 +64,10 @@ class Latest(Scorer):
 
 @dataclass(frozen=True)
 class Centred(Scorer):
-    """A-VL's history (arXiv 2409.14846): what an entry receives above the `quantile` of what all older entries receive.
+    """A-VL's history (arXiv 2409.14846): the attention that an entry receives, minus a quantile per query, summed.
 
-    An entry starts at the attention that it pays itself; each later query adds what it pays to the entry less the
-    quantile (linear between ranks) of what it pays to the entries of the region that were there before it.
+    An entry starts with the attention of its own query to itself. Each later query adds its attention to the entry
+    minus the `quantile` (linear between ranks) of its attention to all older entries of the region.
     """
 
     rule = "centred"
@@ -87,7 +87,8 @@ class Centred(Scorer):
         return total
 
     def _above(self, paid: Tensor, older: Tensor) -> Tensor:
-        """`paid` [..., N] to the older entries less its quantile over them; 0 elsewhere."""
+        """Return the attention `paid` [..., N] to the older entries minus its quantile over them; 0 elsewhere."""
+        # Not torch.quantile: the number of older entries differs from row to row. Infinity sorts the others to the end.
         ranked = paid.masked_fill(~older, float("inf")).sort(dim=-1).values
         rank = self.quantile * (older.sum(dim=-1, keepdim=True) - 1).clamp(min=0).float()
         below = ranked.gather(-1, rank.floor().long())
@@ -96,5 +97,5 @@ class Centred(Scorer):
 
 
 def _of_kv_heads(values: Tensor, heads: int) -> Tensor:
-    """[H, ...] of query heads, summed over those that share one of `heads` KV heads: [G, ...]."""
+    """Sum values [H, ...] of query heads over those that share one of `heads` KV heads: return [G, ...]."""
     return values.unflatten(0, (heads, len(values) // heads)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Caching, the part of a prepared request that says how its keys and values are kept; and the cache that it makes."""
+"""Caching, the settings of a request's KV cache, and AdaptiveCache, the cache that decoding uses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from llava.model.decoding.layer_cache import GONE, LayerCache, Regions
 
 
 class Caching:
-    """How the keys and values of one request are kept. Made by llava_arch.prepare; holds nothing that decoding changes.
+    """Settings of the KV cache of one request. llava_arch.prepare makes it, and decoding changes nothing in it.
 
-    policy, layers: of the LLM; prompts: per row, its tokens and images as they enter the LLM; next_positions [B, 1]:
-    the position of each row's first new token.
-    image_counts: [L][B] image tokens that each layer's attention sees of each row; None where every layer sees all.
-    numbering: [L] in which of several ways each layer counts positions; None where there is one.
-    one_device: whether all layers are on one device, so that their keys and values can lie in one allocation.
+    policy: the cache policy; layers: L, the layers of the LLM
+    prompts: per row, its tokens and images as they enter the LLM
+    next_positions [B, 1]: position of each row's first new token
+    image_counts: [L][B] vision tokens of each row that each layer's attention sees; None where every layer sees all
+    numbering: [L] the number of the way in which each layer counts positions; None where there is only one
+    one_device: whether all layers are on one device, so that their keys and values can be in one allocation
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Caching:
 
     @property
     def adaptive(self) -> bool:
-        """Whether anything is evicted or left unread; if not, transformers' own cache does in generate()."""
+        """Whether entries are evicted or not read. If not, generate() uses the cache of transformers."""
         return not isinstance(self.policy, Full)
 
     def plans(self, times: int = 1) -> tuple[tuple[LayerPlan, ...], ...]:
-        """[L][B] what the policy makes of each row in each layer, every row repeated `times`.
+        """Return the policy's plan for each row in each layer, [L][B x times]; every row is repeated `times`.
 
-        Layers that see the same number of image tokens share one tuple.
+        Layers that see the same number of vision tokens share one tuple. Later code compares these by identity.
         """
         entered = tuple(sum(count for _, count in prompt.images) for prompt in self.prompts)
         known: dict[tuple[int, ...], tuple[LayerPlan, ...]] = {}
@@ -62,10 +63,11 @@ class Caching:
         return tuple(found)
 
     def cache(self, steps: int, multiple: int = 1) -> AdaptiveCache:
-        """An empty cache for one prefill of the prompts and up to `steps` decode steps of one token per row.
+        """Return an empty cache for one prefill of the prompts and up to `steps` decode steps of one token per row.
 
-        multiple: capacities are rounded up by it (rounded_up), so that requests of similar length get equal shapes.
-        It is what `past_key_values` has to be, in prefill and in every step; generate() makes it by itself.
+        multiple: capacities are rounded up to it (rounded_up), so that requests of similar length get equal shapes
+        Prefill and every step need this cache as `past_key_values`; generate() makes it by itself. UserError for a
+        negative number of steps.
         """
         if steps < 0:
             raise UserError(f"a cache was asked for {steps} decode steps, allowed are 0 and more")
@@ -73,18 +75,18 @@ class Caching:
 
 
 def _counts(prompt: RowSpans, entered: int, seen: int) -> Counts:
-    """What one layer sees of a row of which `entered` image tokens entered the LLM and `seen` of those reach the layer."""
+    """Return what one layer sees of a row: `entered` vision tokens entered the LLM, `seen` of them reach the layer."""
     before = prompt.images[0][0] if prompt.images else prompt.length
     return Counts(before, seen, prompt.length - entered - before, entered)
 
 
 class AdaptiveCache(Cache):
-    """Keys and values of one generation under a policy: one LayerCache per layer of the LLM.
+    """KV cache of one generation under a policy: one LayerCache per layer of the LLM.
 
-    A decode step is begin_step() on the host, which counts it and says whether it re-ranks the core, and then work on
-    device tensors that are updated in place, of the same shapes at every step: a step that re-ranks and one that does
-    not can each be captured as a graph. The tensors (CacheTensors) are allocated by the first layer that is prefilled, or
-    lent by the engine before it (use_tensors).
+    A decode step has two parts. begin_step() runs on the host: it counts the step and decides whether it is an update
+    step. All other work updates device tensors in place, with the same shapes at every step. Update steps and other
+    steps can therefore each be captured as a CUDA graph. The first layer that is prefilled allocates the tensors
+    (CacheTensors), unless the engine has lent them before (use_tensors).
     """
 
     def __init__(self, caching: Caching, steps: int, multiple: int = 1):
@@ -93,13 +95,13 @@ class AdaptiveCache(Cache):
         self.caching, self.limit, self._multiple = caching, steps, multiple
         self.steps = 0  # decode steps so far
         self._side: torch.cuda.Stream | None = None
-        self._gone = False  # whether the tensors went to a later request
-        self.update_step = False  # whether the step at hand re-ranks the core
+        self._gone = False  # whether a later request has the tensors now
+        self.update_step = False  # whether the current step is an update step
         self.length = 0  # tokens of the padded prompt
-        self.rows: list[RowSpans] = []  # what the layer at hand sees of each row, while prefill goes on
-        self.numbering = caching.numbering  # per layer: which of the shifts its positions lie below the whole prompt's
+        self.rows: list[RowSpans] = []  # what the current layer sees of each row, during prefill
+        self.numbering = caching.numbering  # per layer: index of the shift that is subtracted from its positions
         self.layout = self._layout(1)
-        # The tensors of all layers; where layers are on several devices, of one layer each.
+        # One CacheTensors for all layers, or one per layer where layers are on several devices.
         self._parts: list[CacheTensors] = []
         self._lent: CacheTensors | None = None
         self._regions: dict[tuple, Regions] = {}
@@ -109,40 +111,44 @@ class AdaptiveCache(Cache):
         return CacheLayout(caching.policy, caching.plans(times), self.limit, self._multiple, self.numbering)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that there have been in the padded batch, whatever has been evicted of them."""
+        """Return the number of tokens so far in the padded batch, evicted ones included."""
+        # transformers derives position ids from it, so it must not shrink when entries are evicted.
         return self.length + self.steps if self.layers[-1].is_initialized else 0
 
     def reset(self) -> None:
-        """Forget everything: the cache is as new."""
+        """Make the cache empty again."""
         self.__init__(self.caching, self.limit, self._multiple)
 
     # --- the tensors -----------------------------------------------------------------------------------------------
 
     def use_tensors(self, tensors: CacheTensors) -> None:
-        """Prefill into tensors that an earlier request of equal layout has left."""
+        """Prefill into the tensors of an earlier request with an equal layout."""
         assert tensors.key == self.layout.key
         self._lent = tensors
 
     def give_up_tensors(self) -> None:
-        """The tensors go to another request: whatever is asked of this cache from now on is refused."""
+        """Give the tensors to another request. Any later use of this cache raises UserError."""
         self._gone = True
         for layer in self.layers:
             layer.drop_tensors()
 
     @property
     def tensors(self) -> CacheTensors | None:
-        """The tensors of all layers after prefill; None where each layer has its own."""
+        """The tensors of all layers after prefill; None where each layer has its own.
+
+        UserError after give_up_tensors.
+        """
         if self._gone:
             raise UserError(GONE)
         return self._parts[0] if len(self._parts) == 1 and self.caching.one_device else None
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes that keys and values occupy."""
+        """Allocated bytes of keys and values."""
         return sum(part.kv.nbytes for part in self._parts)
 
     def room(self, like: Tensor) -> None:
-        """Make the tensors of every layer ready for a prefill whose keys are like `like` [B, G, S, d]."""
+        """Prepare the tensors of all layers for a prefill whose keys are like `like` [B, G, S, d]."""
         if self._parts or not self.caching.one_device:
             return
         tensors = self._lent or CacheTensors(self.layout, like)
@@ -152,7 +158,7 @@ class AdaptiveCache(Cache):
             layer.use_tensors(tensors.of_layer(number), self.layout.plans[number])
 
     def _room_of_layer(self, number: int, like: Tensor) -> None:
-        """The tensors of one layer by itself, on its device."""
+        """Allocate the tensors of one layer on its own device."""
         plans = self.layout.plans[number]
         layout = CacheLayout(self.caching.policy, (plans,), self.limit, self._multiple, self.numbering)
         tensors = CacheTensors(layout, like)
@@ -163,9 +169,11 @@ class AdaptiveCache(Cache):
     # --- prefill ---------------------------------------------------------------------------------------------------
 
     def begin_prefill(self, batch: int, length: int, right: bool = False) -> None:
-        """Prefill of a padded batch begins; sampling several answers at once repeats each row.
+        """Start the prefill of a padded batch of `batch` rows of `length` tokens.
 
-        right: rows are padded on the right, not on the left.
+        batch: the number of prompts, or a multiple of it: transformers repeats rows to sample several answers
+        right: rows are padded on the right, not on the left
+        UserError for a batch of another shape; a prompt is prefilled in one piece.
         """
         prompts = self.caching.prompts
         times, rest = divmod(batch, len(prompts))
@@ -181,12 +189,12 @@ class AdaptiveCache(Cache):
         self.length, self._right = length, right
 
     def end_prefill(self, shifts: list[Tensor]) -> None:
-        """Layers count positions anew: layer l of a row lies shifts[numbering[l]] [B] below the whole prompt's."""
+        """Store the shifts of layers that count positions anew: layer l subtracts shifts[numbering[l]] [B]."""
         for part in self._parts:
             part.shifts.copy_(torch.stack(shifts[: len(part.shifts)])[..., None])
 
     def fill(self, number: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-        """Store what stays of the prompt in one layer, whose attention has just seen it (LayerCache.fill)."""
+        """Store the prompt's entries that stay in one layer, right after its attention (LayerCache.fill)."""
         layer = self.layers[number]
         if layer.is_initialized:
             raise UserError("an adaptive KV cache takes a prompt in one piece, but it has been prefilled already")
@@ -196,8 +204,11 @@ class AdaptiveCache(Cache):
         layer.fill(query, key, value, scaling, self._regions_of(key))
 
     def room_for(self, number: int, key: Tensor) -> Sequence[Tensor]:
-        """Where a layer's attention may write its rotated keys and its values [B, G, >= S, d] in prefill, given its keys
-        [B, S, G, d] before rotation: into the storage itself where all of them stay."""
+        """Return tensors [B, G, >= S, d] for a layer's rotated keys and its values in prefill.
+
+        key [B, S, G, d]: its keys before rotation. Where every entry stays, the tensors are the storage itself, which
+        saves a copy.
+        """
         self.room(key.transpose(1, 2))
         if not self.caching.adaptive and self.tensors is not None and self._right:
             layer = self.layers[number]
@@ -205,8 +216,10 @@ class AdaptiveCache(Cache):
         return key.new_empty(2, key.shape[0], *key.shape[2:0:-1], key.shape[3])
 
     def fill_all(self, kv: Tensor) -> bool:
-        """Store keys and values kv [2, L, B, G, S, d] of all layers at once, rows padded on the right, where every layer
-        keeps all that it saw and they are of one size; False, and nothing done, where that is not so."""
+        """Store keys and values kv [2, L, B, G, S, d] of all layers in one copy; rows are padded on the right.
+
+        Returns False, and does nothing, unless every layer keeps all entries and all layers have one size.
+        """
         self.room(kv[0, 0])
         if self.caching.adaptive or self.tensors is None or len(self.tensors.runs) > 1:
             return False
@@ -218,7 +231,7 @@ class AdaptiveCache(Cache):
         return True
 
     def _regions_of(self, key: Tensor) -> Regions:
-        """The rows as the layer at hand sees them; their indices go to the device once for all layers that agree."""
+        """Return the rows as the current layer sees them. Layers that see the same share one copy of the indices."""
         known = tuple((row.length, tuple(row.images)) for row in self.rows), key.device
         if known not in self._regions:
             starts = [0 if self._right else key.shape[2] - row.length for row in self.rows]
@@ -228,7 +241,10 @@ class AdaptiveCache(Cache):
     # --- decoding --------------------------------------------------------------------------------------------------
 
     def begin_step(self, tokens: int) -> None:
-        """A decode step with `tokens` new tokens per row begins: the host's part of it."""
+        """Do the host's part of a decode step with `tokens` new tokens per row.
+
+        UserError for more than one token per row, and for more steps than the cache was made for.
+        """
         if tokens != 1:
             raise UserError(f"a decode step got {tokens} tokens per row, but an adaptive KV cache takes one at a time")
         if self.steps == self.limit:
@@ -242,21 +258,25 @@ class AdaptiveCache(Cache):
             layer.update_step = self.update_step
 
     def advance(self) -> Tensor:
-        """The device's part of the beginning of a step: every layer has one entry more -> [N, B, 1] positions of the new
-        tokens, in each of the N ways in which layers count them (`numbering`)."""
+        """Do the device's part of the beginning of a step: every layer gets one more entry.
+
+        Returns the positions [N, B, 1] of the new tokens, one for each of the N ways to count them (`numbering`).
+        """
         if self._gone:
             raise UserError(GONE)
         first, *others = (part.advance() for part in self._parts)
         return first
 
     def rank_beside(self) -> None:
-        """Re-rank on a side stream of the GPU, beside the layers that follow: the new core is not read before the next
-        step, and by its end every step has waited for it."""
+        """Rank the core on a side stream of the GPU, in parallel with the layers that follow.
+
+        No step reads the new core before the next one, and end_step waits for the side stream before that.
+        """
         self._side = torch.cuda.Stream(self._last_positions.device)
         for layer in self.layers:
             layer.side = self._side
 
     def end_step(self) -> None:
-        """All of a step is under way but what runs beside it: wait for that too."""
+        """Let the current stream wait for the ranking on the side stream; called at the end of each step."""
         if self.update_step and self._side is not None:
             torch.cuda.current_stream(self._last_positions.device).wait_stream(self._side)

@@ -1,8 +1,8 @@
-"""The tensors of one KV cache: all layers in few allocations, sized by numbers that are known before prefill.
+"""The tensors of one KV cache: all layers in few allocations, with sizes that are known before prefill.
 
-Keys and values of all layers lie in one allocation, with a capacity per layer. Consecutive layers of equal sizes form a
-run, whose slots and lists are filled by one operation each; what only the host knows goes to the device in one copy per
-request. A captured CUDA graph refers to these tensors by address, so they can serve one request after another.
+Keys and values of all layers are in one allocation, with a capacity per layer. Consecutive layers of equal sizes form a
+run. One operation fills the slots or lists of a run. Numbers that only the host knows go to the device in one copy per
+request. A captured CUDA graph refers to these tensors by address, so the same tensors serve one request after another.
 
 Letters: L layers, B rows, G KV heads, C slots of a layer, d head size.
 """
@@ -22,7 +22,7 @@ from llava.methods.kv_cache.base import CachePolicy, LayerPlan, budgets, rounded
 
 
 class LayerSizes(NamedTuple):
-    """Of one layer: slots of a row, and entries of the lists of image slots, core slots and evictable slots."""
+    """Sizes of one layer: slots per row, and entries of the lists of vision slots, core slots and evictable slots."""
 
     slots: int
     image: int
@@ -32,10 +32,10 @@ class LayerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Sizes of a cache for one batch, and what its tensors start from. Two caches with equal `key` fit the same tensors.
+    """Sizes and initial values of the tensors of one batch. Two caches with equal `key` fit the same tensors.
 
-    plans: [L][B]. steps: decode steps that there is room for. multiple: what slots and lists are rounded up to.
-    numbering: [L], which row of `shifts` a layer's positions lie below the whole prompt's.
+    plans: [L][B]; steps: decode steps that there is room for; multiple: slots and lists are rounded up to it
+    numbering: [L] index of the shift that is subtracted from a layer's positions
     """
 
     policy: CachePolicy
@@ -50,7 +50,7 @@ class CacheLayout:
 
     @property
     def sizes(self) -> tuple[LayerSizes, ...]:
-        # Layers mostly share one tuple of plans (the same object), so that each is worked out once.
+        # Most layers share one tuple of plans. The identity of the tuple is a cheap key, so each is computed once.
         known: dict[int, LayerSizes] = {}
         for plans in self.plans:
             if id(plans) not in known:
@@ -70,7 +70,7 @@ class CacheLayout:
 
     @property
     def table_of(self) -> tuple[int, ...]:
-        """[L] which table of budgets each layer obeys: layers whose evictable regions begin alike share one."""
+        """[L] index of the budget table of each layer. Layers with equally many evictable prompt tokens share one."""
         if self.policy.scorer is None:
             return (0,) * len(self.plans)
         numbers: dict[tuple, int] = {}
@@ -78,11 +78,15 @@ class CacheLayout:
 
     @property
     def key(self) -> tuple:
+        """Everything that shapes and captured steps depend on."""
         return self.policy, self.batch, self.steps, self.sizes, self.table_of, self.numbering
 
     def counts(self) -> Tensor:
-        """int32 [4, L, B] on the host: entries that are read at every step, image entries, core entries, and those of
-        the evictable region. A contiguous layer has but the first: all that it holds."""
+        """Return the numbers of entries per region, int32 [4, L, B] on the host.
+
+        The regions are: entries that every step reads, stored vision entries, core entries, evictable entries. A
+        contiguous layer has only the first, which counts all of its entries.
+        """
         rows: dict[int, list] = {}
         for plans in self.plans:
             if id(plans) not in rows:
@@ -95,8 +99,11 @@ class CacheLayout:
         return plan.front, plan.image, plan.core, plan.text(0)
 
     def tables(self) -> Tensor:
-        """int32 [U, 2, B, 1 + steps] on the host: budget of the evictable region and its recent part after each step,
-        for each of the U kinds of layers (`table_of`). Empty for a policy that evicts nothing."""
+        """Return the budget tables, int32 [U, 2, B, 1 + steps] on the host.
+
+        They hold the size of the evictable region and of its protected part after each step, for each of the U kinds of
+        layers (`table_of`). They are empty for a policy that evicts nothing.
+        """
         if self.policy.scorer is None:
             return torch.empty(0, 2, self.batch, 1 + self.steps, dtype=torch.int32)
         kinds = dict.fromkeys(_prompts(plans) for plans in self.plans)
@@ -109,10 +116,11 @@ def _prompts(plans: Sequence[LayerPlan]) -> tuple[int, ...]:
 
 
 class Run:
-    """Consecutive layers of equal sizes. L layers here.
+    """Tensors of L consecutive layers of equal sizes.
 
-    kv [2, L, B, G, C, d]: keys, values. image [L, B, N], core [L, B, M], text [L, B, G, T]: int32 lists of slots.
-    scores float32 [L, B, G, T] of the evictable entries, where they are ranked, else None.
+    kv [2, L, B, G, C, d]: keys and values
+    image [L, B, N], core [L, B, M], text [L, B, G, T]: int32 lists of slots
+    scores float32 [L, B, G, T]: of the evictable entries; None where they are not ranked
     """
 
     def __init__(self, sizes: LayerSizes, first: int, count: int, kv: Tensor, batch: int, ranked: bool):
@@ -123,16 +131,18 @@ class Run:
         self.image = torch.empty(count, batch, sizes.image, **ints)
         self.core = torch.empty(count, batch, sizes.core, **ints)
         self.text = torch.empty(count, batch, heads, sizes.text, **ints)
+        # Zeros: scores behind the live entries must be 0 (llava/kernels/evict.py).
         self.scores = torch.zeros(self.text.shape, dtype=torch.float32, device=device) if ranked else None
 
     def tensors(self) -> list[Tensor]:
+        """Return all tensors of the run."""
         return [tensor for tensor in (self.kv, self.image, self.core, self.text, self.scores) if tensor is not None]
 
     def begin(self, counts: Tensor) -> None:
-        """Lists as they stand before anything is ranked: slots in the order front, image, evictable. counts [4, L, B]."""
+        """Fill the lists with their initial slots, in the order front, image, evictable. counts [4, L, B]."""
         slots = torch.arange(max(self.sizes), dtype=torch.int32, device=counts.device)
         front, image, _, _ = counts
-        last = self.sizes.slots - 1  # what stands behind a row's own entries is never read, but has to be a slot
+        last = self.sizes.slots - 1  # list entries behind a row's own are never read, but must be valid slots
         if self.sizes.image:
             self.image.copy_((front[..., None] + slots[: self.sizes.image]).clamp_(max=last))
             self.core.copy_(self.image[..., : self.sizes.core])
@@ -142,16 +152,20 @@ class Run:
 
 
 class CacheTensors:
-    """What the decode steps of a batch read and change, for the layers of a CacheLayout. Allocated once, never moved.
+    """All tensors that the decode steps of a batch read and change. They are allocated once and never moved.
 
-    kv: the one allocation of all keys and values. front_len, image_len, core_len int32 [L, B], text_len int32
-    [L, B, G], tables int32 [U, 2, B, 1 + steps] (CacheLayout.tables), positions int64 [B, 1] of the newest token in the
-    whole prompt's count, shifts int64 [N, B, 1], step int64 [1]: decode steps so far.
+    kv: the one allocation of all keys and values
+    front_len, image_len, core_len int32 [L, B]; text_len int32 [L, B, G]: entries per region
+    tables int32 [U, 2, B, 1 + steps]: see CacheLayout.tables
+    positions int64 [B, 1]: of the newest token, counted in the whole prompt
+    shifts int64 [N, B, 1]: see AdaptiveCache.end_prefill
+    step int64 [1]: decode steps so far
 
-    like: keys [B, G, S, d] of the batch that is being prefilled, for their dtype, device, heads and head size.
+    like: keys [B, G, S, d] of the batch in prefill; they give dtype, device, heads and head size
     """
 
     def __init__(self, layout: CacheLayout, like: Tensor):
+        # 1. Keys and values: one allocation, split into runs.
         self.key = layout.key
         batch, heads, _, size = like.shape
         device, layers = like.device, len(layout.plans)
@@ -164,6 +178,7 @@ class CacheTensors:
             kv = part.view(2, count, batch, heads, sizes.slots, size)
             first = self.runs[-1].layers.stop if self.runs else 0
             self.runs.append(Run(sizes, first, count, kv, batch, ranked))
+        # 2. Counts and tables: one tensor, filled from a pinned buffer, because other copies are not asynchronous.
         self._counts_shape = (4, layers, batch)
         self._tables_shape = (len(set(layout.table_of)) if ranked else 0, 2, batch, 1 + layout.steps)
         self._host = torch.empty(prod(self._counts_shape) + prod(self._tables_shape), dtype=torch.int32)
@@ -173,11 +188,13 @@ class CacheTensors:
         counts, tables = ints.split([prod(self._counts_shape), prod(self._tables_shape)])
         self._ints, self._counts, self.tables = ints, counts.view(self._counts_shape), tables.view(self._tables_shape)
         self.front_len, self.image_len, self.core_len = self._counts[:3].unbind()
+        # 3. Counters that the device advances.
         self.text_len = torch.empty(layers, batch, heads, dtype=torch.int32, device=device)
         longs = {"dtype": torch.long, "device": device}
         self.positions = torch.zeros(batch, 1, **longs)
         self.shifts = torch.zeros(1 + max(layout.numbering), batch, 1, **longs)
         self.step = torch.zeros(1, **longs)
+        # The region that new entries enter. A contiguous layer has no lists, so its front grows.
         self._grows = self.front_len if layout.policy.contiguous else self.text_len
         self._copied: torch.cuda.Event | None = None
         self.table_of = layout.table_of
@@ -189,9 +206,9 @@ class CacheTensors:
         return sum(t.nbytes for run in self.runs for t in run.tensors()) + sum(t.nbytes for t in small)
 
     def begin(self, layout: CacheLayout, positions: Tensor) -> None:
-        """Start a request: counts, lists and tables of its rows. positions [B, 1]: of each row's last prompt token."""
+        """Start a request: fill in its counts, lists and tables. positions [B, 1]: of each row's last prompt token."""
         if self._copied is not None:
-            self._copied.synchronize()  # an earlier request's numbers may still be on their way out of this buffer
+            self._copied.synchronize()  # the copy of an earlier request may still be reading this buffer
         self._host.copy_(torch.cat([layout.counts().flatten(), layout.tables().flatten()]))
         self._ints.copy_(self._host, non_blocking=True)
         if self._ints.is_cuda:
@@ -205,15 +222,18 @@ class CacheTensors:
         self.step.zero_()
 
     def advance(self) -> Tensor:
-        """A decode step begins on the device: every layer has one entry more per row -> positions [N, B, 1] of the new
-        tokens, in each of the N ways in which layers count them."""
+        """Begin a decode step on the device: every layer gets one more entry per row.
+
+        Returns the positions [N, B, 1] of the new tokens, one for each of the N ways in which layers count them.
+        """
+        # In place: a CUDA graph replays on the same addresses.
         self._grows += 1
         self.step += 1
         self.positions += 1
         return self.positions - self.shifts
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
-        """The views that belong to one layer, by the names that LayerCache gives them."""
+        """Return the views of one layer, by their names in LayerCache."""
         run = next(run for run in self.runs if layer in run.layers)
         at = layer - run.layers.start
         found = {"keys": run.kv[0, at], "values": run.kv[1, at]}

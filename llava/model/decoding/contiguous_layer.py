@@ -1,4 +1,4 @@
-"""A layer whose entries are all read at every step: one run of slots per row, and no lists."""
+"""A layer in which every step reads all entries: the entries of a row are consecutive slots, and there are no lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from llava.model.decoding.layer_cache import LayerCache
 class ContiguousLayer(LayerCache):
     """LayerCache of a policy that evicts nothing after prefill and ranks nothing in a step (CachePolicy.contiguous).
 
-    Slots 0 .. front_len - 1 of a row are its entries, text and image alike; a step's own entry is the last of them.
+    The entries of a row, text and vision alike, are in slots 0 .. front_len - 1. A step's own entry is the last of
+    them.
     """
 
     def _newest(self) -> Tensor:

@@ -1,10 +1,10 @@
-"""The engine's arithmetic of transformers' decoder layers, in fewer operations: decode steps, and prefill on a GPU.
+"""Decoder layers of transformers in fewer operations, for the engine's decode steps and for its prefill on a GPU.
 
-At batch 1 a step reads weights and does little else, so that whatever else is launched shows: on a CPU as time in Python,
-on a GPU as kernels of microseconds between those that read. Here a layer is ten operations: norm, q/k/v, rotation and
-cache, two of attention, output, norm, gate/up, activation, down. What lies between the products is one fused kernel each
-(llava/kernels) on a GPU and the layers' own operations elsewhere. The numbers are the modules' up to rounding;
-`Stepper.for_model` says whether a model's layers are such that this holds.
+At batch 1 a step mostly reads weights, so every further launch costs visible time: Python on a CPU, kernels of
+microseconds on a GPU. Here a layer has ten operations: norm, q/k/v, rotation and cache, two of attention, output, norm,
+gate/up, activation, down. Between the matrix products runs one fused kernel each (llava/kernels) on a GPU, and the
+layers' own operations elsewhere. The results equal those of the modules up to rounding. `Stepper.for_model` checks that
+the layers of a model allow this.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llava.kernels.silu_mul import silu_mul
 from llava.model.decoding.adaptive_cache import AdaptiveCache
 
 LAYERS, NORMS = (LlamaDecoderLayer, MistralDecoderLayer), (LlamaRMSNorm, MistralRMSNorm)
-# Activations that silu_mul computes; any other is called as the module it is.
+# Activations that silu_mul computes. Any other activation is called as a module.
 SILU = {"SiLU", "SiLUActivation"}
 
 
 class Stepper:
-    """Runs the layers of a causal LM of Llama's or Mistral's kind: one token per row on an AdaptiveCache, or a prompt."""
+    """Runs the layers of a Llama or Mistral causal LM: one token per row on an AdaptiveCache, or a whole prompt."""
 
     def __init__(self, model):
         self._model = model
@@ -37,19 +37,25 @@ class Stepper:
 
     @staticmethod
     def for_model(model) -> Stepper | None:
-        """None where a layer is not as its class made it: quantised or with adapters, hooked (spread over devices,
-        offloaded, or watched), or of another architecture. Such layers are called as they are (model.decode_step)."""
+        """Return a Stepper, or None where a layer is not as its class made it.
+
+        Such layers are quantised, have adapters, have hooks (several devices, offloading, observers) or are of another
+        architecture. They are called as modules (model.decode_step).
+        """
         plain = all(type(layer) in LAYERS and _plain(layer) for layer in model.model.layers)
         return Stepper(model) if plain and _plain(model.model.norm) and _plain(model.lm_head) else None
 
     @property
     def fused(self) -> bool:
-        """Whether prefill gains by it: where the kernels are Triton's. Elsewhere the layers are called as they are."""
+        """Whether prefill is faster with it: only with Triton kernels. Otherwise prefill calls the modules."""
         weight = self._layers[0].out[0]
         return backend.backend_for(weight) == "triton"
 
     def __call__(self, tokens: Tensor, cache: AdaptiveCache) -> Tensor:
-        """tokens [B], after cache.begin_step(1) -> [B, V] float32 logits. Nothing in it needs the host."""
+        """Return the float32 logits [B, V] behind tokens [B]; cache.begin_step(1) must have been called.
+
+        Nothing in it waits for the host, so it can be captured as a CUDA graph.
+        """
         base = self._model.model
         hidden, delta = base.embed_tokens(tokens), None
         ropes = [_rope(base.rotary_emb(hidden, position_ids=own)) for own in cache.advance()]
@@ -65,11 +71,11 @@ class Stepper:
         return self._logits(hidden, delta)
 
     def prefill(self, hidden: Tensor, positions: Tensor, last: Tensor, sink) -> Tensor:
-        """hidden [B, S, D], padded on the right, positions [B, S], last [B]: slot of each row's last token -> [B, V] float32
-        logits of what follows it.
+        """Return the float32 logits [B, V] behind each row's last token.
 
-        sink: room_for(layer, key) -> where the layer's rotated keys and its values [B, G, >= S, d] go; fill(layer, query,
-        key, value, scaling), called when its attention has seen them.
+        hidden [B, S, D]: embeddings, padded on the right; positions [B, S]; last [B]: slot of each row's last token
+        sink: room_for(layer, key) returns tensors [B, G, >= S, d] for the layer's rotated keys and its values;
+            fill(layer, query, key, value, scaling) is called after the layer's attention
         """
         base, delta, shape = self._model.model, None, hidden.shape[:2]
         cos, sin = _rope(base.rotary_emb(hidden, position_ids=positions))
@@ -89,6 +95,7 @@ class Stepper:
                 return attended.transpose(1, 2)
 
             hidden, delta = layer(hidden, delta, attend)
+        # Only the last token of each row goes through the head: logits of a whole prompt would be [S, V] floats.
         last = last + torch.arange(0, len(hidden), shape[1], device=hidden.device)
         return self._logits(hidden[last], delta[last])
 
@@ -99,7 +106,7 @@ class Stepper:
 
 
 class _Layer:
-    """One decoder layer: its weights, where they are."""
+    """One decoder layer: references to its weights, without copies."""
 
     def __init__(self, layer):
         attention, mlp = layer.self_attn, layer.mlp
@@ -111,10 +118,12 @@ class _Layer:
         self.size, self.scaling = attention.head_dim, attention.scaling
 
     def __call__(self, hidden: Tensor, delta: Tensor | None, attend: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """hidden [N, D] of all rows' tokens and what is still to be added to it -> the same of the next layer.
+        """Run the layer on hidden [N, D], the tokens of all rows, and on delta, which is not yet added to it.
 
-        attend: query [N, H, d], key and value [N, G, d] before rotation -> attention's output, N tokens of [H, d].
-        Two dimensions, since a product takes longer to start with three.
+        Returns the same pair for the next layer. The sum is left open so that it is fused with the next norm.
+        attend: function from query [N, H, d], key and value [N, G, d] before rotation to the output of attention, N
+            tokens of [H, d]
+        Tensors have two dimensions, because a matrix product on three takes longer to start.
         """
         hidden, states = add_rms_norm(hidden, delta, *self.norms[0])
         query, key, value = (part.view(len(part), -1, self.size) for part in self.project(states))
@@ -124,8 +133,11 @@ class _Layer:
 
 
 class _Products:
-    """Products of one input with several weights: one product where the weights lie behind one another in memory
-    (merge_projections), else one each."""
+    """Products of one input with several weights.
+
+    One matrix product computes them all where the weights are adjacent in memory (merge_projections); otherwise there
+    is one product per weight.
+    """
 
     def __init__(self, modules: Sequence[nn.Linear]):
         weights, biases = ([getattr(module, name) for module in modules] for name in ("weight", "bias"))
@@ -141,9 +153,11 @@ class _Products:
 
 
 def merge_projections(model) -> None:
-    """Let the weights that one input is multiplied with (query, key and value; gate and up) lie behind one another, so that
-    a step takes one product for them. The modules keep theirs, as views; nothing is stored twice. Layers that are not as
-    their classes made them stay as they are."""
+    """Make weights that multiply the same input adjacent in memory, so that a step computes one product for them.
+
+    These are query, key and value, and gate and up. The modules keep their weights as views of the joint tensor, so
+    nothing is stored twice. Layers that are not as their classes made them stay unchanged.
+    """
     for layer in model.model.layers:
         if type(layer) in LAYERS and _plain(layer):
             attention, mlp = layer.self_attn, layer.mlp
@@ -157,13 +171,14 @@ def _merge(modules: Sequence[nn.Linear]) -> None:
         parts = [getattr(module, name) for module in modules]
         if any(part is None for part in parts) or _joined(parts) is not None:
             continue
+        # The old tensors are freed when they are replaced, so only one group of weights is in memory twice.
         whole = torch.cat(list(parts))
         for module, part in zip(modules, whole.split([len(part) for part in parts]), strict=True):
             setattr(module, name, nn.Parameter(part, requires_grad=getattr(module, name).requires_grad))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:
-    """One tensor whose rows are those of `parts`, where they lie behind one another in one allocation; else None."""
+    """Return one view with the rows of all `parts` where they are adjacent in one allocation; None otherwise."""
     at, first = parts[0].storage_offset(), parts[0]
     for part in parts:
         same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
@@ -175,19 +190,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def _norm_of(module) -> tuple[Tensor, float]:
-    """What add_rms_norm takes behind the states."""
+    """Return (weight, eps) of an RMSNorm module, as add_rms_norm takes them."""
     return module.weight, module.variance_epsilon
 
 
 def _rope(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """transformers' cos and sin [B, S, d] -> cos, and sin with the sign that rotate_half would give the other factor."""
+    """Return transformers' cos and sin [B, S, d] for rotate_append: sin gets the sign of rotate_half."""
     cos, sin = parts
     half = sin.shape[-1] // 2
     return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether all parts with weights are torch's and transformers' own, and nobody listens to a call of any part."""
+    """Return whether all parts with weights are plain torch or transformers modules, and no part has a hook."""
+    # accelerate moves weights in a replaced `forward` or in _hf_hook. Reading the weights directly would skip that.
     for part in module.modules():
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) or hasattr(part, "_hf_hook"):
             return False

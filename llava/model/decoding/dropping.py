@@ -1,7 +1,8 @@
-"""Dropping: what one request's dropping has come to. Made by llava_arch.prepare, filled by prefill, read by decoding.
+"""Dropping: the record of the vision tokens that are dropped inside the LLM for one request.
 
-Rows of a batch differ in length and in what survives. In every layer they stay right-aligned: a row's tokens end where
-the others' end, and padding is on the left, in the hidden states as in the KV cache.
+llava_arch.prepare makes it, prefill fills it, and decoding reads it. Rows of a batch differ in length and in their kept
+tokens. In every layer they stay right-aligned: all rows end at the same slot and padding is on the left, in the hidden
+states and in the KV cache.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from llava.methods.kv_cache.base import RowSpans
 
 @dataclass
 class PromptRow:
-    """One row's prompt before any cut. Slots are counted from its first real token.
+    """The prompt of one row before any cut. Slots are counted from its first real token.
 
-    length: its tokens; images: (start, count) of each; text: per image, the slots of its text (text_scope), [m] each
+    length: tokens of the row; images: (start, count) of each image
+    text: per image, the slots [m] of its text (option text_scope)
     """
 
     length: int
@@ -35,11 +37,12 @@ class PromptRow:
 
 @dataclass
 class CutRecord:
-    """What one cut did to one image. All numbers count the image's slots before the cut.
+    """The result of one cut of one image. All indices count the image's slots before the cut.
 
-    layer: where (before, in or after it: the dropper's `place`)
-    kept [k]: ascending; sources: for each token made of dropped ones, what went into it
-    order [k + made]: the image's slots after the cut, made tokens numbered on from the last slot
+    layer: the layer of the cut; the dropper's `place` says whether before, in or after it
+    kept [k]: slots that stay, ascending
+    sources: for each merged token, the slots that were merged into it
+    order [k + made]: the image's slots after the cut; merged tokens get the numbers behind the last slot
     """
 
     layer: int
@@ -50,7 +53,7 @@ class CutRecord:
 
 @dataclass
 class _Row:
-    """A row while prefill goes on: as PromptRow, for what is left of it."""
+    """The state of a row during prefill: as PromptRow, for the tokens that are left. cuts: per image, by layer."""
 
     length: int
     images: list[ImageSlots]
@@ -59,10 +62,10 @@ class _Row:
 
 @dataclass
 class Stage:
-    """What layers with the same survivors share. B rows, S slots.
+    """Data that all layers with the same kept tokens share. B rows, S slots.
 
-    lengths: real tokens of each row; valid [B, S]: which slots are real, None where all are
-    shift [B]: how far below the whole prompt's positions this stage's lie
+    lengths: real tokens of each row; valid [B, S]: True for real slots; None where all are real
+    shift [B]: the offset that is subtracted from positions in the whole prompt
     """
 
     lengths: list[int]
@@ -71,12 +74,12 @@ class Stage:
 
 
 class Dropping:
-    """Which image tokens each layer of each row keeps, for one request.
+    """The vision tokens that each layer keeps of each row, for one request.
 
     dropper, overall_tokens: the method and its budget per image; layers: of the LLM; prompts: one per row
     After prefill:
     records   per prompt, per image: its CutRecords in layer order
-    stages    the distinct sets of survivors; stage_of[layer]: the one that the layer's attention and cache see
+    stages    the distinct sets of kept tokens; stage_of[layer]: the one that the layer's attention and KV cache see
     """
 
     def __init__(self, dropper: Dropper, overall_tokens: int, layers: int, prompts: list[PromptRow]):
@@ -88,26 +91,26 @@ class Dropping:
         self._rows: list[_Row] = []
         self._times = 1  # rows per prompt
 
-    # --- what it comes to -------------------------------------------------------------------------------------
+    # --- counts and records -----------------------------------------------------------------------------------
 
     def schedule(self, row: int, image: int) -> list[LayerTokens]:
-        """Image tokens that each layer computes on, for one image of the batch."""
+        """Return the vision tokens that each layer computes on, for one image of the batch."""
         return layer_tokens(self.prompts[row].images[image][1], self.cuts[row][image], self.dropper.place, self.layers)
 
     def left(self, row: int, image: int) -> int:
-        """Tokens of an image that are left after the last cut."""
+        """Return the last count of an image: its tokens after the last cut."""
         cuts = self.cuts[row][image]
         return cuts[-1].keep + cuts[-1].made if cuts else self.prompts[row].images[image][1]
 
     def cached(self, row: int) -> list[int]:
-        """Entries of the row's own prompt in each layer's KV cache, padding excluded, as the schedule has it."""
+        """Return the entries of the row's prompt in each layer's KV cache, without padding, by the schedule."""
         prompt = self.prompts[row]
         text = prompt.length - sum(count for _, count in prompt.images)
         seen = [self.schedule(row, image) for image in range(len(prompt.images))]
         return [text + sum(tokens[layer].attention for tokens in seen) for layer in range(self.layers)]
 
     def image_counts(self) -> list[list[int]]:
-        """[L][B] image tokens of each row that each layer's attention sees, as the schedule has it."""
+        """Return the vision tokens of each row that each layer's attention sees, [L][B], by the schedule."""
         seen = [
             [self.schedule(row, image) for image in range(len(prompt.images))]
             for row, prompt in enumerate(self.prompts)
@@ -115,17 +118,19 @@ class Dropping:
         return [[sum(tokens[layer].attention for tokens in images) for images in seen] for layer in range(self.layers)]
 
     def numbering(self) -> list[int]:
-        """[L] in which of several ways each layer counts positions: survivors are numbered anew after every cut, or keep
-        the positions that they had."""
+        """Return, per layer, the number of the way in which it counts positions, [L].
+
+        Kept tokens are counted anew after every cut, or keep their positions; then all numbers are 0.
+        """
         if not self.dropper.reindexed:
             return [0] * self.layers
         layers = {cut.layer for row in self.cuts for cuts in row for cut in cuts}
-        # A cut before a layer's attention counts for that layer, one inside or after it for those that follow.
+        # A cut BEFORE a layer changes the positions of that layer. Other cuts change those of the layers behind it.
         reach = 1 if self.dropper.place == BEFORE else 0
         return [sum(cut < layer + reach for cut in layers) for layer in range(self.layers)]
 
     def survivors(self, row: int, image: int) -> list[Tensor]:
-        """After each cut of an image, what is left of it: slots of the whole image; -1 for tokens that were made."""
+        """Return the slots of an image that are left after each of its cuts; -1 for merged tokens."""
         now, after = torch.arange(self.prompts[row].images[image][1]), []
         for record in self.records[row][image]:
             now = torch.cat([now, torch.full((len(record.sources),), -1)])[record.order.cpu()]
@@ -133,12 +138,12 @@ class Dropping:
         return after
 
     def places(self, row: int, image: int) -> list[str]:
-        """Where each cut of an image was, in words, layers counted from 1: "after layer 2", "in layer 3"."""
+        """Return the places of an image's cuts in words, with layers counted from 1: "after layer 2", "in layer 3"."""
         words = {AFTER: "after layer {}", INSIDE: "in layer {}", BEFORE: "before layer {}"}[self.dropper.place]
         return [words.format(record.layer + 1) for record in self.records[row][image]]
 
     def left_of_prompt(self, row: int) -> Tensor:
-        """[s] slots of a row's prompt that are left after the last cut, in order; -1 for tokens that were made."""
+        """Return the slots [s] of a row's prompt that are left after the last cut, in order; -1 for merged tokens."""
         pieces, at = [], 0
         for image, (start, count) in enumerate(self.prompts[row].images):
             now = [torch.arange(count), *self.survivors(row, image)][-1]
@@ -147,7 +152,10 @@ class Dropping:
         return torch.cat([*pieces, torch.arange(at, self.prompts[row].length)])
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Labels [B, S] of the padded prompts -> [B, S'] of what is left of them; made tokens have none."""
+        """Return the labels [B, S'] of the tokens that are left, from labels [B, S] of the padded prompts.
+
+        Merged tokens get IGNORE_INDEX: there is no target for them.
+        """
         left = [self.left_of_prompt(row).to(labels.device) for row in range(len(self.prompts))]
         out = labels.new_full((len(left), max(map(len, left))), IGNORE_INDEX)
         for b, slots in enumerate(left):
@@ -158,9 +166,10 @@ class Dropping:
     # --- prefill ----------------------------------------------------------------------------------------------
 
     def begin(self, embeds: Tensor) -> None:
-        """Start prefill of `embeds` [B, S, D]; whatever an earlier generation with this prompt left is forgotten.
+        """Start the prefill of `embeds` [B, S, D]; the record of an earlier prefill of this prompt is dropped.
 
-        Under beam search transformers repeats each row; so are they here.
+        B is the number of prompts or a multiple of it, because transformers repeats each row under beam search.
+        UserError for embeddings of another shape.
         """
         length = max(prompt.length for prompt in self.prompts)
         times, rest = divmod(embeds.shape[0], len(self.prompts))
@@ -185,13 +194,14 @@ class Dropping:
         self._add_stage(embeds.device)
 
     def _queries(self, row: Tensor, start: int, count: int, text: Tensor, length: int) -> Tensor:
-        """Slots whose attention is read for one image of a row of embeddings [length, D]."""
+        """Return the slots whose attention is read for one image of a row of embeddings [length, D]."""
         if len(text) == 0:
             return torch.full((1,), length - 1, device=row.device)
         text = to_device(text, row.device)
         return text[self.dropper.queries(row[start : start + count], row[text])]
 
     def _add_stage(self, device: torch.device) -> None:
+        """Add the stage of the tokens that are left now."""
         lengths = [row.length for row in self._rows]
         whole = self.stages[0].lengths if self.stages else lengths
         longest = max(lengths)
@@ -204,33 +214,34 @@ class Dropping:
 
     @property
     def stage(self) -> Stage:
-        """The survivors as they are now."""
+        """The stage of the tokens that are left now."""
         return self.stages[-1]
 
     def note_layer(self) -> None:
-        """The next layer's attention runs on the survivors as they are now."""
+        """Note that the next layer's attention runs on the current stage."""
         self.stage_of.append(len(self.stages) - 1)
 
     def cuts_at(self, layer: int) -> bool:
-        """Whether any image of any row is cut at `layer`."""
+        """Return whether any image of any row is cut at `layer`."""
         return any(layer in cuts for row in self._rows for cuts in row.cuts)
 
     def spans(self) -> list[RowSpans]:
-        """Per row, its length and its images as they are now."""
+        """Return the current length and images of each row."""
         return [RowSpans(row.length, [(image.start, image.count) for image in row.images]) for row in self._rows]
 
     def positions(self, device: torch.device) -> Tensor:
-        """[B, S]: each row's slots counted from 0 as they are now; 0 in the padding."""
+        """Return the current slots of each row counted from 0, [B, S]; 0 in the padding."""
         longest = max(self.stage.lengths)
         start = longest - to_device(torch.tensor(self.stage.lengths), device)
         return (torch.arange(longest, device=device) - start[:, None]).clamp(min=0)
 
     def cut(self, layer: int, query: Tensor, key: Tensor, scaling: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Drop tokens at `layer`. Returns (index [B, S'], made [B, M, D]): what each slot is from now on.
+        """Drop tokens at `layer`. Returns (index [B, S'], made [B, M, D]), the content of each slot after the cut.
 
-        query [B, H, Q, d] of the last Q slots, key [B, G, S, d], hidden [B, S, D]: of the layer, padded as they are now
-        index: slot of `hidden`, or S + i for the made token i of that row; padding repeats slot 0
+        query [B, H, Q, d]: of the last Q slots; key [B, G, S, d]; hidden [B, S, D]: all of the layer, padded as now
+        index: a slot of `hidden`, or S + i for merged token i of that row; padding repeats slot 0
         """
+        # Each row on its own, without its padding: rows without a cut here need no attention rows.
         length = hidden.shape[1]
         orders, made = [], []
         for b, row in enumerate(self._rows):
@@ -247,7 +258,7 @@ class Dropping:
         return index, torch.stack([pad(new, (0, 0, 0, most - len(new))) for new in made])
 
     def _cut_row(self, b: int, layer: int, attention: RowAttention, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One row's part of `cut`, without padding: hidden [S, D] -> its slots from now on, and the tokens made."""
+        """Cut one row without padding, hidden [S, D]: return its slots after the cut, and the merged tokens."""
         row, slots = self._rows[b], torch.arange(len(hidden), device=hidden.device)
         pieces, made, counts, at, total = [], [hidden[:0]], [], 0, len(hidden)
         for i, image in enumerate(row.images):
@@ -255,7 +266,7 @@ class Dropping:
             if cut is not None:
                 choice = self.dropper.select(attention, cut, image, image.of(hidden))
                 inside = _order(choice, image)
-                if b % self._times == 0:  # its other beams do the same
+                if b % self._times == 0:  # the other beams of this prompt are cut alike
                     record = CutRecord(layer, choice.kept, choice.sources, inside)
                     self.records[b // self._times][i].append(record)
                 numbers = torch.arange(total, total + len(choice.sources), device=hidden.device)
@@ -273,7 +284,10 @@ class Dropping:
     # --- decoding ---------------------------------------------------------------------------------------------
 
     def decode_mask(self, stage: int, new: int, queries: int) -> Tensor | None:
-        """[B, 1, queries, S + new] of what the last `queries` of `new` tokens after the prompt see; None for all."""
+        """Return the attention mask [B, 1, queries, S + new] for the last `queries` of `new` tokens after the prompt.
+
+        stage: the stage whose prompt tokens the layer's KV cache holds. None where one query sees everything.
+        """
         valid = self.stages[stage].valid
         if valid is None and queries == 1:
             return None
@@ -286,17 +300,18 @@ class Dropping:
 
 
 def _order(choice: Choice, image: ImageSlots) -> Tensor:
-    """The image's slots after a cut, counted as before it; made tokens are numbered from image.count on."""
+    """Return the image's slots after a cut, counted as before it; merged tokens are numbered from image.count."""
     made = torch.arange(image.count, image.count + len(choice.sources), device=choice.kept.device)
-    if image.ends_prompt:  # the answer is read from the last slot, so nothing may come after it
+    if image.ends_prompt:  # the answer is read from the last slot, so merged tokens go before it
         return torch.cat([choice.kept[:-1], made, choice.kept[-1:]])
     return torch.cat([choice.kept, made])
 
 
 def _move(row: _Row, order: Tensor, counts: list[int], numbered: int) -> None:
-    """Bring `row` up to date: its slots are now `order`, counted as before (below `numbered`), its images `counts` long.
+    """Update `row` after a cut: its slots are now `order`, its images have `counts` tokens.
 
-    The slots that queries count are text, or the prompt's last: never dropped.
+    order counts slots as before the cut, below `numbered`. Queries are slots of text or the last slot of the prompt,
+    which are never dropped, so each of them has a new place.
     """
     place = torch.empty(numbered, dtype=torch.long, device=order.device)
     place[order] = torch.arange(len(order), device=order.device)

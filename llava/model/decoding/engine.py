@@ -1,14 +1,14 @@
-"""The generation engine: from a PreparedPrompt to answers, on storage whose size is known before prefill.
+"""The generation engine: from a PreparedPrompt to answers, on storage of a size that is known before prefill.
 
     engine = Engine(model, tokenizer)
     answers = engine.generate(model.prepare(input_ids, images, image_sizes), Sampling(max_new_tokens=64)).answers
     for outputs in engine.stream(prepared, Sampling()): ...       # token by token
 
-One prefill fills an AdaptiveCache (llava/methods/kv_cache), whatever its policy; every decode step then writes one entry
-per layer and row and reads what the policy lists. On one CUDA device what comes again in the same shapes is captured as
-CUDA graphs: the vision tower per number of tiles, short prefills, padded to few lengths, and decode steps, one graph for
-steps that read the core and one for those that re-rank it. Elsewhere everything runs plainly. transformers' generate()
-gives the same greedy tokens, and does what is not done here (beams, assistants, processors of logits).
+One prefill fills an AdaptiveCache under any policy (llava/methods/kv_cache). Every decode step then writes one entry
+per layer and row and reads the entries that the policy lists. On one CUDA device, work that repeats in the same shapes
+is captured as CUDA graphs: the vision tower per number of tiles; short prefills, padded to few lengths; and decode
+steps, with one graph for update steps and one for the others. Elsewhere everything runs without graphs. generate() of
+transformers gives the same greedy tokens. It also does what the engine does not (beams, assistants, logits processors).
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from llava.model.decoding.sampling import Chooser, Sampling
 from llava.model.decoding.text_stream import TextStream
 from llava.model.graphs import Store, capture, new_pool
 
-# Capacities are rounded up by this where steps are captured (rounded_up): requests of similar length then share graphs.
+# Where steps are captured, capacities are rounded up to a multiple of this (rounded_up). Requests of similar length
+# then share graphs.
 CAPACITY_MULTIPLE = 128
-# A capture costs as much as a dozen plain steps at batch 1, so that it pays from about this many on.
+# A capture costs as much as a dozen plain steps at batch 1, so it pays from about this many steps on.
 MIN_STEPS_TO_CAPTURE = 16
-# Shapes of earlier requests that are remembered: steps are captured for a shape that comes again.
+# How many shapes of earlier requests are remembered. Steps are captured only for a shape that repeats.
 REMEMBERED = 256
-# The share of a GPU's memory that captured things may hold which nobody is using.
+# Share of a GPU's memory that idle captured graphs and their buffers may hold.
 IDLE_SHARE = 1 / 8
 
 
@@ -47,8 +48,9 @@ IDLE_SHARE = 1 / 8
 class Answer:
     """The answer of one row.
 
-    tokens: with the end token. text: decoded, cut before the stop string, without special tokens; None without a tokenizer.
-    finish: "stop" for an end token or a stop string, "length" if max_new_tokens ended it, or "cancelled".
+    tokens: token ids, the end token included
+    text: the decoded text without special tokens, cut before the stop string; None without a tokenizer
+    finish: "stop" for an end token or a stop string, "length" for max_new_tokens, or "cancelled"
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -58,7 +60,7 @@ class Answer:
 
 @dataclass
 class Generated:
-    """answers: one per row; cache: as it was at the end; seconds: prefill and decode of the whole batch."""
+    """Result of a batch. answers: one per row; cache: its final state; seconds: of "prefill" and "decode"."""
 
     answers: list[Answer]
     cache: AdaptiveCache
@@ -66,14 +68,17 @@ class Generated:
 
 
 class Engine:
-    """Generates with one model, one batch after another. Not for several threads at once; several generations may be under
-    way in turns.
+    """Generates with one model, one batch after another.
 
-    tokenizer: for texts and stop strings; None for token ids alone. graphs: whether to capture CUDA graphs; None: where the
-    model is on one CUDA device. rank_beside: on CUDA, let A-VL's re-ranking run on a side stream, beside the layers
-    that follow (same tokens). graph_bytes: of captured things that are idle, which are let go of before the next prefill
-    where they hold more; None: an eighth of the GPU's memory. What was used last may hold more until then: it is one
-    request's KV cache, kept for the next of that shape.
+    Only one thread may use it at a time. The steps of several generations may alternate.
+
+    tokenizer: for texts and stop strings; None for token ids only
+    graphs: whether to capture CUDA graphs; None captures where the model is on one CUDA device
+    rank_beside: on CUDA, run A-VL's ranking on a side stream, in parallel with the layers that follow (same tokens)
+    graph_bytes: limit of idle captured graphs and buffers; None is an eighth of the GPU's memory. They are freed before
+        the next prefill where they hold more. Until then the newest may exceed the limit: it is the KV cache of one
+        request, kept for the next request of that shape.
+    UserError for graphs or rank_beside where the model is not on one CUDA device.
     """
 
     def __init__(
@@ -104,9 +109,10 @@ class Engine:
             model.get_vision_tower().capture_with(self._store, self._pool)
 
     def generate(self, prepared: PreparedPrompt, sampling: Sampling | Sequence[Sampling] | None = None) -> Generated:
-        """Answer every row of a batch. sampling: for all rows, or one for each; None is greedy, up to 128 tokens.
+        """Return the answers of all rows of a batch.
 
-        On a GPU the cache of the result is there until the next request: its storage then goes to that.
+        sampling: one for all rows, or one per row; None is greedy, up to 128 tokens
+        On a GPU the cache of the result is valid until the next request, which may take over its storage.
         """
         generation = BatchGeneration(self, prepared, sampling)
         for _ in generation:
@@ -116,21 +122,21 @@ class Engine:
     def stream(
         self, prepared: PreparedPrompt, sampling: Sampling | Sequence[Sampling] | None = None
     ) -> BatchGeneration:
-        """As generate, step by step: iterate over it for what each step adds, and ask it for result() at the end."""
+        """Return a generation to iterate over: each item is the output of one step. result() gives all answers."""
         return BatchGeneration(self, prepared, sampling, streamed=True)
 
-    # --- what is captured ------------------------------------------------------------------------------------------
+    # --- captured graphs -------------------------------------------------------------------------------------------
 
     def captured_sets(self) -> list[CapturedSteps]:
-        """The captured decode steps that are kept, those used last at the end."""
+        """Return the captured decode steps that are stored, the most recently used last."""
         return [kept for kept in self._store.all() if isinstance(kept, CapturedSteps)]
 
     def captured_bytes(self) -> int:
-        """Bytes of everything captured that is kept: KV caches, buffers of prefills and of the vision tower."""
+        """Return the bytes of all stored captured work: KV caches, buffers of prefills and of the vision tower."""
         return self._store.nbytes
 
     def release(self) -> None:
-        """Let go of everything captured that no unfinished generation uses, and give its memory back to the device."""
+        """Free all captured work that no unfinished generation uses, and give its memory back to the device."""
         self._store.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -138,8 +144,11 @@ class Engine:
     # --- parts of a generation -------------------------------------------------------------------------------------
 
     def cache_for(self, prepared: PreparedPrompt, steps: int) -> AdaptiveCache:
-        """An empty cache for a prompt and `steps` decode steps. It takes the storage of captured steps of its shape, if
-        there are some that nobody is using; others are let go of where they hold too much."""
+        """Return an empty cache for a prompt and `steps` decode steps.
+
+        It takes over the storage of idle captured steps of its shape. Other idle captured work is freed where it
+        exceeds the limit.
+        """
         multiple = CAPACITY_MULTIPLE if self.graphs else 1
         cache = prepared.caching.cache(rounded_up(steps, multiple), multiple)
         captured = self._store.get(_shape(cache)) if self.graphs else None
@@ -149,7 +158,8 @@ class Engine:
         return cache
 
     def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
-        """[B, V] logits of the first new token, the prompts filled into an empty cache."""
+        """Prefill the prompts into an empty cache and return the logits [B, V] of the first new token."""
+        # From the fastest way to the most general one: a captured prefill, fused layers, the loop that drops tokens.
         logits = None if self._prefills is None else self._prefills(prepared, cache)
         if logits is None and prepared.dropping is None:
             logits = prefill(self.model, prepared, cache, self._stepper)
@@ -158,20 +168,25 @@ class Engine:
     def steps_for(
         self, cache: AdaptiveCache, count: int | None = None, holder: BatchGeneration | None = None
     ) -> PlainSteps | CapturedSteps:
-        """What runs the decode steps on a prefilled cache. count: how many there will be at most; None: all it has room for.
-        holder: whose storage the cache is until it has ended, or is forgotten.
+        """Return the object that runs decode steps on a prefilled cache.
 
-        Captured steps where the cache's shape has come before and enough steps are to come.
+        These are captured steps where the shape of the cache has come before and enough steps follow; plain steps
+        otherwise.
+        count: the most steps that follow; None is all that the cache has room for
+        holder: the generation that owns the storage until it has ended or is garbage-collected
         """
+        # 1. Without graphs, plain steps.
         if self._rank_beside:
             cache.rank_beside()
         step = self._stepper or self.model.decode_step
         if not self.graphs or cache.tensors is None:
             return PlainSteps(step, cache)
+        # 2. Steps that were captured on this storage.
         shape, count = _shape(cache), cache.limit if count is None else count
         captured = self._store.get(shape)
         if captured is not None and captured.cache is cache:
             return captured.begin(count, holder)
+        # 3. New captured steps, for a shape that repeats. A shape whose stored steps are busy is not captured twice.
         again = shape in self._seen
         self._seen[shape] = None
         self._seen.move_to_end(shape)
@@ -185,13 +200,17 @@ class Engine:
 
 
 def _shape(cache: AdaptiveCache) -> tuple:
-    """What captured steps are kept by."""
+    """Return the key under which captured steps are stored."""
     return ("steps", cache.layout.key)
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step added to one row: its token, the text that is certain by now, and why the row ended, if it did."""
+    """Output of one step for one row.
+
+    token: the new token; text: newly certain text, None without a text stream; finish: why the row ended, None if it
+    did not
+    """
 
     token: int
     text: str | None
@@ -199,7 +218,7 @@ class StepOutput:
 
 
 class BatchGeneration:
-    """One batch on its way: an iterator over steps. Each gives, per row, its `StepOutput`, or None for a row that has ended."""
+    """One batch in generation: an iterator over steps. A step gives one StepOutput per row, None for ended rows."""
 
     def __init__(self, engine: Engine, prepared: PreparedPrompt, sampling, streamed: bool = False):
         rows = len(prepared.lengths)
@@ -220,10 +239,10 @@ class BatchGeneration:
             TextStream(engine.tokenizer, one.stop) if engine.tokenizer is not None and (streamed or one.stop) else None
             for one in self.sampling
         ]
-        self.logits: Tensor | None = None  # [B, V] of the newest step, which may be one ahead of the answers
+        self.logits: Tensor | None = None  # [B, V] of the newest step; it may be one step ahead of the answers
         self._steps: PlainSteps | CapturedSteps | None = None
         self._failed = False
-        self._ahead = False  # whether the step that comes next has been launched
+        self._ahead = False  # whether the next step has been launched already
         self._ended: Tensor | None = None  # [B] bool on the device: rows that are fed padding from now on
         self._count_ended = 0
 
@@ -233,7 +252,7 @@ class BatchGeneration:
     def __next__(self) -> list[StepOutput | None]:
         if self.ended:
             raise StopIteration
-        self._failed = True  # until the step is through
+        self._failed = True  # stays True if the step raises: the cache is then in an unknown state
         outputs = self._next()
         self._failed = False
         return outputs
@@ -242,31 +261,31 @@ class BatchGeneration:
     def _next(self) -> list[StepOutput | None]:
         start = time.perf_counter()
         stage = "prefill" if self.logits is None else "decode"
-        # 1. The tokens of this step, unless the step before has launched it already.
+        # 1. Launch this step, unless the step before has launched it.
         if not self._ahead:
             self._launch()
         self._ahead = False
         fetched = self._fetch()
-        # 2. The step after it, so that the device has work while the host reads this one's tokens.
+        # 2. Launch the next step, so that the device has work while the host reads the tokens of this one.
         if self._looks_ahead():
             self._launch()
             self._ahead = True
-        # 3. What the host makes of the tokens; it waits for the device here and nowhere else.
+        # 3. Add the tokens to the answers. Only here does the host wait for the device.
         outputs = [self._add(row, token) for row, token in enumerate(fetched())]
         self.seconds[stage] += time.perf_counter() - start
         return outputs
 
     def _launch(self) -> None:
-        """Prefill, or a step: the logits and the tokens that are chosen by them."""
+        """Launch prefill or a step, and the choice of the tokens."""
         self.logits = self._prefill() if self.logits is None else self._steps(self._tokens)
         self._tokens = self._choose(self.logits)
         self._pad_ended()
 
     def _looks_ahead(self) -> bool:
-        """Whether the next step may be launched before the tokens of this one are known.
+        """Return whether the next step may be launched before the tokens of this one are known.
 
-        It is in vain where they end the answer, so that only answers that have gone on for a while are worth it; and no
-        step is launched that no row can need.
+        The launch is wasted where these tokens end the answer. Therefore short answers never launch ahead, and no step
+        is launched that no row can need.
         """
         done = max(len(answer.tokens) for answer in self.answers) + 1
         open_rows = [
@@ -277,9 +296,10 @@ class BatchGeneration:
         return self._engine.graphs and done >= MIN_STEPS_TO_CAPTURE and any(open_rows)
 
     def _fetch(self) -> Callable[[], list[int]]:
-        """Start bringing the chosen tokens to the host; call the result for them."""
+        """Start the copy of the chosen tokens to the host; the returned function waits for it and gives the tokens."""
         if not self._tokens.is_cuda:
             return self._tokens.tolist
+        # A pinned buffer and an event: .tolist() would wait for all work on the device, the next step included.
         host = torch.empty(self._tokens.shape, dtype=self._tokens.dtype, pin_memory=True)
         host.copy_(self._tokens, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -293,16 +313,16 @@ class BatchGeneration:
 
     @property
     def ended(self) -> bool:
-        """Whether no step is to come: every row has ended, or a step failed."""
+        """Whether no step follows: every row has ended, or a step has failed."""
         return self._failed or all(answer.finish for answer in self.answers)
 
     def cancel(self, row: int) -> None:
-        """End a row before its time: its answer is what it has by now, and the others go on without it."""
+        """End a row early. Its answer is what it has so far, and the other rows continue."""
         if self.answers[row].finish is None:
             self.answers[row].finish = "cancelled"
 
     def result(self) -> Generated:
-        """All answers; what is left to generate is generated first."""
+        """Return all answers, after running the steps that are left."""
         for _ in self:
             pass
         tokenizer = self._engine.tokenizer
@@ -314,7 +334,7 @@ class BatchGeneration:
         return Generated(self.answers, self.cache, self.seconds)
 
     def _pad_ended(self) -> None:
-        """Feed padding to rows that have ended. Which those are goes to the device when it changes, not at every step."""
+        """Replace the tokens of ended rows by padding. The mask goes to the device only when it changes."""
         ended = [answer.finish is not None for answer in self.answers]
         if sum(ended) != self._count_ended:
             self._count_ended = sum(ended)
@@ -323,9 +343,9 @@ class BatchGeneration:
             self._tokens.masked_fill_(self._ended, self._engine.pad)
 
     def _prefill(self) -> Tensor:
-        """[B, V] logits of the first new token; the cache is filled, and what decodes on it is ready.
+        """Prefill, prepare the decode steps, and return the logits [B, V] of the first new token.
 
-        Where memory runs out, what the engine has kept of earlier requests goes, and prefill is tried once more.
+        Where memory runs out, the captured work of earlier requests is freed, and prefill is tried once more.
         """
         engine = self._engine
         try:
@@ -333,12 +353,13 @@ class BatchGeneration:
         except torch.OutOfMemoryError:
             if not engine.captured_bytes():
                 raise
-        # Behind the except: while the error is held, its traceback holds the tensors of the failed attempt.
+        # Not inside the except block: there the error's traceback still holds the tensors of the failed attempt.
         self.cache = self._steps = None
         engine.release()
         return self._prefilled()
 
     def _prefilled(self) -> Tensor:
+        """Make one attempt of `_prefill`."""
         engine, prepared = self._engine, self._prepared
         steps = max(one.max_new_tokens for one in self.sampling) - 1  # the last token is never fed back
         cache = engine.cache_for(prepared, steps)
@@ -347,6 +368,7 @@ class BatchGeneration:
         return logits
 
     def _add(self, row: int, token: int) -> StepOutput | None:
+        """Add a token to the answer of a row; return its output, or None for a row that had ended."""
         answer, stream = self.answers[row], self._streams[row]
         if answer.finish:
             return None
@@ -362,25 +384,25 @@ class BatchGeneration:
 
 
 class PlainSteps:
-    """Decode steps one after another, as they are."""
+    """Decode steps without CUDA graphs."""
 
     def __init__(self, step: Callable[[Tensor, AdaptiveCache], Tensor], cache: AdaptiveCache):
         self._step, self.cache = step, cache
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens [B] -> logits [B, V] of those that follow."""
+        """Run one step on tokens [B] and return the logits [B, V] of the tokens that follow."""
         self.cache.begin_step(1)
         return self._step(tokens, self.cache)
 
 
 class CapturedSteps:
-    """Decode steps as CUDA graphs over the storage of one cache, lent to request after request of its shape.
+    """Decode steps as CUDA graphs over the storage of one cache, which serves one request of its shape after another.
 
-    Steps that re-rank and steps that do not are captured apart. The first of either kind runs plainly: it compiles kernels
-    and sets up libraries, which must not happen under capture. Capturing runs nothing, so the step is then replayed. Where
-    a capture fails, steps run plainly.
+    Update steps and other steps have separate graphs. The first step of each kind runs without a graph: it compiles
+    kernels and sets up libraries, which must not happen during a capture. A capture executes nothing, so the captured
+    step is replayed at once. Where a capture fails, steps run without graphs.
 
-    graphs: by whether the step re-ranks. left: steps that the request at hand may still take.
+    graphs: by whether the step is an update step; left: steps that the current request may still take
     """
 
     def __init__(self, step: Callable[[Tensor, AdaptiveCache], Tensor], cache: AdaptiveCache, pool=None):
@@ -395,29 +417,31 @@ class CapturedSteps:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the KV cache and of what the graphs leave in buffers of their own."""
+        """Bytes of the KV cache and of the graphs' output buffers."""
         return self._tensors.nbytes + sum(logits.nbytes for logits in self._logits.values())
 
     @property
     def busy(self) -> bool:
-        """Whether a generation that is not at its end decodes on the storage."""
+        """Whether an unfinished generation decodes on the storage."""
+        # A weak reference: a generation that a caller abandoned must not block the storage.
         holder = self._holder()
         return holder is not None and not holder.ended
 
     def begin(self, count: int, holder: BatchGeneration | None) -> CapturedSteps:
-        """Go on with the request whose prompt the storage holds, for at most `count` steps."""
+        """Start the decoding of the request whose prompt is in the storage, for at most `count` steps."""
         self.left = count
         self._holder = (lambda: None) if holder is None else weakref.ref(holder)
         return self
 
     def lend_to(self, cache: AdaptiveCache) -> None:
-        """Let a cache of the same shape be prefilled into the storage. The one before is refused from now on."""
+        """Lend the storage to a new cache of the same shape. Any later use of the old cache raises UserError."""
         self.cache.give_up_tensors()
         cache.use_tensors(self._tensors)
         self.cache = cache
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens [B] -> logits [B, V] of those that follow, valid until the next call."""
+        """Run one step on tokens [B]; return the logits [B, V] of the tokens that follow, valid until the next call."""
+        # Copied, because the graph reads its input at a fixed address.
         self._tokens.copy_(tokens)
         self.cache.begin_step(1)
         kind = self.cache.update_step
@@ -431,6 +455,7 @@ class CapturedSteps:
         return self._step(self._tokens, self.cache)
 
     def _capture(self, kind: bool) -> None:
+        """Capture steps of one kind; after a failure no further capture is tried."""
         found: list[Tensor] = []
         graph = capture(lambda: found.append(self._step(self._tokens, self.cache)), self._pool)
         if graph is None:
@@ -440,13 +465,13 @@ class CapturedSteps:
 
 
 def end_tokens(model, tokenizer=None) -> set[int]:
-    """Tokens that end an answer: those of the generation configuration, and the tokenizer's."""
+    """Return the tokens that end an answer: those of the generation configuration and that of the tokenizer."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return {end for end in [*ends, getattr(tokenizer, "eos_token_id", None)] if end is not None}
 
 
 def pad_token(model, tokenizer=None) -> int:
-    """What a row that has ended is fed while others go on."""
+    """Return the token that ended rows are fed while others continue; any valid id would do."""
     pad = getattr(tokenizer, "pad_token_id", None)
     return pad if pad is not None else min(end_tokens(model, tokenizer), default=0)

@@ -1,4 +1,4 @@
-"""generate() from a PreparedPrompt: what transformers is given in prefill and in every step, and which cache it runs on."""
+"""generate() of transformers from a PreparedPrompt: its inputs in prefill and in every step, and its KV cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.model.decoding.prepared import PreparedPrompt
 
 
 class LlavaGeneration:
-    """Mixin for a causal LM with `prepare` (llava_arch): generate() on prompts with images."""
+    """Mixin for a causal LM with `prepare` (llava_arch): generate() for prompts with images."""
 
     @torch.no_grad()
     def generate(
@@ -29,11 +29,11 @@ class LlavaGeneration:
         config: AdaVConfig | None = None,
         **generation_kwargs,
     ):
-        """transformers' generate() on a prompt with images. Returns the new tokens only: [B, T].
+        """Run generate() of transformers on prompts with images. Returns the new tokens only, [B, T].
 
-        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
-        prompt_ids: [B, P] a spelling of the prompts in token ids. Processors of logits, stopping criteria and streamers
-            then see it before the new tokens, max_length counts it, and the result is [B, P + T].
+        Takes the arguments of `prepare`, or its result as `prepared`. All other arguments go to transformers.
+        prompt_ids: [B, P], the prompts spelled in token ids. Logits processors, stopping criteria and streamers then
+            see them before the new tokens, max_length counts them, and the result is [B, P + T].
         """
         if prepared is None:
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
@@ -53,9 +53,9 @@ class LlavaGeneration:
         return output
 
     def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
-        """Run the prompts of a batch through the LLM into an empty cache of `prepared.caching`.
+        """Prefill the prompts of a batch into an empty cache of `prepared.caching`.
 
-        Returns [B, V] float32 logits of each row's first new token; those of the other positions are not computed.
+        Returns the float32 logits [B, V] of each row's first new token. Logits of other positions are not computed.
         """
         if prepared.dropping is None:
             return prefill(self, prepared, cache)
@@ -70,9 +70,9 @@ class LlavaGeneration:
         return self.lm_head(output.last_hidden_state[:, -1]).float()
 
     def decode_step(self, tokens: Tensor, cache: AdaptiveCache) -> Tensor:
-        """tokens [B], fed to a prefilled cache whose begin_step() has been called -> [B, V] float32 logits.
+        """Return the float32 logits [B, V] behind tokens [B], on a prefilled cache whose begin_step() has been called.
 
-        Nothing in it needs the host, so that it can be captured as a CUDA graph.
+        Nothing in it waits for the host, so it can be captured as a CUDA graph.
         """
         hidden = self.model.step(self.get_input_embeddings()(tokens[:, None]), cache)
         return self.lm_head(self.model.norm(hidden[:, -1])).float()
@@ -88,13 +88,14 @@ class LlavaGeneration:
         is_first_iteration=False,
         **kwargs,
     ):
-        """transformers counts on from the last position; an image at the very end of a prompt may have left a gap.
+        """Return transformers' inputs of one step, with corrected positions, `dropping` and `caching`.
 
-        It forwards only what is named here; `dropping` and `caching` go with every step, `prompt_length` with none.
+        transformers passes only arguments that are named here. `prompt_length` is named so that it is not passed on.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+        # transformers counts on from the last position. An image at the very end of a prompt may have left a gap there.
         if position_offset is not None and not is_first_iteration and inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + position_offset
         if dropping is not None:
@@ -112,7 +113,7 @@ class LlavaGeneration:
         input_ids_length,
         inputs_tensor,
     ):
-        """transformers' hook: lengths count the prompt as its ids spell it, where there are ids, not as it was spliced."""
+        """Hook of transformers: lengths count the ids of the prompt where ids are given, not the spliced tokens."""
         return super()._prepare_generated_length(
             generation_config=generation_config,
             has_default_max_length=has_default_max_length,
@@ -125,7 +126,11 @@ class LlavaGeneration:
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """transformers' hook, called once it knows how many tokens there may be: a request with `caching` gets its cache."""
+        """Hook of transformers, called when the maximum length is known: a request with `caching` gets its cache.
+
+        UserError for kinds of generation that an adaptive KV cache, or a prompt with prompt_ids, does not allow.
+        """
+        # 1. Refuse what does not work.
         if generation_mode == GenerationMode.ASSISTED_GENERATION and model_kwargs["prompt_length"]:
             raise UserError(
                 "assisted generation (prompt lookup) does not go with a prompt whose ids are not what the LLM reads: it "
@@ -147,14 +152,15 @@ class LlavaGeneration:
                     f"{name} is {getattr(generation_config, name)!r}, which does not go with an adaptive KV cache: "
                     "leave it out"
                 )
+        # 2. The cache of the request.
         if model_kwargs.get("past_key_values") is None:
-            # One step fewer than new tokens: the last one is never fed back.
+            # One step fewer than new tokens: the last token is never fed back.
             steps = generation_config.max_length - 1 - model_kwargs["prompt_length"]
             model_kwargs["past_key_values"] = caching.cache(steps)
 
 
 def _report_survivors(prepared: PreparedPrompt) -> None:
-    """After prefill: where each cut inside the LLM was and what it has left of each image, in its selection's report."""
+    """After prefill, add the places of the cuts and the kept slots to the report of each image's selection."""
     if prepared.dropping is None:
         return
     for row, selections in enumerate(prepared.selections):
@@ -164,7 +170,7 @@ def _report_survivors(prepared: PreparedPrompt) -> None:
 
 
 def check_cache(cache, caching: Caching) -> None:
-    """UserError where a request with `caching` comes with a cache that it did not make."""
+    """Raise UserError where a request with `caching` comes with a cache that `caching` did not make."""
     if not isinstance(cache, AdaptiveCache) or cache.caching is not caching:
         found = "none" if cache is None else f"a {type(cache).__name__} of another making"
         raise UserError(

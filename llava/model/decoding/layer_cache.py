@@ -1,8 +1,8 @@
-"""One layer's stored keys and values: slots that are filled once, and int32 lists of those that a step reads.
+"""The stored keys and values of one layer: slots with entries, and int32 lists of the slots that a step reads.
 
-Slots of a row: [front | image entries that stay, in order | evictable region]. All tensors are views into the CacheTensors
-of the request (tensors.py); a step writes one entry and rewrites lists and counters in place, so it needs no copy of the
-cache, no allocation that lasts, and nothing from the host.
+The slots of a row are [front | stored vision entries, in order | evictable region]. All tensors are views into the
+CacheTensors of the request (cache_tensors.py). A step writes one entry and updates lists and counters in place. It
+copies no cache, makes no lasting allocation and never waits for the host.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llava.methods.ranking import lowest_index_topk
 
 
 class Regions:
-    """Where the parts of each row lie, for layers that see the same of it.
+    """The places of the regions of each row, shared by all layers that see the same tokens.
 
-    rows: what is in them; starts: from which slot of the padded batch on. indices: per row, positions in the row of the
-    text before the first image, of the image tokens and of the text behind the first image's start (RowSpans.regions);
-    they go to the device in one copy. None without with_indices.
+    rows: the rows; starts: first slot of each row in the padded batch
+    indices: per row, the positions of the text before the first image, of the vision tokens and of the text after the
+        first image's start (RowSpans.regions), sent to the device in one copy; None without with_indices
     """
 
     def __init__(self, rows: Sequence[RowSpans], starts: Sequence[int], device: torch.device, with_indices: bool):
@@ -46,8 +46,11 @@ class Regions:
 
 
 class _Entries(NamedTuple):
-    """What stays of one row: slots [G, n] of the row, in storage order; which of its image tokens [n] stay, ascending; the
-    core [c] among those; scores [G, t] of the evictable ones, where they are ranked."""
+    """The entries that stay of one row.
+
+    index [G, n]: slots of the row, in storage order; image [n]: vision tokens that stay, ascending
+    core [c]: indices of the core among these; scores [G, t]: of the evictable entries, None where they are not ranked
+    """
 
     index: Tensor
     image: Tensor
@@ -59,7 +62,7 @@ GONE = (
     "the storage of this KV cache went to a later request of the same engine; read a cache before the next request, or "
     "make the engine with graphs=False"
 )
-# The views that use_tensors binds, by name.
+# Names of the views that use_tensors binds.
 TENSORS = (
     *("keys", "values", "front_len", "image_len", "core_len", "text_len", "image", "core", "text"),
     *("scores", "total", "recent", "step"),
@@ -69,11 +72,15 @@ TENSORS = (
 class LayerCache(CacheLayerMixin):
     """Keys and values of one layer for a batch, under one policy.
 
-    After prefill: keys, values [B, G, C, d]; plans: per row, its counts; stayed: per row, which of the image tokens that
-    the layer saw are stored, int32 [n] ascending (no list under Full, which stores all of them); front_len, image_len, core_len int32 [B];
-    image, core int32 [B, N] slots of all stored and of the core's image entries; text int32 [B, G, T]: the slots of the
-    evictable region, live ones first and oldest first, then the slot that the next entry will take; text_len int32
-    [B, G]. AdaptiveCache.advance counts a step's entry in text_len before the step writes it.
+    After prefill:
+    keys, values [B, G, C, d]
+    plans       per row, its counts
+    stayed      per row, which of the vision tokens that the layer saw are stored, int32 [n] ascending; empty under
+                Full, which stores all of them
+    front_len, image_len, core_len int32 [B]; text_len int32 [B, G]
+    image, core int32 [B, N]: slots of all stored vision entries and of the core
+    text int32 [B, G, T]: slots of the evictable region, live ones first, oldest first, then the slot for the next entry
+    AdaptiveCache.advance counts the entry of a step in text_len before the step writes it.
     """
 
     is_sliding = False
@@ -84,20 +91,20 @@ class LayerCache(CacheLayerMixin):
         self.plans: Sequence[LayerPlan] = ()
         self.stayed: list[Tensor] = []
         self.side = (
-            None  # the stream that re-ranking runs on, where it is not the step's own (AdaptiveCache.rank_beside)
+            None  # the side stream that ranks the core in parallel with the next layers (AdaptiveCache.rank_beside)
         )
-        self.update_step = False  # whether the step at hand re-ranks the core; set by AdaptiveCache.begin_step
+        self.update_step = False  # whether the current step is an update step; set by AdaptiveCache.begin_step
         self._gone = False
 
     # --- the tensors ---------------------------------------------------------------------------------------------
 
     def use_tensors(self, tensors: dict[str, Tensor], plans: Sequence[LayerPlan]) -> None:
-        """Take the views of one layer (CacheTensors.of_layer), whose lists stand as `plans` [B] have them."""
+        """Bind the views of one layer (CacheTensors.of_layer), whose lists are filled as `plans` [B] say."""
         self.plans = plans
         vars(self).update(tensors)
 
     def drop_tensors(self) -> None:
-        """Forget the views, which belong to a later request now."""
+        """Unbind the views, which belong to a later request now."""
         for name in TENSORS:
             vars(self).pop(name, None)
         self._gone = True
@@ -108,16 +115,21 @@ class LayerCache(CacheLayerMixin):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a decode step reads or changes, by name."""
+        """Return all tensors that a decode step reads or changes, by name."""
         return {name: getattr(self, name) for name in TENSORS if name in vars(self)}
 
-    # --- what transformers asks of a cache layer -----------------------------------------------------------------
+    # --- the interface of transformers' cache layers -------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: storage is allocated before `fill`, when it is known what stays."""
+        """Do nothing: storage is allocated before `fill`, where the numbers of entries are known."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """In prefill the keys and values as they are; in a decode step all storage, the new entry [B, G, 1, d] in it."""
+        """Return the keys and values for the layer's attention.
+
+        In prefill these are the given ones. In a decode step the new entry [B, G, 1, d] is stored and all storage
+        returned.
+        """
+        # In prefill the policy chooses after the attention has run (fill).
         if not self.is_initialized:
             return key_states, value_states
         slot = self._newest().expand(-1, key_states.shape[1], 1, key_states.shape[-1])
@@ -126,19 +138,22 @@ class LayerCache(CacheLayerMixin):
         return self.keys, self.values
 
     def _newest(self) -> Tensor:
-        """[B, G or 1, 1, 1] the slot of the step's own entry."""
+        """Return the slot of the step's own entry, [B, G or 1, 1, 1]."""
         return self.text.gather(2, self.text_len[..., None].long() - 1).long()[..., None]
 
     def append(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """A decode step's query [B, 1, H, d], key and value [B, 1, G, d], before rotation: store the entry and return the
-        rotated query [B, H, 1, d]. cos, sin [B, 1, d]: sin with rotate_half's sign."""
+        """Store the entry of a decode step and return the rotated query [B, H, 1, d].
+
+        query [B, 1, H, d]; key, value [B, 1, G, d], before rotation; cos, sin [B, 1, d], sin with the sign of
+        rotate_half
+        """
         return rotate_append(query, key, value, cos, sin, self.keys, self.values, self.text, self.text_len)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # asked in prefill alone: a decode step reads lists, not a mask
+        return query_length, 0  # called in prefill only: a decode step reads lists, not a mask
 
     def get_seq_length(self) -> int:
-        """Slots of a row. (How many tokens there have been, AdaptiveCache.get_seq_length says.)"""
+        """Return the slots of a row. AdaptiveCache.get_seq_length gives the number of tokens so far."""
         return self.keys.shape[-2] if self.is_initialized else 0
 
     def get_max_length(self) -> int:
@@ -150,9 +165,10 @@ class LayerCache(CacheLayerMixin):
     # --- prefill -------------------------------------------------------------------------------------------------
 
     def fill(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, regions: Regions) -> None:
-        """Store what stays of a prompt: query [B, H, S, d], key, value [B, G, S, d], rotated, padded on either side.
+        """Store the entries of a prompt that stay.
 
-        Scores are computed here, from the rows of attention that the policy reads.
+        query [B, H, S, d]; key, value [B, G, S, d]: rotated, padded on the left or on the right
+        The policy's scores are computed here, from the attention rows that it reads.
         """
         if isinstance(self.policy, Full):
             self._fill_whole(key, value, regions)
@@ -161,22 +177,21 @@ class LayerCache(CacheLayerMixin):
         self.is_initialized = True
 
     def _fill_whole(self, key: Tensor, value: Tensor, regions: Regions) -> None:
-        """Nothing is evicted, now or later: rows are stored as they are, without their padding.
-
-        What a row leaves in the slots behind its own tokens is overwritten by the tokens that follow, before it is read.
-        """
+        """Store all entries of each row, without its padding, for a policy that evicts nothing."""
         if key.data_ptr() == self.keys.data_ptr():
-            return  # the layer's attention has written them here
+            return  # the layer's attention has written them into the storage (AdaptiveCache.room_for)
         slots = min(key.shape[2], self.keys.shape[2])
         for storage, states in ((self.keys, key), (self.values, value)):
             if not any(regions.starts):
+                # One copy for all rows. Padding behind a short row is overwritten by its new tokens before it is read.
                 storage[:, :, :slots] = states[:, :, :slots]
                 continue
             for b, (row, start) in enumerate(zip(regions.rows, regions.starts, strict=True)):
                 storage[b, :, : row.length] = states[b, :, start : start + row.length]
 
     def _fill_chosen(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, regions: Regions) -> None:
-        """The policy chooses row by row; all rows are stored by one gather."""
+        """Store the entries that the policy chooses."""
+        # 1. The policy chooses row by row, each row without its padding.
         chosen = []
         for b, (plan, row, start, parts) in enumerate(
             zip(self.plans, regions.rows, regions.starts, regions.indices, strict=True)
@@ -185,10 +200,12 @@ class LayerCache(CacheLayerMixin):
             attention = RowAttention(query[b, :, own], key[b, :, own], scaling)
             chosen.append(_choose(self.policy, plan, attention, key.shape[1], parts))
         self.stayed = [entries.image.int() for entries in chosen]
+        # 2. One gather stores the entries of all rows. Short rows repeat slot 0 at the end, which nothing reads.
         index = _padded([entries.index + start for entries, start in zip(chosen, regions.starts, strict=True)])
         slots, index = index.shape[-1], index[..., None].expand(-1, -1, -1, key.shape[-1])
         self.keys[:, :, :slots] = key.gather(2, index)
         self.values[:, :, :slots] = value.gather(2, index)
+        # 3. The core and the scores.
         if self.core.shape[1]:
             core = _padded([plan.front + entries.core for plan, entries in zip(self.plans, chosen, strict=True)])
             self.core[:, : core.shape[1]] = core
@@ -199,11 +216,12 @@ class LayerCache(CacheLayerMixin):
     # --- decoding ------------------------------------------------------------------------------------------------
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Attention of the new tokens, query [B, H, 1, d], over what the step reads -> [B, 1, H, d].
+        """Return the attention output [B, 1, H, d] of the new tokens, query [B, H, 1, d], over the listed entries.
 
-        `update` or `append` has stored their entries. What is evicted or re-ranked is so by the attention of this very
-        step.
+        `update` or `append` has stored the new entries before. Then the layer ranks its core and evicts an entry, where
+        its policy does so, by the attention of this step.
         """
+        # 1. Attention. An update step reads all stored vision entries in place of the core.
         asked = (self.update_step, self._scorer is not None)
         core, core_len = (self.image, self.image_len) if self.update_step else (self.core, self.core_len)
         found = decode_attention(
@@ -218,13 +236,16 @@ class LayerCache(CacheLayerMixin):
             scale=scaling,
             scores={(False, False): False, (True, False): "core", (False, True): "text", (True, True): True}[asked],
         )
+        # 2. A new core, from the attention to all vision entries.
         if self.update_step and self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(query.device))
             with torch.cuda.stream(self.side):
                 self._rank(found.core_scores)
+            # Without this the allocator could reuse the scores' memory while the side stream still reads them.
             found.core_scores.record_stream(self.side)
         elif self.update_step:
             self._rank(found.core_scores)
+        # 3. Eviction.
         if self._scorer is not None:
             rule, quantile = self._scorer.kernel_rule
             evict(
@@ -235,16 +256,16 @@ class LayerCache(CacheLayerMixin):
         return found.out[:, None]
 
     def _rank(self, scores: Tensor) -> None:
-        """The core anew, from scores [B, N] of all stored image entries."""
+        """Rank the core again, by scores [B, N] of all stored vision entries."""
         rank_core(scores, self.image, self.image_len, self.core, self.core_len)
 
     def stored(self, row: int, step: int) -> int:
-        """Entries of one row after `step` decode steps."""
+        """Return the number of entries of one row after `step` decode steps."""
         return self.plans[row].stored(step)
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
-    """[B, ..., n] of B tensors [..., n_b], those that are shorter padded at the end with zeros."""
+    """Stack B tensors [..., n_b] to [B, ..., n]; shorter ones are padded at the end with zeros."""
     longest = max(row.shape[-1] for row in rows)
     return torch.stack([row if row.shape[-1] == longest else pad(row, (0, longest - row.shape[-1])) for row in rows])
 
@@ -252,10 +273,16 @@ def _padded(rows: list[Tensor]) -> Tensor:
 def _choose(
     policy: CachePolicy, plan: LayerPlan, attention: RowAttention, heads: int, regions: list[Tensor]
 ) -> _Entries:
-    """What stays of one row: its regions as slots of the row (RowSpans.regions), `heads` KV heads."""
+    """Return the entries that stay of one row.
+
+    regions: slots of the row (RowSpans.regions); heads: G, the KV heads
+    """
+    # 1. The regions. A policy over the whole sequence has one evictable region of all of them.
     before, image, text = regions
     if policy.whole:
         before, image, text = before[:0], image[:0], torch.cat(regions).sort().values
+    # 2. Vision entries: ranked by the attention of the prompt's last query, mean over heads. Without a core they count
+    # as part of the front (CachePolicy.plan).
     stay = plan.image if policy.interval > 0 else plan.front - len(before)
     held, core = (torch.arange(count, device=image.device) for count in (len(image), plan.core))
     if stay < len(image) or plan.core < plan.image:
@@ -264,6 +291,7 @@ def _choose(
         held = best.sort().values
         core = torch.searchsorted(held, best[: plan.core].sort().values)
         image = image[held]
+    # 3. Evictable entries: the protected newest ones stay, and the best of the others.
     scores, text = None, text.expand(heads, -1)
     if policy.scorer is not None:
         scores, count, left = policy.scorer.start(attention, heads, text[0]), text.shape[1], plan.text(0)

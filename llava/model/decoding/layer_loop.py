@@ -1,11 +1,11 @@
-"""The decoder loop in which vision tokens go between layers (llava/methods/inside_llm) and the KV cache adapts
-(llava/methods/kv_cache).
+"""The decoder loop that drops vision tokens between layers and runs on adaptive KV caches.
 
-It runs in place of transformers' own loop where a request brings a `Dropping`, in prefill and in every cached step after
-it, and in the decode steps of an `AdaptiveCache`; without them, transformers' loop runs. Decoder layers are called whole
-wherever a method allows it. Queries and keys are picked up inside the attention function, so any layer type and any
-grouping of heads will do, and SDPA computes the attention itself; in the decode steps of an AdaptiveCache the attention
-reads the entries that its policy lists. Each layer's KV cache gets what the layer's attention saw, and nothing else.
+The methods are in llava/methods/inside_llm and llava/methods/kv_cache. The loop replaces that of transformers for a
+request with a `Dropping`, in prefill and in every cached step after it, and in the decode steps of an `AdaptiveCache`.
+Without these, transformers' loop runs. Decoder layers are called as a whole wherever a method allows it. Queries and
+keys are recorded inside the attention function, so any layer type and any grouping of heads works. SDPA computes the
+attention itself; in the decode steps of an AdaptiveCache the attention reads the entries that the policy lists. The KV
+cache of a layer gets exactly the tokens that the layer's attention saw.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ATTENTION = "llava_sdpa_seen"
 
 
 class AttentionInputs:
-    """Where a layer's attention leaves its queries [B, H, S, d] and keys [B, G, S, d], rotated, and its scaling."""
+    """Record of a layer's attention: its rotated queries [B, H, S, d] and keys [B, G, S, d], and its scaling."""
 
     query: Tensor
     key: Tensor
@@ -45,10 +45,11 @@ def _sdpa_seen(
     adaptive: AdaptiveCache | None = None,
     **kwargs,
 ):
-    """SDPA; where the caller passes `seen`, it also notes the queries and keys there.
+    """Return the attention output of SDPA, as transformers' attention functions do.
 
-    adaptive: the cache that, after SDPA in prefill, keeps what its policy wants of the layer's entries, and in a decode
-    step computes the attention over those.
+    seen: where given, it gets the queries and keys
+    adaptive: a cache that, in prefill, stores the entries that its policy keeps, after SDPA; in a decode step it
+        computes the attention over its entries in place of SDPA
     """
     if adaptive is not None and adaptive.steps:
         return adaptive.layers[module.layer_idx].attend(query, scaling), None
@@ -60,12 +61,13 @@ def _sdpa_seen(
     return output
 
 
+# The mask function needs the same name: transformers builds no mask for an attention function without one.
 AttentionInterface.register(ATTENTION, _sdpa_seen)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class _Flow:
-    """What goes from layer to layer in prefill: hidden states [B, S, D], and positions, rotation and mask to match."""
+    """State that prefill passes from layer to layer: hidden states [B, S, D], with positions, rotation and mask."""
 
     def __init__(self, hidden: Tensor, positions: Tensor, dropping: Dropping, rotary):
         self.hidden, self.positions = hidden, positions
@@ -73,18 +75,19 @@ class _Flow:
         self._refresh()
 
     def _refresh(self) -> None:
+        """Compute the rotation and the mask of the current tokens."""
         self.rope = self._rotary(self.hidden, position_ids=self.positions.to(self.hidden.device))
         self.mask, valid = None, self._dropping.stage.valid
         if valid is not None:
             at = torch.arange(valid.shape[1], device=valid.device)
-            # A padded query sees itself, for its row of the softmax to have something in it.
+            # Padding attends to itself, so that its softmax row is finite: NaN would reach real tokens as 0 * NaN.
             seen = (at <= at[:, None]) & valid[:, None] | (at == at[:, None])
             self.mask = seen[:, None]
 
     def keep(self, index: Tensor, made: Tensor, *others: Tensor) -> list[Tensor]:
-        """Go on with slots `index` [B, S'] of the hidden states and, numbered behind them, of `made` [B, M, D].
+        """Keep the slots `index` [B, S'] of the hidden states; indices behind them are those of `made` [B, M, D].
 
-        others [B, S, D]: cut alike and returned.
+        others [B, S, D]: cut in the same way and returned
         """
         if made.shape[1]:
             self.hidden = torch.cat([self.hidden, made], dim=1)
@@ -98,14 +101,17 @@ class _Flow:
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, S, D] at slots index [B, S']."""
+    """Return values [B, S, D] at the slots index [B, S']."""
     index = index.to(values.device)
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 class DroppingDecoder:
-    """Mixin for an LLM's base model: `forward(..., dropping=)` drops vision tokens between layers, and an AdaptiveCache
-    as `past_key_values` decides what is stored of them and read."""
+    """Mixin for an LLM's base model, which adds two things to `forward`.
+
+    `dropping` drops vision tokens between layers. An AdaptiveCache as `past_key_values` decides which entries are
+    stored and read.
+    """
 
     def __init__(self, config):
         if config._attn_implementation in (None, "sdpa"):
@@ -123,11 +129,15 @@ class DroppingDecoder:
         dropping: Dropping | None = None,
         **kwargs,
     ):
-        """As transformers' forward; with `dropping`, its prompts are prefilled with their image tokens cut per layer.
+        """Run the layers, as transformers' forward does.
 
-        The same object goes with every later call on that cache. Padding is known from it: attention_mask is not read.
-        An AdaptiveCache takes one prefill of its prompts, then one token per row and call, and counts positions itself.
+        dropping: drops vision tokens in the prefill of its prompts. Every later call on that cache needs the same
+            object. It knows the padding, so attention_mask is not read.
+        past_key_values: an AdaptiveCache takes one prefill of its prompts, then one token per row and call, and counts
+            positions itself.
+        UserError for settings of transformers that this loop does not support.
         """
+        # 1. Without either of the two, transformers' loop.
         adaptive = past_key_values if isinstance(past_key_values, AdaptiveCache) else None
         if dropping is None and adaptive is None:
             return super().forward(
@@ -139,6 +149,7 @@ class DroppingDecoder:
                 use_cache=use_cache,
                 **kwargs,
             )
+        # 2. Checks, and the cache.
         self._refuse(past_key_values, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -147,6 +158,7 @@ class DroppingDecoder:
         self._refuse_beyond_window(past + hidden.shape[1])
         if past and dropping is not None and not dropping.stage_of:
             raise UserError(f"the cache holds {past} tokens already, but the prompt has not been prefilled with them")
+        # 3. A cached step, or prefill.
         if adaptive is not None and past:
             adaptive.begin_step(hidden.shape[1])
             hidden = self.step(hidden, adaptive)
@@ -156,6 +168,7 @@ class DroppingDecoder:
             if adaptive is not None:
                 adaptive.begin_prefill(*hidden.shape[:2])
             if dropping is None:
+                # Every layer sees all tokens: transformers' loop passes `adaptive` on to the attention function.
                 return super().forward(
                     attention_mask=attention_mask,
                     position_ids=position_ids,
@@ -171,7 +184,7 @@ class DroppingDecoder:
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     def _refuse(self, cache, kwargs: dict) -> None:
-        """Say so where transformers was asked for what this loop does not do."""
+        """Raise UserError for settings of transformers that this loop does not support."""
         if self.config._attn_implementation != ATTENTION:
             raise UserError(
                 f'methods inside the LLM and adaptive KV caches need attention "sdpa", but the model was set to '
@@ -188,11 +201,12 @@ class DroppingDecoder:
                 )
 
     def refuse_attention(self, tokens: int) -> None:
-        """Say so where a prompt of so many tokens cannot be prefilled whole (prefill.py)."""
+        """Raise UserError where a prompt of `tokens` tokens cannot be prefilled in one piece (prefill.py)."""
         self._refuse(None, {})
         self._refuse_beyond_window(tokens)
 
     def _refuse_beyond_window(self, tokens: int) -> None:
+        """Raise UserError for a sequence that is longer than the sliding window, which this loop does not apply."""
         window = getattr(self.config, "sliding_window", None)
         if window is not None and tokens > window:
             raise UserError(
@@ -201,16 +215,19 @@ class DroppingDecoder:
             )
 
     def _prefill(self, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
+        """Run all layers over prompts [B, S, D] and drop tokens at the cuts; return [B, S', D], not normalised."""
         dropping.begin(hidden)
         place = dropping.dropper.place
         if positions is None:
             positions = dropping.positions(hidden.device)
         flow = _Flow(hidden, positions, dropping, self.rotary_emb)
         for number, layer in enumerate(self.layers):
+            # 1. A cut before the layer needs the attention of a layer that has not run: one query is computed for it.
             cut = dropping.cuts_at(number)
             if cut and place == BEFORE:
                 flow.hidden = flow.hidden.to(_device(layer))
                 flow.keep(*dropping.cut(number, *_last_query(layer, flow), flow.hidden))
+            # 2. The arguments of the layer.
             dropping.note_layer()
             if isinstance(cache, AdaptiveCache):
                 cache.rows = dropping.spans()
@@ -224,6 +241,7 @@ class DroppingDecoder:
             }
             if cut and place != BEFORE:
                 call["seen"] = seen = AttentionInputs()
+            # 3. The layer, and a cut inside or after it.
             if cut and place == INSIDE:
                 _run_cut_inside(layer, number, flow, call, seen, dropping)
                 continue
@@ -233,12 +251,15 @@ class DroppingDecoder:
         return flow.hidden
 
     def _decode(self, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
-        """A cached step: each layer counts positions, and masks its cache, by the survivors that it saw in prefill."""
+        """Run a cached step on a cache of transformers; return the hidden states, not normalised.
+
+        Positions and mask of a layer follow from the tokens that the layer saw in prefill.
+        """
         new = cache.get_seq_length() + hidden.shape[1] - max(dropping.stages[0].lengths)
         if positions is None:
             whole = torch.tensor(dropping.stages[0].lengths, device=hidden.device)[:, None]
             positions = whole + torch.arange(new - hidden.shape[1], new, device=hidden.device)
-        calls: dict[int, dict] = {}  # by stage: layers with the same survivors share what they are called with
+        calls: dict[int, dict] = {}  # by stage: layers with the same kept tokens share their arguments
         numberings: dict[int, tuple] = {}
         for number, layer in enumerate(self.layers):
             stage = dropping.stage_of[number]
@@ -254,9 +275,9 @@ class DroppingDecoder:
         return hidden
 
     def step(self, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
-        """One new token per row, hidden [B, 1, D], on what the cache's policy lists -> [B, 1, D], not normalised.
+        """Run one new token per row, hidden [B, 1, D], on an adaptive cache; return [B, 1, D], not normalised.
 
-        All of it is work on the device; the host's part of a step is cache.begin_step(1), before it.
+        All work is on the device. The host's part of the step is cache.begin_step(1), which must have been called.
         """
         positions = cache.advance().to(hidden.device)
         ropes = [self.rotary_emb(hidden, position_ids=own) for own in positions]
@@ -275,7 +296,8 @@ class DroppingDecoder:
 
 
 def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: AttentionInputs, dropping: Dropping) -> None:
-    """One decoder layer by its parts: attention over all tokens, MLP over what is left."""
+    """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left."""
+    # accelerate moves inputs to the device of a layer that is called as a whole. Its parts are called here, so we do.
     device = _device(layer)
     flow.hidden = flow.hidden.to(device)
     call["attention_mask"], call["position_ids"] = _to(call["attention_mask"], device), call["position_ids"].to(device)
@@ -288,19 +310,20 @@ def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: Attention
 
 
 def _last_query(layer, flow: _Flow) -> tuple[Tensor, Tensor, float]:
-    """What a layer that has not run yet would ask and answer: query [B, H, 1, d] of the last slot, key [B, G, S, d]."""
+    """Return query [B, H, 1, d] of the last slot, key [B, G, S, d] and scaling of a layer that has not run yet."""
     attention, states = layer.self_attn, layer.input_layernorm(flow.hidden)
     batch, length = states.shape[:2]
     key = attention.k_proj(states).view(batch, length, -1, attention.head_dim).transpose(1, 2)
     query = attention.q_proj(states[:, -1:]).view(batch, 1, -1, attention.head_dim).transpose(1, 2)
     cos, sin = (part.to(key.device) for part in flow.rope)
+    # The function rotates a query and a key of one length; here they differ, so each is rotated on its own.
     _, key = apply_rotary_pos_emb(key, key, cos, sin)
     query, _ = apply_rotary_pos_emb(query, query, cos[:, -1:], sin[:, -1:])
     return query, key, attention.scaling
 
 
 def _device(layer) -> torch.device:
-    """Where a layer's parts are; UserError where they are on no device while the layer does not run (offloading)."""
+    """Return the device of a layer. UserError for offloaded weights, which are on "meta" between calls."""
     device = layer.self_attn.q_proj.weight.device
     if device.type == "meta":
         raise UserError(

@@ -1,9 +1,9 @@
-"""Prefill of whole prompts: rows padded on the right, so that causal attention needs no mask.
+"""Prefill of whole prompts. Rows are padded on the right, so causal attention needs no mask.
 
-What stands behind a row's last token is seen by nobody before it. A batch of rows of any lengths thus takes the fast
-path of SDPA, and a prompt may be padded to one of few lengths, for which prefill is captured as a CUDA graph: at a few
-hundred tokens a GPU waits for Python between the kernels of a layer. Prompts whose vision tokens go between layers have
-their own loop (decoder.py).
+Causal attention never reads tokens behind the current one, so no real token sees the padding. Batches of rows of any
+lengths therefore take the fast path of SDPA. Prompts can also be padded to one of few lengths, for which prefill is
+captured as a CUDA graph: at a few hundred tokens a GPU waits for Python between the kernels of a layer. Prompts with
+droppers have their own loop (layer_loop.py).
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from llava.model.decoding.decode_step import Stepper
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.graphs import Store, capture
 
-# Where prefill is captured, prompts are padded to a multiple of this: at a fixed budget of vision tokens lengths differ by
-# the question's words alone, so that a few lengths are enough for all.
+# Where prefill is captured, prompts are padded to a multiple of this. At a fixed budget of vision tokens, lengths
+# differ only by the words of the question, so a few lengths are enough.
 GRAPH_LENGTH_MULTIPLE = 64
-# Tokens of a padded batch up to which prefill is captured. The buffers of a graph hold queries, keys and values of all layers:
-# 0.8 GB for a 7B in 16 bits; and with more tokens the kernels take longer than Python does to launch them.
+# Most tokens of a padded batch for which prefill is captured. The buffers of a graph hold queries, keys and values of
+# all layers: 0.8 GB for a 7B model in 16 bits. With more tokens, kernels run longer than Python needs to launch them.
 MAX_CAPTURED_TOKENS = 1024
 
 
 @torch.inference_mode()
 def prefill(model, prepared: PreparedPrompt, cache: AdaptiveCache, stepper: Stepper | None = None) -> Tensor:
-    """Run a batch without `dropping` through the LLM into an empty cache. Returns [B, V] float32 logits of each row's
-    first new token. stepper: the model's, where its fused layers are to be used; None calls the layers as they are."""
+    """Prefill a batch without `dropping` into an empty cache; return the float32 logits [B, V] of the first new tokens.
+
+    stepper: runs the fused layers of the model; None calls the layers as modules
+    """
     hidden, positions = _right(prepared.inputs_embeds, prepared), _right(prepared.position_ids, prepared)
     cache.begin_prefill(*hidden.shape[:2], right=True)
     return _run(model, stepper, hidden, positions, _last(prepared, hidden.device), cache)
 
 
 class StaticPrefill:
-    """prefill() in buffers of one shape: batch rows, padded to `length` tokens.
+    """prefill() in buffers of one shape: `batch` rows, padded to `length` tokens.
 
-    captures: whether it becomes a CUDA graph. The first call then runs plainly (it compiles kernels and sets up libraries,
-    which must not happen under capture), the second captures, and from there on the graph is replayed.
+    captures: whether to capture a CUDA graph. The first call then runs without one: it compiles kernels and sets up
+        libraries, which must not happen during a capture. The second call captures, and all calls from then on replay.
     """
 
     busy = False
@@ -61,15 +63,17 @@ class StaticPrefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, and of what the graph leaves in its own."""
+        """Bytes of the input buffers and of the graph's output buffers."""
         return self._hidden.nbytes + self._positions.nbytes + (0 if self._seen is None else self._seen.nbytes)
 
     @torch.inference_mode()
     def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
-        """As prefill(); no row is longer than the buffers. The logits are valid until the next call."""
+        """Prefill as prefill() does; no row may be longer than the buffers. Logits are valid until the next call."""
+        # 1. The inputs, into the buffers.
         _right(prepared.inputs_embeds, prepared, self._hidden)
         _right(prepared.position_ids, prepared, self._positions)
         self._last.copy_(_last(prepared, self._last.device))
+        # 2. The layers.
         self._calls += 1
         if self._graph is None and self._captures and self._calls > 1:
             self._graph = capture(self._run, self._pool)
@@ -78,6 +82,7 @@ class StaticPrefill:
             self._graph.replay()
         else:
             self._run()
+        # 3. Keys and values from the graph's buffers, which the next call overwrites, into the cache.
         cache.begin_prefill(len(self._hidden), max(prepared.lengths), right=True)
         self._seen.give(cache)
         if self._graph is None:
@@ -90,13 +95,16 @@ class StaticPrefill:
 
 
 class StaticPrefills:
-    """A StaticPrefill for every shape that comes again, in a Store that bounds their bytes."""
+    """A StaticPrefill for every shape, in a Store that limits their bytes."""
 
     def __init__(self, model, store: Store, stepper: Stepper | None = None, captures: bool = True, pool=None):
         self._model, self._store, self._how = model, store, (stepper, captures, pool)
 
     def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor | None:
-        """None where the prompts are not for it: tokens go between layers, or there are too many to gain by it."""
+        """Prefill and return the logits; return None, and do nothing, for prompts that are not captured.
+
+        These are prompts with a dropper, and prompts with too many tokens to gain from it.
+        """
         shape = len(prepared.lengths), padded(prepared.lengths)
         if prepared.dropping is not None or shape[0] * shape[1] > MAX_CAPTURED_TOKENS:
             return None
@@ -108,18 +116,21 @@ class StaticPrefills:
 
 
 def padded(lengths: Sequence[int]) -> int:
-    """Tokens that rows of these lengths are padded to where prefill is captured."""
+    """Return the number of tokens to which rows of these lengths are padded where prefill is captured."""
     return -(-max(lengths) // GRAPH_LENGTH_MULTIPLE) * GRAPH_LENGTH_MULTIPLE
 
 
 class RecordedLayers:
-    """Takes the place of a cache while layers run: holds what each one's attention saw, for a cache to be filled with."""
+    """Replaces the cache while layers run: records the entries of each layer, from which a cache is filled later.
+
+    A captured prefill cannot write into the cache of a request, because a graph writes to fixed addresses.
+    """
 
     steps = 0
 
     def __init__(self, layers: int):
         self._count = layers
-        self._kv: Tensor | None = None  # [2, L, B, G, S, d], where the layers write into it
+        self._kv: Tensor | None = None  # [2, L, B, G, S, d]; None where layers do not ask for room_for
         self._layers: list[tuple[Tensor, Tensor, Tensor, float]] = []
 
     @property
@@ -130,7 +141,7 @@ class RecordedLayers:
         return key, value
 
     def room_for(self, layer: int, key: Tensor) -> Tensor:
-        """[2, B, G, S, d] for a layer's keys and values, given its keys [B, S, G, d] before rotation."""
+        """Return room [2, B, G, S, d] for a layer's keys and values. key [B, S, G, d]: its keys before rotation."""
         if self._kv is None:
             batch, length, heads, size = key.shape
             self._kv = key.new_empty(2, self._count, batch, heads, length, size)
@@ -140,7 +151,7 @@ class RecordedLayers:
         self._layers.append(seen)
 
     def give(self, cache: AdaptiveCache) -> None:
-        """Fill an empty cache, whose begin_prefill has been called."""
+        """Fill an empty cache whose begin_prefill has been called."""
         if self._kv is not None and cache.fill_all(self._kv):
             return
         for number, seen in enumerate(self._layers):
@@ -148,7 +159,10 @@ class RecordedLayers:
 
 
 def _run(model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last: Tensor, cache) -> Tensor:
-    """hidden [B, S, D], positions [B, S], last [B]: slot of each row's last token -> its logits [B, V]."""
+    """Return the logits [B, V] behind each row's last token.
+
+    hidden [B, S, D]; positions [B, S]; last [B]: slot of each row's last token
+    """
     base = model.model
     base.refuse_attention(hidden.shape[1])
     if stepper is not None and stepper.fused:
@@ -169,9 +183,9 @@ def _run(model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last
 
 
 def _right(padded_left: Tensor, prepared: PreparedPrompt, out: Tensor | None = None) -> Tensor:
-    """[B, S, ...], padded on the left -> on the right, into `out` [B, >= S, ...] where it is given.
+    """Return a left-padded batch [B, S, ...] padded on the right, in `out` [B, >= S, ...] where it is given.
 
-    What stands behind a row's last token is some other of its tokens: nothing reads what is computed there.
+    The padding behind a row's last token has arbitrary content, which no result depends on.
     """
     total = padded_left.shape[1]
     if min(prepared.lengths) < total:
@@ -191,5 +205,5 @@ def _last(prepared: PreparedPrompt, device: torch.device) -> Tensor:
 
 
 def _to(numbers: Tensor, device: torch.device) -> Tensor:
-    """Numbers of the host on the device, without waiting for it."""
+    """Return numbers of the host on the device. From pinned memory the copy does not wait for the device."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

@@ -1,4 +1,4 @@
-"""PreparedPrompt: a batch that is ready for the LLM, and all that belongs to its request; and the clock that times it."""
+"""PreparedPrompt, a batch that is ready for the LLM with all state of its request, and StageClock, which times it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from llava.model.decoding.dropping import Dropping
 
 @dataclass
 class PreparedPrompt:
-    """A batch that is ready for the LLM. B rows, padded left to S.
+    """A batch that is ready for the LLM. B rows, padded on the left to S tokens.
 
     inputs_embeds [B, S, D]; attention_mask [B, S]; position_ids [B, S] (0 in the padding); labels [B, S] or None
-    selections        per row, per image: what was kept
+    selections        per row, per image: the Selection of its vision tokens
     image_spans       per row, per image: (start, length) in the padded row
-    lengths           per row: real tokens now; unpruned_lengths: what they would be without selection
-    position_offset   [B, 1]: what the first generated token's position is above "last position + 1"
-    dropping          which of the image tokens go between LLM layers; None where all of them stay
-    caching           how keys and values are kept
-    clock             what timed the stages before the LLM
+    lengths           per row: real tokens; unpruned_lengths: the same without selection
+    position_offset   [B, 1]: position of the first generated token minus (last position + 1)
+    dropping          drops vision tokens between LLM layers; None where all of them stay
+    caching           settings of the KV cache
+    clock             times of the stages before the LLM
     """
 
     inputs_embeds: Tensor
@@ -43,13 +43,15 @@ class PreparedPrompt:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time per stage: vision_tower, projector, selection, splice. Waits for the device where it is not done."""
+        """Seconds per stage: vision_tower, projector, selection, splice. Waits for the device to finish them."""
         return {} if self.clock is None else self.clock.seconds
 
 
 class StageClock:
-    """Seconds per stage. On a GPU, of the device: events at the borders of stages, which are read when the seconds are
-    asked for, so that neither host nor device waits for the other before.
+    """Seconds per stage.
+
+    On a GPU the times are those of the device. Events mark the borders of stages and are read only by `seconds`, so
+    timing itself makes neither host nor device wait.
     """
 
     def __init__(self, device: torch.device):
@@ -59,7 +61,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str, on_host: bool = False):
-        """Time what is done within it. on_host: it is work of the host, such as reading a file."""
+        """Time the work inside the `with` block. on_host: it is work of the host, such as reading a file."""
         if self._cuda and not on_host:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -73,10 +75,10 @@ class StageClock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage, in the order in which they were first entered."""
+        """Seconds by stage, in the order in which the stages were first entered."""
         for name, begin, end in self._open:
             end.synchronize()
-            self._add(name, begin.elapsed_time(end) / 1000)
+            self._add(name, begin.elapsed_time(end) / 1000)  # elapsed_time is in milliseconds
         self._open = []
         return self._seconds
 

@@ -1,4 +1,4 @@
-"""How the next token of each row is chosen from its logits: greedily, or drawn from the most probable ones."""
+"""The choice of the next token of each row from its logits: greedy, or sampled from the most probable tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from llava.common.errors import UserError
 
-# Below it float32 takes a temperature or a top_p for 0; by then only the most probable token is drawn.
+# Smaller temperatures or top_p could become 0 in float32. At this value only the most probable token can be drawn.
 SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What one row asks of generation.
+    """Generation settings of one row.
 
-    max_new_tokens: at most so many, the end token included. temperature: 0 takes the most probable token; above 0 a token
-    is drawn, of the smallest set of most probable ones whose probability reaches `top_p`. seed: of the draws of this row,
-    which do not depend on the batch it is in. stop: strings at which the answer ends; they are not part of it.
+    max_new_tokens: the most new tokens, the end token included
+    temperature: 0 takes the most probable token; above 0 a token is drawn
+    top_p: tokens are drawn from the smallest set of most probable tokens whose probability reaches top_p (nucleus
+        sampling, arXiv 1904.09751)
+    seed: of the draws of this row, which do not depend on the batch
+    stop: strings at which the answer ends; they are not part of it
+    UserError for a value out of its range.
     """
 
     max_new_tokens: int = 128
@@ -32,6 +36,7 @@ class Sampling:
 
     def __post_init__(self):
         if isinstance(self.stop, str):
+            # A string is a sequence of strings, so every letter would become a stop string.
             object.__setattr__(self, "stop", (self.stop,))
         for name, good, allowed in (
             (
@@ -57,22 +62,22 @@ def _number(value) -> bool:
 
 
 class Chooser:
-    """The next tokens of a batch, row by row as its `Sampling` says. Holds the random state of one generation."""
+    """Chooses the next tokens of a batch, each row by its `Sampling`. It holds the random state of one generation."""
 
     def __init__(self, rows: Sequence[Sampling], device: torch.device):
         self._drawn = [(b, row) for b, row in enumerate(rows) if row.temperature > 0]
         self._generators = [torch.Generator(device).manual_seed(row.seed) for _, row in self._drawn]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits [B, V] -> tokens [B]; ties go to the lowest token."""
+        """Return the tokens [B] that follow from logits [B, V]; ties go to the lowest token id."""
         tokens = logits.argmax(dim=-1)
         for (b, row), generator in zip(self._drawn, self._generators, strict=True):
             probability = torch.softmax(logits[b].float() / max(row.temperature, SMALLEST), dim=-1)
             ranked, order = probability.sort(descending=True, stable=True)
-            # A token belongs to the set where those before it do not reach top_p yet: the first always does.
+            # A token is in the set if the tokens before it do not reach top_p. The first token always is.
             ranked.masked_fill_(ranked.cumsum(dim=-1) - ranked >= max(row.top_p, SMALLEST), 0.0)
-            # As torch.multinomial draws one, without its checks, which read the device: of independent exponential waiting
-            # times with these rates the shortest is entry i's with probability i.
+            # torch.multinomial draws in this way too, but its checks wait for the device. Of independent exponential
+            # waiting times with rates p_i, the shortest one is that of entry i with probability p_i.
             waiting = torch.empty_like(ranked).exponential_(generator=generator)
             tokens[b] = order[(ranked / waiting).argmax()]
         return tokens

@@ -1,4 +1,4 @@
-"""An answer as text while its tokens come in: whole characters only, and nothing that may turn out to be a stop string."""
+"""The text of an answer while its tokens arrive: whole characters only, and no beginning of a possible stop string."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """The text of one answer. text: what is certain of it so far; stopped: whether a stop string has come."""
+    """The text of one answer. text: its certain part so far; stopped: whether a stop string has appeared."""
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
         self.text, self.stopped = "", False
         self._stop, self._held = tuple(stop), ""
         self._tokenizer = tokenizer.backend_tokenizer
+        # It holds back the bytes of incomplete characters, and the space that a following token decides about.
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
-        """What the next token adds to the text; what it adds to a possible stop string is held back."""
+        """Return the text that the next token makes certain. The end that may begin a stop string is held back."""
         if self.stopped:
             return ""
         self._held += self._stream.step(self._tokenizer, token) or ""
@@ -28,7 +29,7 @@ class TextStream:
         return self._release(len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0))
 
     def end(self) -> str:
-        """No token follows: what was held back is text after all, unless a stop string has come."""
+        """Return the text that was held back, when no token follows; "" if a stop string has appeared."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _release(self, count: int) -> str:
@@ -38,5 +39,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

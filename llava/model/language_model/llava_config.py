@@ -1,7 +1,7 @@
-"""What a LLaVA checkpoint's configuration says beside its LLM's: one set of names for both checkpoint formats.
+"""Configuration of a LLaVA: the fields beside those of its LLM, with one set of names for both checkpoint formats.
 
-The `mm_*` names are LLaVA's own. `mm_checkpoint_format`, `mm_tile_size` and `mm_anyres` are ours: which original
-to follow where the two differ (design decision 9), the side of a tile in pixels, and the tile path.
+The `mm_*` names are LLaVA's, with three exceptions that are ours. `mm_checkpoint_format` says which code to follow
+where LLaVA and transformers differ. `mm_tile_size` is the side of a tile in pixels. `mm_anyres` is the option `anyres`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
 @dataclass
 class _LlavaFields:
+    """Fields of the vision side, with the values for checkpoints that do not name them."""
+
     mm_vision_config: dict | None = None
     mm_vision_select_layer: int = -2
     mm_vision_select_feature: str = "patch"
@@ -28,7 +30,7 @@ class _LlavaFields:
 
     @property
     def vision(self) -> CLIPVisionConfig:
-        """The tower's configuration."""
+        """Configuration of the whole vision tower."""
         return CLIPVisionConfig(**self.mm_vision_config)
 
     @property
@@ -38,12 +40,12 @@ class _LlavaFields:
 
 
 class LlavaLlamaConfig(_LlavaFields, LlamaConfig):
-    """A LLaVA with a Llama-shaped LLM (Vicuna, Yi)."""
+    """Configuration of a LLaVA with an LLM of Llama's architecture (Vicuna, Yi)."""
 
     model_type = "llava_llama"
 
 
 class LlavaMistralConfig(_LlavaFields, MistralConfig):
-    """A LLaVA with a Mistral LLM."""
+    """Configuration of a LLaVA with a Mistral LLM."""
 
     model_type = "llava_mistral"

@@ -1,4 +1,4 @@
-"""LLaVA on a Llama-shaped LLM (Vicuna, Nous-Hermes-2-Yi)."""
+"""LLaVA on an LLM of Llama's architecture (Vicuna, Nous-Hermes-2-Yi)."""
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
@@ -15,13 +15,14 @@ class LlavaLlamaModel(DroppingDecoder, LlavaMetaModel, LlamaModel):
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
-    """The decoder with its language-modelling head. See LlavaMetaForCausalLM for what it adds."""
+    """The decoder with its language-modelling head; LlavaMetaForCausalLM adds images and generation."""
 
     config_class = LlavaLlamaConfig
+    # A device map must not split these: the loop calls the parts of a layer, and the tower runs as one.
     _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]
 
     def __init__(self, config):
-        super(LlamaForCausalLM, self).__init__(config)  # past the class that would build a decoder without a tower
+        super(LlamaForCausalLM, self).__init__(config)  # skips the class that would build a decoder without a tower
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,4 +1,4 @@
-"""LLaVA on a Mistral-shaped LLM."""
+"""LLaVA on an LLM of Mistral's architecture."""
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM, MistralModel
@@ -15,13 +15,14 @@ class LlavaMistralModel(DroppingDecoder, LlavaMetaModel, MistralModel):
 
 
 class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
-    """The decoder with its language-modelling head. See LlavaMetaForCausalLM for what it adds."""
+    """The decoder with its language-modelling head; LlavaMetaForCausalLM adds images and generation."""
 
     config_class = LlavaMistralConfig
+    # A device map must not split these: the loop calls the parts of a layer, and the tower runs as one.
     _no_split_modules = ["MistralDecoderLayer", "CLIPVisionTower"]
 
     def __init__(self, config):
-        super(MistralForCausalLM, self).__init__(config)  # past the class that would build a decoder without a tower
+        super(MistralForCausalLM, self).__init__(config)  # skips the class that would build a decoder without a tower
         self.model = LlavaMistralModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,9 +1,9 @@
-"""The CLIP vision tower: patch features and the [CLS] row of one layer, in one SDPA pass.
+"""The CLIP vision tower: patch features and the [CLS] attention row of one layer, in one SDPA pass.
 
-LLaVA reads the features of an inner layer (`mm_vision_select_layer`, -2), so the tower ends there: later layers are
-neither built nor run. The [CLS] query's attention in that last layer is what saliency-based selection ranks patches
-by. It is one row, so it is computed from the query and keys at hand, and the attention itself stays SDPA. What only some
-methods read (the states with [CLS], the keys) comes out of the same pass where it is asked for.
+LLaVA reads the features of an inner layer (`mm_vision_select_layer`, -2). The tower ends there: later layers are
+neither built nor run. Saliency is the attention of the [CLS] query in that layer. It is one row, so it is computed from
+the query and the keys, and the attention itself stays SDPA. States that only some methods read (hidden states with
+[CLS], keys) come out of the same pass on request.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from transformers.modeling_utils import AttentionInterface
 from llava.model.graphs import Store, capture
 
 _ATTENTION = "llava_sdpa_cls_row"
-# Tiles up to which the tower is captured: with more its kernels take longer than Python does to launch them.
+# Most tiles for which the tower is captured. With more tiles its kernels run longer than Python needs to launch them.
 MAX_CAPTURED_TILES = 16
 
 
 def _sdpa_and_cls_row(
     module, query, key, value, attention_mask, scaling, dropout=0.0, cls_rows=None, mean_keys=None, **kwargs
 ):
-    """SDPA; where the caller passes a list as `cls_rows`, it also gets the head-mean [CLS] row [T, patches], and where
-    it passes one as `mean_keys`, the head-mean keys [T, 1 + patches, d]."""
+    """Return the attention output of SDPA, as transformers' attention functions do.
+
+    cls_rows: a list that gets the [CLS] row [T, P], mean over heads
+    mean_keys: a list that gets the keys [T, 1 + P, d], mean over heads
+    """
+    # In float32: saliencies in half precision would tie often.
     if cls_rows is not None:
         scores = (query[:, :, :1].float() @ key.float().transpose(-1, -2)) * scaling
         cls_rows.append(scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
@@ -43,15 +47,17 @@ AttentionInterface.register(_ATTENTION, _sdpa_and_cls_row)
 
 
 def layers_used(num_hidden_layers: int, select_layer: int) -> int:
-    """How many encoder layers run so that the output is hidden_states[select_layer] (0 = the embeddings)."""
+    """Return how many encoder layers run for the output hidden_states[select_layer] (0 = the embeddings)."""
     return select_layer if select_layer >= 0 else num_hidden_layers + 1 + select_layer
 
 
 class CLIPVisionTower(nn.Module):
     """CLIP's vision transformer up to the layer whose features LLaVA uses.
 
-    vision_config: of the whole tower; select_layer: index into its hidden states, as LLaVA's
-    `mm_vision_select_layer` and transformers' `vision_feature_layer` count them.
+    vision_config: of the whole tower
+    select_layer: index into its hidden states, as in LLaVA's `mm_vision_select_layer` and transformers'
+        `vision_feature_layer`
+    ValueError for a layer that the tower does not have.
     """
 
     def __init__(self, vision_config: CLIPVisionConfig, select_layer: int = -2):
@@ -65,15 +71,17 @@ class CLIPVisionTower(nn.Module):
         config.num_hidden_layers = used
         config._attn_implementation = _ATTENTION
         self.vision_tower = CLIPVisionModel(config)
-        # Only CLIP's pooled output passes through it, and nobody reads that here.
+        # Only CLIP's pooled output passes through this norm, and nothing here reads that output.
         self.vision_tower.post_layernorm = nn.Identity()
         self._store: weakref.ref[Store] | None = None
         self._pool = None
 
     def capture_with(self, store: Store, pool=None) -> None:
-        """From now on the tower is captured as a CUDA graph for every number of tiles that comes again, and kept in `store`:
-        at a few tiles a GPU waits for Python between its kernels."""
-        self._store, self._pool = weakref.ref(store), pool  # the store is the engine's, and goes with it
+        """Capture the tower from now on as a CUDA graph for every number of tiles that repeats, stored in `store`.
+
+        At a few tiles a GPU waits for Python between the kernels.
+        """
+        self._store, self._pool = weakref.ref(store), pool  # weak: the store ends with its engine
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -92,14 +100,15 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.embeddings.class_embedding.dtype
 
     def forward(self, pixel_values: Tensor, wanted: tuple[str, ...] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """[T, 3, H, W] -> patch features [T, P, width], head-mean [CLS]->patch attention [T, P] in float32, and the
-        `wanted` states of the same layer.
+        """Encode tiles [T, 3, H, W]. Returns (features [T, P, W], saliency [T, P], the `wanted` states by name).
 
-        A row of the attention sums to one minus what [CLS] pays to itself.
-        wanted: "hidden" [T, 1 + P, width], the features with [CLS] first; "keys" [T, 1 + P, d], what k_proj gives, mean
-        over heads, in float32
+        saliency: attention from [CLS] to each patch, mean over heads, in float32. A row sums to 1 minus the attention
+            of [CLS] to itself.
+        wanted: states of the same layer: "hidden" [T, 1 + P, W], the features with [CLS] first; "keys" [T, 1 + P, d],
+            the output of k_proj, mean over heads, in float32
         """
         pixels = pixel_values.to(self.device, self.dtype)
+        # A graph has no gradients and calls no hooks.
         store = None if self._store is None else self._store()
         if store is None or len(pixels) > MAX_CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
             return self._run(pixels, wanted)
@@ -111,10 +120,11 @@ class CLIPVisionTower(nn.Module):
         return kept(pixels)
 
     def _unwatched(self) -> bool:
-        """Whether nobody listens to a call of any part of the tower: a replayed graph would not call them."""
+        """Return whether no part of the tower has a hook."""
         return not any(part._forward_hooks or part._forward_pre_hooks for part in self.vision_tower.modules())
 
     def _run(self, pixels: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Run the tower without a graph; arguments and result as in `forward`."""
         tower = self.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         *layers, last = tower.encoder.layers
@@ -130,8 +140,11 @@ class CLIPVisionTower(nn.Module):
 
 
 class StaticTower:
-    """The tower for one number of tiles in buffers that stay. The first call runs plainly (it sets up libraries, which must
-    not happen under capture), the second captures, and from there on the graph is replayed."""
+    """The tower for one number of tiles, in buffers at fixed addresses.
+
+    The first call runs without a graph: it sets up libraries, which must not happen during a capture. The second call
+    captures, and all calls from then on replay.
+    """
 
     busy = False
 
@@ -144,13 +157,14 @@ class StaticTower:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the buffers."""
         held = [self._pixels]
         if self._found is not None:
             held += [*self._found[:2], *self._found[2].values()]
         return sum(tensor.nbytes for tensor in held)
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As CLIPVisionTower.forward; what it returns is the caller's own, not the buffers."""
+        """Encode tiles as CLIPVisionTower.forward does; the results are copies that no later call overwrites."""
         self._calls += 1
         if self._graph is None and self._captures and self._calls > 1:
             found: list[tuple] = []

@@ -1,7 +1,7 @@
-"""CLIP's other half: how close are the patches of an image to the question in the space that CLIP was trained in?
+"""CLIP's text tower: it measures how close the patches of an image are to the question in CLIP's joint space.
 
-LLaVA checkpoints hold only the vision tower. `options.text_tower` names the CLIP that it came from; of that, the text
-tower and the two projections into the joint space are loaded, and none of the vision layers.
+LLaVA checkpoints contain only the vision tower. `options.text_tower` names the CLIP that it came from. Of that CLIP the
+text tower and the two projections into the joint space are loaded, and no vision layer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 @dataclass
 class ClipTextTower:
-    """A loaded text tower. Not a module: it is no part of the LLaVA, nor saved with it.
+    """A loaded text tower. It is no nn.Module, so it does not become a part of the LLaVA and is not saved with it.
 
-    name  what `load` was given; clip: CLIPModel without vision layers, in float32; tokenizer: CLIP's own
+    name: the name that `load` was given; clip: CLIPModel without vision layers, in float32; tokenizer: that of CLIP
     """
 
     name: str
@@ -31,10 +31,14 @@ class ClipTextTower:
 
     @classmethod
     def load(cls, name: str, vision_tower: CLIPVisionTower) -> ClipTextTower:
-        """name: folder or hub name of a CLIP whose vision tower is `vision_tower`. UserError where it is none."""
+        """Return the text tower of a CLIP; name: folder or hub name of the CLIP that `vision_tower` is a part of.
+
+        UserError where it cannot be loaded, lacks weights or has another vision width.
+        """
         folder = checkpoint_folder(name)
         try:
             config = CLIPConfig.from_pretrained(folder)
+            # The patches come from the LLaVA's own tower, so CLIP's vision layers would only take memory.
             config.vision_config.num_hidden_layers = 0
             with quiet_loading():
                 clip, info = CLIPModel.from_pretrained(
@@ -55,9 +59,9 @@ class ClipTextTower:
 
     @torch.no_grad()
     def cosine(self, hidden: Tensor, question: str) -> Tensor:
-        """[T, P, W] patch states, as the feature layer gives them -> [T, P] float32 cosine with the question.
+        """Return the float32 cosine [T, P] of patch states [T, P, W] of the feature layer with the question.
 
-        The mean over the parts that a long question is cut into; zero where the question is empty.
+        A long question is cut into parts, and the result is the mean over them. It is zero for an empty question.
         """
         text = self._parts(question)
         if text is None:
@@ -67,8 +71,11 @@ class ClipTextTower:
         return mean_cosine(patches, text)
 
     def _parts(self, question: str) -> Tensor | None:
-        """[parts, J] text embeddings; a part is as much of the question as the tower's context holds, with its own begin
-        and end token."""
+        """Return the text embeddings [parts, J] of a question in CLIP's joint space of width J; None for an empty one.
+
+        A part is as much of the question as the context of the tower holds, with its own begin and end token.
+        """
+        # verbose=False: the tokenizer would warn about questions beyond its context, which are cut here anyway.
         ids = self.tokenizer(question, add_special_tokens=False, verbose=False).input_ids
         room = self.clip.config.text_config.max_position_embeddings - 2
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -80,6 +87,6 @@ class ClipTextTower:
 
 
 def mean_cosine(patches: Tensor, text: Tensor) -> Tensor:
-    """[..., J] patches, [parts, J] text -> [...] cosine, mean over the parts."""
+    """Return the cosine [...] of patches [..., J] with the text [parts, J], mean over the parts."""
     patches, text = (torch.nn.functional.normalize(x, dim=-1) for x in (patches, text))
     return (patches @ text.T).mean(dim=-1)

@@ -1,4 +1,4 @@
-"""The projector: vision features to the width of the LLM's word embeddings."""
+"""The projector: it maps tower states to the width of the LLM's word embeddings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llava.common.errors import UserError
 
 
 def build_vision_projector(config) -> nn.Module:
-    """`linear` or `mlpNx_gelu` (LLaVA's names), from config.mm_projector_type; [.., mm_hidden_size] -> [.., hidden_size].
+    """Return the projector of config.mm_projector_type, [.., mm_hidden_size] -> [.., hidden_size].
 
-    Modules are numbered as in LLaVA's checkpoints (mm_projector.0, .2, ...). UserError for any other type.
+    The types are LLaVA's: "linear" and "mlpNx_gelu". UserError for any other type.
     """
     kind = getattr(config, "mm_projector_type", "linear")
     if kind == "linear":
@@ -22,6 +22,7 @@ def build_vision_projector(config) -> nn.Module:
     if not match or int(match.group(1)) < 1:
         raise UserError(f'mm_projector_type is "{kind}", allowed are "linear" and "mlpNx_gelu" with N from 1')
     bias = getattr(config, "mm_projector_bias", True)
+    # Linear layers and activations alternate, so that the weights are numbered as in LLaVA's checkpoints: 0, 2, ...
     modules: list[nn.Module] = [nn.Linear(config.mm_hidden_size, config.hidden_size, bias=bias)]
     for _ in range(1, int(match.group(1))):
         modules += [ACT2FN[config.mm_projector_act], nn.Linear(config.hidden_size, config.hidden_size, bias=bias)]
