@@ -139,7 +139,7 @@ def run(
                 wrong, failure = attempt(lambda e=entry: bench.repeat(e))
                 if wrong or failure:
                     complaints.append(f"{entry.name}: {wrong or failure}, so no time is given")
-                    entries.remove(entry)
+                    entries = [other for other in entries if other is not entry]  # equal ones stay
                     free_memory(bench.device.type)
                 shown.update()
             if not timed:

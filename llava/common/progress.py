@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,4 +57,8 @@ def writing_bar(what: str, folder: Path, size: int) -> Iterator[None]:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    total = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # a temporary file that is renamed or deleted meanwhile
+            total += entry.stat().st_size if entry.is_file() else 0
+    return total

@@ -105,9 +105,9 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     model_args = split_model_args(args.model_args)
     given = dict(part.split("=", 1) for part in model_args if "=" in part)
     # 2. Without a configuration file, A-VL's own defaults are the starting point.
-    keys, notes = {}, []
+    keys, notes, defaults = {}, [], {}
     if args.model == "llava_hf" and "config" not in given:
-        keys = {"method": "none", **SAME}
+        defaults = {"method": "none", **SAME}
         notes.append(
             "--model llava_hf is A-VL alone here: all vision tokens enter the LLM (method=none), and options that are "
             "not given have A-VL's defaults; config=FILE in model_args takes a configuration file instead"
@@ -138,10 +138,10 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     for name in unknown:
         notes.append(f"{name} {_NEITHER}, which never reads it")
     # 5. A model argument replaces a default of A-VL. Beside a written option of the same key it is an error.
-    clash = sorted(set(given) & set(keys) & set(written))
+    clash = sorted(set(given) & set(keys))
     if clash:
-        raise UserError(f"{clash[0]} is an option and in --model_args as well; give one of them")
-    keys = {name: value for name, value in keys.items() if name not in given}
+        raise UserError(f"{clash[0]} is set by an option and in --model_args as well; give one of them")
+    keys = {name: value for name, value in (defaults | keys).items() if name not in given}
     # 6. Check the configuration here: lmms-eval needs long to start, and a mistake would show only after that.
     from_text = {name: _json(value) for name, value in given.items() if name in AdaVConfig.__dataclass_fields__}
     AdaVConfig.load(given.get("config"), **{**keys, **from_text})

@@ -41,5 +41,5 @@ class FastV(Dropper):
         return (Cut(self.layer - 1, k),)
 
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
-        last = image.queries.new_tensor([attention.length - 1])
+        last = attention.last()
         return image.of(attention.mean(last))

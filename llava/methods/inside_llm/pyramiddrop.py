@@ -47,5 +47,5 @@ class PyramidDrop(Dropper):
         return one_per_layer([Cut(*pair) for pair in zip(places, counts, strict=True)], n)
 
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
-        last = image.queries.new_tensor([attention.length - 1])
+        last = attention.last()
         return image.of(attention.mean(last))

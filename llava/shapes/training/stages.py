@@ -42,6 +42,7 @@ def run_stage(model, recipe, stage, cache, log):
     source = batches(pictures, stage.batch, recipe.pinpoints, recipe.sizes.side, stage.seed, _SUFFIX_EVERY, part)
     bar = progress_bar(f"stage {stage.name}", source, total=stage.steps, disable=part[0] > 0 or None)
     # 3. Steps.
+    trained = [p for optimizer, _ in optimizers for group in optimizer.param_groups for p in group["params"]]
     sums, started = defaultdict(float), time.monotonic()
     model.train()
     for step, batch in enumerate(bar):
@@ -53,8 +54,8 @@ def run_stage(model, recipe, stage, cache, log):
             optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         if part[1] > 1:
-            _average_gradients(model, part[1])
-        torch.nn.utils.clip_grad_norm_([p for o, _ in optimizers for g in o.param_groups for p in g["params"]], 5.0)
+            _average_gradients(trained, part[1])
+        torch.nn.utils.clip_grad_norm_(trained, 5.0)
         for optimizer, _ in optimizers:
             optimizer.step()
         for name, value in losses.items():
@@ -70,8 +71,9 @@ def run_stage(model, recipe, stage, cache, log):
             sums.clear()
 
 
-def _average_gradients(model, processes):
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def _average_gradients(parameters, processes):
+    """Replace the gradients by their mean over the processes."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])  # one all_reduce: its latency would count once per weight
     distributed.all_reduce(flat)
     for gradient, mean in zip(gradients, (flat / processes).split([g.numel() for g in gradients]), strict=True):
