@@ -17,6 +17,7 @@ from llava.common.command_line import Parser, add_checkpoint_flags, positive
 from llava.common.errors import UserError
 from llava.common.files import as_user_error_on_write, write_atomically
 from llava.common.progress import progress_bar
+from llava.common.rounding import floor_share
 from llava.config import AdaVConfig
 from llava.eval.benchmarks.questions import check_images, read_questions
 
@@ -80,7 +81,7 @@ def top_set(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def _count(share: float, size: int) -> int:
-    return max(1, int(share * size + 1e-6))  # 1e-6: a product like 0.1 * 30 can lie just below the whole number
+    return max(1, floor_share(share, size))
 
 
 def effective_share(values: np.ndarray) -> np.ndarray:

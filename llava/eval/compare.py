@@ -22,6 +22,7 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import REPOSITORY, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.machine import cores
+from llava.common.rounding import floor_share
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results.compare_rows import Cell, rows_of
@@ -84,8 +85,7 @@ def cells(chosen: list[str], budgets: list[float], seeds: int, full: float) -> l
             found += [Cell(name, entry.method)] if name != "none" else []
             continue
         for percent in budgets:
-            # 1e-6: 29 % of 100 is 28.999999999999996 in floating point, and must become 29.
-            tokens = max(1, int(percent / 100 * full + 1e-6))
+            tokens = max(1, floor_share(percent / 100, full))
             for seed in range(seeds) if _takes_seed(entry.method) else [None]:
                 options = entry.options | ({} if seed is None else {"seed": seed})
                 found.append(Cell(name, entry.method, percent, tokens, seed, options))

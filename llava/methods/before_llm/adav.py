@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.common.rounding import floor_share
 from llava.common.transfer import to_host
 from llava.methods.before_llm.adav_public import keep_public
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
@@ -38,8 +39,7 @@ def best_split(text_score: Tensor, saliency: Tensor, budget: int, floor: int) ->
 
 def guaranteed_count(min_share: float, budget: int) -> int:
     """Return how many of `budget` tokens each of the two lists gets in any split."""
-    # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
-    return min(int(min_share * budget + 1e-6), budget // 2)
+    return min(floor_share(min_share, budget), budget // 2)
 
 
 @dataclass

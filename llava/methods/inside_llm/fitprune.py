@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
+from llava.common.rounding import floor_share
 from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm.base import Dropper, ImageSlots
 from llava.methods.inside_llm.fitprune_tables import Table, nearest_in_share, read_tables, with_ratio
@@ -70,8 +70,7 @@ class FitPrune(Dropper):
         if self.ratio is None:
             return None
         table = with_ratio(self._tables(), self.ratio, n)
-        # + 1e-6: a product that should be a whole number may lie just below it in floating point.
-        return _cuts([math.floor(drop * n / table.image_tokens + 1e-6) for drop in table.over(layers)], n)
+        return _cuts([floor_share(drop / table.image_tokens, n) for drop in table.over(layers)], n)
 
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
         within, across = shares(attention, image)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llava.common.errors import UserError
+from llava.common.rounding import floor_share
 
 # Where a cut happens: AFTER its layer, BEFORE its layer, or INSIDE it, between attention and MLP.
 AFTER, BEFORE, INSIDE = "after", "before", "inside"
@@ -105,6 +106,5 @@ def counts_of(keep: Sequence[float], n: int) -> list[int]:
 
     Whole numbers are counts. Floats, which lie below 1, are shares of n and are rounded down.
     """
-    # + 1e-6: 0.29 * 100 is 28.999999999999996 in floating point.
-    counts = [math.floor(value * n + 1e-6) if isinstance(value, float) else value for value in keep]
+    counts = [floor_share(value, n) if isinstance(value, float) else value for value in keep]
     return [max(1, min(count, n)) for count in counts]

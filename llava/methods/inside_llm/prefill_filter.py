@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor
 
 from llava.common.errors import UserError
+from llava.common.rounding import floor_share
 from llava.methods.inside_llm.fastv import FastV
 from llava.methods.inside_llm.plan import Cut
 
@@ -37,6 +37,5 @@ class PrefillFilter(FastV):
             )
 
     def explicit(self, n: int, layers: int) -> tuple[Cut, ...]:
-        # + 1e-6: the product may lie just below the whole number that it should be.
-        left = max(1, floor((1 - self.rate) * n + 1e-6))
+        left = max(1, floor_share(1 - self.rate, n))
         return (Cut(self.layer - 1, left),) if left < n else ()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from llava.common.rounding import floor_share
 from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm.base import Dropper, ImageSlots
 from llava.methods.inside_llm.plan import BEFORE, Cut, counts_of, one_per_layer, scaled_layer
@@ -36,8 +36,7 @@ class PyramidDrop(Dropper):
 
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
         x = (k / n) ** (1 / 3)
-        # + 1e-6: a cube root is inexact, so the product may lie just below the whole number that it should be.
-        return self._cuts((math.floor(n * x + 1e-6), math.floor(n * x * x + 1e-6), k), n, layers)
+        return self._cuts((floor_share(x, n), floor_share(x * x, n), k), n, layers)
 
     def explicit(self, n: int, layers: int) -> tuple[Cut, ...] | None:
         return None if self.keep is None else self._cuts(counts_of(self.keep, n), n, layers)

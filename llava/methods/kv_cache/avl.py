@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor
 
-from llava.methods.kv_cache.base import Budget, CachePolicy, share
+from llava.common.rounding import floor_share
+from llava.methods.kv_cache.base import Budget, CachePolicy
 from llava.methods.kv_cache.scores import Centred, Latest, Scorer, Summed
 
 
@@ -65,11 +65,11 @@ class AVL(CachePolicy):
     def image(self, entered: int, held: int) -> tuple[int, int]:
         if self.rate is None:
             return held, held
-        # Shares of the tokens that entered the LLM, not of those that a dropper left here. 1e-6: as in share().
-        stay, core = (min(held, floor((1 - part) * entered + 1e-6)) for part in (self.rate, self.compute_rate))
+        # Shares of the tokens that entered the LLM, not of those that a dropper left here.
+        stay, core = (min(held, floor_share(1 - part, entered)) for part in (self.rate, self.compute_rate))
         return stay, core
 
     def budget(self, prompt: int, seen: int) -> Budget:
         total = max(round((1 - self.text_rate) * seen), self.text_minimum)
-        recent = {"h2o": total - share(self.heavy, total), "history": total // 2, "direct": 0}[self.text_rule]
+        recent = {"h2o": total - floor_share(self.heavy, total), "history": total // 2, "direct": 0}[self.text_rule]
         return Budget(total, recent)

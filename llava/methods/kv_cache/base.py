@@ -168,11 +168,6 @@ def text_counts(policy: CachePolicy, prompt: int, steps: int) -> tuple[int, ...]
     return tuple(counts)
 
 
-def share(part: float, n: int) -> int:
-    """Return `part` of n, rounded down; a product just below a whole number by floating-point error counts as it."""
-    return int(part * n + 1e-6)
-
-
 def rounded_up(count: int, multiple: int) -> int:
     """Return `count` rounded up to a multiple of `multiple`; counts above 8 x `multiple` to one of 4 x `multiple`.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava.methods.kv_cache.base import Budget, CachePolicy, share
+from llava.common.rounding import floor_share
+from llava.methods.kv_cache.base import Budget, CachePolicy
 from llava.methods.kv_cache.scores import Scorer, Summed
 
 # Setting of the H2O baseline in A-VL's public code: shares of the tokens so far, at every step.
@@ -38,7 +39,7 @@ class H2O(CachePolicy):
 
     def budget(self, prompt: int, seen: int) -> Budget:
         if self.heavy is None:
-            heavy, recent = share(GROWING_HEAVY, seen), share(GROWING_RECENT, seen)
+            heavy, recent = floor_share(GROWING_HEAVY, seen), floor_share(GROWING_RECENT, seen)
         else:
-            heavy, recent = share(self.heavy, prompt), share(self.recent, prompt)
+            heavy, recent = floor_share(self.heavy, prompt), floor_share(self.recent, prompt)
         return Budget(heavy + recent, recent)
