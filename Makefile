@@ -9,8 +9,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # On a terminal pip shows how far it is; in a log it says nothing.
 QUIET := $(shell test -t 2 || echo --quiet)
-# The test models are tiny: threads of one process would only wait for each other, so each core gets a process.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# The test models are tiny: threads of one process would only wait for each other, so each core gets a process. Each
+# process takes a run of neighbouring tests (worksteal), so that most fixtures are made once.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: setup demo compare lmms-eval test test-fast test-all lint
 

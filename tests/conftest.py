@@ -4,11 +4,18 @@ no GPU to run them on."""
 import gc
 import os
 
+import pytest
 import torch
 
 # Read once, when triton is first imported (which transformers does). Only tests that ask for the Triton backend meet it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def triton_cache(request):
+    """Folder for kernels compiled ahead of time. It stays, so that a second run compiles only what has changed."""
+    return request.config.cache.mkdir("triton")
 
 
 def pytest_collection_finish():

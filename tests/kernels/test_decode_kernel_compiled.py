@@ -34,8 +34,8 @@ SPILLS = {"target": 90, "dtype": "float32", "group": VICUNA, "width": 128, "scor
 
 
 @pytest.fixture(scope="module")
-def usage(tmp_path_factory):
-    return compiled(SCRIPT, [*VARIANTS, SPILLS], tmp_path_factory.mktemp("cache"))
+def usage(triton_cache):
+    return compiled(SCRIPT, [*VARIANTS, SPILLS], triton_cache)
 
 
 def test_no_spills_at_head_size_128(usage):
@@ -49,10 +49,10 @@ def test_a_spill_is_seen(usage):
         check([SPILLS], usage[-1:])
 
 
-def test_few_kernels_for_all_capacities(tmp_path):
+def test_few_kernels_for_all_capacities(triton_cache):
     """Compiling takes a second in the middle of a request: one kernel per number of splits, and none per length of a list."""
     groups = (VICUNA, MISTRAL)
-    found = compiled(SCRIPT, [{"capacities": CAPACITIES, "group": group} for group in groups], tmp_path)
+    found = compiled(SCRIPT, [{"capacities": CAPACITIES, "group": group} for group in groups], triton_cache)
     for group, kernels in zip(groups, found, strict=True):
         splits = {choose_splits(32 // group, slots, 132) for slots in CAPACITIES}
         assert splits == {2, 4, 8, 16, 32}
@@ -73,10 +73,10 @@ def test_number_of_splits():
 @pytest.mark.long
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_no_spills_at_any_shape(target, dtype, tmp_path):
+def test_no_spills_at_any_shape(target, dtype, triton_cache):
     variants = [
         {"target": target, "dtype": dtype, "group": group, "width": width, "scores": True}
         for group in (1, 2, 7, 8)
         for width in (64, 80, 112, 128)
     ]
-    check(variants, compiled(SCRIPT, variants, tmp_path))
+    check(variants, compiled(SCRIPT, variants, triton_cache))

@@ -51,10 +51,10 @@ def check(variants, found):
         assert variant["kernel"] != "evict" or used["order"].endswith("LDG BAR STG"), f"{variant}: {used}"
 
 
-def test_no_spills_at_real_sizes(tmp_path):
+def test_no_spills_at_real_sizes(triton_cache):
     chosen = layers(90, "bfloat16", ("vicuna-7b", "yi-34b")) + layers(80, "float16", ("vicuna-13b",))
     chosen += lists(90, (3200,))
-    check(chosen, compiled(SCRIPT, chosen, tmp_path))
+    check(chosen, compiled(SCRIPT, chosen, triton_cache))
 
 
 CAPACITIES = [*range(128, 3201, 128), 1000, 2929, 3001]
@@ -70,26 +70,26 @@ FEW = [
 ]
 
 
-def test_few_kernels_for_all_capacities(tmp_path):
+def test_few_kernels_for_all_capacities(triton_cache):
     """Compiling takes a second in the middle of a request."""
     calls = [{"target": 90} | call for call, _ in FEW]
     for call in calls:
         if call["kernel"] not in ("evict", "rank_core"):
             call["dtype"] = "bfloat16"
-    for (call, most), found in zip(FEW, compiled(SCRIPT, calls, tmp_path), strict=True):
+    for (call, most), found in zip(FEW, compiled(SCRIPT, calls, triton_cache), strict=True):
         assert found == {call["kernel"]: most}, call
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_no_spills_at_any_real_size(target, dtype, tmp_path):
+def test_no_spills_at_any_real_size(target, dtype, triton_cache):
     chosen = layers(target, dtype)
-    check(chosen, compiled(SCRIPT, chosen, tmp_path))
+    check(chosen, compiled(SCRIPT, chosen, triton_cache))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", [80, 90])
-def test_no_spills_at_any_length_of_the_lists(target, tmp_path):
+def test_no_spills_at_any_length_of_the_lists(target, triton_cache):
     chosen = lists(target, (128, 3200, 8000))
-    check(chosen, compiled(SCRIPT, chosen, tmp_path))
+    check(chosen, compiled(SCRIPT, chosen, triton_cache))

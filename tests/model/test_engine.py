@@ -4,7 +4,8 @@ import gc
 
 import pytest
 import torch
-from test_token_dropping import SHAPES, batch
+from test_token_dropping import SHAPES as DEEP
+from test_token_dropping import batch
 from tiny_checkpoints import build_reference, save_llava_hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,8 @@ from llava.model.decoding.text_stream import TextStream
 from llava.model.graphs import Store
 
 NEW = 128
+# Half as deep as the dropping tests need: a policy is the same in every layer.
+SHAPES = {name: shape | {"num_hidden_layers": 4} for name, shape in DEEP.items()}
 AVL = {"vision_adaptive_attention": True, "vision_adaptive_attention_rate": 0.3}
 TEXT = {"text_pruning_flag": True, "text_pruning_rate": 0.4, "text_init_cache": 6}
 SETTINGS = {
