@@ -20,7 +20,7 @@ from llava.model.checkpoint import Checkpoint
 from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.processors import load_image_processor, load_tokenizer
+from llava.model.processors import load_tokenizer
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -55,7 +55,7 @@ def load_pretrained_model(
     model.eval()
     make_fast(model)
     tokenizer = load_tokenizer([source.folder, source.base])
-    image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
+    image_processor = source.image_processor()
     if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
         model.config.image_aspect_ratio = "pad"  # transformers' LlavaImageProcessor pads by itself where it is told to
     configure(model, config, tokenizer)

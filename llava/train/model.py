@@ -15,7 +15,7 @@ from llava.conversation import default_conv_mode, turn_markers
 from llava.mm_utils import grid_pinpoints, is_hf
 from llava.model.builder import MODEL_CLASSES, load_pretrained_model
 from llava.model.checkpoint import Checkpoint, load_extra
-from llava.model.processors import load_image_processor, load_tokenizer
+from llava.model.processors import load_tokenizer
 from llava.train.arguments import RunArguments
 
 # The LLM's matrices that get adapters: every one but the output, as LLaVA chooses them. The tower has layers of the same
@@ -97,7 +97,7 @@ def _from_llm(run: RunArguments, dtype):
     config.mm_anyres = run.selection.option("anyres")
     model = source.load(MODEL_CLASSES[config.model_type], config, None, dtype)
     model.adav_config = run.selection
-    return load_tokenizer([source.folder]), model, load_image_processor([source.tower_folder])
+    return load_tokenizer([source.folder]), model, source.image_processor()
 
 
 def _check_pinpoints(config) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_checkpoints as tiny
@@ -187,6 +188,114 @@ def test_lora_with_words_of_its_own(sources, tmp_path):
     del trained["base_model.model.lm_head.weight"]
     torch.save(tiny.contiguous(trained), tmp_path / "lora" / "non_lora_trainables.bin")
     refused(tmp_path / "lora", "missing", "lm_head", model_base=base)
+
+
+# --------------------------------------------------------------------------------- where a tower's files are looked for
+@pytest.fixture
+def no_hub(monkeypatch):
+    """No tower is looked up outside the folders of the checkpoint and its model_base."""
+
+    def refuse(name, weights=True):
+        raise UserError(f"{name}: looked up")
+
+    monkeypatch.setattr("llava.model.tower_files.checkpoint_folder", refuse)
+
+
+@pytest.mark.parametrize("name", ["1.5", "1.6"])
+@pytest.mark.parametrize(
+    "named", ["/gone/clip", r"C:\models\clip", "D:/clip", "openai/clip-vit-large-patch14-336", "clip"]
+)
+def test_a_checkpoint_that_has_everything_asks_for_no_tower(sources, tmp_path, no_hub, name, named):
+    """As training and export write it: tower weights, mm_vision_config and image processor lie in the folder."""
+    reference, tower = sources(name)
+    vision = reference.config.vision_config.to_dict()
+    tiny.save_original(reference, tmp_path, named, vision_in_checkpoint=True, mm_vision_config=vision)
+    shutil.copy(tower / "preprocessor_config.json", tmp_path)
+    same_answer(load(tmp_path), reference)
+
+
+@pytest.mark.parametrize("lacking", ["configuration", "weights", "image processor"])
+def test_what_is_missing_is_looked_for_in_the_tower(sources, tmp_path, no_hub, lacking):
+    reference, tower = sources("1.5")
+    has_weights = lacking != "weights"
+    vision = {} if lacking == "configuration" else {"mm_vision_config": reference.config.vision_config.to_dict()}
+    tiny.save_original(reference, tmp_path, "/gone/clip", vision_in_checkpoint=has_weights, **vision)
+    if lacking != "image processor":
+        shutil.copy(tower / "preprocessor_config.json", tmp_path)
+    refused(tmp_path, tmp_path, f"no {lacking}", "/gone/clip: looked up")
+    edit_config(tmp_path, mm_vision_tower="tower")
+    shutil.copytree(tower, tmp_path / "tower")
+    same_answer(load(tmp_path), reference)
+
+
+def save_base(reference, tower, folder, kind):
+    """A whole LLaVA to train on, whose tower no other folder has."""
+    if kind == "llava-hf":
+        return tiny.save_llava_hf(reference, folder)
+    if kind == "tower in its folder":
+        tiny.save_original(reference, folder, "vision_tower", vision_in_checkpoint=False)
+        shutil.copytree(tower, folder / "vision_tower")
+        return folder
+    vision = reference.config.vision_config.to_dict()
+    tiny.save_original(reference, folder, None, vision_in_checkpoint=True, mm_vision_config=vision)
+    edit_config(folder, mm_vision_tower=None)
+    shutil.copy(tower / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("named", ["vision_tower", "/gone/clip", None])
+@pytest.mark.parametrize("base", ["tower in its folder", "exported", "llava-hf"])
+@pytest.mark.parametrize("kind", ["lora", "projector"])
+def test_the_tower_of_a_model_base(sources, tmp_path, no_hub, kind, base, named):
+    """Configuration, weights and image processor of the tower come from the LLaVA that was trained on."""
+    reference, tower = sources("1.5")
+    folder = save_base(reference, tower, tmp_path / "base", base)
+    if kind == "lora":
+        expected = tiny.save_lora(reference, tmp_path / "trained", named or "")
+    else:
+        expected = reference
+        tiny.save_projector_only(reference, tmp_path / "trained", named or "")
+    if named is None:
+        edit_config(tmp_path / "trained", mm_vision_tower=None)
+    ids = None
+    if base == "llava-hf":  # its tokenizer has words of its own for <image>
+        ids = tokenizer_image_token(PROMPT, load(folder)[0])
+    same_answer(load(tmp_path / "trained", model_base=folder), expected, ids)
+
+
+@pytest.mark.parametrize("demo", ["llava-shapes-v1.5", "llava-shapes-v1.6"])
+def test_what_is_trained_on_the_demo_loads_and_exports(tmp_path, demo):
+    """The demo's tower lies in its own folder, and its head shares the tensor of its embeddings."""
+    from peft import LoraConfig, get_peft_model
+
+    from llava.model.export import load_and_save
+
+    base = f"playground/{demo}"
+    tokenizer, model, image_processor, _ = load(base)
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    state = {name: value for name, value in adapted.state_dict().items() if "mm_projector" in name}
+    torch.save(state, tmp_path / "lora" / "non_lora_trainables.bin")
+    settings = json.loads((Path(base) / "config.json").read_text())
+    tiny.write_json(tmp_path / "lora" / "config.json", settings)
+    merged = adapted.merge_and_unload()
+    assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+    image = make_image(103, 97)
+    pixels = process_images([image], image_processor, merged.config)
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids, images=pixels, image_sizes=[image.size]).logits
+
+    loaded = load(tmp_path / "lora", model_base=base)
+    assert loaded[2] is not None
+    torch.testing.assert_close(logits(loaded[1]), logits(merged), atol=1e-4, rtol=0)
+    for layout in ("llava", "llava-hf"):
+        load_and_save(str(tmp_path / "lora"), base, tmp_path / layout, layout, "float32")
+        whole = logits(load(tmp_path / layout)[1])[..., : merged.config.vocab_size]
+        torch.testing.assert_close(whole, logits(merged), atol=1e-4, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------------- settings
