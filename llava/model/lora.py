@@ -110,7 +110,8 @@ class Adapter:
         except UserError:
             raise
         except Exception as error:  # peft passes on whatever its parts raise
-            raise UserError(f"{self.folder}: the LoRA adapter cannot be merged ({first_line(error)})") from error
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{self.folder}: the LoRA adapter cannot be merged ({why})") from error
 
     def _config(self, parts: dict[str, Tensor]):
         """peft's configuration for exactly the modules that the file has adapters for; `whole` is in the model already."""

@@ -20,7 +20,7 @@ HF_KEYS = {
     r"^(?:model\.)?image_newline$": r"model.image_newline",
 }
 # peft's level around a model, and that of a wrapper inside or outside it.
-_LEVELS = r"^(?:module\.|base_model\.|model\.(?=model\.|module\.|lm_head\.))+"
+_LEVELS = r"^(?:module\.|base_model\.|model\.(?=model\.|module\.|base_model\.|lm_head\.))+"
 
 
 def original_name(name: str) -> str:

@@ -190,6 +190,185 @@ def test_lora_with_words_of_its_own(sources, tmp_path):
     refused(tmp_path / "lora", "missing", "lm_head", model_base=base)
 
 
+def adapter_folder(reference, tower, folder, change=None, **lora):
+    """A LoRA checkpoint made by peft from our own model, `change`d before peft sees it. Returns the base's folder, and the
+    model with everything merged."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.save_original(reference, folder / "base", tower, vision_in_checkpoint=True)
+    model = load(base)[1]
+    if change is not None:
+        change(model)
+    settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | lora
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad and "lora_" not in name:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    return base, adapted
+
+
+def save_adapter(adapted, reference, tower, folder, **save):
+    adapted.save_pretrained(folder, **save)
+    torch.save(
+        {f"base_model.model.{k}": v for k, v in tiny.contiguous(tiny.projector_tensors(reference)).items()},
+        folder / "non_lora_trainables.bin",
+    )
+    tiny.write_json(
+        folder / "config.json",
+        tiny.original_config(reference, tower, "llava_llama", vocab_size=adapted.config.vocab_size),
+    )
+    return adapted.merge_and_unload()
+
+
+def grow(model):
+    model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+
+
+@pytest.mark.parametrize(
+    "change,lora,save",
+    [
+        (grow, {}, {"save_embedding_layers": True}),
+        (grow, {"modules_to_save": ["embed_tokens", "lm_head"]}, {}),
+        (grow, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"save_embedding_layers": True}),
+        (grow, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"save_embedding_layers": True}),
+        (grow, {"trainable_token_indices": [3, 5]}, {"save_embedding_layers": True}),
+        (None, {"trainable_token_indices": [3, 5]}, {}),
+        (None, {"use_dora": True}, {}),
+        (None, {"rank_pattern": {"layers.1.self_attn.q_proj": 4}, "alpha_pattern": {"down_proj": 3}}, {}),
+        (None, {"modules_to_save": ["mm_projector"]}, {}),
+    ],
+)
+def test_adapter_files_of_peft(sources, tmp_path, change, lora, save):
+    """Embeddings of a grown vocabulary, modules trained as a whole and single tokens lie in the adapter file."""
+    reference, tower = sources("1.5")
+    base, adapted = adapter_folder(reference, tower, tmp_path, change, **lora)
+    merged = save_adapter(adapted, reference, tower, tmp_path / "lora", **save)
+    if lora.get("modules_to_save") == ["mm_projector"]:
+        torch.save({}, tmp_path / "lora" / "non_lora_trainables.bin")
+    loaded = load(tmp_path / "lora", model_base=base)[1]
+    assert loaded.config.vocab_size == merged.config.vocab_size
+    found, expected = loaded.state_dict(), merged.state_dict()
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("vision_in_base", [True, False])
+def test_adapters_inside_the_tower(sources, tmp_path, vision_in_base):
+    """LLaVA names them with the level "vision_model", and has some in the tower's last layer, which nobody reads."""
+    reference, tower = sources("1.5")
+    _, adapted = adapter_folder(
+        reference,
+        tower,
+        tmp_path,
+        rank_pattern={"encoder.layers.1.mlp.fc1": 3},
+        target_modules=["q_proj", "fc1"],
+    )
+    merged = save_adapter(adapted, reference, tower, tmp_path / "lora").state_dict()
+    base = tiny.save_original(reference, tmp_path / "other", tower, vision_in_checkpoint=vision_in_base)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    ours, level = "vision_tower.vision_tower.", "vision_model."
+    theirs = {name.replace(ours, ours + level): value for name, value in load_file(file).items()}
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    settings["rank_pattern"] = {"vision_model.encoder.layers.1.mlp.fc1": 3}
+    tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings)
+    last = {name.replace("layers.1", "layers.2"): value for name, value in theirs.items() if level in name}
+    assert len(last) == 2 * 2 + 2 * 2
+    save_file(tiny.contiguous(theirs | last), file)
+    found = load(tmp_path / "lora", model_base=base)[1].state_dict()
+    plain = load(base)[1].state_dict()
+    changed = {name for name in merged if not torch.equal(plain[name], merged[name])}
+    assert len(changed) == 2 * 2 + 3 and all("q_proj" in name or "fc1" in name for name in changed)
+    for name in merged:
+        torch.testing.assert_close(found[name], merged[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_an_adapter_that_parts_head_and_embeddings(tmp_path, lora):
+    """The demo has one tensor for both; what is trained apart stays apart."""
+    from peft import LoraConfig, get_peft_model
+
+    base = "playground/llava-shapes-v1.5"
+    adapted = get_peft_model(
+        load(base)[1], LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False} | lora))
+    )
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(0.1 if "lm_head" in name else -0.1)
+        expected = (
+            adapted(inputs_embeds=torch.ones(1, 2, 128)).logits,
+            adapted.get_input_embeddings()(torch.tensor([5])),
+        )
+    adapted.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "non_lora_trainables.bin")
+    shutil.copy(f"{base}/config.json", tmp_path)
+    model = load(tmp_path, model_base=base)[1]
+    found = model(inputs_embeds=torch.ones(1, 2, 128)).logits, model.get_input_embeddings()(torch.tensor([5]))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not model.config.tie_word_embeddings
+
+
+def test_adapters_that_do_not_fit(sources, tmp_path):
+    reference, tower = sources("1.5")
+    base, adapted = adapter_folder(reference, tower, tmp_path, trainable_token_indices=[3, 5])
+    save_adapter(adapted, reference, tower, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    for listed in ([3], [3, 5000], {"other": [3, 5]}, None):
+        tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings | {"trainable_token_indices": listed})
+        refused(tmp_path / "lora", "token embeddings", "adapter_config.json", model_base=base)
+    tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    whole = load_file(file)
+    lacking = next(name for name in whole if "lora_B" in name)
+    save_file({name: value for name, value in whole.items() if name != lacking}, file)
+    refused(tmp_path / "lora", "missing", "lora_B", model_base=base)
+    file.unlink()
+    refused(tmp_path / "lora", "no adapter weights", model_base=base)
+
+
+@pytest.mark.parametrize("files", ["safetensors", "sharded_bin"])
+@pytest.mark.parametrize("kind", ["llava", "llava-hf"])
+def test_names_of_a_wrapped_model(sources, tmp_path, kind, files):
+    """DistributedDataParallel's "module." before every name; what is saved again has LLaVA's names."""
+    reference, tower = sources("1.6")
+    if kind == "llava-hf":
+        folder = tiny.save_llava_hf(reference, tmp_path / "a", "published")
+    else:
+        folder = tiny.save_original(reference, tmp_path / "a", tower, vision_in_checkpoint=True)
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= {f"module.{name}": value for name, value in load_file(file).items()}
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    if files == "safetensors":
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        tiny.save_sharded_bin(tensors, folder)
+    loaded = load(folder)
+    same_answer(loaded, reference)
+    loaded[1].save_pretrained(tmp_path / "b")
+    names = load_file(tmp_path / "b" / "model.safetensors").keys()
+    assert "model.mm_projector.0.weight" in names and not any("module." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "before", ["module.", "module.base_model.model.", "base_model.model.module.", "module.model.", ""]
+)
+def test_names_of_a_wrapped_projector(sources, tmp_path, before):
+    reference, tower = sources("1.5")
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    folder = tiny.save_projector_only(reference, tmp_path / "projector", tower)
+    saved = torch.load(folder / "mm_projector.bin")
+    torch.save({before + name: value for name, value in saved.items()}, folder / "mm_projector.bin")
+    same_answer(load(folder, model_base=base), reference)
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    extras = tmp_path / "lora" / "non_lora_trainables.bin"
+    torch.save({before + name: value for name, value in torch.load(extras).items()}, extras)
+    load(tmp_path / "lora", model_base=base)
+
+
 # --------------------------------------------------------------------------------- where a tower's files are looked for
 @pytest.fixture
 def no_hub(monkeypatch):
