@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
+MAX_GRIDS = 10_000  # that a text like "(1x1),...,(6x6)" may stand for
 NEWLINE = -1  # in a merge order: the slot of the learned newline token
 
 
@@ -54,10 +56,42 @@ class TilePlan:
 
 def grid_pinpoints(model_config) -> list[tuple[int, int]]:
     """The canvas sizes (width, height) that a checkpoint allows, in its own order (the first wins ties)."""
-    value = model_config.image_grid_pinpoints
-    if isinstance(value, str):
-        value = ast.literal_eval(value)
-    return [(int(w), int(h)) for w, h in value]
+    return [(w, h) for w, h in model_config.image_grid_pinpoints]
+
+
+def read_pinpoints(value, side: int, name: str = "image_grid_pinpoints") -> list[list[int]]:
+    """The canvas sizes [width, height] that `value` says, for tiles of `side` pixels.
+
+    value: a list or its text, or LLaVA-NeXT's text "(1x1),...,(6x6)": all grids from the first to the last, in tiles.
+    UserError for what cannot be read, and for a canvas that is not made of whole tiles.
+    """
+    try:
+        if isinstance(value, str):
+            sizes = _grids_between(value, side) if "x" in value else ast.literal_eval(value)
+        else:
+            sizes = value
+        sizes = [[_whole(width), _whole(height)] for width, height in sizes]
+    except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError):
+        sizes = []
+    if not sizes or any(length < side or length % side for size in sizes for length in size):
+        raise UserError(
+            f"{name} is {str(value)[:80]}, allowed is a list of [width, height], each a multiple of the tower's {side} pixels"
+        )
+    return sizes
+
+
+def _grids_between(text: str, side: int) -> list[tuple[int, int]]:
+    ends = [(int(columns), int(rows)) for columns, rows in re.findall(r"\((\d+)x(\d+)\)", text)]
+    if not ends or ends[-1][0] * ends[-1][1] > MAX_GRIDS:
+        raise ValueError
+    (left, top), (right, bottom) = ends[0], ends[-1]
+    return [(side * x, side * y) for x in range(left, right + 1) for y in range(top, bottom + 1)]
+
+
+def _whole(length) -> int:
+    if int(length) != float(length):
+        raise ValueError
+    return int(length)
 
 
 def select_best_resolution(image_size, pinpoints) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava.common.errors import UserError, first_line
 from llava.common.hub import checkpoint_folder, quiet_loading
+from llava.mm_utils import read_pinpoints
 from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistralConfig
 from llava.model.lora import Adapter, untie
 from llava.model.processors import load_image_processor
@@ -146,8 +147,13 @@ class Checkpoint:
         self._refuse(config.mm_vision_select_feature, ("patch",), "mm_vision_select_feature")
         self._refuse(config.mm_patch_merge_type, ("flat", "spatial", "spatial_unpad"), "mm_patch_merge_type")
         self._refuse(config.image_aspect_ratio, (None, "square", "crop", "pad", "anyres"), "image_aspect_ratio")
-        if config.image_aspect_ratio == "anyres" and not config.image_grid_pinpoints:
-            raise UserError(f"{self.folder}: image_aspect_ratio is anyres, but config.json has no image_grid_pinpoints")
+        if config.image_aspect_ratio == "anyres":
+            if not config.image_grid_pinpoints:
+                raise UserError(
+                    f"{self.folder}: image_aspect_ratio is anyres, but config.json has no image_grid_pinpoints"
+                )
+            name = f"{self.folder}: image_grid_pinpoints"
+            config.image_grid_pinpoints = read_pinpoints(config.image_grid_pinpoints, config.mm_tile_size, name)
         if config.mm_hidden_size != config.vision.hidden_size:
             raise UserError(
                 f"{self.folder}: mm_hidden_size is {config.mm_hidden_size}, allowed is the width of the vision tower "

@@ -795,6 +795,61 @@ def test_settings_that_we_do_not_run(llava, changes, words):
     refused(llava, llava, *words)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[[56, 112], [112",
+        "mobile",
+        "(axb)",
+        "(1x2),(0x1)",
+        "(1x1),...,(9999999x9999999)",
+        "__import__('os')",
+        7,
+        [56, 112],
+        [[56]],
+        [["wide", 56]],
+        [[56, 28]],
+        [[56, 112], [60, 112]],
+        [[56, 112.5]],
+        [[0, 56]],
+        [[-56, 56]],
+    ],
+    ids=str,
+)
+def test_grids_that_cannot_be_read(llava, value):
+    edit_config(llava, image_grid_pinpoints=value)
+    refused(llava, llava, "image_grid_pinpoints")
+
+
+@pytest.mark.parametrize(
+    "value, sizes",
+    [
+        ("[[56, 112], [112, 56]]", [[56, 112], [112, 56]]),
+        ("((56, 112),)", [[56, 112]]),
+        ([[56.0, 112]], [[56, 112]]),
+        ("(1x1),...,(2x3)", [[56, 56], [56, 112], [56, 168], [112, 56], [112, 112], [112, 168]]),
+    ],
+)
+def test_grids_as_llava_writes_them(llava, value, sizes):
+    """A list, its text, or LLaVA-NeXT's range of grids, whose order is that of LLaVA-NeXT."""
+    edit_config(llava, image_grid_pinpoints=value)
+    assert load(llava)[1].config.image_grid_pinpoints == sizes
+
+
+def test_json_with_a_byte_order_mark(sources, tmp_path):
+    """As Windows' editors save it."""
+    reference, tower = sources("1.5")
+    base = tiny.save_original(reference, tmp_path / "base", "tower", vision_in_checkpoint=False)
+    shutil.copytree(tower, base / "tower")
+    merged = tiny.save_lora(reference, tmp_path / "lora", "tower")
+    files = [base / "config.json", *(base / "tower").glob("*.json"), *(tmp_path / "lora").glob("*config.json")]
+    assert len(files) == 5
+    for file in files:
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    same_answer(load(base), reference)
+    same_answer(load(tmp_path / "lora", model_base=base), merged)
+
+
 def test_lora_without_model_base(sources, tmp_path):
     reference, tower = sources("1.5")
     tiny.save_lora(reference, tmp_path / "lora", tower)
