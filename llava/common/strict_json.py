@@ -12,7 +12,7 @@ def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
     """The one object of a JSON file. `error` for a missing or unreadable file, and for what strict JSON does not have: comments,
     NaN, a key that is there twice. The sentence names line and column."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as cause:
