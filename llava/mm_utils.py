@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -306,3 +307,33 @@ def get_model_name_from_path(model_path: str) -> str:
     """The last part of a path or hub name; checkpoint-N folders keep their parent's name in front."""
     parts = os.fspath(model_path).rstrip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """LLaVA's: generation of a row ends where a keyword stands in its answer. An empty keyword stops nothing.
+
+    input_ids: the prompt [B, S], as generate() is given it; it does not count where it stands before the answer.
+    """
+
+    def __init__(self, keywords: list[str], tokenizer, input_ids: Tensor):
+        self.keywords = [keyword for keyword in keywords if keyword]
+        self.tokenizer, self.prompt = tokenizer, input_ids
+        self.keyword_ids = []
+        for keyword in self.keywords:
+            ids = tokenizer(keyword).input_ids
+            self.keyword_ids.append(ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids)
+
+    def __call__(self, output_ids: Tensor, scores: Tensor | None = None, **kwargs) -> Tensor:
+        """Per row, whether it ends: bool [B]."""
+        length = self.prompt.shape[1]
+        starts = output_ids[:, :length]
+        if starts.shape == self.prompt.shape and torch.equal(starts, self.prompt.to(output_ids.device)):
+            output_ids = output_ids[:, length:]
+        ends = [self._ends(row) for row in output_ids.tolist()]
+        return torch.tensor(ends, dtype=torch.bool, device=output_ids.device)
+
+    def _ends(self, answer: list[int]) -> bool:
+        if any(answer[-len(ids) :] == ids for ids in self.keyword_ids):
+            return True
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)
