@@ -7,6 +7,7 @@ strings, so they must not be reworded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 
 from llava.common.errors import UserError
 
@@ -14,6 +15,24 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+
+class SeparatorStyle(Enum):
+    """LLaVA's names of the styles, by which its scripts choose between sep and sep2. No template here is SINGLE."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+
+
+_SEPARATOR_STYLES = {
+    "vicuna": SeparatorStyle.TWO,
+    "chatml": SeparatorStyle.MPT,
+    "mistral": SeparatorStyle.LLAMA_2,
+    "plain": SeparatorStyle.PLAIN,
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,11 @@ class Conversation:
     sep2: str
     stop: str
     messages: list = field(default_factory=list)
+
+    @property
+    def sep_style(self) -> SeparatorStyle:
+        """The style as LLaVA's scripts ask for it."""
+        return _SEPARATOR_STYLES[self.style]
 
     def copy(self) -> Conversation:
         """A conversation with its own list of messages."""
@@ -69,8 +93,12 @@ class Conversation:
         return "".join(message + self.sep for _, message in self.messages if message)
 
 
+_VICUNA = Conversation("vicuna_v1", "vicuna", VICUNA_SYSTEM, ("USER", "ASSISTANT"), " ", "</s>", "</s>")
 conv_templates = {
-    "vicuna_v1": Conversation("vicuna_v1", "vicuna", VICUNA_SYSTEM, ("USER", "ASSISTANT"), " ", "</s>", "</s>"),
+    "v1": _VICUNA,
+    "vicuna_v1": _VICUNA,
+    # The human instead of the user, as LLaVA's own run_llava asks version 1.
+    "llava_v1": replace(_VICUNA, name="llava_v1", system=VICUNA_SYSTEM.replace("user", "human")),
     "chatml_direct": Conversation(
         "chatml_direct",
         "chatml",

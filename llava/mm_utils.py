@@ -10,17 +10,20 @@ from __future__ import annotations
 import ast
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
-NEWLINE = -1  # in a merge order: the place of a newline token, which is no patch of the tower's output
+MAX_GRIDS = 10_000  # that a text like "(1x1),...,(6x6)" may stand for
+NEWLINE = -1  # in a merge order: the slot of the learned newline token
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,43 @@ class TilePlan:
 
 
 def grid_pinpoints(model_config) -> list[tuple[int, int]]:
-    """The canvas sizes (width, height) that a checkpoint allows, in its own order. The first one wins ties."""
-    value = model_config.image_grid_pinpoints
-    if isinstance(value, str):  # LLaVA-1.6's config.json stores the list as a string
-        value = ast.literal_eval(value)
-    return [(int(w), int(h)) for w, h in value]
+    """The canvas sizes (width, height) that a checkpoint allows, in its own order (the first wins ties)."""
+    return [(w, h) for w, h in model_config.image_grid_pinpoints]
+
+
+def read_pinpoints(value, side: int, name: str = "image_grid_pinpoints") -> list[list[int]]:
+    """The canvas sizes [width, height] that `value` says, for tiles of `side` pixels.
+
+    value: a list or its text, or LLaVA-NeXT's text "(1x1),...,(6x6)": all grids from the first to the last, in tiles.
+    UserError for what cannot be read, and for a canvas that is not made of whole tiles.
+    """
+    try:
+        if isinstance(value, str):
+            sizes = _grids_between(value, side) if "x" in value else ast.literal_eval(value)
+        else:
+            sizes = value
+        sizes = [[_whole(width), _whole(height)] for width, height in sizes]
+    except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError):
+        sizes = []
+    if not sizes or any(length < side or length % side for size in sizes for length in size):
+        raise UserError(
+            f"{name} is {str(value)[:80]}, allowed is a list of [width, height], each a multiple of the tower's {side} pixels"
+        )
+    return sizes
+
+
+def _grids_between(text: str, side: int) -> list[tuple[int, int]]:
+    ends = [(int(columns), int(rows)) for columns, rows in re.findall(r"\((\d+)x(\d+)\)", text)]
+    if not ends or ends[-1][0] * ends[-1][1] > MAX_GRIDS:
+        raise ValueError
+    (left, top), (right, bottom) = ends[0], ends[-1]
+    return [(side * x, side * y) for x in range(left, right + 1) for y in range(top, bottom + 1)]
+
+
+def _whole(length) -> int:
+    if int(length) != float(length):
+        raise ValueError
+    return int(length)
 
 
 def select_best_resolution(image_size, pinpoints) -> tuple[int, int]:
@@ -289,3 +324,33 @@ def get_model_name_from_path(model_path: str) -> str:
     """The last part of a path or hub name. A folder checkpoint-N keeps its parent's name in front, as in LLaVA."""
     parts = os.fspath(model_path).rstrip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """LLaVA's: generation of a row ends where a keyword stands in its answer. An empty keyword stops nothing.
+
+    input_ids: the prompt [B, S], as generate() is given it; it does not count where it stands before the answer.
+    """
+
+    def __init__(self, keywords: list[str], tokenizer, input_ids: Tensor):
+        self.keywords = [keyword for keyword in keywords if keyword]
+        self.tokenizer, self.prompt = tokenizer, input_ids
+        self.keyword_ids = []
+        for keyword in self.keywords:
+            ids = tokenizer(keyword).input_ids
+            self.keyword_ids.append(ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids)
+
+    def __call__(self, output_ids: Tensor, scores: Tensor | None = None, **kwargs) -> Tensor:
+        """Per row, whether it ends: bool [B]."""
+        length = self.prompt.shape[1]
+        starts = output_ids[:, :length]
+        if starts.shape == self.prompt.shape and torch.equal(starts, self.prompt.to(output_ids.device)):
+            output_ids = output_ids[:, length:]
+        ends = [self._ends(row) for row in output_ids.tolist()]
+        return torch.tensor(ends, dtype=torch.bool, device=output_ids.device)
+
+    def _ends(self, answer: list[int]) -> bool:
+        if any(answer[-len(ids) :] == ids for ids in self.keyword_ids):
+            return True
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)

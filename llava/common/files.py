@@ -69,7 +69,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def read_json(path: Path):
     """Value of a JSON file that must exist. UserError says what is wrong with it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

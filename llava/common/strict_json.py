@@ -16,7 +16,7 @@ def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
     """
     # 1. Read the text.
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as cause:

@@ -49,10 +49,20 @@ def question(query: str, images: int) -> str:
     return query if placed else (DEFAULT_IMAGE_TOKEN + "\n") * images + query
 
 
-@exits_cleanly
-def main(argv: list[str] | None = None) -> None:
-    # 1. Check all input before torch is imported. get_conversation raises for an unknown template.
-    args = parse(argv)
+def completed(args) -> argparse.Namespace:
+    """Arguments as LLaVA's users write them, an object with attributes, with the flags' defaults for what it lacks."""
+    for name in ("model_path", "image_file", "query"):
+        if getattr(args, name, None) is None:
+            raise UserError(f"eval_model: the arguments have no {name}")
+    whole = parse([f"--model-path={args.model_path}", f"--image-file={args.image_file}", f"--query={args.query}"])
+    for name in vars(whole):
+        setattr(whole, name, getattr(args, name, getattr(whole, name)))
+    return whole
+
+
+def eval_model(args) -> None:
+    """LLaVA's function: print the answer to one question. args: an object whose attributes are named like the flags."""
+    args = completed(args)
     files = image_files(args.image_file, args.sep)
     asked = question(args.query, len(files))
     config, decoding = configuration(args), sampling(args)
@@ -83,6 +93,11 @@ def main(argv: list[str] | None = None) -> None:
         pass
     (answer,) = answering.result().answers
     print(answer.text.strip())
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    eval_model(parse(argv))
 
 
 if __name__ == "__main__":

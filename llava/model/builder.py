@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from llava.common.errors import UserError
+from llava.common.errors import UserError, first_line
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, turn_markers
 from llava.methods.inside_llm import dropper_names
@@ -21,7 +21,7 @@ from llava.model.checkpoint import Checkpoint
 from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.processors import load_image_processor, load_tokenizer
+from llava.model.processors import load_tokenizer
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -30,24 +30,33 @@ def load_pretrained_model(
     model_path: str | os.PathLike,
     model_base: str | os.PathLike | None = None,
     model_name: str | None = None,
-    config: AdaVConfig | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
     device_map="auto",
+    device: str | None = None,
+    *,
+    config: AdaVConfig | None = None,
     torch_dtype="auto",
 ):
     """Load a LLaVA checkpoint. Returns (tokenizer, model, image_processor, context_len).
 
-    model_path: folder or hub name
-    model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint
-    model_name: accepted because callers of LLaVA pass it, and ignored
-    config: settings of the methods; None is the plain model
-    device_map: as transformers takes it; "auto" is the CPU where there is no GPU
-    torch_dtype: a dtype or its name; "auto" is the checkpoint's own dtype on a GPU and float32 on the CPU
-    context_len is in tokens. Tokenizer or image processor is None where the checkpoint has none. Raises UserError for
-    anything that is wrong with the checkpoint or does not fit `config`.
+    model_path: folder or hub name. model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint.
+    model_name: accepted because LLaVA's users pass it; nothing is decided by a name.
+    load_8bit, load_4bit: refused, since quantised weights are not supported yet.
+    device_map: as transformers takes it; "auto" is the CPU where there is no GPU.
+    device: as LLaVA takes it: all of the model there, whatever device_map says; None and "cuda" leave it to device_map.
+    config: how vision tokens are chosen; None is the plain model.
+    torch_dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU; else a dtype or its name.
+    A checkpoint without tokenizer or image processor loads all the same: both are returned as None.
+    Raises UserError for whatever is wrong with the checkpoint.
     """
-    # 1. Configuration and checks. They come before the weights, which take minutes to load.
+    if load_8bit or load_4bit:
+        raise UserError(
+            f"{'load_8bit' if load_8bit else 'load_4bit'} is true, but quantised weights are not supported yet: leave it out"
+        )
     config = config or AdaVConfig(method="none")
     config.check_method_options()
+    device_map = _device_map(device_map, device)
     on_gpu = torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
     if device_map == "auto" and not on_gpu:
         device_map = None
@@ -60,13 +69,26 @@ def load_pretrained_model(
     make_fast(model)
     # 3. Tokenizer and image processor. Projector-only and LoRA checkpoints often leave them to the base or the tower.
     tokenizer = load_tokenizer([source.folder, source.base])
-    image_processor = load_image_processor([source.folder, source.base, source.tower_folder])
+    image_processor = source.image_processor()
     if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
         model.config.image_aspect_ratio = "pad"  # do_pad makes transformers' LlavaImageProcessor pad by itself
     # 4. The methods.
     configure(model, config, tokenizer)
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
+
+
+def _device_map(device_map, device):
+    """LLaVA's rule: a device that is not "cuda" stands for a map of everything to it."""
+    if device is None:
+        return device_map
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f'device is "{device}", allowed are cpu, cuda and cuda:N ({first_line(error)})') from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f'device is "{device}", but this torch sees no GPU; allowed are cpu and None')
+    return device_map if str(device) == "cuda" else {"": str(device)}
 
 
 def make_fast(model) -> None:

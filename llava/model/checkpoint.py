@@ -6,38 +6,28 @@ from_pretrained of transformers does the loading (shards, dtypes, device maps); 
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaNextConfig
+from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava.common.errors import UserError, first_line
 from llava.common.hub import checkpoint_folder, quiet_loading
+from llava.mm_utils import read_pinpoints
 from llava.model.language_model.llava_config import LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.lora import Adapter, untie
+from llava.model.processors import load_image_processor
+from llava.model.tower_files import TowerFiles, clip_config, has_config
+from llava.model.weight_files import check_file, fill, read_pickle, read_settings_file, weight_files
+from llava.model.weight_names import HF_KEYS, ORIGINAL_KEYS, original_name, trained_name
 
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 HF_CLASSES = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-
-# Names in the files -> names in our model: those of LLaVA without "vision_model.", which transformers 5 removed.
-ORIGINAL_KEYS = {r"vision_tower\.vision_tower\.vision_model\.": r"vision_tower.vision_tower."}
-# transformers has saved its LLaVA models in two layouts, with and without a leading "model.".
-HF_KEYS = {
-    r"^(?:model\.)?language_model\.model\.": r"model.",
-    r"^language_model\.lm_head\.": r"lm_head.",
-    r"^model\.language_model\.": r"model.",
-    r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": r"model.vision_tower.vision_tower.",
-    r"^(?:model\.)?multi_modal_projector\.linear_1\.": r"model.mm_projector.0.",
-    r"^(?:model\.)?multi_modal_projector\.linear_2\.": r"model.mm_projector.2.",
-    r"^(?:model\.)?image_newline$": r"model.image_newline",
-}
+_BY_WORD = {"model.embed_tokens.weight", "lm_head.weight"}  # one row for each word of the vocabulary
 
 
 @dataclass
@@ -60,11 +50,11 @@ class Checkpoint:
     def open(cls, model_path, model_base=None) -> Checkpoint:
         """Return the checkpoint in a folder or under a hub name. UserError where files are missing or are no LLaVA."""
         folder = checkpoint_folder(model_path)
-        settings, hf = cls.read_settings(folder)
-        # LoRA first: an adapter folder may have weight files of its own.
+        base = None if model_base is None else checkpoint_folder(model_base)
+        settings, hf = cls.read_settings(folder, base)
         if (folder / "adapter_config.json").is_file():
             kind = "lora"
-        elif _weight_files(folder):
+        elif weight_files(folder):
             kind = "full"
         elif (folder / "mm_projector.bin").is_file():
             kind = "projector"
@@ -77,7 +67,7 @@ class Checkpoint:
         if kind != "full" and model_base is None:
             what = {"lora": "a LoRA adapter", "projector": "only a projector"}[kind]
             raise UserError(f"{folder}: is {what}, so model_base must name the model that it was trained on")
-        return cls(folder, checkpoint_folder(model_base) if model_base is not None else None, settings, kind, hf)
+        return cls(folder, base, settings, kind, hf)
 
     @classmethod
     def of_llm(cls, model_path, **mm_settings) -> Checkpoint:
@@ -86,30 +76,34 @@ class Checkpoint:
         UserError for an LLM of another architecture.
         """
         folder = checkpoint_folder(model_path)
-        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+        settings = _config_file(folder)
         kind = settings.get("model_type")
         if kind not in CONFIG_CLASSES:
             raise UserError(f'{folder}: model_type is "{kind}", allowed for training are {", ".join(CONFIG_CLASSES)}')
-        if not _weight_files(folder):
+        if not weight_files(folder):
             raise UserError(f"{folder}: no weights, allowed are model*.safetensors, pytorch_model*.bin")
         return cls(folder, None, settings | {"model_type": f"llava_{kind}"} | mm_settings, "llm", False)
 
     @staticmethod
     def is_llava(folder: Path) -> bool:
-        """Return whether config.json is that of a LLaVA in either format, and not that of a plain LLM."""
-        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+        """Whether config.json is that of a LLaVA, in either format, and not that of a plain LLM."""
+        settings = _config_file(folder)
         return settings.get("model_type") not in CONFIG_CLASSES
 
     @staticmethod
-    def read_settings(folder: Path) -> tuple[dict, bool]:
-        """Return config.json of a checkpoint folder, and whether it is in transformers' format.
+    def read_settings(folder: Path, base: Path | None = None) -> tuple[dict, bool]:
+        """config.json of a checkpoint folder, and whether it is in transformers' format; UserError where it is no LLaVA.
 
-        UserError where it is no LLaVA.
+        base: the folder of its model_base, where it has one; the tower of that one may be its own.
         """
-        settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
-        hf = settings.get("model_type") in HF_CLASSES and "text_config" in settings
+        settings = _config_file(folder)
+        hf = _is_hf(settings)
+        of_base = {} if base is None else _config_file(base)
+        has_tower = _is_hf(of_base) or any(
+            "mm_vision_tower" in s or s.get("mm_vision_config") for s in (settings, of_base)
+        )
         original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
-        if not hf and not (original and ("mm_vision_tower" in settings or settings.get("mm_vision_config"))):
+        if not hf and not (original and has_tower):
             raise UserError(
                 f"{folder}: architecture {settings.get('architectures') or ['unknown']} (model_type "
                 f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
@@ -117,14 +111,33 @@ class Checkpoint:
             )
         return settings, hf
 
+    @cached_property
+    def base_settings(self) -> dict:
+        """config.json of the model_base; {} where there is none."""
+        return {} if self.base is None else _config_file(self.base)
+
     @property
-    def tower_folder(self) -> Path | None:
-        """Folder of the vision tower that LLaVA's format names; None where the checkpoint itself has everything."""
-        name = self.settings.get("mm_vision_tower")
-        if self.hf or not name:
-            return None
-        inside = self.folder / name
-        return inside if inside.is_dir() else checkpoint_folder(name, weights=False)
+    def tower(self) -> TowerFiles:
+        """The vision tower that the checkpoint names, or its model_base where that is a LLaVA; nothing is looked up yet."""
+        named = [() if _is_hf(one) else one.get("mm_vision_tower") for one in (self.settings, self.base_settings)]
+        names = dict.fromkeys(name for name in named if name and isinstance(name, str))
+        return TowerFiles(tuple(names), tuple(filter(None, (self.folder, self.base))))
+
+    def image_processor(self):
+        """That of the checkpoint, of its model_base, or of the tower that they name; None where none of them has one."""
+        own = load_image_processor([self.folder, self.base])
+        return load_image_processor([self.tower.image_processor_folder()]) if own is None else own
+
+    def _vision_config(self) -> dict:
+        """The tower's configuration: the checkpoint's own, that of its model_base, or that of the tower they name."""
+        if self.settings.get("mm_vision_config"):
+            return self.settings["mm_vision_config"]
+        inside = self.tower.inside(self.folder, has_config)
+        if inside is not None:
+            return clip_config(inside)
+        if _is_hf(self.base_settings):
+            return HF_CLASSES[self.base_settings["model_type"]].from_dict(self.base_settings).vision_config.to_dict()
+        return self.base_settings.get("mm_vision_config") or self.tower.config()
 
     def model_config(self):
         """Return the configuration, in one form for both formats. UserError for settings that this code cannot run."""
@@ -135,8 +148,13 @@ class Checkpoint:
         self._refuse(config.mm_vision_select_feature, ("patch",), "mm_vision_select_feature")
         self._refuse(config.mm_patch_merge_type, ("flat", "spatial", "spatial_unpad"), "mm_patch_merge_type")
         self._refuse(config.image_aspect_ratio, (None, "square", "crop", "pad", "anyres"), "image_aspect_ratio")
-        if config.image_aspect_ratio == "anyres" and not config.image_grid_pinpoints:
-            raise UserError(f"{self.folder}: image_aspect_ratio is anyres, but config.json has no image_grid_pinpoints")
+        if config.image_aspect_ratio == "anyres":
+            if not config.image_grid_pinpoints:
+                raise UserError(
+                    f"{self.folder}: image_aspect_ratio is anyres, but config.json has no image_grid_pinpoints"
+                )
+            name = f"{self.folder}: image_grid_pinpoints"
+            config.image_grid_pinpoints = read_pinpoints(config.image_grid_pinpoints, config.mm_tile_size, name)
         if config.mm_hidden_size != config.vision.hidden_size:
             raise UserError(
                 f"{self.folder}: mm_hidden_size is {config.mm_hidden_size}, allowed is the width of the vision tower "
@@ -203,26 +221,58 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: mm_use_im_start_end is true, allowed is false (no LLaVA from 1.5 on has it)"
             )
-        if not values.get("mm_vision_config"):
-            values["mm_vision_config"] = _tower_config(self.tower_folder)
+        values["mm_vision_config"] = self._vision_config()
         values.setdefault("mm_hidden_size", values["mm_vision_config"]["hidden_size"])
         return CONFIG_CLASSES["mistral" if model_type == "llava_mistral" else "llama"].from_dict(values)
 
     # --- weights ----------------------------------------------------------------------------------------------
 
     def load(self, model_class, config, device_map, dtype):
-        """Return the model with all its weights. UserError where weights are missing, damaged or of another shape."""
-        # 1. The folder with most of the weights. A broken download is found here, so that the error names its file.
-        folder, hf = self.base or self.folder, self.hf
-        for file in _weight_files(folder):
-            _check_file(file)
+        """The model with all its weights. UserError where they are missing, damaged or of another shape."""
+        adapter = Adapter.read(self.folder) if self.kind == "lora" else None
+        extra = self._beside_base(adapter)
+        rows = next((extra[name].shape[0] for name in _BY_WORD if name in extra), config.vocab_size)
         if self.base is not None:
-            # The model starts with the vocabulary of the base. It is resized when the checkpoint's own rows are loaded.
-            of_base = _read_json(folder / "config.json", f"{folder}: no config.json")
-            hf = of_base.get("model_type") in HF_CLASSES and "text_config" in of_base
-            vocabulary = of_base["text_config"].get("vocab_size") if hf else of_base.get("vocab_size")
-            wanted, config.vocab_size = config.vocab_size, vocabulary or config.vocab_size
-        # 2. from_pretrained.
+            config.vocab_size = self._base_vocabulary()  # until the checkpoint's own embeddings arrive
+        model, missing = self._load_files(model_class, config, device_map, dtype)
+        if self.kind == "llm":
+            missing -= _start_projector(model)
+        if self.kind == "lora" and rows != config.vocab_size:
+            if rows > config.vocab_size:  # the added rows are nowhere but in the checkpoint
+                missing |= _BY_WORD & model.state_dict().keys()
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        if any(key.startswith("model.vision_tower.") for key in missing - extra.keys()):
+            missing -= self._load_tower(model)
+        if adapter is not None and adapter.splits_embeddings(model):
+            untie(model)
+        missing -= fill(model, extra, self.folder)
+        if model.config.tie_word_embeddings and not missing >= _BY_WORD:
+            missing -= _BY_WORD  # one tensor, and it is there
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            raise UserError(f"{self.folder}: {len(missing)} weights are missing, among them {some}")
+        return model if adapter is None else adapter.merge(model)
+
+    def _beside_base(self, adapter: Adapter | None) -> dict[str, torch.Tensor]:
+        """The complete weights that the checkpoint has beside its model_base, under their names in our model."""
+        if self.base is None:
+            return {}
+        path = self.folder / ("mm_projector.bin" if adapter is None else "non_lora_trainables.bin")
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though the checkpoint needs it beside its model_base")
+        return read_extra(path) | ({} if adapter is None else adapter.whole)
+
+    def _base_vocabulary(self) -> int:
+        settings = self.base_settings
+        if _is_hf(settings):
+            return HF_CLASSES[settings["model_type"]].from_dict(settings).text_config.vocab_size
+        return settings.get("vocab_size", LlamaConfig().vocab_size)
+
+    def _load_files(self, model_class, config, device_map, dtype):
+        """The model with the weights of the folder that has an LLM, and the names of those that are not there."""
+        folder, hf = self.base or self.folder, _is_hf(self.settings if self.base is None else self.base_settings)
+        for file in weight_files(folder):
+            check_file(file)
         try:
             with quiet_loading():
                 model, info = model_class.from_pretrained(
@@ -237,113 +287,39 @@ class Checkpoint:
                 )
         except Exception as error:  # torch, safetensors, pickle and transformers each raise their own
             raise UserError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
-        if hf:
-            # save_pretrained would apply HF_KEYS backwards, though its config.json is in LLaVA's format.
-            vars(model).pop("_weight_conversions", None)
+        _keep_names(model, hf)
         if info["unexpected_keys"]:
             unknown = sorted(info["unexpected_keys"])
             raise UserError(
                 f"{folder}: {len(unknown)} weights have no place in the model that config.json describes, among them "
                 f"{', '.join(unknown[:3])}"
             )
-        # 3. Weights that are elsewhere. Those that no file has are an error: from_pretrained leaves them random.
-        missing = set(info["missing_keys"])
-        if self.kind == "projector":
-            missing -= self._load_extra(model, "mm_projector.bin")
-        elif self.kind == "lora":
-            if wanted != config.vocab_size:
-                if wanted > config.vocab_size:  # only the checkpoint has the added rows
-                    missing |= {"model.embed_tokens.weight", "lm_head.weight"} & model.state_dict().keys()
-                model.resize_token_embeddings(wanted, mean_resizing=False)
-            missing -= self._load_extra(model, "non_lora_trainables.bin")
-            model = self._merge_lora(model)
-        elif self.kind == "llm":
-            missing -= _start_projector(model)
-        if any(key.startswith("model.vision_tower.") for key in missing):
-            missing -= self._load_tower(model)
-        if missing:
-            some = ", ".join(sorted(missing)[:3])
-            raise UserError(f"{self.folder}: {len(missing)} weights are missing, among them {some}")
-        return model
-
-    def _load_extra(self, model, name: str) -> set[str]:
-        """Load a file that the checkpoint needs beside its base; return the names of its weights."""
-        path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing, though the checkpoint needs it beside its model_base")
-        return load_extra(model, path)
-
-    def _merge_lora(self, model):
-        """Return the model with the LoRA adapter merged. UserError where an adapter weight has no place in it."""
-        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-
-        try:
-            with warnings.catch_warnings():
-                # The tower's projections have the names of the LLM's, so peft expects adapters there that do not exist.
-                warnings.filterwarnings("ignore", message="Found missing adapter keys")
-                warnings.simplefilter("ignore", FutureWarning)  # peft still uses a name that transformers will drop
-                adapted = PeftModel.from_pretrained(model, str(self.folder))
-            # peft ignores weights without a place, and the model would silently miss them.
-            in_file = load_peft_weights(str(self.folder), device="cpu").keys()
-            unused = sorted(in_file - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys())
-            if unused:
-                raise UserError(
-                    f"{self.folder}: {len(unused)} adapter weights have no place in the model, among them {unused[0]}"
-                )
-            return adapted.merge_and_unload(progressbar=sys.stderr.isatty())
-        except UserError:
-            raise
-        except Exception as error:  # peft raises the errors of all its parts
-            raise UserError(f"{self.folder}: the LoRA adapter cannot be merged ({first_line(error)})") from error
+        return model, set(info["missing_keys"])
 
     def _load_tower(self, model) -> set[str]:
-        """Load the tower that config.json names (LLaVA-1.5 has no tower weights); return the names of the weights."""
-        name = self.settings.get("mm_vision_tower")
-        if not name:
-            raise UserError(
-                f"{self.folder}: has no weights for its vision tower, and config.json names no mm_vision_tower"
-            )
-        folder = self.tower_folder if _weight_files(self.tower_folder) else checkpoint_folder(name)
-        try:
-            with quiet_loading():
-                tower = CLIPVisionModel.from_pretrained(folder, weights_only=True)
-        except Exception as error:  # as above
-            raise UserError(f"{folder}: the vision tower cannot be loaded ({first_line(error)})") from error
+        """LLaVA 1.5 keeps no tower weights: they come from the tower that config.json names."""
+        tower, folder = self.tower.weights()
         prefix = "model.vision_tower.vision_tower."
         mine = model.state_dict().keys()
-        weights = {prefix + key: value for key, value in tower.state_dict().items()}
-        # Our tower ends early, so the weights of later layers have no place (clip_encoder.py).
-        return _fill(model, {key: value for key, value in weights.items() if key in mine}, folder)
+        weights = {prefix + key: value for key, value in tower.items()}
+        return fill(model, {key: value for key, value in weights.items() if key in mine}, folder)
 
 
 def load_extra(model, path: Path) -> set[str]:
-    """Load the weights that LLaVA's training saves beside an LLM, and return their names.
+    """Fill in weights that LLaVA's training saved beside an LLM: projector, newline, perhaps the tower. Returns their names."""
+    return fill(model, read_extra(path), path)
 
-    These are the projector, the newline token and sometimes the tower. UserError for a damaged file.
-    """
-    _check_file(path)
-    try:
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch, zipfile and pickle each raise their own
-        raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
-    saved = {key.removeprefix("base_model."): value for key, value in saved.items()}
-    if any(key.startswith("model.model.") for key in saved):  # peft wraps the whole model in one more level
-        saved = {key.removeprefix("model."): value for key, value in saved.items()}
-    weights = {}
-    for key, value in saved.items():
-        key = key if key.startswith(("model.", "lm_head.")) else "model." + key
-        weights[key.replace("vision_tower.vision_tower.vision_model.", "vision_tower.vision_tower.")] = value
-    return _fill(model, weights, path)
+
+def read_extra(path: Path) -> dict[str, torch.Tensor]:
+    """Weights that LLaVA's training saved beside an LLM, under their names in our model."""
+    return {trained_name(name): value for name, value in read_pickle(path).items()}
 
 
 def load_whole(model, folder: Path) -> None:
-    """Load all weights of a complete checkpoint in LLaVA's format (safetensors) into a model."""
-    for file in _weight_files(folder):
-        _check_file(file)
-        weights = load_file(file)
-        for theirs, ours in ORIGINAL_KEYS.items():
-            weights = {re.sub(theirs, ours, name): value for name, value in weights.items()}
-        _fill(model, weights, file)
+    """Fill a model with the weights of a checkpoint in LLaVA's format that holds all of them (safetensors)."""
+    for file in weight_files(folder):
+        check_file(file)
+        fill(model, {original_name(name): value for name, value in load_file(file).items()}, file)
 
 
 def _start_projector(model) -> set[str]:
@@ -364,68 +340,18 @@ def _start_projector(model) -> set[str]:
     return names
 
 
-def _fill(model, weights: dict, where: Path) -> set[str]:
-    """Copy named weights into the model and return the names. UserError where a name or shape does not fit."""
-    try:
-        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    except RuntimeError as error:
-        raise UserError(f"{where}: weights do not fit the model ({' '.join(str(error).split())[:200]})") from error
-    if unknown:
-        raise UserError(f"{where}: {len(unknown)} weights have no place in the model, among them {unknown[0]}")
-    return set(weights)
+def _keep_names(model, hf: bool) -> None:
+    """Keep save_pretrained from undoing the names that are no names of LLaVA: a wrapper's, and transformers' layouts, since
+    the model's config.json is LLaVA's."""
+    conversions = vars(model).pop("_weight_conversions", None)
+    if conversions and not hf:
+        model._weight_conversions = [one for one in conversions if any(one.target_patterns)]
 
 
-def _tower_config(folder: Path) -> dict:
-    """Return the settings of the vision tower in `folder`, which may be a whole CLIP. UserError for other models."""
-    settings = _read_json(folder / "config.json", f"{folder}: no config.json, so this is no vision tower")
-    if settings.get("model_type") not in ("clip", "clip_vision_model"):
-        raise UserError(f'{folder}: vision tower of model_type "{settings.get("model_type")}", allowed is CLIP')
-    return CLIPVisionConfig.from_pretrained(folder).to_dict()
+def _config_file(folder: Path) -> dict:
+    return read_settings_file(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that from_pretrained reads, safetensors before .bin; [] where there are none."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            shards = _read_json(folder / index, "").get("weight_map", {})
-            return [folder / name for name in sorted(set(shards.values()))]
-    return []
-
-
-def _check_file(path: Path) -> None:
-    """Raise UserError for a missing file, and for one whose header cannot be read (a broken download)."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing, though the checkpoint's index names it")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                pass
-        elif not _is_torch_file(path):
-            raise ValueError("no PyTorch file")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or cut short ({first_line(error)})") from error
-
-
-def _is_torch_file(path: Path) -> bool:
-    """Return whether a file begins like one of torch.save: a zip archive ("PK"), or a pickle in old versions."""
-    with open(path, "rb") as file:
-        head = file.read(2)
-    return head == b"PK" or head[:1] == b"\x80"
-
-
-def _read_json(path: Path, missing: str) -> dict:
-    """Return the JSON object in a file. UserError with the sentence `missing` where there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(missing) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: found {type(value).__name__}, allowed is one JSON object")
-    return value
+def _is_hf(settings: dict) -> bool:
+    """Whether a config.json is that of a LLaVA in transformers' format."""
+    return settings.get("model_type") in HF_CLASSES and "text_config" in settings

@@ -9,7 +9,7 @@ request is in its PreparedPrompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -36,6 +36,7 @@ from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompt_rows import (
     Row,
+    batch_of,
     embed,
     image_places,
     labels_of,
@@ -95,12 +96,15 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         UserError for an image of a wrong shape, and for sizes that do not fit the tiles.
         """
         side = self.config.mm_tile_size
-        if images is None:
-            return [], []
+        images = _images_of(images)
         if image_sizes is not None and len(image_sizes) != len(images):
             raise UserError(f"{len(images)} images came with {len(image_sizes)} image_sizes, allowed is one size each")
         pixels, plans = [], []
         for i, image in enumerate(images):
+            if not isinstance(image, Tensor):
+                raise UserError(
+                    f"image {i} is of type {type(image).__name__}, allowed is a tensor as process_images gives it"
+                )
             tiles = image[None] if image.dim() == 3 else image
             if tiles.dim() != 4 or tuple(tiles.shape[1:]) != (3, side, side):
                 raise UserError(
@@ -305,19 +309,17 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     ) -> PreparedPrompt:
         """Encode the images, select their tokens, and splice them into the prompts.
 
-        input_ids: [B, S] or [S], with IMAGE_TOKEN_INDEX as the placeholder of each image. Padding is where
-            attention_mask [B, S] is 0; without a mask, leading pad tokens are padding.
-        images: all images of the batch in reading order (a row without placeholder takes none): a tensor or a list of
-            [3, H, W] or [T, 3, H, W], as process_images returns them
-        image_sizes: (width, height) of each original image, in pixels
-        labels: [B, S] or [S], as input_ids
-        config: settings of this request; None is the configuration of the model
-        encoded: results of `encode` for these images under the same settings, in place of images and image_sizes
+        input_ids: [B, S] or [S], tensor or list, IMAGE_TOKEN_INDEX where an image goes; padding is told by attention_mask [B, S] or,
+            without one, by leading pad tokens.
+        images: flat over the batch in reading order (a row without placeholder consumes none): tensor or list of
+            [3, H, W] or [T, 3, H, W], as process_images gives them; a tensor [3, H, W] is one image. image_sizes: (width, height) of each original.
+        config: settings of this request; None takes the model's own.
+        encoded: what `encode` gave for these images under the same settings, in place of images and image_sizes.
         Raises UserError where images and placeholders do not match or a shape is wrong.
         """
         config = config or self.adav_config
-        if input_ids.dim() == 1:
-            input_ids = input_ids[None]
+        input_ids = batch_of(input_ids)
+        attention_mask = None if attention_mask is None else batch_of(attention_mask, "attention_mask")
         embedding = self.get_input_embeddings()
         device = embedding.weight.device
         clock = StageClock(device)
@@ -327,7 +329,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         scope = config.option("text_scope")
         rows = [self._row(ids, own, scope) for (ids, _), own in zip(real, labels_of(labels, real), strict=True)]
         placeholders = sum(len(row.places) for row in rows)
-        given = encoded if encoded is not None else images if images is not None else []
+        given = encoded if encoded is not None else _images_of(images)
         if placeholders != len(given):
             raise UserError(
                 f"the prompts have {placeholders} image placeholders, but {len(given)} images came with them"
@@ -429,6 +431,19 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         if dropping is not None:
             labels = dropping.labels(labels)
         return super().loss_function(logits=logits, labels=labels, **kwargs)
+
+
+def _images_of(images) -> Sequence[Tensor]:
+    """The images of a batch one by one; a tensor [3, H, W] is one of them."""
+    if images is None:
+        return []
+    if isinstance(images, Tensor):
+        return images[None] if images.dim() == 3 else images
+    if not isinstance(images, (list, tuple)):
+        raise UserError(
+            f"images is of type {type(images).__name__}, allowed is a tensor or a list of tensors as process_images gives them"
+        )
+    return images
 
 
 def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:

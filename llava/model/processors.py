@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import transformers
 from transformers import AutoTokenizer, LlamaConfig
 
 from llava.common.errors import UserError, first_line
+from llava.common.files import read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # The PIL variants, by name: transformers' choice fails without torchvision, and gives other pixel values with it.
@@ -49,16 +49,20 @@ def load_image_processor(folders):
     return None
 
 
+def has_image_processor(folder: Path) -> bool:
+    """Whether a folder has the settings of an image processor."""
+    return _processor_settings(folder) is not None
+
+
 def _processor_settings(folder: Path) -> dict | None:
     """Return the settings of a folder's image processor; None where it has none. UserError for broken JSON."""
     # transformers writes them as a file of their own, or as a part of processor_config.json.
     for file, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / file
         if path.is_file():
-            try:
-                settings = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+            settings = read_json(path)
+            if not isinstance(settings, dict):
+                raise UserError(f"{path}: found {type(settings).__name__}, allowed is one JSON object")
             settings = settings if key is None else settings.get(key)
             if settings:
                 return settings

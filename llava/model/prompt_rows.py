@@ -55,6 +55,22 @@ class Row:
         return len(self.ids) + sum(selection.total - 1 for selection in self.selections)
 
 
+def batch_of(values, name: str = "input_ids") -> Tensor:
+    """[B, S] whole numbers from a tensor or list, [B, S] or one row [S]. UserError for anything else."""
+    found = f"of type {type(values).__name__}"
+    if isinstance(values, (list, tuple)):
+        try:
+            values = torch.tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            values = None  # rows of different lengths, or no numbers
+    if isinstance(values, Tensor):
+        found = f"{str(values.dtype).removeprefix('torch.')} of shape {list(values.shape)}"
+        values = values[None] if values.dim() == 1 else values
+        if values.dim() == 2 and values.numel() and not values.is_floating_point() and not values.is_complex():
+            return values
+    raise UserError(f"{name} is {found}, allowed are whole numbers of shape [batch, tokens] or [tokens]")
+
+
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None, model_config) -> list[tuple[Tensor, Tensor]]:
     """Return, per row, its token ids without padding and the mask [S] of real tokens, on the device of the ids.
 

@@ -14,9 +14,6 @@ from llava.config import AdaVConfig
 from llava.conversation import conv_templates
 from llava.methods.inside_llm import dropper_names
 
-# LLaVA's --version values whose conversation template has another name.
-VERSIONS = {"v1": "vicuna_v1"}
-
 
 def _flag(default, help: str):
     return field(default=default, metadata={"help": help})
@@ -109,13 +106,8 @@ class RunArguments:
         ):
             if not getattr(owner, name):
                 raise UserError(f"--{name} is missing, and training needs it")
-        # 2. The conversation template.
-        if self.model.version is not None:
-            self.model.version = VERSIONS.get(self.model.version, self.model.version)
-            if self.model.version not in conv_templates:
-                names = ", ".join([*VERSIONS, *conv_templates])
-                raise UserError(f'--version is "{self.model.version}", allowed are {names}')
-        # 3. LLaVA's flags of which only one value is supported.
+        if self.model.version is not None and self.model.version not in conv_templates:
+            raise UserError(f'--version is "{self.model.version}", allowed are {", ".join(conv_templates)}')
         for owner, name, allowed in (
             (self.model, "mm_use_im_start_end", False),
             (self.model, "mm_use_im_patch_token", False),

@@ -86,7 +86,7 @@ def check_captions(samples: list[Sample]) -> None:
 
 def _read_list(path: Path) -> list:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

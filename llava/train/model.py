@@ -12,10 +12,10 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from llava.common.errors import UserError
 from llava.common.hub import checkpoint_folder
 from llava.conversation import default_conv_mode, turn_markers
-from llava.mm_utils import grid_pinpoints, is_hf
+from llava.mm_utils import is_hf, read_pinpoints
 from llava.model.builder import MODEL_CLASSES, load_pretrained_model
 from llava.model.checkpoint import Checkpoint, load_extra
-from llava.model.processors import load_image_processor, load_tokenizer
+from llava.model.processors import load_tokenizer
 from llava.train.arguments import RunArguments
 
 # Adapters are added to all linear layers of the LLM except the LM head, as in LLaVA. The tower has layers of the same
@@ -99,26 +99,13 @@ def _from_llm(run: RunArguments, dtype):
     source = Checkpoint.of_llm(model_args.model_name_or_path, **settings)
     config = source.model_config()
     if config.image_grid_pinpoints is not None:
-        _check_pinpoints(config)
+        config.image_grid_pinpoints = read_pinpoints(
+            config.image_grid_pinpoints, config.mm_tile_size, "--image_grid_pinpoints"
+        )
     config.mm_anyres = run.selection.option("anyres")
     model = source.load(MODEL_CLASSES[config.model_type], config, None, dtype)
     model.adav_config = run.selection
-    return load_tokenizer([source.folder]), model, load_image_processor([source.tower_folder])
-
-
-def _check_pinpoints(config) -> None:
-    # The flag is a string that the user typed, so parsing can fail in several ways.
-    try:
-        sizes = grid_pinpoints(config)
-    except (ValueError, SyntaxError, TypeError):
-        sizes = []
-    side = config.mm_tile_size
-    if not sizes or any(value < side or value % side for size in sizes for value in size):
-        raise UserError(
-            f"--image_grid_pinpoints is {config.image_grid_pinpoints}, allowed is a list of [width, height], each a "
-            f"multiple of the tower's {side} pixels"
-        )
-    config.image_grid_pinpoints = [list(size) for size in sizes]
+    return load_tokenizer([source.folder]), model, source.image_processor()
 
 
 def _refuse_settings_of_a_llava(run: RunArguments) -> None:

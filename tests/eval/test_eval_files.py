@@ -48,6 +48,11 @@ def test_a_sample_is_told_apart_by_id_image_and_text_and_by_its_line_where_they_
     ]
 
 
+def test_a_question_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "What?"}\n', encoding="utf-8-sig")
+    assert [sample.text for sample in read_questions(tmp_path / "q.jsonl")] == ["What?"]
+
+
 @pytest.mark.parametrize(
     "line, says",
     [

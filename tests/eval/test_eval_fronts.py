@@ -6,12 +6,20 @@ import random
 import pytest
 from benchmark_data import make_benchmark
 from eval_data import environment, make_folder_only_checkpoint
+from PIL import Image
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
 from llava.eval import run_llava
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.answer_file import score_file
 from llava.eval.runs import llava_commands as front
+from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.utils import disable_torch_init
 
 ROW = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
@@ -181,6 +189,25 @@ def test_science_and_mmbench_write_what_llavas_scorers_read(data, checkpoint, tm
     assert score_file(BENCHMARKS["mmbench"](data, None), answers)["rows"] == 8
 
 
+def test_all_rounds_rotate_the_options(data, checkpoint, tmp_path):
+    """LLaVA's --all-rounds: a row per rotation; option_char says which option a letter of the answer stands for."""
+    answers, once = tmp_path / "rounds.jsonl", tmp_path / "once.jsonl"
+    table = {"model_path": checkpoint, "question_file": data / "mmbench" / "mmbench_dev_20230712.tsv"}
+    common = ["--single-pred-prompt", "--max_new_tokens", "1", "--visual_token_num", "5"]
+    front.main("model_vqa_mmbench", [*flags(**table, answers_file=once), *common])
+    front.main("model_vqa_mmbench", [*flags(**table, answers_file=answers), *common, "--all-rounds"])
+    single, found = rows(once), rows(answers)
+    assert len(found) == sum(len(row["options"]) for row in single) > len(single)
+    first = [row for row in found if row["question_id"] == single[0]["question_id"]]
+    assert [(row["round_id"], row["options"], row["option_char"]) for row in first] == [
+        (0, ["red", "blue"], ["A", "B"]),
+        (1, ["blue", "red"], ["B", "A"]),
+    ]
+    assert "A. red\nB. blue" in first[0]["prompt"] and "A. blue\nB. red" in first[1]["prompt"]
+    assert first[0]["prompt"] == single[0]["prompt"] and first[0]["text"] == single[0]["text"]
+    assert {row["metadata"]["vision_tokens"] for row in found} == {5}
+
+
 def test_the_prompt_asks_for_a_letter_only_when_told_to(data, checkpoint, tmp_path):
     found = front.find_checkpoint(str(checkpoint))
     asked = {}
@@ -215,6 +242,64 @@ def test_one_question_on_the_command_line(data, checkpoint, capsys):
     sampled = ["--image-file", str(image), "--temperature", "2", "--seed"]
     assert ask(*sampled, "1") == ask(*sampled, "1")
     assert len({ask(*sampled, str(seed)) for seed in range(4)}) > 1
+
+
+def test_llavas_quick_start(data, checkpoint, capsys):
+    """eval_model with an object of LLaVA's attributes answers as the command does, and as generate() in LLaVA's words."""
+    image = data / "pope" / "val2014" / "COCO_val2014_000000000000.jpg"
+    values = {
+        "model_path": str(checkpoint),
+        "model_base": None,
+        "model_name": get_model_name_from_path(str(checkpoint)),
+        "query": "Is it red?",
+        "conv_mode": None,
+        "image_file": str(image),
+        "sep": ",",
+        "temperature": 0,
+        "top_p": None,
+        "num_beams": 1,
+        "max_new_tokens": 4,
+    }
+    run_llava.eval_model(type("Args", (), values)())
+    said = capsys.readouterr().out
+    run_llava.main([*flags(model_path=checkpoint, image_file=image, query="Is it red?"), "--max_new_tokens", "4"])
+    assert said == capsys.readouterr().out and said.strip()
+
+    disable_torch_init()
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        values["model_path"], None, values["model_name"], config=AdaVConfig.load()
+    )
+    conversation = conv_templates["v1"].copy()
+    conversation.append_message(conversation.roles[0], DEFAULT_IMAGE_TOKEN + "\nIs it red?")
+    conversation.append_message(conversation.roles[1], None)
+    stop = conversation.sep if conversation.sep_style != SeparatorStyle.TWO else conversation.sep2
+    prompt = conversation.get_prompt()
+    ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
+    picture = Image.open(image).convert("RGB")
+    output = model.generate(
+        inputs=ids,
+        images=process_images([picture], image_processor, model.config),
+        image_sizes=[picture.size],
+        do_sample=False,
+        max_new_tokens=4,
+        use_cache=True,
+        stopping_criteria=[KeywordsStoppingCriteria([stop], tokenizer, ids)],
+    )
+    assert tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip() == said.strip()
+    word = tokenizer.decode(output[0, 1])
+    stopped = model.generate(
+        inputs=ids,
+        images=process_images([picture], image_processor, model.config),
+        image_sizes=[picture.size],
+        do_sample=False,
+        max_new_tokens=4,
+        stopping_criteria=[KeywordsStoppingCriteria([word], tokenizer, ids)],
+    )
+    assert stopped.shape[1] < output.shape[1] and word in tokenizer.decode(stopped[0])
+
+    values.pop("query")
+    with pytest.raises(UserError, match="the arguments have no query"):
+        run_llava.eval_model(type("Args", (), values)())
 
 
 def test_bad_questions(data, checkpoint, tmp_path, capsys):

@@ -43,6 +43,11 @@ def test_overrides_win_and_the_digest_tells_settings_apart(tmp_path):
     assert AdaVConfig.load(path).digest == AdaVConfig(method="cls", overall_tokens=58).digest
 
 
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text(AdaVConfig(overall_tokens=7).__str__(), encoding="utf-8-sig")
+    assert AdaVConfig.load(tmp_path / "a.json").overall_tokens == 7
+
+
 def test_environment_names_another_file(tmp_path, monkeypatch):
     monkeypatch.setenv("ADAV_CONFIG", str(write(tmp_path, {"overall_tokens": 7})))
     assert AdaVConfig.load().overall_tokens == 7

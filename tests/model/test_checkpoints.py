@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_checkpoints as tiny
@@ -13,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
 PROMPT = "USER: <image>\nWhat colour is the shape? ASSISTANT:"
@@ -189,6 +190,293 @@ def test_lora_with_words_of_its_own(sources, tmp_path):
     refused(tmp_path / "lora", "missing", "lm_head", model_base=base)
 
 
+def adapter_folder(reference, tower, folder, change=None, **lora):
+    """A LoRA checkpoint made by peft from our own model, `change`d before peft sees it. Returns the base's folder, and the
+    model with everything merged."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.save_original(reference, folder / "base", tower, vision_in_checkpoint=True)
+    model = load(base)[1]
+    if change is not None:
+        change(model)
+    settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | lora
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad and "lora_" not in name:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    return base, adapted
+
+
+def save_adapter(adapted, reference, tower, folder, **save):
+    adapted.save_pretrained(folder, **save)
+    torch.save(
+        {f"base_model.model.{k}": v for k, v in tiny.contiguous(tiny.projector_tensors(reference)).items()},
+        folder / "non_lora_trainables.bin",
+    )
+    tiny.write_json(
+        folder / "config.json",
+        tiny.original_config(reference, tower, "llava_llama", vocab_size=adapted.config.vocab_size),
+    )
+    return adapted.merge_and_unload()
+
+
+def grow(model):
+    model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+
+
+@pytest.mark.parametrize(
+    "change,lora,save",
+    [
+        (grow, {}, {"save_embedding_layers": True}),
+        (grow, {"modules_to_save": ["embed_tokens", "lm_head"]}, {}),
+        (grow, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"save_embedding_layers": True}),
+        (grow, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"save_embedding_layers": True}),
+        (grow, {"trainable_token_indices": [3, 5]}, {"save_embedding_layers": True}),
+        (None, {"trainable_token_indices": [3, 5]}, {}),
+        (None, {"use_dora": True}, {}),
+        (None, {"rank_pattern": {"layers.1.self_attn.q_proj": 4}, "alpha_pattern": {"down_proj": 3}}, {}),
+        (None, {"modules_to_save": ["mm_projector"]}, {}),
+    ],
+)
+def test_adapter_files_of_peft(sources, tmp_path, change, lora, save):
+    """Embeddings of a grown vocabulary, modules trained as a whole and single tokens lie in the adapter file."""
+    reference, tower = sources("1.5")
+    base, adapted = adapter_folder(reference, tower, tmp_path, change, **lora)
+    merged = save_adapter(adapted, reference, tower, tmp_path / "lora", **save)
+    if lora.get("modules_to_save") == ["mm_projector"]:
+        torch.save({}, tmp_path / "lora" / "non_lora_trainables.bin")
+    loaded = load(tmp_path / "lora", model_base=base)[1]
+    assert loaded.config.vocab_size == merged.config.vocab_size
+    found, expected = loaded.state_dict(), merged.state_dict()
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("vision_in_base", [True, False])
+def test_adapters_inside_the_tower(sources, tmp_path, vision_in_base):
+    """LLaVA names them with the level "vision_model", and has some in the tower's last layer, which nobody reads."""
+    reference, tower = sources("1.5")
+    _, adapted = adapter_folder(
+        reference,
+        tower,
+        tmp_path,
+        rank_pattern={"encoder.layers.1.mlp.fc1": 3},
+        target_modules=["q_proj", "fc1"],
+    )
+    merged = save_adapter(adapted, reference, tower, tmp_path / "lora").state_dict()
+    base = tiny.save_original(reference, tmp_path / "other", tower, vision_in_checkpoint=vision_in_base)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    ours, level = "vision_tower.vision_tower.", "vision_model."
+    theirs = {name.replace(ours, ours + level): value for name, value in load_file(file).items()}
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    settings["rank_pattern"] = {"vision_model.encoder.layers.1.mlp.fc1": 3}
+    tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings)
+    last = {name.replace("layers.1", "layers.2"): value for name, value in theirs.items() if level in name}
+    assert len(last) == 2 * 2 + 2 * 2
+    save_file(tiny.contiguous(theirs | last), file)
+    found = load(tmp_path / "lora", model_base=base)[1].state_dict()
+    plain = load(base)[1].state_dict()
+    changed = {name for name in merged if not torch.equal(plain[name], merged[name])}
+    assert len(changed) == 2 * 2 + 3 and all("q_proj" in name or "fc1" in name for name in changed)
+    for name in merged:
+        torch.testing.assert_close(found[name], merged[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_an_adapter_that_parts_head_and_embeddings(tmp_path, lora):
+    """The demo has one tensor for both; what is trained apart stays apart."""
+    from peft import LoraConfig, get_peft_model
+
+    base = "playground/llava-shapes-v1.5"
+    adapted = get_peft_model(
+        load(base)[1], LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False} | lora))
+    )
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(0.1 if "lm_head" in name else -0.1)
+        expected = (
+            adapted(inputs_embeds=torch.ones(1, 2, 128)).logits,
+            adapted.get_input_embeddings()(torch.tensor([5])),
+        )
+    adapted.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "non_lora_trainables.bin")
+    shutil.copy(f"{base}/config.json", tmp_path)
+    model = load(tmp_path, model_base=base)[1]
+    found = model(inputs_embeds=torch.ones(1, 2, 128)).logits, model.get_input_embeddings()(torch.tensor([5]))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not model.config.tie_word_embeddings
+
+
+def test_adapters_that_do_not_fit(sources, tmp_path):
+    reference, tower = sources("1.5")
+    base, adapted = adapter_folder(reference, tower, tmp_path, trainable_token_indices=[3, 5])
+    save_adapter(adapted, reference, tower, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    for listed in ([3], [3, 5000], {"other": [3, 5]}, None):
+        tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings | {"trainable_token_indices": listed})
+        refused(tmp_path / "lora", "token embeddings", "adapter_config.json", model_base=base)
+    tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    whole = load_file(file)
+    lacking = next(name for name in whole if "lora_B" in name)
+    save_file({name: value for name, value in whole.items() if name != lacking}, file)
+    refused(tmp_path / "lora", "missing", "lora_B", model_base=base)
+    file.unlink()
+    refused(tmp_path / "lora", "no adapter weights", model_base=base)
+
+
+@pytest.mark.parametrize("files", ["safetensors", "sharded_bin"])
+@pytest.mark.parametrize("kind", ["llava", "llava-hf"])
+def test_names_of_a_wrapped_model(sources, tmp_path, kind, files):
+    """DistributedDataParallel's "module." before every name; what is saved again has LLaVA's names."""
+    reference, tower = sources("1.6")
+    if kind == "llava-hf":
+        folder = tiny.save_llava_hf(reference, tmp_path / "a", "published")
+    else:
+        folder = tiny.save_original(reference, tmp_path / "a", tower, vision_in_checkpoint=True)
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= {f"module.{name}": value for name, value in load_file(file).items()}
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    if files == "safetensors":
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        tiny.save_sharded_bin(tensors, folder)
+    loaded = load(folder)
+    same_answer(loaded, reference)
+    loaded[1].save_pretrained(tmp_path / "b")
+    names = load_file(tmp_path / "b" / "model.safetensors").keys()
+    assert "model.mm_projector.0.weight" in names and not any("module." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "before", ["module.", "module.base_model.model.", "base_model.model.module.", "module.model.", ""]
+)
+def test_names_of_a_wrapped_projector(sources, tmp_path, before):
+    reference, tower = sources("1.5")
+    base = tiny.save_plain_llm(reference, tmp_path / "base")
+    folder = tiny.save_projector_only(reference, tmp_path / "projector", tower)
+    saved = torch.load(folder / "mm_projector.bin")
+    torch.save({before + name: value for name, value in saved.items()}, folder / "mm_projector.bin")
+    same_answer(load(folder, model_base=base), reference)
+    tiny.save_lora(reference, tmp_path / "lora", tower)
+    extras = tmp_path / "lora" / "non_lora_trainables.bin"
+    torch.save({before + name: value for name, value in torch.load(extras).items()}, extras)
+    load(tmp_path / "lora", model_base=base)
+
+
+# --------------------------------------------------------------------------------- where a tower's files are looked for
+@pytest.fixture
+def no_hub(monkeypatch):
+    """No tower is looked up outside the folders of the checkpoint and its model_base."""
+
+    def refuse(name, weights=True):
+        raise UserError(f"{name}: looked up")
+
+    monkeypatch.setattr("llava.model.tower_files.checkpoint_folder", refuse)
+
+
+@pytest.mark.parametrize("name", ["1.5", "1.6"])
+@pytest.mark.parametrize(
+    "named", ["/gone/clip", r"C:\models\clip", "D:/clip", "openai/clip-vit-large-patch14-336", "clip"]
+)
+def test_a_checkpoint_that_has_everything_asks_for_no_tower(sources, tmp_path, no_hub, name, named):
+    """As training and export write it: tower weights, mm_vision_config and image processor lie in the folder."""
+    reference, tower = sources(name)
+    vision = reference.config.vision_config.to_dict()
+    tiny.save_original(reference, tmp_path, named, vision_in_checkpoint=True, mm_vision_config=vision)
+    shutil.copy(tower / "preprocessor_config.json", tmp_path)
+    same_answer(load(tmp_path), reference)
+
+
+@pytest.mark.parametrize("lacking", ["configuration", "weights", "image processor"])
+def test_what_is_missing_is_looked_for_in_the_tower(sources, tmp_path, no_hub, lacking):
+    reference, tower = sources("1.5")
+    has_weights = lacking != "weights"
+    vision = {} if lacking == "configuration" else {"mm_vision_config": reference.config.vision_config.to_dict()}
+    tiny.save_original(reference, tmp_path, "/gone/clip", vision_in_checkpoint=has_weights, **vision)
+    if lacking != "image processor":
+        shutil.copy(tower / "preprocessor_config.json", tmp_path)
+    refused(tmp_path, tmp_path, f"no {lacking}", "/gone/clip: looked up")
+    edit_config(tmp_path, mm_vision_tower="tower")
+    shutil.copytree(tower, tmp_path / "tower")
+    same_answer(load(tmp_path), reference)
+
+
+def save_base(reference, tower, folder, kind):
+    """A whole LLaVA to train on, whose tower no other folder has."""
+    if kind == "llava-hf":
+        return tiny.save_llava_hf(reference, folder)
+    if kind == "tower in its folder":
+        tiny.save_original(reference, folder, "vision_tower", vision_in_checkpoint=False)
+        shutil.copytree(tower, folder / "vision_tower")
+        return folder
+    vision = reference.config.vision_config.to_dict()
+    tiny.save_original(reference, folder, None, vision_in_checkpoint=True, mm_vision_config=vision)
+    edit_config(folder, mm_vision_tower=None)
+    shutil.copy(tower / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("named", ["vision_tower", "/gone/clip", None])
+@pytest.mark.parametrize("base", ["tower in its folder", "exported", "llava-hf"])
+@pytest.mark.parametrize("kind", ["lora", "projector"])
+def test_the_tower_of_a_model_base(sources, tmp_path, no_hub, kind, base, named):
+    """Configuration, weights and image processor of the tower come from the LLaVA that was trained on."""
+    reference, tower = sources("1.5")
+    folder = save_base(reference, tower, tmp_path / "base", base)
+    if kind == "lora":
+        expected = tiny.save_lora(reference, tmp_path / "trained", named or "")
+    else:
+        expected = reference
+        tiny.save_projector_only(reference, tmp_path / "trained", named or "")
+    if named is None:
+        edit_config(tmp_path / "trained", mm_vision_tower=None)
+    ids = None
+    if base == "llava-hf":  # its tokenizer has words of its own for <image>
+        ids = tokenizer_image_token(PROMPT, load(folder)[0])
+    same_answer(load(tmp_path / "trained", model_base=folder), expected, ids)
+
+
+@pytest.mark.parametrize("demo", ["llava-shapes-v1.5", "llava-shapes-v1.6"])
+def test_what_is_trained_on_the_demo_loads_and_exports(tmp_path, demo):
+    """The demo's tower lies in its own folder, and its head shares the tensor of its embeddings."""
+    from peft import LoraConfig, get_peft_model
+
+    from llava.model.export import load_and_save
+
+    base = f"playground/{demo}"
+    tokenizer, model, image_processor, _ = load(base)
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    state = {name: value for name, value in adapted.state_dict().items() if "mm_projector" in name}
+    torch.save(state, tmp_path / "lora" / "non_lora_trainables.bin")
+    settings = json.loads((Path(base) / "config.json").read_text())
+    tiny.write_json(tmp_path / "lora" / "config.json", settings)
+    merged = adapted.merge_and_unload()
+    assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+    image = make_image(103, 97)
+    pixels = process_images([image], image_processor, merged.config)
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids, images=pixels, image_sizes=[image.size]).logits
+
+    loaded = load(tmp_path / "lora", model_base=base)
+    assert loaded[2] is not None
+    torch.testing.assert_close(logits(loaded[1]), logits(merged), atol=1e-4, rtol=0)
+    for layout in ("llava", "llava-hf"):
+        load_and_save(str(tmp_path / "lora"), base, tmp_path / layout, layout, "float32")
+        whole = logits(load(tmp_path / layout)[1])[..., : merged.config.vocab_size]
+        torch.testing.assert_close(whole, logits(merged), atol=1e-4, rtol=0)
+
+
 # --------------------------------------------------------------------------------------------------------- settings
 @pytest.mark.parametrize("name", ["1.5", "1.6"])
 def test_loading_alarms_nobody(sources, tmp_path, capfd, caplog, recwarn, name):
@@ -254,6 +542,28 @@ def test_generation_config_of_old_checkpoints(sources, tmp_path):
     first = model.generate(ids, images=pixels, max_new_tokens=12)
     torch.manual_seed(1)
     assert first.tolist() == model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12).tolist()
+
+
+def test_arguments_in_llavas_order(sources, tmp_path):
+    folder = str(tiny.save_llava_hf(sources("1.5")[0], tmp_path))
+    name = get_model_name_from_path(folder)
+    same_answer(load_pretrained_model(folder, None, name, False, False, "auto", "cpu"), sources("1.5")[0])
+    model = load_pretrained_model(
+        folder, None, name, load_8bit=False, load_4bit=False, device_map="auto", device="cpu"
+    )[1]
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    for quantised in ({"load_8bit": True}, {"load_4bit": True}):
+        with pytest.raises(
+            UserError, match=f"{next(iter(quantised))} is true, but quantised weights are not supported yet"
+        ):
+            load_pretrained_model(folder, None, name, **quantised)
+    with pytest.raises(UserError, match='device is "gpu", allowed are cpu, cuda'):
+        load_pretrained_model(folder, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="sees no GPU"):
+            load_pretrained_model(folder, device="cuda")
+    with pytest.raises(TypeError):  # LLaVA's fourth argument is load_8bit
+        load_pretrained_model(folder, None, name, False, False, "auto", "cpu", AdaVConfig(method="none"))
 
 
 def test_configuration_arrives(sources, tmp_path):
@@ -505,6 +815,61 @@ def test_tower_of_another_width(sources, tmp_path):
 def test_settings_that_we_do_not_run(llava, changes, words):
     edit_config(llava, **changes)
     refused(llava, llava, *words)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[[56, 112], [112",
+        "mobile",
+        "(axb)",
+        "(1x2),(0x1)",
+        "(1x1),...,(9999999x9999999)",
+        "__import__('os')",
+        7,
+        [56, 112],
+        [[56]],
+        [["wide", 56]],
+        [[56, 28]],
+        [[56, 112], [60, 112]],
+        [[56, 112.5]],
+        [[0, 56]],
+        [[-56, 56]],
+    ],
+    ids=str,
+)
+def test_grids_that_cannot_be_read(llava, value):
+    edit_config(llava, image_grid_pinpoints=value)
+    refused(llava, llava, "image_grid_pinpoints")
+
+
+@pytest.mark.parametrize(
+    "value, sizes",
+    [
+        ("[[56, 112], [112, 56]]", [[56, 112], [112, 56]]),
+        ("((56, 112),)", [[56, 112]]),
+        ([[56.0, 112]], [[56, 112]]),
+        ("(1x1),...,(2x3)", [[56, 56], [56, 112], [56, 168], [112, 56], [112, 112], [112, 168]]),
+    ],
+)
+def test_grids_as_llava_writes_them(llava, value, sizes):
+    """A list, its text, or LLaVA-NeXT's range of grids, whose order is that of LLaVA-NeXT."""
+    edit_config(llava, image_grid_pinpoints=value)
+    assert load(llava)[1].config.image_grid_pinpoints == sizes
+
+
+def test_json_with_a_byte_order_mark(sources, tmp_path):
+    """As Windows' editors save it."""
+    reference, tower = sources("1.5")
+    base = tiny.save_original(reference, tmp_path / "base", "tower", vision_in_checkpoint=False)
+    shutil.copytree(tower, base / "tower")
+    merged = tiny.save_lora(reference, tmp_path / "lora", "tower")
+    files = [base / "config.json", *(base / "tower").glob("*.json"), *(tmp_path / "lora").glob("*config.json")]
+    assert len(files) == 5
+    for file in files:
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    same_answer(load(base), reference)
+    same_answer(load(tmp_path / "lora", model_base=base), merged)
 
 
 def test_lora_without_model_base(sources, tmp_path):

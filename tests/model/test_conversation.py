@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from llava.common.errors import UserError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates, default_conv_mode, get_conversation, single_turn
-from llava.mm_utils import get_model_name_from_path, left_pad, tokenizer_image_token
+from llava.conversation import SeparatorStyle, conv_templates, default_conv_mode, get_conversation, single_turn
+from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, left_pad, tokenizer_image_token
 
 QUESTION = "<image>\nWhat colour is the shape?"
 VICUNA = (
@@ -48,6 +48,32 @@ def test_first_turn(name):
     conversation.append_message(conversation.roles[1], None)
     assert conversation.get_prompt() == FIRST_TURN[name] == single_turn(name, QUESTION)
     assert conv_templates[name].messages == [], "a copy's messages must not reach the template"
+
+
+def test_llavas_other_names_of_vicunas_template():
+    """llava_v1 is its own template: it speaks of a human, not of a user."""
+    assert single_turn("v1", QUESTION) == FIRST_TURN["vicuna_v1"]
+    assert single_turn("llava_v1", QUESTION) == (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the human's questions. USER: <image>\nWhat colour is the shape? ASSISTANT:"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, style, stop",
+    [
+        ("v1", "TWO", "</s>"),
+        ("llava_v1", "TWO", "</s>"),
+        ("chatml_direct", "MPT", "<|im_end|>"),
+        ("mistral_instruct", "LLAMA_2", ""),
+        ("plain", "PLAIN", "\n"),
+    ],
+)
+def test_separators_as_llavas_scripts_ask_for_them(name, style, stop):
+    conversation = conv_templates[name].copy()
+    assert conversation.sep_style == SeparatorStyle[style]
+    two = conversation.sep_style == SeparatorStyle.TWO
+    assert (conversation.sep2 if two else conversation.sep) == stop
 
 
 @pytest.mark.parametrize("name", SECOND_TURN)
@@ -177,3 +203,26 @@ def test_left_pad():
 )
 def test_model_name(path, name):
     assert get_model_name_from_path(path) == name
+
+
+def test_keywords_end_a_row(tokenizers):
+    """LLaVA's stopping criterion, with generate() that returns the prompt's ids or the new ones alone."""
+    tokenizer = tokenizers["words"]
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    prompt = torch.tensor([[1, *ids("two three"), IMAGE_TOKEN_INDEX]] * 2)
+    ends = KeywordsStoppingCriteria(["</s>", "three", ""], tokenizer, prompt)
+    for row, says in (
+        ("red blue", False),
+        ("red three", True),
+        ("three red", True),
+        ("red </s>", True),
+        ("two", False),
+    ):
+        answer = torch.tensor([ids("red red"), ids(row + " two")[:2]])
+        for given in (answer, torch.cat([prompt, answer], dim=1)):
+            found = ends(given, None)
+            assert found.dtype == torch.bool and found.tolist() == [False, says], row
+    assert not KeywordsStoppingCriteria([""], tokenizer, prompt)(prompt, None).any()

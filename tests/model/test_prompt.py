@@ -202,6 +202,46 @@ def embeddings_seen(model, prompt, images, sizes, scope, monkeypatch):
     return [[int((table == row).all(dim=1).nonzero()[0]) for row in text] for text in seen]
 
 
+def test_what_generate_takes_as_llava_does(loaded):
+    """LLaVA's name for the ids, position_ids=None, a list of ids, and one image that is in no batch."""
+    _, model, processor = loaded
+    images, sizes = pixels(model, processor, SIZES[3:])
+    image = images[0] if images[0].dim() == 3 else images[0][0]
+    ids = [1, 9, IMAGE, 10, 11]
+    new = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    expected = model.generate(torch.tensor([ids]), images=[image], image_sizes=sizes, **new)
+    for given in (torch.tensor([ids]), torch.tensor(ids), ids, [ids]):
+        found = model.generate(inputs=given, images=image, image_sizes=sizes, position_ids=None, **new)
+        assert torch.equal(found, expected)
+    found = model.generate(ids, images=image[None], image_sizes=sizes, attention_mask=[1] * 5, **new)
+    assert torch.equal(found, expected)
+    assert model.slots(image, sizes) == model.slots([image], sizes)
+    assert len(model.encode(image, sizes)) == 1
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"images": make_image(40, 30)}, "images is of type Image, allowed is a tensor"),
+        ({"images": [make_image(40, 30)]}, "image 0 is of type Image, allowed is a tensor"),
+        ({"images": ["a.jpg"]}, "image 0 is of type str, allowed is a tensor"),
+        ({"input_ids": [[1, IMAGE], [1]]}, "input_ids is of type list, allowed are whole numbers"),
+        ({"input_ids": "USER: <image>"}, "input_ids is of type str"),
+        ({"input_ids": torch.tensor([1.0, 2.0])}, r"input_ids is float32 of shape \[2\]"),
+        ({"input_ids": []}, r"input_ids is float32 of shape \[0\]"),
+        ({"input_ids": None}, "no prompt"),
+        ({"inputs": torch.tensor([[1, IMAGE]])}, "input_ids and inputs, allowed is one"),
+        ({"position_ids": torch.tensor([[0, 1]])}, "position_ids"),
+        ({"inputs_embeds": torch.zeros(1, 2, 48)}, "inputs_embeds"),
+    ],
+)
+def test_what_generate_does_not_take_is_one_sentence(loaded, given, words):
+    _, model, processor = loaded
+    images, sizes = pixels(model, processor, SIZES[:1])
+    with pytest.raises(UserError, match=words):
+        model.generate(**({"input_ids": torch.tensor([[1, IMAGE]]), "images": images, "image_sizes": sizes} | given))
+
+
 def test_text_scope_after_is_every_text_token_after_the_image(loaded, monkeypatch):
     _, model, processor = loaded
     images, sizes = pixels(model, processor, SIZES[:2])

@@ -228,6 +228,12 @@ def test_bad_files(tmp_path):
         read_samples(tmp_path / "data.json", None)
 
 
+def test_data_with_a_byte_order_mark(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": 1, "conversations": turns}]), encoding="utf-8-sig")
+    assert len(read_samples(tmp_path / "data.json", None)) == 1
+
+
 def test_captions_have_one_image_and_two_turns(tmp_path):
     samples = read_samples(train_data.write_samples(tmp_path) / "data.json", tmp_path / "images")
     check_captions(samples[:1])

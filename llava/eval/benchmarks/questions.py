@@ -46,7 +46,7 @@ def read_lines(path: Path) -> list[tuple[int, dict]]:
     Raises UserError, with the line number, for a line that is no JSON object.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from llava.common.command_line import Parser, add_checkpoint_flags, existing_file, existing_folder, positive
@@ -27,9 +28,9 @@ from llava.config import AdaVConfig, add_config_flags, config_of_flags
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation
 from llava.eval.benchmarks.base import Benchmark
-from llava.eval.benchmarks.mmbench import LETTERS, MMBench
+from llava.eval.benchmarks.mmbench import LETTERS, MMBench, question
 from llava.eval.benchmarks.mmbench_cn import MMBenchCN
-from llava.eval.benchmarks.questions import Sample
+from llava.eval.benchmarks.questions import Sample, make_samples
 from llava.eval.benchmarks.sqa import ScienceQA
 from llava.eval.runs.evaluate import evaluate_or_exit
 from llava.eval.runs.run import BATCH_SIZE, Run
@@ -104,16 +105,36 @@ class MMBenchFile(QuestionFile, MMBench):
     def image_folder(self) -> Path:
         return self.folder / "images"
 
+    def read(self) -> list[Sample]:
+        """With --all-rounds each question once per option, its options rotated by one place each time."""
+        samples = super().read()
+        if not self.args.all_rounds or not samples:
+            return samples
+        rounds = [rotated(sample.row, turn) for sample in samples for turn in range(len(letters_of(sample.row)))]
+        return make_samples(list(enumerate(rounds, 1)), self.question_file, self.prompt, unit="round")
+
     def prompt(self, row: dict) -> str:
         instruction = {"en": MMBench, "cn": MMBenchCN}[self.args.lang].instruction
         return row["text"] + (instruction if self.args.single_pred_prompt else "")
 
     def row(self, sample: Sample, row: dict) -> dict:
-        """Return a row of merge.jsonl in the format of LLaVA's command, with the options of the question."""
-        # round_id is 0, because the rotations are rows of their own here: LLaVA's --all-rounds is not offered.
-        letters = [letter for letter in LETTERS if letter in sample.row]
-        options = {"round_id": 0, "options": [sample.row[letter] for letter in letters], "option_char": letters}
-        return {**super().row(sample, row), **options}
+        letters, turn = letters_of(sample.row), sample.row.get("round_id", 0)
+        options = [sample.row[letter] for letter in letters]
+        told = {"round_id": turn, "options": options, "option_char": letters[turn:] + letters[:turn]}
+        return {**super().row(sample, row), **told}
+
+
+def letters_of(row: dict) -> list[str]:
+    """The letters of a question's options, up to the first that is missing."""
+    return list(takewhile(row.__contains__, LETTERS))
+
+
+def rotated(row: dict, turn: int) -> dict:
+    """A question of MMBench with its options moved `turn` places to the front."""
+    letters = letters_of(row)
+    options = [row[letter] for letter in letters]
+    row = {**row, **dict(zip(letters, options[turn:] + options[:turn], strict=True)), "round_id": turn}
+    return {**row, "text": question(row)}
 
 
 @dataclass(frozen=True)
@@ -186,7 +207,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1, help="only 1")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument(
-        "--visual-token-num", type=positive, help="vision tokens per image, all tiles together: overall_tokens"
+        "--visual-token-num",
+        "--visual_token_num",
+        type=positive,
+        help="vision tokens per image, all tiles together: overall_tokens",
     )
     add_config_flags(parser)
 
@@ -241,6 +265,9 @@ def parse(name: str, argv: list[str] | None) -> argparse.Namespace:
     if COMMANDS[name].reads in (ScienceFile, MMBenchFile):
         parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter")
     if table:
+        parser.add_argument(
+            "--all-rounds", action="store_true", help="ask each question once per rotation of its options"
+        )
         parser.add_argument("--lang", choices=("en", "cn"), default="en", help="of --single-pred-prompt (en)")
     return parser.parse_args(argv)
 

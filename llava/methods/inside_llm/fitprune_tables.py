@@ -75,7 +75,7 @@ def read_tables(path: str | Path | None = None) -> tuple[Table, ...]:
 @lru_cache(maxsize=64)
 def _read(path: Path, _changed: int) -> tuple[Table, ...]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: is no JSON file ({error})") from None
     try:

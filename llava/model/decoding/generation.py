@@ -24,6 +24,8 @@ class LlavaGeneration:
         image_sizes=None,
         attention_mask=None,
         *,
+        inputs=None,
+        position_ids=None,
         prepared: PreparedPrompt | None = None,
         prompt_ids: Tensor | None = None,
         config: AdaVConfig | None = None,
@@ -31,11 +33,27 @@ class LlavaGeneration:
     ):
         """Run generate() of transformers on prompts with images. Returns the new tokens only, [B, T].
 
-        Takes the arguments of `prepare`, or its result as `prepared`. All other arguments go to transformers.
-        prompt_ids: [B, P], the prompts spelled in token ids. Logits processors, stopping criteria and streamers then
-            see them before the new tokens, max_length counts them, and the result is [B, P + T].
+        Takes what `prepare` takes, or its result as `prepared`; everything else goes to transformers.
+        inputs: LLaVA's name for input_ids. position_ids: None, since `prepare` counts positions.
+        prompt_ids: [B, P] a spelling of the prompts in token ids. Processors of logits, stopping criteria and streamers
+            then see it before the new tokens, max_length counts it, and the result is [B, P + T].
         """
+        given = {"input_ids": input_ids, "inputs": inputs, "prepared": prepared}
+        given = [name for name, value in given.items() if value is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"generate() got {' and '.join(given) or 'no prompt'}, allowed is one of input_ids, inputs, prepared"
+            )
+        for name, value in (
+            ("position_ids", position_ids),
+            ("inputs_embeds", generation_kwargs.pop("inputs_embeds", None)),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"generate() got {name}, but it makes them itself from token ids and images: leave it out"
+                )
         if prepared is None:
+            input_ids = inputs if input_ids is None else input_ids
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, config=config)
         self.last_selection = [selection for row in prepared.selections for selection in row]
         output = super().generate(
