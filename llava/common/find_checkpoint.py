@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import REPOSITORY, read_json
+from llava.common.files import BASE, REPOSITORY, read_json
 from llava.common.hub import checkpoint_folder
 
 _IDENTIFYING = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja")
@@ -43,12 +43,12 @@ class EvalCheckpoint:
 
 
 def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
-    """A checkpoint by folder (as given, or below the repository) or hub name; UserError where there is none.
+    """A checkpoint by folder (as given, or below the checkout) or hub name; UserError where there is none.
 
     A hub checkpoint is fetched here, once, so that the shards do not all fetch it at the same time; with fetch=False it
     may come without a folder.
     """
-    for folder in (Path(name), REPOSITORY / name):
+    for folder in (Path(name), BASE / name):
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise UserError(f"{name}: has no config.json, so this is no checkpoint folder")
@@ -58,7 +58,7 @@ def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
                     f"{folder / 'config.json'}: found {type(settings).__name__}, allowed is one JSON object"
                 )
             return EvalCheckpoint(str(name), folder.resolve(), settings)
-    if (REPOSITORY / str(name).partition("/")[0]).exists():  # a path below the repository was meant
+    if REPOSITORY and (REPOSITORY / str(name).partition("/")[0]).exists():  # a path below it was meant
         raise UserError(f"{name}: no such checkpoint folder")
     folder = checkpoint_folder(name, fetch=fetch)
     if folder is None:

@@ -9,7 +9,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from llava.common.files import REPOSITORY
+from llava.common.files import PACKAGE, REPOSITORY
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "triton", "peft")
 
@@ -43,13 +43,13 @@ def torch_is_for_cpu() -> bool:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+" where files differ from it; None outside a repository.
+    """The checkout's commit, with "+" where files differ from it; None without a repository.
 
     The environment variable ADAV_COMMIT goes first, for copies of the files that come without their repository.
     """
     if given := os.environ.get("ADAV_COMMIT"):
         return given
-    if not (REPOSITORY / ".git").exists():
+    if REPOSITORY is None or not (REPOSITORY / ".git").exists():
         return None
     head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]).strip()
     changed = _output(
@@ -61,10 +61,9 @@ def commit() -> str | None:
 def code_digest() -> str:
     """Changes with the source that answers depend on: configuration, prompts, images, methods, model, kernels."""
     seen = hashlib.sha256()
-    package = REPOSITORY / "llava"
     folders = ("common", "methods", "model", "inference", "kernels")
-    paths = [*package.glob("*.py"), *(path for folder in folders for path in package.glob(f"{folder}/**/*.py"))]
-    for path in sorted([*paths, package / "eval" / "runs" / "answer_shard.py"]):
+    paths = [*PACKAGE.glob("*.py"), *(path for folder in folders for path in PACKAGE.glob(f"{folder}/**/*.py"))]
+    for path in sorted([*paths, PACKAGE / "eval" / "runs" / "answer_shard.py"]):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]
 

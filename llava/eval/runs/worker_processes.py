@@ -82,7 +82,8 @@ class Shard:
         # A worker is a process by itself, also where its launcher is one of several ranks.
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         environment |= {**worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        if REPOSITORY is not None:  # the launcher's own code, also where it was not installed
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             worker_command(orders),
             stdin=subprocess.PIPE,
