@@ -14,7 +14,6 @@ from pathlib import Path
 from llava.common.errors import UserError, first_line
 from llava.common.files import PACKAGE
 
-
 PATIENCE = 3.0  # seconds in which the hub must answer, unless HF_HUB_ETAG_TIMEOUT is set
 _WAYS_OUT = (
     "allowed are the path of a folder, HF_ENDPOINT=URL for a mirror, HF_HUB_ETAG_TIMEOUT=SECONDS for a slow network, and "
