@@ -45,7 +45,14 @@ def device_groups(per_model: int = 1, every: bool = False) -> list[str]:
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        devices = [] if torch_is_for_cpu() else [str(i) for i in range(len(gpus()))][: None if every else 1]
+        there = [] if torch_is_for_cpu() else [str(i) for i in range(len(gpus()))]
+        devices = there if every else there[:1]
+        if len(devices) < len(there):
+            print(
+                f"note: {len(there) - len(devices)} of {len(there)} GPUs stand idle; CUDA_VISIBLE_DEVICES={','.join(there)} "
+                "uses all of them",
+                file=sys.stderr,
+            )
     else:
         devices = [device.strip() for device in named.split(",") if device.strip()]
     if "-1" in devices:  # CUDA's rule: whatever comes after an invalid number is hidden
