@@ -2,6 +2,7 @@
 # make demo      accuracy against tokens on the two shipped checkpoints: a table and two pictures
 # make compare   every method at 25, 10 and 5 % of the tokens: a CSV, a table and a plot (under an hour; goes on where it stopped)
 # make lmms-eval lmms-eval beside it, without the torch and transformers that it would bring
+# make lock      constraints.txt anew, after a requirement changed; UPGRADE=--upgrade takes the newest versions
 # make test-fast lint and the tests of methods, costs and kernels: for the loop of someone who edits a method
 # make test      lint and all tests but the long ones, on all cores
 # make test-all  also the long ones, and those of the extras, which it installs
@@ -13,7 +14,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # process takes a run of neighbouring tests (worksteal), so that most fixtures are made once.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: setup demo compare lmms-eval test test-fast test-all lint
+.PHONY: setup demo compare lmms-eval lock test test-fast test-all lint
 
 setup: .venv/installed
 
@@ -31,10 +32,16 @@ compare: .venv/installed
 lmms-eval: .venv/lmms-eval
 
 # Its own requirements would replace torch and transformers, so that it goes in without them.
-.venv/lmms-eval: .venv/installed scripts/lmms_eval/requirements.txt
+.venv/lmms-eval: .venv/installed scripts/lmms_eval/requirements.txt constraints.txt
 	$(BIN)/pip install $(QUIET) --constraint constraints.txt --requirement scripts/lmms_eval/requirements.txt
-	$(BIN)/pip install $(QUIET) --no-deps lmms_eval==0.7.3
+	$(BIN)/pip install $(QUIET) --constraint constraints.txt --no-deps lmms_eval
 	@touch $@
+
+# In the environment as it is: where the lock no longer fits the requirements, it could not be brought up to date first.
+lock:
+	@test -x $(BIN)/python || $(MAKE) setup
+	$(BIN)/pip install $(QUIET) uv==0.13.9
+	$(BIN)/python scripts/lock.py $(UPGRADE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import REPOSITORY
 from llava.common.strict_json import read_json_object
 from llava.methods.index import method_class, method_names
 from llava.methods.inside_llm import dropper_names
@@ -37,7 +38,8 @@ from llava.methods.options import (
 if TYPE_CHECKING:
     from llava.methods.kv_cache.base import CachePolicy
 
-DEFAULT_FILE = Path(__file__).resolve().parent.parent / "adav_configs.json"
+#: None where pip installed the package as a wheel: the defaults of AdaVConfig hold then.
+DEFAULT_FILE = REPOSITORY and REPOSITORY / "adav_configs.json"
 
 
 class ConfigError(UserError):
@@ -157,20 +159,22 @@ class AdaVConfig:
     def load(cls, path: str | os.PathLike | None = None, **overrides) -> AdaVConfig:
         """Read a configuration file and return it with the keyword arguments in place of the file's values.
 
-        path: a file. None means $ADAV_CONFIG if it is set, else the repository's adav_configs.json.
-        Raises ConfigError for a missing file, for JSON that cannot be read (with line and column), for an unknown key,
-        for a wrong type and for a value out of range.
+        path: a file; None means $ADAV_CONFIG where that is set, else the checkout's adav_configs.json. Without a checkout
+            (an installed wheel) the defaults hold.
+        Raises ConfigError for a missing file, JSON that cannot be read (with line and column), an unknown key,
+        a wrong type or a value out of range.
         """
-        path = Path(path or os.environ.get("ADAV_CONFIG") or DEFAULT_FILE)
-        values = read_json_object(path, ConfigError)
-        _refuse_unknown(values, str(path))
+        path = path or os.environ.get("ADAV_CONFIG") or DEFAULT_FILE
+        where = str(path) if path else "the defaults"
+        values = read_json_object(Path(path), ConfigError) if path else {}
+        _refuse_unknown(values, where)
         _refuse_unknown(overrides, "the overrides")
         # Without __init__: its check would not know the file, and the message must name it.
         config = object.__new__(cls)
         for f in fields(cls):
             default = f.default_factory() if f.default is MISSING else f.default
             object.__setattr__(config, f.name, overrides.get(f.name, values.get(f.name, default)))
-        config._check(str(path) + (" with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""))
+        config._check(where + (" with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""))
         return config
 
     def replaced(self, **overrides) -> AdaVConfig:
@@ -265,7 +269,7 @@ def add_config_flags(parser: argparse.ArgumentParser, default: str = "") -> None
     default: a sentence about the command's own defaults, for the help of --config.
     """
     parser.add_argument(
-        "--config", help=f"default: $ADAV_CONFIG, else adav_configs.json of the repository{default and '; ' + default}"
+        "--config", help=f"default: $ADAV_CONFIG, else adav_configs.json of the checkout{default and '; ' + default}"
     )
     _add_key_flags(parser)
 
@@ -313,7 +317,7 @@ def config_of_flags(args: argparse.Namespace, tokens: int | None = None, flag: s
 def main() -> None:
     """Print the configuration that the arguments give."""
     parser = argparse.ArgumentParser(prog="python -m llava.config", description=__doc__.split("\n")[0])
-    parser.add_argument("file", nargs="?", help="default: $ADAV_CONFIG, else the repository's adav_configs.json")
+    parser.add_argument("file", nargs="?", help="default: $ADAV_CONFIG, else the checkout's adav_configs.json")
     _add_key_flags(parser)
     args = parser.parse_args()
     config = AdaVConfig.load(args.file, **config_overrides(args))

@@ -9,6 +9,6 @@ python="$root/.venv/bin/python"
 export PATH="$root/.venv/bin:$PATH" # ninja, which DeepSpeed builds with
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 processes="${PROCESSES:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-exec "$python" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}" \
+exec "$python" -m llava.common.torchrun --nproc_per_node "$processes" --nnodes "${NNODES:-1}" \
     --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
     -m llava.train.train "$@"

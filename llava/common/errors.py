@@ -1,8 +1,12 @@
 """The exception for bad input, and the one place that turns it into one sentence and exit code 2."""
 
 import functools
+import os
 import sys
+import time
 import warnings
+
+RANK_DELAY = 5  # seconds: bad input is nearly always bad for rank 0 too, which says it and thereby ends the others
 
 
 class UserError(Exception):
@@ -26,6 +30,8 @@ def exits_cleanly(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(RANK_DELAY)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         finally:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-# Errors after which the same command can be resumed once there is space again.
+PACKAGE = Path(__file__).resolve().parents[1]
+#: The checkout that this package lies in; None where pip installed it as a wheel.
+REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "scripts" / "launch.sh").is_file() else None
+#: Where runs, data and pictures go unless told: the checkout, from any working directory; else the working directory.
+BASE = REPOSITORY or Path()
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import REPOSITORY, read_json
+from llava.common.files import BASE, REPOSITORY, read_json
 from llava.common.hub import checkpoint_folder
 
 # Suffixes of the files that change what a checkpoint answers: settings, weights, tokenizer, chat template.
@@ -47,12 +47,12 @@ class EvalCheckpoint:
 
 
 def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
-    """Checkpoint of a folder (as given, or below the repository) or of a hub name. UserError if there is none.
+    """A checkpoint by folder (as given, or below the checkout) or hub name; UserError where there is none.
 
     A hub checkpoint is downloaded here, once, so that the shards do not all download it at the same time. With
     fetch=False nothing is downloaded, and the checkpoint may have no folder.
     """
-    for folder in (Path(name), REPOSITORY / name):
+    for folder in (Path(name), BASE / name):
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise UserError(f"{name}: has no config.json, so this is no checkpoint folder")
@@ -62,7 +62,7 @@ def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
                     f"{folder / 'config.json'}: found {type(settings).__name__}, allowed is one JSON object"
                 )
             return EvalCheckpoint(str(name), folder.resolve(), settings)
-    if (REPOSITORY / str(name).partition("/")[0]).exists():  # a path below the repository was meant
+    if REPOSITORY and (REPOSITORY / str(name).partition("/")[0]).exists():  # a path below it was meant
         raise UserError(f"{name}: no such checkpoint folder")
     folder = checkpoint_folder(name, fetch=fetch)
     if folder is None:

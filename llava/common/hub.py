@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 from llava.common.errors import UserError, first_line
+from llava.common.files import PACKAGE
+
+PATIENCE = 3.0  # seconds in which the hub must answer, unless HF_HUB_ETAG_TIMEOUT is set
+_WAYS_OUT = (
+    "allowed are the path of a folder, HF_ENDPOINT=URL for a mirror, HF_HUB_ETAG_TIMEOUT=SECONDS for a slow network, and "
+    "HF_HUB_OFFLINE=1 where the hub's cache on this machine has it"
+)
+
+
+class HubSilent(Exception):
+    """The hub cannot be reached; the message says why."""
 
 
 def checkpoint_folder(name, weights: bool = True, fetch: bool = True) -> Path | None:
@@ -24,11 +36,24 @@ def checkpoint_folder(name, weights: bool = True, fetch: bool = True) -> Path | 
     path, text = Path(name), os.fspath(name)
     if path.is_dir():
         return path
+    if (PACKAGE / text / "config.json").is_file():  # a demo checkpoint, which comes with the package
+        return PACKAGE / text
     owner, _, rest = text.partition("/")
     # If the first part is a folder here, a path was meant. Asking the hub could load a stranger's model of that name.
     if not rest or "/" in rest or owner in ("", ".", "..", "~") or path.exists() or Path(owner).exists():
         raise UserError(f"{name}: no such folder, allowed are a checkpoint folder and a hub name (owner/name)")
+    _refuse_bad_name(text)
     return _fetch(text, weights) if fetch else _cached(text)
+
+
+def _refuse_bad_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name}: no such folder, and no name that the hub can have ({first_line(error)})") from None
 
 
 def _cached(name: str) -> Path | None:
@@ -42,27 +67,62 @@ def _cached(name: str) -> Path | None:
 
 
 def _fetch(name: str, weights: bool) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
+    try:
+        files = files_on_hub(name)
+    except HubSilent as error:
+        folder = _cached(name)
+        if folder is None:
+            raise UserError(f"{name}: no such folder here, and {error}; {_WAYS_OUT}") from None
+        print(f"{name}: {error}; the copy in the hub's cache is used", file=sys.stderr)
+        return folder
     patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+    if weights:
+        patterns.append("*.safetensors")
+        if not any(file.endswith(".safetensors") for file in files):
+            patterns.append("*.bin")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the hub client announces each retry; the UserError below reports the failure once
     try:
-        if weights:
-            # Many repositories hold the same weights twice. The .bin files are downloaded only where they are needed.
-            patterns.append("*.safetensors")
-            try:
-                complete = any(file.endswith(".safetensors") for file in HfApi().list_repo_files(name))
-            except Exception:  # offline: snapshot_download then takes what the local cache has
-                complete = False
-            if not complete:
-                patterns.append("*.bin")
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # hub errors, network errors and bad names share no base class
+    except Exception as error:  # hub errors, network errors
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def files_on_hub(name: str, repo_type: str = "model") -> list[str]:
+    """Names of the files that the hub has under `name`; [] where it answers with an error, which a download then tells.
+
+    Says on stderr that the hub is asked. Raises HubSilent after a few seconds without an answer, or offline. In a thread,
+    because looking up the hub's address has no time limit of its own.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubSilent("HF_HUB_OFFLINE is set")
+    print(f"{name}: asking {constants.ENDPOINT} ...", file=sys.stderr, flush=True)
+    patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE)
+    outcome: list = []
+
+    def ask() -> None:
+        try:
+            outcome.append(HfApi().repo_info(name, repo_type=repo_type, timeout=patience))
+        except Exception as error:  # each HTTP library raises its own
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience)
+    (found,) = outcome or [TimeoutError(f"no answer in {patience:g} s")]
+    if isinstance(found, HfHubHTTPError):
+        return []
+    if isinstance(found, Exception):
+        raise HubSilent(f"{constants.ENDPOINT} cannot be reached ({first_line(found)})")
+    return [file.rfilename for file in found.siblings or []]
 
 
 @contextmanager

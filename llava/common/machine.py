@@ -9,7 +9,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from llava.common.files import REPOSITORY
+from llava.common.files import PACKAGE, REPOSITORY
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "triton", "peft")
 
@@ -44,13 +44,13 @@ def torch_is_for_cpu() -> bool:
 
 
 def commit() -> str | None:
-    """The repository's commit, followed by "+" if tracked files differ from it. None outside a repository.
+    """The checkout's commit, with "+" where files differ from it; None without a repository.
 
     The environment variable ADAV_COMMIT has priority. It is for copies of the files without their repository.
     """
     if given := os.environ.get("ADAV_COMMIT"):
         return given
-    if not (REPOSITORY / ".git").exists():
+    if REPOSITORY is None or not (REPOSITORY / ".git").exists():
         return None
     head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]).strip()
     # A plain `git status` takes the index lock, and a git command of the user at that moment would fail.
@@ -66,11 +66,9 @@ def code_digest() -> str:
     That is configuration, prompts, images, methods, model and kernels. A resumed run warns if the digest has changed.
     """
     seen = hashlib.sha256()
-    package = REPOSITORY / "llava"
     folders = ("common", "methods", "model", "inference", "kernels")
-    paths = [*package.glob("*.py"), *(path for folder in folders for path in package.glob(f"{folder}/**/*.py"))]
-    runs = package / "eval" / "runs"
-    for path in sorted([*paths, runs / "answer_shard.py", runs / "image_reader.py"]):
+    paths = [*PACKAGE.glob("*.py"), *(path for folder in folders for path in PACKAGE.glob(f"{folder}/**/*.py"))]
+    for path in sorted([*paths, PACKAGE / "eval" / "runs" / "answer_shard.py"]):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]
 

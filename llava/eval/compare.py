@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, names, percents, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.common.files import REPOSITORY, as_user_error_on_write, write_atomically
+from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.machine import cores
 from llava.common.rounding import floor_share
@@ -33,7 +33,7 @@ from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 from llava.methods.index import method_names
 
-FOLDER = REPOSITORY / "playground" / "compare"
+FOLDER = BASE / "playground" / "compare"
 CHECKPOINTS = "playground/llava-shapes-v1.5,playground/llava-shapes-v1.6"
 REFERENCE = "adav"
 # The ends of the scale, all vision tokens and no image. They have no budget.

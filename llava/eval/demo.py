@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import exits_cleanly
-from llava.common.files import REPOSITORY, as_user_error_on_write, write_atomically
+from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import find_checkpoint
 from llava.common.machine import cores
 from llava.common.progress import progress_bar
@@ -29,7 +29,7 @@ from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 from llava.shapes.checkpoints import SCENES, Scene
 
-FOLDER = REPOSITORY / "playground" / "demo"
+FOLDER = BASE / "playground" / "demo"
 CAVEAT = """\
 How to read it: text-guided selection (adav) is flattered here. The demo checkpoints were trained with a loss on the very
 similarity between patches and words that it reads; no real LLaVA was. The table shows that the pipeline works and

@@ -115,7 +115,7 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
     model_base = find_checkpoint(args.model_base, fetch=not args.plan) if args.model_base else None
     # 3. One run per benchmark. Making a run reads and checks its questions and images.
     subset = Subset(args.subset, args.subset_seed) if args.subset else None
-    runs = []
+    runs, refused = [], []
     for each in names:
         benchmark = BENCHMARKS[each](args.data_root or DATA_ROOT, checkpoint, args.split)
         generation = Generation(
@@ -124,7 +124,12 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
             dtype=args.dtype,
             device="cuda" if devices else "cpu",
         )
-        runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, args.limit, subset))
+        try:
+            runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, args.limit, subset))
+        except UserError as error:  # what the others lack is told at the same time
+            refused.append(str(error))
+    if refused:
+        raise UserError("; ".join(refused))
     return runs
 
 

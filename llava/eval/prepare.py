@@ -17,7 +17,8 @@ from pathlib import Path
 
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly, first_line
-from llava.common.files import REPOSITORY, read_json, write_json
+from llava.common.files import BASE, read_json, write_json
+from llava.common.hub import HubSilent, files_on_hub
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.benchmarks.recipes import RECIPES, Recipe
@@ -76,6 +77,7 @@ def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterab
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if source is None:
+        _need_hub(recipe.repo)
         try:
             table = datasets.load_dataset(recipe.repo, config, split=split)
         except Exception as error:  # hub, network and disk raise many types, without a common base
@@ -98,6 +100,19 @@ def rows(recipe: Recipe, config: str, split: str, source: Path | None) -> Iterab
     return progress_bar(f"{recipe.repo} {split}", table, unit=" rows")
 
 
+def _need_hub(repo: str) -> None:
+    """UserError at once where the hub cannot be reached: the datasets library would ask for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
+        return  # what is in the library's cache is enough
+    try:
+        files_on_hub(repo, "dataset")
+    except HubSilent as error:
+        raise UserError(
+            f"{repo}: {error}; allowed are --source with a copy of it, HF_ENDPOINT=URL for a mirror, and HF_HUB_OFFLINE=1 "
+            "where it was downloaded before"
+        ) from None
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava.eval.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("benchmark", help=", ".join(RECIPES))
@@ -107,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data-root",
         type=Path,
-        default=os.environ.get("DATA_ROOT") or REPOSITORY / "playground" / "data" / "eval",
+        default=os.environ.get("DATA_ROOT") or BASE / "playground" / "data" / "eval",
         help="default: $DATA_ROOT, else playground/data/eval",
     )
     return parser.parse_args(argv)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, existing_folder
 from llava.common.errors import UserError, exits_cleanly
-from llava.common.files import REPOSITORY, write_json
+from llava.common.files import BASE, write_json
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.answer_file import score_file
 
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data-root",
         type=existing_folder,
-        default=os.environ.get("DATA_ROOT") or REPOSITORY / "playground" / "data" / "eval",
+        default=os.environ.get("DATA_ROOT") or BASE / "playground" / "data" / "eval",
         help="default: $DATA_ROOT, else playground/data/eval",
     )
     parser.add_argument("--output", type=Path, help="also write the score here")

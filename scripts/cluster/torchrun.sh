@@ -9,6 +9,6 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python=python3
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+exec "$python" -m llava.common.torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
     --nproc-per-node "${RANKS_PER_NODE:-1}" --master-addr "${MASTER_ADDR:-127.0.0.1}" \
     --master-port "${MASTER_PORT:-29400}" --max-restarts 0 -m llava.eval.launch "$@"

@@ -17,6 +17,6 @@ if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
 fi
 arguments+="${MODEL_ARGS:+,$MODEL_ARGS}"
 launcher=("$python" -m)
-[ "${RANKS:-1}" = 1 ] || launcher=("$python" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m)
+[ "${RANKS:-1}" = 1 ] || launcher=("$python" -m llava.common.torchrun --standalone --nproc-per-node "$RANKS" -m)
 exec "${launcher[@]}" llava.integrations.lmms_eval.command --model adav_llava --model_args "$arguments" --tasks "$task" \
     --batch_size "${BATCH_SIZE:-8}" --log_samples --output_path "${OUTPUT:-$root/runs/lmms_eval}" "$@"

@@ -129,10 +129,11 @@ class Benchmark(ABC):
         return self.read()
 
     def _refuse_missing(self, paths: list[Path]) -> None:
-        for path in paths:
-            if not path.exists():
-                hint = f"; {self.download_page} says where to get it" if self.download_page else ""
-                raise UserError(f"{path}: missing, benchmark {self.name} needs it{hint}")
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            hint = f"; {self.download_page} says where to get it" if self.download_page else ""
+            more = f"; also missing: {', '.join(map(str, missing[1:]))}" if missing[1:] else ""
+            raise UserError(f"{missing[0]}: missing, benchmark {self.name} needs it{hint}{more}")
 
     def upload_file(self, folder: Path, place: Path, suffix: str) -> Path:
         """Return the path of the upload file: place/<checkpoint>/<run>.<suffix>, the layout of LLaVA's scripts.

@@ -16,6 +16,8 @@ from llava.common.errors import UserError
 from llava.common.progress import progress_bar
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
+SHOWN = 100  # names of missing images in one message
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -169,5 +171,8 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
             missing.append((image, place))
     if missing:
         image, place = missing[0]
-        more = f" ({len(missing)} of {len(where)} images are missing)" if len(missing) > 1 else ""
+        more = ""
+        if len(missing) > 1:
+            others = ", ".join(f'"{other}"' for other, _ in missing[1:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+            more = f" ({len(missing)} of {len(where)} images are missing), and neither is {others}"
         raise UserError(f'{source}, {place}: image "{image}" is not in {folder}{more}')

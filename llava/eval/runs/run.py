@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 from llava.common.files import (
-    REPOSITORY,
+    BASE,
     as_user_error_on_write,
     digest_of,
     read_json,
@@ -58,10 +58,10 @@ FAMILIES = {
 }
 
 
-DATA_ROOT = REPOSITORY / "playground" / "data" / "eval"
+DATA_ROOT = BASE / "playground" / "data" / "eval"
 
 
-OUTPUT = REPOSITORY / "runs"
+OUTPUT = BASE / "runs"
 
 
 BATCH_SIZE = 8

@@ -48,7 +48,14 @@ def device_groups(per_model: int = 1, every: bool = False) -> list[str]:
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        devices = [] if torch_is_for_cpu() else [str(i) for i in range(len(gpus()))][: None if every else 1]
+        there = [] if torch_is_for_cpu() else [str(i) for i in range(len(gpus()))]
+        devices = there if every else there[:1]
+        if len(devices) < len(there):
+            print(
+                f"note: {len(there) - len(devices)} of {len(there)} GPUs stand idle; CUDA_VISIBLE_DEVICES={','.join(there)} "
+                "uses all of them",
+                file=sys.stderr,
+            )
     else:
         devices = [device.strip() for device in named.split(",") if device.strip()]
     # CUDA's rule: an invalid number hides itself and all devices after it.
@@ -94,8 +101,8 @@ class Shard:
         # would look for the other processes.
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         environment |= {**worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        # 2. The process.
+        if REPOSITORY is not None:  # the launcher's own code, also where it was not installed
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             worker_command(orders),
             stdin=subprocess.PIPE,
