@@ -4,8 +4,8 @@ budget; picks the implementation.
 Rules, by how an entry's score follows from the attention `paid` that the step's query pays to it:
     summed      H2O (arXiv 2306.14048): the sum of all that it has been paid
     latest      what it is paid now
-    centred     A-VL (arXiv 2409.14846): the sum of what it is paid above the `quantile` (linear between ranks) of what the
-                entries that were there before are paid; its own step counts in full
+    centred     A-VL (arXiv 2409.14846): the sum of what it is paid above the `quantile` (linear between ranks) of what all
+                entries are paid, the step's own included; its own step counts in full
 """
 
 from __future__ import annotations

@@ -11,15 +11,15 @@ from llava.kernels.selection_triton import block_for, kth_largest, ordered, valu
 
 
 @triton.jit
-def _quantile(paid, older, n_older, quantile):
-    """The quantile of `paid` over the older entries, linear between ranks."""
-    keys = tl.where(older, ordered(paid), -0x7FFFFFFF - 1)
-    rank = quantile * tl.maximum(n_older - 1, 0).to(tl.float32)
+def _quantile(paid, live, n_live, quantile):
+    """The quantile of `paid` over the live entries, linear between ranks."""
+    keys = tl.where(live, ordered(paid), -0x7FFFFFFF - 1)
+    rank = quantile * tl.maximum(n_live - 1, 0).to(tl.float32)
     whole = rank.to(tl.int32)
     part = rank - whole.to(tl.float32)
-    key = kth_largest(keys, n_older - whole)
+    key = kth_largest(keys, n_live - whole)
     higher = tl.min(tl.where(keys > key, keys, 0x7FFFFFFF), axis=0)
-    repeated = n_older - tl.sum((keys > key).to(tl.int32), axis=0) > whole + 1
+    repeated = n_live - tl.sum((keys > key).to(tl.int32), axis=0) > whole + 1
     below = value_of(key)
     above = tl.where(repeated | (part == 0.0), below, value_of(higher))
     # As torch.lerp: from the end that is nearer.
@@ -62,9 +62,9 @@ def _evict(
     place = tl.arange(0, BLOCK)
     centre = 0.0
     if CENTRED:
-        older = place < last
-        paid = tl.load(paid_ptr + place, mask=older, other=0.0)
-        centre = _quantile(paid, older, tl.maximum(last, 0), quantile)
+        live = place <= last
+        paid = tl.load(paid_ptr + place, mask=live, other=0.0)
+        centre = _quantile(paid, live, last + 1, quantile)
     scores = _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY, CENTRED)
 
     over = last >= total

@@ -64,10 +64,11 @@ class Latest(Scorer):
 
 @dataclass(frozen=True)
 class Centred(Scorer):
-    """A-VL's history (arXiv 2409.14846): what an entry receives above the `quantile` of what all older entries receive.
+    """A-VL's history (arXiv 2409.14846): what an entry receives above the `quantile` of what the region receives.
 
     An entry starts at the attention that it pays itself; each later query adds what it pays to the entry less the
-    quantile (linear between ranks) of what it pays to the entries of the region that were there before it.
+    quantile (linear between ranks) of what it pays to the entries of the region. As in A-VL's public code these are, for
+    a query of the prompt, the older entries alone, and in a decode step all entries, the query's own included.
     """
 
     rule = "centred"
