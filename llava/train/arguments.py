@@ -79,6 +79,10 @@ class LlavaTrainingArguments(TrainingArguments):
                 raise UserError(f"--warmup_ratio is {self.warmup_ratio}, allowed is a share from 0 to below 1")
             self.warmup_steps = self.warmup_ratio  # transformers 5 reads a share below 1 there
         self.remove_unused_columns = False
+        if self.ddp_find_unused_parameters is None:
+            # Every weight that learns has a gradient in every step (ConversationDataset.blank); looking for others costs a
+            # pass over the graph, and torch warns that it found none.
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
 
 

@@ -105,6 +105,8 @@ def main() -> None:
     trainer = train(parse())
     if trainer.args.should_save:
         print(f"checkpoint written to {trainer.args.output_dir}")
+        if trainer.train_dataset.samples.note:
+            print(trainer.train_dataset.samples.note)
     if torch.distributed.is_initialized():
         # Together: a rank whose neighbours have gone is aborted by gloo while it clears up.
         torch.distributed.barrier()
