@@ -1,11 +1,10 @@
 """One step of eviction from the text region of a KV cache: the contract, and the choice of the implementation.
 
-A step updates the scores. Where the region is over its budget, it frees a slot. `paid` is the attention of the step's
-query to each entry. The rules:
-    summed      H2O (arXiv 2306.14048): the score is the sum of all attention to the entry
-    latest      the score is the attention of this step
-    centred     A-VL (arXiv 2409.14846): the score is the sum of the attention minus its `quantile` (linear between
-                ranks) over the older entries; the attention of an entry's own step counts in full
+Rules, by how an entry's score follows from the attention `paid` that the step's query pays to it:
+    summed      H2O (arXiv 2306.14048): the sum of all that it has been paid
+    latest      what it is paid now
+    centred     A-VL (arXiv 2409.14846): the sum of what it is paid above the `quantile` (linear between ranks) of what all
+                entries are paid, the step's own included; its own step counts in full
 """
 
 from __future__ import annotations

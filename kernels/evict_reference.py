@@ -43,9 +43,9 @@ def _scores(scores: Tensor, paid: Tensor, older: Tensor, own: Tensor, rule: str,
     old = torch.where(older, scores, 0)
     if rule == "summed":
         return old + torch.where(older | own, paid, 0)
-    # Not torch.quantile: rows differ in their number of entries. Infinity sorts the others to the end.
-    ranked = paid.masked_fill(~older, float("inf")).sort(dim=-1).values
-    rank = quantile * (older.sum(dim=-1, keepdim=True) - 1).clamp(min=0).float()
+    live = older | own
+    ranked = paid.masked_fill(~live, float("inf")).sort(dim=-1).values
+    rank = quantile * (live.sum(dim=-1, keepdim=True) - 1).clamp(min=0).float()
     below = ranked.gather(-1, rank.floor().long())
     above = ranked.gather(-1, rank.ceil().long())
     return old + torch.where(older, paid - torch.lerp(below, above, rank.frac()), 0) + torch.where(own, paid, 0)

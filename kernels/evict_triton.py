@@ -14,17 +14,15 @@ from llava.kernels.selection_triton import block_for, kth_largest, ordered, valu
 
 
 @triton.jit
-def _quantile(paid, older, n_older, quantile):
-    """Return the quantile of `paid` over the older entries, linear between ranks."""
-    # -2^31 is below every key, so entries that do not count rank last.
-    keys = tl.where(older, ordered(paid), -0x7FFFFFFF - 1)
-    rank = quantile * tl.maximum(n_older - 1, 0).to(tl.float32)
+def _quantile(paid, live, n_live, quantile):
+    """The quantile of `paid` over the live entries, linear between ranks."""
+    keys = tl.where(live, ordered(paid), -0x7FFFFFFF - 1)
+    rank = quantile * tl.maximum(n_live - 1, 0).to(tl.float32)
     whole = rank.to(tl.int32)
     part = rank - whole.to(tl.float32)
-    key = kth_largest(keys, n_older - whole)
+    key = kth_largest(keys, n_live - whole)
     higher = tl.min(tl.where(keys > key, keys, 0x7FFFFFFF), axis=0)
-    # Where several entries equal the lower value, the next rank may have the same value.
-    repeated = n_older - tl.sum((keys > key).to(tl.int32), axis=0) > whole + 1
+    repeated = n_live - tl.sum((keys > key).to(tl.int32), axis=0) > whole + 1
     below = value_of(key)
     above = tl.where(repeated | (part == 0.0), below, value_of(higher))
     # The formula of torch.lerp, which starts at the nearer end: the results equal those of the reference.
@@ -69,9 +67,9 @@ def _evict(
     # 2. The scores with this step's attention.
     centre = 0.0
     if CENTRED:
-        older = place < last
-        paid = tl.load(paid_ptr + place, mask=older, other=0.0)
-        centre = _quantile(paid, older, tl.maximum(last, 0), quantile)
+        live = place <= last
+        paid = tl.load(paid_ptr + place, mask=live, other=0.0)
+        centre = _quantile(paid, live, last + 1, quantile)
     scores = _scores(scores_ptr, paid_ptr, place, last, centre, HISTORY, CENTRED)
 
     # 3. The entry that goes, and the new order, as in evict_reference.py. A program cannot permute its registers, so

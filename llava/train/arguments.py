@@ -77,6 +77,10 @@ class LlavaTrainingArguments(TrainingArguments):
             self.warmup_steps = self.warmup_ratio  # transformers 5 reads a number below 1 as a share of the steps
         # Otherwise Trainer removes what forward() does not name, and the pixels never reach the collator.
         self.remove_unused_columns = False
+        if self.ddp_find_unused_parameters is None:
+            # Every weight that learns has a gradient in every step (ConversationDataset.blank); looking for others costs a
+            # pass over the graph, and torch warns that it found none.
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
 
 

@@ -3,8 +3,8 @@
     [{"id": "1", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                        {"from": "gpt", "value": "A cat."}]}, ...]
 
-"image" is a path inside the image folder, or a list of paths for a conversation with several images. A text-only sample
-has no "image".
+"image" is a path inside the image folder, or a list of paths where a conversation has several; a text-only sample has none,
+and <image> is text in it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch.utils.data import Dataset
 from llava.common.errors import UserError, first_line
 from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import NEWLINE, merge_order, process_images, tile_plan
+from llava.train.data_problems import Ignored, ImageFolder
 from llava.train.labels import labelled_tokens, turns_of
 
 
@@ -43,35 +44,46 @@ class Sample:
         return count if self.images else -count
 
 
-def read_samples(path: str, image_folder: str | None) -> list[Sample]:
-    """All samples of a data file.
+class Samples(list):
+    """The samples of a data file that can be learnt from. note: a sentence that counts what is not learnt; "" for nothing."""
 
-    UserError for the first bad sample, with its name: its form is wrong, its number of <image> placeholders is not its
-    number of images, or an image is missing or outside the folder.
+    note = ""
+
+
+def read_samples(path: str, image_folder: str | None) -> Samples:
+    """All samples of a data file that can be learnt from.
+
+    Samples without an answer, and those whose images are not as many as their <image>, are left out. A warning counts them,
+    and samples in which one of several answers is empty. UserError, naming the sample, for the first one that is no
+    conversation, and for a file without samples to learn from; UserError, naming them all, for images that are not there.
     """
     rows = _read_list(Path(path))
-    samples, known = [], {}
-    for number, row in enumerate(progress_bar("checking samples", rows, unit=" samples")):
-        where = f"{path}, sample {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: found {type(row).__name__}, allowed is one JSON object per sample")
-        where += f' (id "{row["id"]}")' if "id" in row else ""
-        turns, images = turns_of(row, where), _images_of(row, where)
-        placeholders = sum(turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-        if placeholders != len(images):
-            raise UserError(
-                f"{where}: {placeholders} {DEFAULT_IMAGE_TOKEN} in its turns, but {len(images)} images; allowed is one each"
-            )
-        if images and image_folder is None:
-            raise UserError(f"{where}: has an image, but --image_folder does not say where images lie")
-        for name in images:
-            # LLaVA's 665 k mixture uses many images several times, and a check on a network disk is slow.
-            if name not in known:
-                known[name] = _image_path(image_folder, name, where)
-        samples.append(Sample(where, turns, [known[name] for name in images]))
-    if not samples:
+    if not rows:
         raise UserError(f"{path}: has no samples")
+    samples, images, ignored = Samples(), ImageFolder(image_folder), Ignored(str(path), len(rows))
+    for number, row in enumerate(progress_bar("checking samples", rows, unit=" samples")):
+        name = f"sample {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, {name}: found {type(row).__name__}, allowed is one JSON object per sample")
+        name += f' (id "{_short(row["id"])}")' if "id" in row else ""
+        where = f"{path}, {name}"
+        files = _images_of(row, where)
+        turns = turns_of(row, where, len(files))
+        if not ignored.leaves_out(name, turns, len(files)):
+            samples.append(Sample(where, turns, [images.path(file, where) for file in files]))
+    images.check(str(path))
+    if not samples:
+        ignored.refuse_all()
+    samples.note = ignored.note()
+    if samples.note and os.environ.get("RANK", "0") == "0":
+        warnings.warn(samples.note, stacklevel=2)
     return samples
+
+
+def _short(value) -> str:
+    """A value of a data file as a message names it: on one line, and not long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_captions(samples: list[Sample]) -> None:
@@ -89,7 +101,7 @@ def _read_list(path: Path) -> list:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: found {type(rows).__name__}, allowed is one JSON list of conversations")
@@ -102,17 +114,6 @@ def _images_of(row: dict, where: str) -> list[str]:
     if not all(isinstance(name, str) and name for name in images):
         raise UserError(f'{where}: "image" is {json.dumps(row["image"])}, allowed is a path or a list of paths')
     return images
-
-
-def _image_path(folder: str, name: str, where: str) -> str:
-    # normpath resolves "..", so that a data file from elsewhere cannot name files outside the folder. The join with ""
-    # adds a separator: without it, the folder "images" would also admit "images-private".
-    path = os.path.normpath(os.path.join(folder, name))
-    if os.path.isabs(name) or not path.startswith(os.path.join(os.path.normpath(folder), "")):
-        raise UserError(f"{where}: image {name} does not lie inside {folder}")
-    if not os.path.isfile(path):
-        raise UserError(f"{where}: image {path} is not there")
-    return path
 
 
 class ConversationDataset(Dataset):
@@ -149,9 +150,8 @@ class ConversationDataset(Dataset):
         """One sample: input_ids, labels [S], pixels (list of [3, H, W] or [T, 3, H, W]), sizes [(width, height)]."""
         sample = self.samples[index]
         images = [_open(path, sample.where) for path in sample.images]
-        ids, labels = labelled_tokens(sample.turns, self.template, self.tokenizer)
-        # Each placeholder is one id already. It is replaced by the vision tokens.
-        vision = sum(self._vision_tokens(image.size) - 1 for image in images)
+        ids, labels = labelled_tokens(sample.turns, self.template, self.tokenizer, with_images=bool(sample.images))
+        vision = sum(self._vision_tokens(image.size) - 1 for image in images)  # less the placeholder of each
         room = self.max_length - vision
         if len(ids) > room:
             self._refuse_cut(sample, ids, labels, room)

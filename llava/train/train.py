@@ -110,6 +110,8 @@ def main() -> None:
     trainer = train(parse())
     if trainer.args.should_save:
         print(f"checkpoint written to {trainer.args.output_dir}")
+        if trainer.train_dataset.samples.note:
+            print(trainer.train_dataset.samples.note)
     if torch.distributed.is_initialized():
         # All ranks leave together: gloo aborts a rank whose peers have exited already.
         torch.distributed.barrier()

@@ -225,6 +225,20 @@ def test_sampling_and_several_answers(pair):
     pair.check(BATCH, config(), num_beams=3)
 
 
+@pytest.mark.parametrize("size", [1, 4, 7, 1000])
+def test_prefill_in_chunks(pair, size):
+    """As in transformers, chunks of any size give the same tokens; with method none those of the model itself."""
+    chunks = GREEDY | {"prefill_chunk_size": size}
+    for rows, keys in ((ALONE, {}), (BATCH, {}), (BATCH, {"num_beams": 2})):
+        inputs = pair.inputs(rows)
+        plain = pair.stock.generate(**inputs, **GREEDY, **keys)
+        with compress(pair.stock, config("none")):
+            assert torch.equal(pair.stock.generate(**inputs, **chunks, **keys), plain)
+        with compress(pair.stock, config()):
+            whole = pair.stock.generate(**inputs, **GREEDY, **keys)
+            assert torch.equal(pair.stock.generate(**inputs, **chunks, **keys), whole)
+
+
 def test_rows_that_end_and_text_alone(pair):
     free, _ = pair.check(BATCH, config())
     stop = free[0, 3].item()
@@ -500,6 +514,7 @@ def requests(pair):
         (inputs | {"vision_feature_layer": -1}, "vision_feature_layer does not go with"),
         (inputs | {"prompt_lookup_num_tokens": 3}, "assisted generation \\(prompt lookup\\) does not"),
         (inputs | {"assistant_model": pair.fork}, "assistant_model does not go with compress"),
+        (inputs | {"prefill_chunk_size": 0}, "prefill_chunk_size is 0, allowed is 1 or more"),
     ]
 
 
@@ -510,6 +525,12 @@ def test_requests_that_are_refused(pair):
                 pair.stock.generate(**asked, max_new_tokens=3)
         # The next one is answered all the same.
         assert pair.stock.generate(**pair.inputs(ALONE), **GREEDY).shape[0] == 1
+
+
+def test_a_method_inside_the_llm_needs_whole_prompts(pair):
+    words = "prefill_chunk_size is 4, which does not go with a method that drops"
+    with compress(pair.stock, config("fastv")), pytest.raises(UserError, match=words):
+        pair.stock.generate(**pair.inputs(ALONE), **GREEDY, prefill_chunk_size=4)
 
 
 def test_a_forward_pass_takes_whole_prompts(pair):

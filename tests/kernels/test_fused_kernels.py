@@ -262,12 +262,12 @@ def eighths(*shape):
 
 def plain_step(slots, scores, new_slot, paid, total, recent, rule, quantile):
     """The rule for one list, in Python numbers: ([slots], [scores]) after the step."""
-    older = sorted(paid[:-1])
-    rank = quantile * max(len(older) - 1, 0)
+    ranked = sorted(paid)
+    rank = quantile * (len(ranked) - 1)
     below, part = int(rank), rank % 1
     centre = 0.0
-    if rule == "centred" and older:
-        centre = older[below] + (part * (older[below + 1] - older[below]) if part else 0)
+    if rule == "centred":
+        centre = ranked[below] + (part * (ranked[below + 1] - ranked[below]) if part else 0)
     scores = [(0 if rule == "latest" else old) + new - centre for old, new in zip(scores, paid, strict=False)]
     slots, scores = [*slots, new_slot], [*scores, paid[-1]]
     if len(slots) > total:

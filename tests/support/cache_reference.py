@@ -52,9 +52,10 @@ class Layer:
         if c.text_pruning_flag or self.h2o:
             paid, region = self.of_kv_heads(weights), self.region()
             for query in region:
-                self.note(paid[:, query], [i for i in region if i < query], query)
+                older = [i for i in region if i < query]
+                self.note(paid[:, query], older, query, ranked=older)
             if self.rule() == "direct":
-                self.note(paid[:, -1], region, None)
+                self.note(paid[:, -1], region, None, ranked=region)
             self.evict(len(region))
 
     def allowed(self, step: int) -> Tensor:
@@ -74,7 +75,7 @@ class Layer:
         if c.vision_adaptive_attention and not self.h2o and interval > 0 and step % interval == 0:
             self.core = self.best_image(weights.mean(dim=0), c.vision_adaptive_attention_compute_rate)
         if c.text_pruning_flag or self.h2o:
-            self.note(self.of_kv_heads(weights), self.region()[:-1], own)
+            self.note(self.of_kv_heads(weights), self.region()[:-1], own, ranked=self.region())
             self.evict(len(self.region()))
 
     def of_kv_heads(self, weights: Tensor) -> Tensor:
@@ -83,13 +84,14 @@ class Layer:
     def rule(self) -> str:
         return "h2o" if self.h2o else self.config.text_rule
 
-    def note(self, paid: Tensor, older: list[int], own: int | None) -> None:
-        """One query's attention [G, n]: to what was there before it, and to itself."""
+    def note(self, paid: Tensor, older: list[int], own: int | None, ranked: list[int]) -> None:
+        """One query's attention [G, n]: to what was there before it, and to itself; ranked: what the quantile is taken over."""
         for head in self.heads:
             living = [i for i in older if i in self.kept[head]]
             level = 0.0
-            if self.rule() == "history" and living:
-                level = torch.quantile(paid[head, living], self.config.text_pruning_rate).item()
+            compared = [i for i in ranked if i in self.kept[head]]
+            if self.rule() == "history" and compared:
+                level = torch.quantile(paid[head, compared], self.config.text_pruning_rate).item()
             row = paid[head].tolist()
             for i in living:
                 self.score[head][i] = row[i] + (0.0 if self.rule() == "direct" else self.score[head][i] - level)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import tiny_checkpoints as tiny
@@ -16,7 +17,7 @@ from llava.methods.before_llm import selector_names
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.export import load_and_save
-from llava.train.train import parse
+from llava.train.train import main, parse
 
 PROMPT = "USER: <image>\nWhat colour is the shape? ASSISTANT:"
 KINDS = {
@@ -266,6 +267,30 @@ def _batch(folders, data):
     plain = AdaVConfig(method="none")
     dataset = ConversationDataset(samples, "vicuna_v1", tokenizer, image_processor, model.config, plain, 2048)
     return Collator(dataset.blank)([dataset[i] for i in range(4)])
+
+
+# -------------------------------------------------------------------------------------------- what a user reads
+def test_the_end_counts_what_was_not_learnt(folders, tmp_path, monkeypatch, capsys):
+    """Said before training, as a warning, and again behind the checkpoint's line."""
+    data = train_data.write_samples(tmp_path, count=4, texts=2)
+    rows = json.loads((data / "data.json").read_text())
+    rows[2]["conversations"][1]["value"] = ""
+    (data / "data.json").write_text(json.dumps(rows))
+    flags = train_data.flags(data, tmp_path / "out", **(from_llm(folders) | {"max_steps": 1}))
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with pytest.warns(UserWarning, match="1 of 6 samples are left out"):
+        main()
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith(f"{data}/data.json: 1 of 6 samples are left out: 1 have no")
+    )
+
+
+def test_torch_does_not_look_for_weights_without_gradient(data, tmp_path):
+    """It would warn that it found none; who asks for it gets it."""
+    wanted = {None: False, True: True}
+    for given, found in wanted.items():
+        run = parse(train_data.flags(data, tmp_path, model_name_or_path="x", ddp_find_unused_parameters=given))
+        assert run.training.ddp_find_unused_parameters is found
 
 
 # ----------------------------------------------------------------------------------------------------- bad input

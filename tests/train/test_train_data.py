@@ -79,6 +79,42 @@ def test_plain_token_by_token(tokenizers):
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "chatml_direct", "mistral_instruct"])
 @pytest.mark.parametrize("name", ["words", "chatml", "image", "pieces"])
+@pytest.mark.parametrize("empty", [1, 3])
+def test_an_empty_answer_is_not_learnt(tokenizers, template, name, empty):
+    """As in LLaVA: its cue is read, no separator follows, and the other answer is learnt."""
+    turns = ["<image>\nWhat colour is the shape?", "red", "How many digits?", "red"]
+    turns[empty] = ""
+    ids, labels = labelled_tokens(turns, template, tokenizers[name])
+    learnt = [label for label in labels if label != IGNORE_INDEX]
+    end = "<|im_end|>" if template == "chatml_direct" else "</s>"
+    said = tokenizers[name].decode(learnt, skip_special_tokens=False)
+    assert "".join(said.split()) == f"red{end}"
+    if template == "vicuna_v1":
+        prompt = f"{get_conversation(template).system} USER: {turns[0]} ASSISTANT:"
+        prompt += (
+            " red</s>USER: How many digits? ASSISTANT:" if empty == 3 else "USER: How many digits? ASSISTANT: red</s>"
+        )
+        assert ids == tokenizer_image_token(prompt, tokenizers[name])
+
+
+@pytest.mark.parametrize("name", ["words", "image", "pieces"])
+def test_without_images_the_placeholder_is_text(tokenizers, name):
+    """Also for a tokenizer that has <image> as a token; the answer is learnt whole."""
+    tokenizer = tokenizers[name]
+    turns = ["What does <image> say?", "It says <image> red."]
+    ids, labels = labelled_tokens(turns, "vicuna_v1", tokenizer, with_images=False)
+    assert IMAGE_TOKEN_INDEX not in ids
+    assert tokenizer.convert_tokens_to_ids("<image>") == tokenizer.unk_token_id or (
+        tokenizer.convert_tokens_to_ids("<image>") not in ids
+    )
+    first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    assert labels[first:] == ids[first:]
+    if name == "pieces":  # which spells everything
+        assert tokenizer.decode(ids[first:]).strip() == "It says <image> red.</s>"
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml_direct", "mistral_instruct"])
+@pytest.mark.parametrize("name", ["words", "chatml", "image", "pieces"])
 def test_ids_are_those_of_evaluation_and_answers_are_whole(tokenizers, template, name):
     """Whatever the tokenizer makes of it: the same ids, and what is learnt reads as the answers with their separators."""
     tokenizer = tokenizers[name]
@@ -116,6 +152,8 @@ def test_one_image_goes_to_the_front_of_its_turn():
     assert turns_of(sample, "x") == ["<image>\nLook:  why?", "so"]
     several = {"conversations": train_data._turns([("human", "<image> or <image>?"), ("gpt", "both")])}
     assert turns_of(several, "x")[0] == "<image> or <image>?"
+    assert turns_of(several, "x", images=1)[0] == "<image>\nor ?", "one image: one placeholder, in front"
+    assert turns_of(several, "x", images=0)[0] == "<image> or <image>?", "no image: text"
 
 
 # --------------------------------------------------------------------------------------------------- the samples
@@ -182,23 +220,31 @@ def turns(*pairs):
 
 BAD = {
     "no placeholder": (rows(**turns(("human", "Why?"), ("gpt", "so"))), "0 <image> in its turns, but 1 images"),
-    "two placeholders": (
-        rows(**turns(("human", "<image><image>"), ("gpt", "so"))),
+    "placeholders in two turns": (
+        rows(**turns(("human", "<image>"), ("gpt", "so"), ("human", "<image>"), ("gpt", "so"))),
         "2 <image> in its turns, but 1 images",
     ),
-    "no image": (rows(image=None), "1 <image> in its turns, but 0 images"),
+    "fewer images": (rows(image=["0.png", "0.png"]), "1 <image> in its turns, but 2 images"),
     "image is missing": (rows(image="gone.png"), "gone.png is not there"),
+    "image is a folder": (rows(image="folder"), "images/folder is a folder"),
     "image outside": (rows(image="../data.json"), "does not lie inside"),
     "image of no name": (rows(image=7), '"image" is 7, allowed is a path or a list of paths'),
-    "no turns": (rows(conversations=None), "is no list of turns"),
-    "a turn is text": (rows(conversations=["hello"]), "is no list of turns"),
+    "no turns": (rows(conversations=None), "is no list of turns, each with the texts"),
+    "a turn is text": (rows(conversations=["hello"]), "(turn 1 is none)"),
+    "a turn without a role": (rows(conversations=[{"value": "Why?"}]), "(turn 1 is none)"),
+    "a turn without a text": (
+        rows(conversations=[{"from": "human", "value": "a"}, {"from": "gpt"}]),
+        "(turn 2 is none)",
+    ),
+    "a turn of another type": (rows(conversations=[{"from": "human", "value": 3}]), "(turn 1 is none)"),
     "twice the user": (
         rows(**turns(("human", "<image>"), ("human", "b"))),
         'turn 2 is from "human", allowed there is "gpt"',
     ),
     "another role": (rows(**turns(("human", "<image>"), ("bot", "b"))), 'turn 2 is from "bot", allowed there is "gpt"'),
     "no answer": (rows(**turns(("human", "<image>"))), "nothing to learn"),
-    "an empty answer": (rows(**turns(("human", "<image>"), ("gpt", " "))), "turn 2, an answer, is empty"),
+    "an empty answer": (rows(**turns(("human", "<image>"), ("gpt", " "))), "nothing to learn"),
+    "empty answers": (rows(**turns(("human", "a"), ("gpt", ""))) * 3, "none of its 3 samples can be learnt from"),
     "a sample is a number": ([3], "found int, allowed is one JSON object per sample"),
     "no samples": ([], "has no samples"),
     "no list": ({"a": 1}, "found dict, allowed is one JSON list"),
@@ -208,13 +254,75 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_data(tmp_path, case):
     content, message = BAD[case]
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "folder").mkdir(parents=True)
     tiny.make_image(60, 60).save(tmp_path / "images" / "0.png")
     (tmp_path / "data.json").write_text(json.dumps(content))
     with pytest.raises(UserError) as error:
         read_samples(tmp_path / "data.json", tmp_path / "images")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(tmp_path / "data.json") in str(error.value)
+
+
+def write(tmp_path, content):
+    """A data file with one picture, 0.png."""
+    (tmp_path / "images").mkdir()
+    tiny.make_image(60, 60).save(tmp_path / "images" / "0.png")
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_one_sample_does_not_refuse_the_others(loaded, tmp_path):
+    """What nothing can be learnt from is left out and counted; the rest is trained on."""
+    empty = {"from": "gpt", "value": None}
+    content = [
+        *rows(),
+        *rows(id="empty", **turns(("human", "<image>"), ("gpt", ""))),
+        *rows(id="unanswered", **turns(("human", "<image>"))),
+        *rows(
+            id="partly",
+            conversations=[*turns(("human", "<image>"), ("gpt", "so"), ("human", "b"))["conversations"], empty],
+        ),
+        *rows(id="text", image=None, **turns(("human", "Say <image>."), ("gpt", "<image>"))),
+        *rows(id="twice", **turns(("human", "<image><image>\nWhy?"), ("gpt", "so"))),
+        *rows(id="none", **turns(("human", "Why?"), ("gpt", "so"))),
+    ]
+    folder = write(tmp_path, content)
+    with pytest.warns(UserWarning, match="3 of 7 samples are left out") as warned:
+        dataset = dataset_of(loaded, folder)
+    assert len(warned) == 1 and str(warned[0].message) == dataset.samples.note
+    for words in (
+        '2 have no answer (first: sample 1 (id "empty"): ',
+        '1 have not as many images as <image> (first: sample 6 (id "none"): 0 <image> in its turns, but 1 images',
+        '1 of 7 samples have an empty answer beside others, which is not learnt (first: sample 3 (id "partly"))',
+    ):
+        assert words in dataset.samples.note
+    assert [sample.turns[0] for sample in dataset.samples] == [
+        "<image>\nWhy?",
+        "<image>",
+        "Say <image>.",
+        "<image>\nWhy?",
+    ]
+    items = [dataset[i] for i in range(4)]
+    assert [int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum()) for item in items] == [1, 1, 0, 1]
+    assert bool(loaded[1](**Collator(dataset.blank)(items)).loss.isfinite())
+
+
+def test_nothing_is_said_where_everything_is_learnt(tmp_path, recwarn):
+    assert read_samples(write(tmp_path, rows()) / "data.json", tmp_path / "images").note == ""
+    assert not recwarn.list
+
+
+def test_all_missing_images_are_in_one_message(tmp_path):
+    content = [*rows(), *(row for i in range(1, 30) for row in rows(id=i, image=[f"{i}.png"])), *rows(image="../x.png")]
+    folder = write(tmp_path, content)
+    with pytest.raises(UserError, match="data.json: 30 images cannot be read: sample 1 ") as error:
+        read_samples(folder / "data.json", folder / "images")
+    assert all(f"{folder}/images/{i}.png is not there" in str(error.value) for i in range(1, 30))
+    assert "../x.png does not lie inside" in str(error.value) and "\n" not in str(error.value)
+    content += [row for i in range(100) for row in rows(image=f"more-{i}.png")]
+    (folder / "data.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="130 images cannot be read: .*; and 30 more$"):
+        read_samples(folder / "data.json", folder / "images")
 
 
 def test_bad_files(tmp_path):
@@ -226,6 +334,13 @@ def test_bad_files(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(rows()))
     with pytest.raises(UserError, match="--image_folder does not say"):
         read_samples(tmp_path / "data.json", None)
+    with pytest.raises(UserError, match="--image_folder .*/nowhere: no such folder"):
+        read_samples(tmp_path / "data.json", tmp_path / "nowhere")
+    (tmp_path / "data.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_samples(tmp_path / "data.json", None)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_samples(tmp_path, None)
 
 
 def test_data_with_a_byte_order_mark(tmp_path):

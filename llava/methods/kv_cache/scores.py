@@ -64,10 +64,11 @@ class Latest(Scorer):
 
 @dataclass(frozen=True)
 class Centred(Scorer):
-    """A-VL's history (arXiv 2409.14846): the attention that an entry receives, minus a quantile per query, summed.
+    """A-VL's history (arXiv 2409.14846): what an entry receives above the `quantile` of what the region receives.
 
-    An entry starts with the attention of its own query to itself. Each later query adds its attention to the entry
-    minus the `quantile` (linear between ranks) of its attention to all older entries of the region.
+    An entry starts at the attention that it pays itself; each later query adds what it pays to the entry less the
+    quantile (linear between ranks) of what it pays to the entries of the region. As in A-VL's public code these are, for
+    a query of the prompt, the older entries alone, and in a decode step all entries, the query's own included.
     """
 
     rule = "centred"

@@ -122,6 +122,25 @@ class LlavaGeneration:
             inputs["caching"] = caching
         return inputs
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """transformers' hook. Its own chunks are cut from ids; here they are cut from what the LLM reads."""
+        size, embeds = generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds")
+        if size is None or embeds is None or not is_first_iteration:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        length, past = embeds.shape[1], model_kwargs["past_key_values"].get_seq_length()
+        _check_chunks(size, length, model_kwargs.get("dropping"))
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        for start in range(past, length, size):
+            end = start + size
+            chunk = {
+                "inputs_embeds": embeds[:, start:end],
+                "attention_mask": None if mask is None else mask[:, :end],
+                "position_ids": positions[:, start:end],
+            }
+            inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **(model_kwargs | chunk))
+            output = self(**inputs, return_dict=True)
+        return output
+
     def _prepare_generated_length(
         self,
         generation_config,
@@ -185,6 +204,17 @@ def _report_survivors(prepared: PreparedPrompt) -> None:
         for image, selection in enumerate(selections):
             selection.report["survivors"] = prepared.dropping.survivors(row, image)
             selection.report["cuts"] = prepared.dropping.places(row, image)
+
+
+def _check_chunks(size: int, length: int, dropping) -> None:
+    """UserError where prompts of `length` tokens cannot be prefilled in chunks of `size` tokens."""
+    if size < 1:
+        raise UserError(f"prefill_chunk_size is {size}, allowed is 1 or more")
+    if dropping is not None and length > size:
+        raise UserError(
+            f"prefill_chunk_size is {size}, which does not go with a method that drops tokens inside the LLM: it ranks "
+            f"the tokens of whole prompts, here of {length} tokens; leave it out"
+        )
 
 
 def check_cache(cache, caching: Caching) -> None:
