@@ -267,22 +267,39 @@ def test_mme_writes_what_the_official_tool_reads(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, index",
+    "text, index, lenient",
     [
-        ("B", 1), (" B ", 1), ("B. blue", 1), ("B.", -1), ("The answer is B.", 1), ("So the answer is A", -1),
-        ("The answer is C", -1), ("The answer is B. The answer is A", 1), ("Blue", -1), ("", -1), ("AB", -1),
-        ("E", -1), ("A\nbecause", 0),
+        # The letter and nothing else.
+        ("B", 1, 1), (" B ", -1, 1), ("b", -1, -1), ("C", -1, -1), ("E", -1, -1), ("", -1, -1), ("AB", -1, -1),
+        # Letter, period, blank at the start; a line break is no blank.
+        ("B. blue", 1, 1), ("B. ", 1, 1), ("B.", -1, 1), ("B.\nblue", -1, 1), ("C. red", -1, -1), (" B. blue", -1, 1),
+        ("A\nbecause", -1, -1), ("B) blue", -1, 1), ("(B)", -1, 1), ("A dog", -1, -1),
+        # Exactly one "The answer is X", with any character behind.
+        ("The answer is B.", 1, 1), ("The answer is B", -1, 1), ("The answer is B, since A is red", 1, 1),
+        ("The answer is B because", 1, 1), ("The answer is Blue", 1, 1), ("The answer is B\n", -1, 1),
+        ("The answer is B. The answer is A.", -1, 1), ("The answer is B. The answer is A", 1, 1),
+        ("The answer is C.", -1, -1), ("The answer is C. The answer is B.", -1, -1), ("the answer is B.", -1, -1),
+        ("Blue", -1, -1), ("A. red. The answer is B.", 0, 0),
     ],
 )  # fmt: skip
-def test_sqa_reads_an_answer(text, index):
-    """Two choices; "B." alone is too short for LLaVA's rule "letter, period, space"."""
+def test_sqa_reads_an_answer(text, index, lenient):
+    """Two choices. The rule is that of LLaVA's eval_science_qa.py; the lenient one is where that finds nothing."""
     assert sqa.chosen(text, 2) == index
+    assert sqa.picked(text, 2) == lenient
 
 
 def test_sqa_counts_the_image_questions(made, tmp_path):
     benchmark, samples, rows = made("sqa")
-    score = benchmark.finish(samples, answered(rows, _0="B", _2="A. red", _5="no idea"), tmp_path)
-    assert score == {"image_accuracy": 5 / 6, "accuracy": 6 / 8, "questions": 8, "questions_with_image": 6}
+    score = benchmark.finish(samples, answered(rows, _0="B", _2="A. red", _3="B.", _5="no idea"), tmp_path)
+    assert score == {
+        "image_accuracy": 4 / 6,
+        "lenient_image_accuracy": 5 / 6,
+        "accuracy": 5 / 8,
+        "lenient_accuracy": 6 / 8,
+        "questions": 8,
+        "questions_with_image": 6,
+    }
+    assert benchmark.published(score) == pytest.approx(100 * 4 / 6)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +336,11 @@ def test_mmbench_reads_images_that_are_another_rows_index(made, tmp_path):
 
 def test_seed(made, tmp_path):
     benchmark, samples, rows = made("seed")
-    score = benchmark.finish(samples, answered(rows, _0="B", _1="B.", _2="red"), tmp_path)
-    assert score["accuracy"] == 6 / 8
-    assert score["per_type"] == {"Scene Understanding": 0.5, "Instance Identity": 1.0}
+    texts = {"_0": "B", "_1": "B.", "_2": "red", "_3": "B. blue", "_4": "The answer is A", "_5": "b"}
+    score = benchmark.finish(samples, answered(rows, **texts), tmp_path)
+    assert score["accuracy"] == 2 / 8, "LLaVA compares the whole answer with the letter"
+    assert score["lenient_accuracy"] == 5 / 8
+    assert score["per_type"] == {"Scene Understanding": 1 / 4, "Instance Identity": 1 / 4}
 
 
 # ------------------------------------------------------------------------------------------------- upload files
