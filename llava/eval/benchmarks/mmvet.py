@@ -70,6 +70,18 @@ class MMVet(Benchmark):
         refuse_repeated_ids(samples, self.question_file)
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]] | None:
+        if Judge.from_environment() is None:
+            return None
+        labels = read_json(self.labels)
+        with told_when_malformed(self.labels):
+            for entry in labels.values():
+                _spaced(entry["answer"]), entry["question"], entry["capability"]
+        return self.labels, list(labels.items())
+
+    def key(self, sample: Sample) -> str:
+        return name(sample.question_id)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Writes results/<checkpoint>/<run>.json; with a judge, its mean grade and that of every capability."""
         answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]

@@ -54,6 +54,12 @@ class SEED(Benchmark):
         refuse_repeated_ids(samples, self.question_file)
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        return self.labels, read_labels(self.labels, ("image",))
+
+    def key(self, sample: Sample) -> str:
+        return str(sample.question_id)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         return score(_answers(samples, rows), self.labels, ("image",), bool(self.partial))
 

@@ -60,6 +60,12 @@ class ScienceQA(Benchmark):
         refuse_repeated_ids(samples, self.question_file)
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        return self.folder / "problems.json", list(read_problems(self.folder, self.split).items())
+
+    def key(self, sample: Sample) -> str:
+        return str(sample.question_id)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         return score(_answers(samples, rows), self.folder, self.split, bool(self.partial))
 
@@ -101,8 +107,8 @@ def picked(text: str, choices: int) -> int:
     return option if option >= 0 else _index(lenient_letter(text, LETTERS), choices)
 
 
-def read_problems(folder: Path, split: str, partial: bool = False) -> dict[str, dict]:
-    """id -> problem, of one split. partial: ids that problems.json lacks are left out."""
+def read_problems(folder: Path, split: str) -> dict[str, dict]:
+    """id -> problem, of those of one split that problems.json has."""
     source = folder / "problems.json"
     problems, splits = read_json(source), read_json(folder / "pid_splits.json")
     with told_when_malformed(folder / "pid_splits.json"):
@@ -111,11 +117,6 @@ def read_problems(folder: Path, split: str, partial: bool = False) -> dict[str, 
         found = {key: problems[key] for key in ids if key in problems}
         for key, problem in found.items():
             _check(problem, f"{source}, problem {key}")
-    if len(found) < len(ids) and not partial:
-        first = next(key for key in ids if key not in found)
-        raise UserError(
-            f"{source}: lacks {len(ids) - len(found)} of the {len(ids)} problems of split {split} (the first: {first})"
-        )
     return found
 
 
@@ -128,7 +129,7 @@ def _check(problem: dict, where: str) -> None:
 
 def _joined(answers: list[tuple], folder: Path, split: str, partial: bool) -> list[tuple]:
     """(answer, asked with an image, problem) of (id, (answer, asked with an image)) pairs."""
-    joined = join(answers, read_problems(folder, split, partial).items(), folder / "problems.json", partial)
+    joined = join(answers, read_problems(folder, split).items(), folder / "problems.json", partial)
     return [(text, image, problem) for [(text, image)], [problem] in joined.values()]
 
 

@@ -95,7 +95,10 @@ class RecordedRun:
         if self.score is None:
             return "no score here: a file to upload" if "upload" in score else "answers alone, nothing is scored"
         left_out = asked - self.report.get("answered", asked)
-        return f"partial: {left_out:,} of {asked:,} questions left out, their images cannot be read" if left_out else ""
+        if left_out:
+            return f"partial: {left_out:,} of {asked:,} questions left out, their images cannot be read"
+        part = score.get("partial")
+        return f"partial: {part}" if part and part != self.identity["part"] else ""
 
     @cached_property
     def group(self) -> str:

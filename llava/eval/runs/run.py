@@ -80,10 +80,12 @@ class Run:
         model_base: EvalCheckpoint | None = None,
         limit: int | None = None,
         subset: Subset | None = None,
+        partial: bool = False,
     ):
+        """partial: some of the questions may have no label (`Benchmark.scorable`). They are asked all the same."""
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
         self.generation, self.model_base = generation, model_base
-        self.samples = benchmark.load(limit, subset)
+        self.samples = benchmark.load(limit, subset, partial)
         self.identity = {
             "benchmark": benchmark.name,
             "split": benchmark.split,
@@ -171,10 +173,10 @@ class Run:
         self.answered, self.errors = collect(self.shards)
 
     def finish(self, partial: bool = False) -> dict:
-        """Merge and score. Raises UserError where an image was unreadable: nothing is scored then, unless `partial`
-        allows it to score the other questions and to say so."""
+        """Merge and score. Raises UserError where an image was unreadable or a label is missing: nothing is scored then,
+        unless `partial` allows it to score the other questions and to say so."""
         self.refresh()
-        samples = self._readable(partial)
+        samples = self.benchmark.scorable(self._readable(partial), partial)
         left_out = {sample.key for sample in self.samples} - {sample.key for sample in samples}
         answered = {key: row for key, row in self.answered.items() if key not in left_out}
         rows = merge(samples, answered, self.merged, self.checkpoint.short_name, digest_of(self.identity))
