@@ -1,6 +1,7 @@
-"""When the repeats of a measurement scatter too much for its figure to be quoted: the one rule for all figures.
+"""When the repeats of a time differ too much for its figure to be quoted: the one rule for all figures. Imports no torch.
 
-A busy machine makes times several times longer, and its repeats differ from each other. Imports no torch.
+A busy machine makes a time several times longer, and its repeats then differ from each other. A few slow repeats, such as
+the first one, do no harm to a median: what counts is the middle half.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-LIMIT = 0.25  # of the median; on an idle machine the quartiles lie within 0.1
-MARK = "scatters"  # what stands beside a figure in a table
-REASON = "the repeats differ too much, probably because the machine was busy; do not quote this time"
+LIMIT = 0.15  # on an idle machine the spread is a few hundredths
+REASON = "its repeats differ too much, probably because the machine was busy; do not quote it"
 
 
 def spread(repeats: Sequence[float]) -> float:
@@ -22,5 +22,5 @@ def spread(repeats: Sequence[float]) -> float:
 
 
 def scatters(share: float | None) -> bool:
-    """Whether a figure whose repeats have this `spread` has to be marked. None: it has no repeats, nothing is known."""
+    """Whether a figure whose repeats have this `spread` has to be marked. None: there is nothing to tell it from."""
     return share is not None and share > LIMIT

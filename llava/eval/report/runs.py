@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 from llava.common.files import digest_of, read_json
+from llava.common.scatter import scatters
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.questions import Sample
@@ -53,6 +54,11 @@ class RecordedRun:
     def name(self) -> str:
         """The benchmark's."""
         return self.report["benchmark"]
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint's name."""
+        return self.report["checkpoint"]["name"]
 
     @property
     def method(self) -> str:
@@ -128,10 +134,15 @@ class RecordedRun:
         return 1000 * sum(stages.values()) / answered if stages and answered else None
 
     @property
+    def scatters(self) -> bool:
+        """Whether its times are not to be quoted."""
+        return scatters(self.measured("prefill_spread"))
+
+    @property
     def place(self) -> tuple:
         """In the order of the page."""
         order = _ORDER.index(self.name) if self.name in _ORDER else len(_ORDER)
-        group = (self.report["checkpoint"]["name"], order, self.report["split"], str(self.report["asked"]), self.group)
+        group = (self.checkpoint, order, self.report["split"], str(self.report["asked"]), self.group)
         return (*group, self.method != "none", self.label, -self.size, str(self.folder))
 
 
