@@ -32,6 +32,8 @@ def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
 
     try:
         values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except RecursionError:
+        raise error(f"{path}: its values lie too deep in each other, allowed is plain JSON") from None
     except json.JSONDecodeError as cause:
         line = text.split("\n")[cause.lineno - 1]
         found = line[cause.colno - 1 :].strip()[:40]

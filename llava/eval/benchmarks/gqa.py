@@ -14,7 +14,7 @@ from llava.common.errors import UserError
 from llava.common.files import read_json, write_json
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
-from llava.eval.scoring.annotations import told_when_malformed
+from llava.eval.scoring.annotations import kind_of, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict
 
@@ -74,7 +74,8 @@ def read_labels(questions: dict, source: Path) -> list[tuple[str, tuple[str, str
         labels = [
             (key, (entry["answer"], entry.get("types", {}).get("structural"))) for key, entry in questions.items()
         ]
-    for key, (answer, _) in labels:
+    for key, (answer, structure) in labels:
+        kind_of(structure, f"{source}, question {key}")
         if not isinstance(answer, str):
             raise UserError(f'{source}: "answer" of question {key} is {answer!r}, allowed is a string')
     return labels

@@ -12,6 +12,7 @@ import base64
 import csv
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from pathlib import Path
@@ -34,6 +35,7 @@ MISSING = frozenset(
     ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>")
     + ("N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
 )
+UNWRITABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # characters that XML does not have
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category", "L2-category")
 
 
@@ -230,7 +232,8 @@ def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
     sheet = book.create_sheet()
     sheet.append([*order, "prediction", *rest])
     for row in table:
-        sheet.append([*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)])
+        cells = [*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)]
+        sheet.append([UNWRITABLE.sub("", cell) if isinstance(cell, str) else cell for cell in cells])
     temporary = upload.with_name(f".{upload.name}.{os.getpid()}.tmp")
     with as_user_error_on_write(upload):
         upload.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from llava.common.files import read_json, write_json
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.llm_judge import Judge, grade_all, graded_as, kept_grades
 from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
-from llava.eval.scoring.annotations import told_when_malformed
+from llava.eval.scoring.annotations import kind_of, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict
 
@@ -75,8 +75,9 @@ class MMVet(Benchmark):
             return None
         labels = read_json(self.labels)
         with told_when_malformed(self.labels):
-            for entry in labels.values():
-                _spaced(entry["answer"]), entry["question"], entry["capability"]
+            for key, entry in labels.items():
+                for kind in (_spaced(entry["answer"]), entry["question"], *entry["capability"]):
+                    kind_of(kind, f"{self.labels}, {key}")
         return self.labels, list(labels.items())
 
     def key(self, sample: Sample) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from llava.common.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, read_lines
-from llava.eval.scoring.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.scoring.annotations import SHORT_ANSWER, key_of, told_when_malformed
 from llava.eval.scoring.match_answers import agreed, join, mean
 from llava.eval.scoring.verdicts import Verdict
 
@@ -110,7 +110,8 @@ def read_labels(folder: Path) -> list[tuple[tuple[str, str, str], bool]]:
             for number, row in read_lines(source):
                 if row["label"] not in ("yes", "no"):
                     raise UserError(f'{source}, line {number}: "label" is {row["label"]!r}, allowed are yes and no')
-                labels.append(((category, row["image"], _spelled(row["text"])), row["label"] == "yes"))
+                image = key_of(row["image"], f"{source}, line {number}")
+                labels.append(((category, image, _spelled(row["text"])), row["label"] == "yes"))
     return labels
 
 

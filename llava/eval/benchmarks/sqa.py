@@ -16,7 +16,7 @@ from llava.common.files import read_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples, refuse_repeated_ids
-from llava.eval.scoring.annotations import OPTION_LETTER, told_when_malformed
+from llava.eval.scoring.annotations import OPTION_LETTER, kind_of, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.multiple_choice import lenient_letter
 from llava.eval.scoring.verdicts import Verdict
@@ -123,6 +123,7 @@ def read_problems(folder: Path, split: str) -> dict[str, dict]:
 def _check(problem: dict, where: str) -> None:
     """UserError where no answer to the problem could be right."""
     answer, choices = problem["answer"], problem["choices"]
+    kind_of(problem.get("subject"), where)
     if type(answer) is not int or not isinstance(choices, list) or not 0 <= answer < min(len(choices), len(LETTERS)):
         raise UserError(f'{where}: "answer" is {answer!r}, allowed is the number of one of its "choices", from 0 on')
 

@@ -13,7 +13,7 @@ from llava.common.errors import UserError
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample
-from llava.eval.scoring.annotations import people_of, read_part, told_when_malformed
+from llava.eval.scoring.annotations import key_of, people_of, read_part, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean, shown
 from llava.eval.scoring.verdicts import Verdict, most_said
 from llava.eval.scoring.vqa_accuracy import textvqa_accuracy
@@ -77,7 +77,7 @@ def read_labels(data: list[dict], source: Path) -> list[tuple[tuple[str, str], l
     labels = []
     with told_when_malformed(source):
         for entry in data:
-            key = entry["image_id"], entry["question"].lower()
+            key = key_of(entry["image_id"], f"{source}, an entry"), entry["question"].lower()
             labels.append((key, people_of(entry["answers"], f"{source}, {shown(key)}")))
     return labels
 

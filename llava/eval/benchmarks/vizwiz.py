@@ -14,7 +14,7 @@ from llava.common.files import read_json, write_json
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples
-from llava.eval.scoring.annotations import SHORT_ANSWER, people_of, told_when_malformed
+from llava.eval.scoring.annotations import SHORT_ANSWER, kind_of, people_of, told_when_malformed
 from llava.eval.scoring.evalai_normalisation import normalise
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict, most_said
@@ -92,8 +92,8 @@ def read_labels(entries: list[dict], source: Path) -> list[tuple[str, tuple[list
         for entry in entries:
             if "answers" in entry:
                 said = [answer["answer"] for answer in entry["answers"]]
-                people = people_of(said, f"{source}, image {entry['image']}")
-                labels.append((entry["image"], (people, entry.get("answer_type"))))
+                where = f"{source}, image {entry['image']}"
+                labels.append((entry["image"], (people_of(said, where), kind_of(entry.get("answer_type"), where))))
     return labels
 
 

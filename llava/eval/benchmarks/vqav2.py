@@ -14,7 +14,7 @@ from llava.common.files import write_json
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples, read_lines, refuse_repeated_ids
-from llava.eval.scoring.annotations import SHORT_ANSWER, people_of, read_part, told_when_malformed
+from llava.eval.scoring.annotations import SHORT_ANSWER, key_of, kind_of, people_of, read_part, told_when_malformed
 from llava.eval.scoring.evalai_normalisation import normalise
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict, mean_by_kind, most_said
@@ -111,8 +111,9 @@ def read_labels(annotations: list[dict], source: Path) -> list[tuple[int, tuple[
     labels = []
     with told_when_malformed(source):
         for entry in annotations:
-            key, said = entry["question_id"], [answer["answer"] for answer in entry["answers"]]
-            labels.append((key, (people_of(said, f"{source}, question {key}"), entry.get("answer_type", "other"))))
+            key, said = key_of(entry["question_id"], f"{source}, an annotation"), [a["answer"] for a in entry["answers"]]
+            where = f"{source}, question {key}"
+            labels.append((key, (people_of(said, where), kind_of(entry.get("answer_type", "other"), where))))
     return labels
 
 

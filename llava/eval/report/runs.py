@@ -16,6 +16,7 @@ from llava.eval.benchmarks.questions import Sample
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
 from llava.eval.results.published_table import label_of
+from llava.eval.results.run_record import read_record
 from llava.eval.scoring.verdicts import Verdict, headline
 
 _NEEDED = (
@@ -170,16 +171,11 @@ def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
 
 
 def _read(folder: Path, identity: Path) -> RecordedRun:
-    report = _object(folder / "run.json", _NEEDED)
-    return RecordedRun(folder, report, _object(identity, ("part", "questions", "configuration")))
-
-
-def _object(path: Path, needed: Iterable[str]) -> dict:
-    value = read_json(path)
-    missing = [name for name in needed if not isinstance(value, dict) or name not in value]
-    if missing:
-        raise UserError(f'{path}: has no "{missing[0]}", is this the record of a run?')
-    return value
+    known = read_json(identity)
+    for name in ("part", "questions", "configuration"):
+        if not isinstance(known, dict) or name not in known:
+            raise UserError(f'{identity}: has no "{name}", is this the record of a run?')
+    return RecordedRun(folder, read_record(folder / "run.json", _NEEDED), known)
 
 
 class Questions:
@@ -222,6 +218,8 @@ class Questions:
 
     def _benchmark(self, run: RecordedRun) -> Benchmark:
         """As it was for the run; its folder is told by the run's question file."""
+        if run.name not in BENCHMARKS:
+            raise UserError(f'benchmark "{run.name}" is not known, so its answers are not judged')
         kind, split, file = BENCHMARKS[run.name], run.report["split"], Path(run.report["question_file"])
         roots = [self.data_root] if self.data_root else file.parents
         for root in roots:
