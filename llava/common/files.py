@@ -44,7 +44,8 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with as_user_error_on_write(path):
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
+            # Half a surrogate pair, which JSON can hold, is no UTF-8; a file that is not written would cost a whole run.
+            with open(temporary, "w", encoding="utf-8", errors="replace") as file:
                 file.write(text)
                 # Without fsync, a power loss after the rename can leave an empty file under the final name.
                 file.flush()
@@ -77,7 +78,7 @@ def read_json(path: Path):
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON file ({error})") from None
 
 

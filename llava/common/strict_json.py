@@ -37,6 +37,8 @@ def read_json_object(path: Path, error: type[UserError] = UserError) -> dict:
 
     try:
         values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except RecursionError:
+        raise error(f"{path}: its values lie too deep in each other, allowed is plain JSON") from None
     except json.JSONDecodeError as cause:
         # 3. Show what stands at the error. Not splitlines(): the decoder counts "\n" alone.
         line = text.split("\n")[cause.lineno - 1]

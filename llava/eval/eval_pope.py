@@ -16,6 +16,7 @@ from llava.common.errors import exits_cleanly
 from llava.eval.benchmarks import pope
 from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.questions import read_questions
+from llava.eval.scoring.match_answers import only_labelled
 
 
 @exits_cleanly
@@ -24,11 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--annotation-dir", type=Path, required=True)
     parser.add_argument("--question-file", type=Path, required=True)
     parser.add_argument("--result-file", type=Path, required=True)
-    parser.add_argument("--partial", action="store_true", help="score what is answered")
+    parser.add_argument("--partial", action="store_true", help="score what is answered and has a label")
     args = parser.parse_args(argv)
     questions = pope.with_category(read_questions(args.question_file), args.question_file)
     samples, rows = match(questions, read_answers(args.result_file), args.result_file, args.partial)
     answers = [(pope.key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
+    if args.partial:
+        answers = only_labelled(answers, pope.read_labels(args.annotation_dir))
     score = pope.score(answers, args.annotation_dir, args.partial)
     for category in pope.CATEGORIES:
         if category in score:

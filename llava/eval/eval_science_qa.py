@@ -17,6 +17,7 @@ from llava.common.files import write_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.benchmarks import sqa
 from llava.eval.benchmarks.answer_file import read_answers
+from llava.eval.scoring.match_answers import only_labelled
 
 
 def had_image(row: dict) -> bool:
@@ -32,15 +33,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output-file", type=Path, help="right and wrong answers, one by one")
     parser.add_argument("--output-result", type=Path, help="the score and every chosen option")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--partial", action="store_true", help="score what is answered")
+    parser.add_argument("--partial", action="store_true", help="score what is answered and has a label")
     args = parser.parse_args(argv)
     rows = read_answers(args.result_file)
     answers = [(str(row["question_id"]), (row["text"], had_image(row))) for row in rows]
+    problems = sqa.read_problems(args.base_dir, args.split)
+    if args.partial:
+        answers = only_labelled(answers, problems.items())
     score = sqa.score(answers, args.base_dir, args.split, args.partial)
     correct = round(score["accuracy"] * score["questions"])
     images = f", IMG-Accuracy: {100 * score['image_accuracy']:.2f}%" if "image_accuracy" in score else ""
     print(f"Total: {score['questions']}, Correct: {correct}, Accuracy: {100 * score['accuracy']:.2f}%{images}")
-    problems = sqa.read_problems(args.base_dir, args.split)
     picked = {key: sqa.chosen(text, len(problems[key]["choices"])) for key, (text, _) in answers}
     # The two files have the keys of LLaVA's script, for tools that read them.
     if args.output_file:

@@ -14,6 +14,7 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.eval.benchmarks import textvqa
 from llava.eval.benchmarks.answer_file import read_answers
 from llava.eval.scoring.annotations import read_part
+from llava.eval.scoring.match_answers import only_labelled
 
 
 @exits_cleanly
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--annotation-file", type=Path, required=True)
     parser.add_argument("--result-file", type=Path)
     parser.add_argument("--result-dir", type=Path, help="every .jsonl file in it")
-    parser.add_argument("--partial", action="store_true", help="score what is answered")
+    parser.add_argument("--partial", action="store_true", help="score what is answered and has a label")
     args = parser.parse_args(argv)
     files = ([args.result_file] if args.result_file else []) + (
         sorted(args.result_dir.glob("*.jsonl")) if args.result_dir else []
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         if any("prompt" not in row for row in rows):
             raise UserError(f'{path}: has answers without "prompt", which holds the question')
         answers = [((row["question_id"], textvqa.question(row["prompt"], path)), row["text"]) for row in rows]
+        if args.partial:
+            answers = only_labelled(answers, textvqa.read_labels(data, args.annotation_file))
         score = textvqa.score(answers, data, args.annotation_file, args.partial)
         print(f"{path.stem}\nSamples: {score['questions']}\nAccuracy: {100 * score['accuracy']:.2f}%\n")
 

@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--subset-seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument(
-        "--partial", action="store_true", help="score all but the questions with unreadable images, and say so"
+        "--partial", action="store_true", help="score the questions that have a label and a readable image, and say so"
     )
     parser.add_argument("--fresh", action="store_true", help="forget what this very run has answered already")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
@@ -124,12 +124,8 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
             dtype=args.dtype,
             device="cuda" if devices else "cpu",
         )
-        try:
-            runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, args.limit, subset))
-        except UserError as error:  # what the others lack is told at the same time
-            refused.append(str(error))
-    if refused:
-        raise UserError("; ".join(refused))
+        part = (args.limit, subset, args.partial)
+        runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, *part))
     return runs
 
 

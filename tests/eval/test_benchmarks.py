@@ -1,7 +1,9 @@
 """Every benchmark on made data in its real layout: prompts, keys, scores worked out by hand, upload files."""
 
+import csv
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -267,22 +269,39 @@ def test_mme_writes_what_the_official_tool_reads(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, index",
+    "text, index, lenient",
     [
-        ("B", 1), (" B ", 1), ("B. blue", 1), ("B.", -1), ("The answer is B.", 1), ("So the answer is A", -1),
-        ("The answer is C", -1), ("The answer is B. The answer is A", 1), ("Blue", -1), ("", -1), ("AB", -1),
-        ("E", -1), ("A\nbecause", 0),
+        # The letter and nothing else.
+        ("B", 1, 1), (" B ", -1, 1), ("b", -1, -1), ("C", -1, -1), ("E", -1, -1), ("", -1, -1), ("AB", -1, -1),
+        # Letter, period, blank at the start; a line break is no blank.
+        ("B. blue", 1, 1), ("B. ", 1, 1), ("B.", -1, 1), ("B.\nblue", -1, 1), ("C. red", -1, -1), (" B. blue", -1, 1),
+        ("A\nbecause", -1, -1), ("B) blue", -1, 1), ("(B)", -1, 1), ("A dog", -1, -1),
+        # Exactly one "The answer is X", with any character behind.
+        ("The answer is B.", 1, 1), ("The answer is B", -1, 1), ("The answer is B, since A is red", 1, 1),
+        ("The answer is B because", 1, 1), ("The answer is Blue", 1, 1), ("The answer is B\n", -1, 1),
+        ("The answer is B. The answer is A.", -1, 1), ("The answer is B. The answer is A", 1, 1),
+        ("The answer is C.", -1, -1), ("The answer is C. The answer is B.", -1, -1), ("the answer is B.", -1, -1),
+        ("Blue", -1, -1), ("A. red. The answer is B.", 0, 0),
     ],
 )  # fmt: skip
-def test_sqa_reads_an_answer(text, index):
-    """Two choices; "B." alone is too short for LLaVA's rule "letter, period, space"."""
+def test_sqa_reads_an_answer(text, index, lenient):
+    """Two choices. The rule is that of LLaVA's eval_science_qa.py; the lenient one is where that finds nothing."""
     assert sqa.chosen(text, 2) == index
+    assert sqa.picked(text, 2) == lenient
 
 
 def test_sqa_counts_the_image_questions(made, tmp_path):
     benchmark, samples, rows = made("sqa")
-    score = benchmark.finish(samples, answered(rows, _0="B", _2="A. red", _5="no idea"), tmp_path)
-    assert score == {"image_accuracy": 5 / 6, "accuracy": 6 / 8, "questions": 8, "questions_with_image": 6}
+    score = benchmark.finish(samples, answered(rows, _0="B", _2="A. red", _3="B.", _5="no idea"), tmp_path)
+    assert score == {
+        "image_accuracy": 4 / 6,
+        "lenient_image_accuracy": 5 / 6,
+        "accuracy": 5 / 8,
+        "lenient_accuracy": 6 / 8,
+        "questions": 8,
+        "questions_with_image": 6,
+    }
+    assert benchmark.published(score) == pytest.approx(100 * 4 / 6)
 
 
 @pytest.mark.parametrize(
@@ -317,11 +336,66 @@ def test_mmbench_reads_images_that_are_another_rows_index(made, tmp_path):
     assert [sample.image for sample in benchmark.read()] == [sample.image for sample in samples]
 
 
+def rewritten(path, change, prefix=""):
+    """Change the rows of an MMBench table with change(row), and write `prefix` before it."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for row in rows:
+        change(row)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(prefix)
+        table = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.mark.parametrize("name, split", [("mmbench", "dev"), ("mmbench_cn", "test")])
+def test_mmbench_reads_a_table_with_a_byte_order_mark(made, name, split):
+    benchmark, samples, _ = made(name, split)
+    rewritten(benchmark.question_file, lambda row: None, prefix="\ufeff")
+    assert benchmark.load() == samples
+
+
+@pytest.mark.parametrize("cell", ["None", "none", "nan", "N/A", "null"])
+def test_mmbench_asks_a_question_that_is_a_word_for_missing(made, cell):
+    benchmark, _, _ = made("mmbench")
+    rewritten(benchmark.question_file, lambda row: row.update(question=cell, hint=""))
+    assert [sample.text.split("\n")[0] for sample in benchmark.load()] == [cell] * 8
+
+
+@pytest.mark.parametrize(
+    "cell, missing",
+    [
+        ("", True), ("nan", True), ("NaN", True), ("NAN", True), ("None", True), ("none", True), ("N/A", True),
+        ("n/a", True), ("NA", True), ("null", True), ("NULL", True), ("#N/A", True), ("<NA>", True), ("-nan", True),
+        ("Null", False), ("n/A", False), ("na", False), ("N/A.", False), ("None of these", False), ("0", False),
+    ],
+)  # fmt: skip
+def test_mmbench_cells_are_missing_as_pandas_and_llava_have_them(made, cell, missing):
+    benchmark, _, _ = made("mmbench")
+    rewritten(benchmark.question_file, lambda row: row.update(hint=cell, C=cell, D="more", category=cell))
+    (first, *_) = benchmark.load()
+    lines = first.text.split("\n")
+    options = ["A. red", "B. blue"] + ([] if missing else [f"C. {cell}", "D. more"])
+    assert lines == ([] if missing else [cell]) + ["What colour is the shape?", *options]
+    assert ("category" in first.row) is not missing
+
+
+@pytest.mark.parametrize("cell", ["null", "N/A", "None", "77"])
+def test_mmbench_without_an_image_is_one_sentence(made, cell):
+    benchmark, _, _ = made("mmbench")
+    rewritten(benchmark.question_file, lambda row: row.update(image=cell))
+    with pytest.raises(UserError, match="row 1 of 8: lacks image|index 241: its image is that of index 77, which is not"):
+        benchmark.load()
+
+
 def test_seed(made, tmp_path):
     benchmark, samples, rows = made("seed")
-    score = benchmark.finish(samples, answered(rows, _0="B", _1="B.", _2="red"), tmp_path)
-    assert score["accuracy"] == 6 / 8
-    assert score["per_type"] == {"Scene Understanding": 0.5, "Instance Identity": 1.0}
+    texts = {"_0": "B", "_1": "B.", "_2": "red", "_3": "B. blue", "_4": "The answer is A", "_5": "b"}
+    score = benchmark.finish(samples, answered(rows, **texts), tmp_path)
+    assert score["accuracy"] == 2 / 8, "LLaVA compares the whole answer with the letter"
+    assert score["lenient_accuracy"] == 5 / 8
+    assert score["per_type"] == {"Scene Understanding": 1 / 4, "Instance Identity": 1 / 4}
 
 
 # ------------------------------------------------------------------------------------------------- upload files
@@ -404,6 +478,119 @@ def test_groups(made, name, split):
     benchmark, samples, _ = made(name, split)
     paired = name == "mme" or name.startswith("mmbench")
     assert len({benchmark.group(sample) for sample in samples}) == (4 if paired else 8)
+
+
+# --------------------------------------------------------------------------- labels that do not match the questions
+def edited(path, change):
+    """Replace the content of a JSON or .jsonl file by change(content); a .jsonl file is a list of rows."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl" or path.parent.name == "coco":
+        write_rows(path, change([json.loads(line) for line in text.splitlines()]))
+    else:
+        write_json(path, change(json.loads(text)))
+
+
+def without(key, place=None):
+    """For `edited`: the content without entry `key` (of the list under `place`)."""
+
+    def change(content):
+        entries = content if place is None else content[place]
+        del entries[key]
+        return content
+
+    return change
+
+
+def drop_label(name, data):
+    """Take away the label of question 1 of the question file."""
+    path = data / ANNOTATIONS[name]
+    if name == "pope":  # the first of the popular ones
+        edited(path.with_name("coco_pope_popular.json"), without(0))
+    elif name == "mme":
+        path.write_text(path.read_text().splitlines(keepends=True)[0])
+    elif name.startswith("mmbench"):
+        rewritten(path, lambda row: row.update(answer="" if row["index"] == "1000241" else row["answer"]))
+    elif name == "vizwiz":
+        edited(path, lambda rows: [rows[0], {k: v for k, v in rows[1].items() if k != "answers"}, *rows[2:]])
+    else:
+        place = {"vqav2": "annotations", "textvqa": "data", "seed": "questions"}.get(name)
+        edited(path, without({"gqa": "20000001", "sqa": "11"}.get(name, 1), place))
+
+
+@pytest.mark.parametrize("name, split", SCORED)
+def test_questions_without_a_label_are_found_before_the_first_question(made, tmp_path, name, split):
+    benchmark, _, rows = made(name, split)
+    drop_label(name, tmp_path / "data")
+    with pytest.raises(UserError, match="has no label for 1 of 8 questions .*; --partial scores"):
+        benchmark.load()
+    samples = benchmark.load(partial=True)
+    assert len(samples) == 8 and benchmark.partial is None, "all are asked"
+    scored = benchmark.scorable(samples, partial=True)
+    kept = [row for sample, row in zip(samples, rows, strict=True) if sample in scored]
+    score = benchmark.finish(scored, kept, tmp_path)
+    left = 6 if name.startswith("mm") else 7  # whole groups: rotations, pairs
+    assert len(scored) == left and score["partial"] == f"{left} questions with a label, out of 8 questions"
+    assert benchmark.published(score) == pytest.approx({"mme": 400}.get(name, 100))
+
+
+@pytest.mark.parametrize("name, split", [entry for entry in SCORED if entry[0] not in ("vizwiz", "mmbench", "mmbench_cn")])
+def test_labels_without_a_question_are_found_before_the_first_question(made, tmp_path, name, split):
+    """The others have questions and labels in one file."""
+    benchmark, _, rows = made(name, split)
+    edited(benchmark.question_file, without(1, "questions" if name == "vqav2" else None))
+    with pytest.raises(UserError, match="has 1 labels of questions that are not asked .*; --partial scores"):
+        benchmark.load()
+    scored = benchmark.scorable(benchmark.load(partial=True), partial=True)
+    score = benchmark.finish(scored, [rows[0], *rows[2:]], tmp_path)
+    assert score["partial"] == "7 of the 8 questions that have a label" and score["questions"] == 7
+    benchmark = BENCHMARKS[name](tmp_path / "data", None, split)
+    assert len(benchmark.load(limit=3)) == 3, "a part of the questions needs no part of the labels"
+
+
+@pytest.mark.parametrize("name, split", SCORED)
+def test_labels_of_another_data_set_are_refused_also_in_part(made, tmp_path, name, split):
+    benchmark, _, _ = made(name, split)
+    benchmark.annotations = lambda: (tmp_path / "labels", [(("nobody", "asks"), "yes")])
+    for partial in (False, True):
+        with pytest.raises(UserError, match="8 of 8 questions|none of the 8 questions"):
+            benchmark.load(partial=partial)
+
+
+UNUSABLE = {  # what no answer could be judged by: a label, and what is said about it
+    "vqav2": (lambda d: d["annotations"][1].update(answers=[{"answer": "red"}]), "question 2001: its reference answers are"),
+    "gqa": (lambda d: d["20000001"].update(answer=2), '"answer" of question 20000001 is 2, allowed is a string'),
+    "vizwiz": (lambda d: d[1].update(answers=[{"answer": 1}] * 10), "00000001.jpg: its reference answers are"),
+    "sqa": (lambda d: d["11"].update(answer=2), 'problem 11: "answer" is 2, allowed is the number of one of its "choices"'),
+    "textvqa": (lambda d: d["data"][1].update(answers="red"), "its reference answers are"),
+    "pope": (lambda d: d[1].update(label="maybe"), "line 2: \"label\" is 'maybe', allowed are yes and no"),
+    "seed": (lambda d: d["questions"][1].update(answer="E"), '"answer" of question 101001 is \'E\', allowed are A, B, C, D'),
+}
+
+
+@pytest.mark.parametrize("name, split", [entry for entry in SCORED if entry[0] in UNUSABLE])
+def test_a_label_that_no_answer_can_be_judged_by_is_found_before_the_first_question(made, tmp_path, name, split):
+    benchmark, _, _ = made(name, split)
+    change, says = UNUSABLE[name]
+    edited(tmp_path / "data" / ANNOTATIONS[name], lambda content: change(content) or content)
+    for partial in (False, True):
+        with pytest.raises(UserError, match=re.escape(says)):
+            benchmark.load(partial=partial)
+
+
+def test_an_answer_of_mmbench_that_is_none_of_its_options_is_found_before_the_first_question(made):
+    benchmark, _, _ = made("mmbench")
+    rewritten(benchmark.question_file, lambda row: row.update(answer="C"))
+    with pytest.raises(UserError, match="index 241: \"answer\" is 'C', allowed is one of its options"):
+        benchmark.load()
+
+
+def test_labels_that_contradict_each_other_are_found_before_the_first_question(made):
+    benchmark, samples, _ = made("pope")
+    path = benchmark.folder / "coco" / "coco_pope_random.json"
+    edited(path, lambda rows: [*rows, {**rows[0], "label": "no" if rows[0]["label"] == "yes" else "yes"}])
+    edited(benchmark.question_file, lambda rows: [*rows, {**rows[2], "question_id": 99}])
+    with pytest.raises(UserError, match="has different labels for one question"):
+        benchmark.load()
 
 
 # ------------------------------------------------------------------------------------------------------ bad files
@@ -514,6 +701,21 @@ def test_a_file_of_answers_scores_like_its_run(file_of, tmp_path, name, split):
     with pytest.raises(UserError, match=r"2 of 8 questions have no answer \(--partial scores the others\)"):
         score_file(benchmark, path)
     assert score_file(benchmark, path, partial=True)["partial"] == "6 of 8 questions"
+
+
+def test_an_answer_file_is_scored_in_part_where_questions_and_labels_differ(file_of):
+    benchmark, rows, path = file_of("gqa")
+    edited(benchmark.labels, without("20000003"))
+    edited(benchmark.question_file, without(5))
+    write_rows(path, [*rows[:5], *rows[6:]])
+    with pytest.raises(UserError, match="has no label for 1 of 7 questions .* and has 1 labels of questions that are not"):
+        score_file(benchmark, path)
+    score = score_file(benchmark, path, partial=True)
+    assert score["partial"] == "6 questions with a label, out of 7 questions" and score["questions"] == 6
+    edited(benchmark.labels, lambda labels: {"20000003": labels["20000002"], **labels})
+    benchmark = BENCHMARKS["gqa"](benchmark.data_root, None)
+    score = score_file(benchmark, path, partial=True)
+    assert score["partial"] == "7 of the 8 questions that have a label" and score["questions"] == 7
 
 
 @pytest.mark.parametrize("name, split", SCORED)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from benchmark_data import make_benchmark
 from eval_data import REPOSITORY, SPLIT, environment, make_folder_only_checkpoint, make_vqav2
 
 from llava.eval import launch
@@ -163,6 +164,20 @@ def test_question_file(place, capsys):
     assert "line 13: question_id 1000 is already in line 1" in refused(place, capsys)
     path.write_text(good + json.dumps({"question_id": 77, "text": "not in the split"}) + "\n")
     assert "lacks 1 of the 13 question_ids" in refused(place, capsys)
+
+
+def test_labels_that_do_not_match_the_questions(place, capsys):
+    make_benchmark("gqa", place / "data")
+    path = place / "data" / "gqa" / "data" / "testdev_balanced_questions.json"
+    labels = json.loads(path.read_text())
+    labels["1"] = labels.pop("20000001")
+    path.write_text(json.dumps(labels))
+    said = refused(place, capsys, benchmark="gqa")
+    assert "has no label for 1 of 8 questions (the first: 20000001, line 2 of llava_gqa_testdev_balanced.jsonl)" in said
+    assert "and has 1 labels of questions that are not asked (the first: 1); --partial scores" in said
+    argv = ["gqa", "--checkpoint", "llava", "--data-root", "data", "--config", "config.json", "--partial"]
+    (run,) = launch.plan(launch.parse(argv), devices=[])
+    assert len(run.samples) == 8, "they are asked all the same"
 
 
 def test_images(place, capsys):

@@ -240,6 +240,31 @@ def test_a_run_is_scored_without_the_groups_of_unreadable_images_only_when_told_
     run.close()
 
 
+def test_a_run_with_a_missing_label_answers_all_and_is_scored_in_part_only_when_told_to(tmp_path):
+    make_benchmark("gqa", tmp_path / "data", 8)
+    found = find_checkpoint(str(make_folder_only_checkpoint(tmp_path / "llava")))
+
+    def run(partial):
+        benchmark = BENCHMARKS["gqa"](tmp_path / "data", found)
+        return Run(benchmark, AdaVConfig(), found, Generation(8), tmp_path / "runs", partial=partial)
+
+    whole, labels = run(False), tmp_path / "data" / "gqa" / "data" / "testdev_balanced_questions.json"
+    known = json.loads(labels.read_text())
+    labels.write_text(json.dumps({key: label for key, label in known.items() if key != "20000002"}))
+    with pytest.raises(UserError, match="has no label for 1 of 8 questions"):
+        run(False)
+    part = run(True)
+    assert part.folder == whole.folder, "answers stay good where the label is added later"
+    part.open()
+    write_rows(part.answers_of(0), [answer(sample, "red") for sample in part.samples])
+    with pytest.raises(UserError, match="has no label for 1 of 8 questions"):
+        part.finish()
+    score = part.finish(partial=True)
+    assert score["partial"] == "7 questions with a label, out of 8 questions" and score["questions"] == 7
+    assert len((part.folder / "merge.jsonl").read_text().splitlines()) == 7
+    part.close()
+
+
 def test_a_subset_that_is_the_whole_is_the_whole(tmp_path):
     data = make_vqav2(tmp_path / "data")
     found = find_checkpoint(str(make_folder_only_checkpoint(tmp_path / "llava")))

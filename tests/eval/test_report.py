@@ -1,9 +1,11 @@
 """The report: one page from run folders, its figures, its flips, what is left out, and that nothing of a run is markup."""
 
+import itertools
 import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,15 @@ from test_benchmarks import SCORED, right_answer
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.common.find_checkpoint import EvalCheckpoint
-from llava.eval.report import page, pictures
+from llava.config import AdaVConfig
+from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.report import charts, page, pictures
 from llava.eval.report.__main__ import main
 from llava.eval.report.comparison import compare
 from llava.eval.report.records import Cell, records
 from llava.eval.report.runs import Questions, find
+from llava.eval.runs.run import Run
+from llava.eval.runs.work_order import Generation
 from llava.eval.scoring.bootstrap import cluster_intervals, ratio_intervals
 from llava.eval.scoring.verdicts import headline
 
@@ -163,6 +169,36 @@ def test_only_runs_of_one_checkpoint_benchmark_and_part_are_compared(bench):
     assert "the first 8 of 16 questions" in html and "8 of 16 questions, drawn with seed 0" in html
 
 
+def test_comparisons_with_the_unpruned_run_come_first(bench):
+    bench.run("pope", method="adav", checkpoint="a")
+    bench.run("gqa", method="adav", checkpoint="b")
+    bench.run("mme", method="random", checkpoint="c")
+    bench.run("mme", method="none", checkpoint="c", wrong=(1,))
+    bench.run("gqa", method="none", checkpoint="d")
+    comparisons = compare(judged(bench.output)[0])
+    assert [one.first.checkpoint for one in comparisons] == ["c", "d", "a", "b"]
+    assert [run.method for run in comparisons[0].runs] == ["none", "random"]
+    sections = re.findall(r'<section id="c\d"[^>]*>\s*<h2>(\w+) ', report(bench))
+    assert sections == ["mme", "gqa", "pope", "gqa"]
+
+
+def test_a_run_with_a_missing_label_is_judged_and_says_what_part_it_is(bench):
+    bench.run(method="none")
+    path = bench.run(method="adav", wrong=(1,))
+    labels = bench.data / "gqa" / "data" / "testdev_balanced_questions.json"
+    labels.write_text(json.dumps({key: one for key, one in json.loads(labels.read_text()).items() if key != "20000002"}))
+    known = bench.checkpoint("tiny")
+    benchmark = BENCHMARKS["gqa"](bench.data, known)
+    run = Run(benchmark, AdaVConfig(method="adav", overall_tokens=8), known, Generation(16), bench.output, partial=True)
+    assert run.folder == path
+    run.open()
+    run.record({"outcome": "finished"} | json.loads((path / "run.json").read_text())["sessions"][0], run.finish(partial=True))
+    run.close()
+    (judged_run,) = [run for run in judged(bench.output)[0] if run.method == "adav"]
+    assert len(judged_run.answers) == 15 and judged_run.score == pytest.approx(100 * 14 / 15)
+    assert judged_run.state == "partial: 15 questions with a label, out of 16 questions"
+
+
 def test_a_partial_run_is_compared_on_what_both_answered(bench):
     bench.run(method="none", wrong=(1,))
     bench.run(method="adav", wrong=(2,), unreadable=(8, 9, 10, 11))
@@ -282,6 +318,82 @@ def test_a_flag_that_cannot_be_followed_is_one_sentence(bench, monkeypatch, caps
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
+def test_benchmarks_and_checkpoints_are_chosen_by_flags(bench, capsys):
+    for name, checkpoint in (("gqa", "one"), ("pope", "one"), ("gqa", "two"), ("mme", "two")):
+        bench.run(name, checkpoint=checkpoint)
+    page_ = bench.root / "report.html"
+
+    def shown(*flags):
+        main([str(bench.output), "-o", str(page_), *flags])
+        return set(re.findall(r"<h2>(\w+) <span class=\"faint\">[\w-]+</span>, (\w+)</h2>", page_.read_text()))
+
+    assert len(shown()) == 4
+    assert shown("--benchmark", "gqa") == {("gqa", "one"), ("gqa", "two")}
+    assert shown("--checkpoint", "two", "--benchmark", "gqa,mme") == {("gqa", "two"), ("mme", "two")}
+    for flags, says in (
+        (("--benchmark", "seed"), '--benchmark: there is no run of "seed", allowed are gqa, pope, mme'),
+        (("--checkpoint", "three"), '--checkpoint: there is no run of "three", allowed are one, two'),
+        (("--checkpoint", "two", "--benchmark", "pope"), '--checkpoint: there is no run of "two", allowed are one'),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            shown(*flags)
+        assert exit_.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_boxes_hide_what_belongs_to_a_benchmark_or_checkpoint(bench):
+    """Without a script: a style rule per box, and a class on each section, line and record."""
+    for name, checkpoint in (("gqa", "one"), ("pope", "one"), ("gqa", "two")):
+        bench.run(name, checkpoint=checkpoint)
+    html = report(bench)
+    parsed = Page(html)
+    boxes = [attributes["id"] for tag, attributes in parsed.tags if tag == "input"]
+    assert boxes == ["benchmark-0", "benchmark-1", "checkpoint-0", "checkpoint-1"]
+    for box in boxes:
+        assert f"body:has(#{box}:not(:checked)) .of-{box} {{ display: none; }}" in html
+    sections = [a["class"] for tag, a in parsed.tags if tag == "section" and a["id"].startswith("c")]
+    assert sections == [
+        f"of-benchmark-{n} of-checkpoint-{m}" for n, m in ((0, 0), (1, 0), (0, 1))
+    ], "gqa and pope of the first checkpoint, gqa of the second"
+    assert sum(a.get("class") == sections[1] for _, a in parsed.tags) == 4, "contents, section, settings, record"
+    bench.run("gqa", checkpoint="one", method="adav")
+    main([str(bench.output), "-o", str(bench.root / "r.html"), "--benchmark", "gqa", "--checkpoint", "one"])
+    assert "<input" not in (bench.root / "r.html").read_text(), "nothing to choose"
+
+
+def test_ticks_of_a_chart_do_not_touch_each_other_or_the_name_of_the_axis():
+    """Text is taken as 0.62 of its height wide, which is more than the sans-serif fonts have on average."""
+
+    def width(text):
+        return 0.62 * 11.5 * len(text)
+
+    for name, scores, costs in (
+        ("gqa", (97.1, 97.9), (1e9, 9.7e9)),
+        ("gqa", (0, 100), (1.1, 3e3)),
+        ("mme", (1611.2, 1614.9), (2.5e12, 9.1e12)),
+        ("gqa", (50, 50.01), (104, 106)),
+    ):
+        runs = [SimpleNamespace(score=s, label="x", title="x", method="adav", scatters=False) for s in scores]
+        first = SimpleNamespace(points=name == "mme")
+        comparison = SimpleNamespace(runs=runs, scores=[None, None], first=first, score_name="x", reference=None)
+        chart = charts._chart(comparison, "cost", "FLOPs", dict(enumerate(costs)))
+        assert chart.x_ticks and len(chart.y_ticks) > 2
+        for _, text in chart.y_ticks:
+            assert charts.LEFT - 7 - width(text) > 17, text  # the axis' own name ends at 17
+        ends = [(x - width(text) / 2, x + width(text) / 2) for x, text in chart.x_ticks]
+        assert all(left[1] < right[0] for left, right in itertools.pairwise(ends)), chart.x_ticks
+        assert ends[0][0] > charts.LEFT - 30 and ends[-1][1] < charts.WIDTH
+
+
+def test_times_that_scatter_are_marked(bench):
+    bench.run(method="none")
+    path = bench.run(method="adav") / "run.json"
+    assert "scatters" not in report(bench)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prefill_spread": 0.4}))
+    html = report(bench)
+    assert html.count(">scatters</abbr>") == 1 and "A time that scatters: its repeats differ too much" in html
+    assert "adav, 8 tokens: 100.0 % [100.0, 100.0] at 5 ms (scatters)</title>" in html
+
+
 def test_the_page_is_one_file_that_asks_the_network_for_nothing(bench):
     bench.run(method="none")
     bench.run(method="adav", wrong=(0, 3))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_data import make_benchmark, write_rows, yes_no
+from test_benchmarks import drop_label
 
 from llava.eval import eval_pope, eval_science_qa, eval_textvqa, score
 from llava.eval.benchmarks import BENCHMARKS
@@ -120,6 +121,35 @@ def test_eval_science_qa(answers, tmp_path, capsys):
     assert len(json.loads((tmp_path / "out.jsonl").read_text())["incorrect"]) == 4
     write_rows(path, images[1:])
     assert "1 of its 8 questions have no answer" in refused(eval_science_qa.main, base, capsys)
+
+
+def test_llavas_names_score_in_part_where_a_label_is_missing(answers, tmp_path, capsys):
+    path, data = answers("sqa", lambda i: "A"), tmp_path / "data"
+    base = ["--base-dir", str(data / "scienceqa"), "--result-file", str(path)]
+    drop_label("sqa", data)
+    assert "1 of 8 answered questions are not in it" in refused(eval_science_qa.main, base, capsys)
+    eval_science_qa.main([*base, "--partial"])
+    assert capsys.readouterr().out.startswith("Total: 7, Correct: 4,")
+
+    path, file = answers("textvqa", lambda i: "Unanswerable"), data / "textvqa" / "TextVQA_0.5.1_val.json"
+    drop_label("textvqa", data)
+    eval_textvqa.main(["--annotation-file", str(file), "--result-file", str(path), "--partial"])
+    assert "Samples: 7\nAccuracy: 90.00%" in capsys.readouterr().out
+
+    path, folder = answers("pope", yes_no), data / "pope"
+    drop_label("pope", data)
+    files = ["--annotation-dir", folder / "coco", "--question-file", folder / "llava_pope_test.jsonl"]
+    eval_pope.main([*map(str, files), "--result-file", str(path), "--partial"])
+    assert "Mean F1: 100.00, accuracy: 100.00, of 7 questions" in capsys.readouterr().out
+
+    path, file = answers("seed", lambda i: "AB"[i % 2]), data / "seed_bench" / "SEED-Bench.json"
+    drop_label("seed", data)
+    argv = ["--annotation-file", file, "--result-file", path, "--result-upload-file", tmp_path / "u", "--partial"]
+    script("convert_seed_for_submission").main(list(map(str, argv)))
+    assert json.loads(capsys.readouterr().out)["questions"] == 7
+    write_rows(path, [json.loads(path.read_text().splitlines()[0])] * 2)
+    said = refused(script("convert_seed_for_submission").main, argv, capsys)
+    assert "1 of 2 answers are to questions that are answered already" in said
 
 
 def test_convert_gqa(answers, tmp_path):

@@ -131,3 +131,66 @@ def test_bad_input_ends_with_one_sentence(tasks, tmp_path):
     done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, code=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and 'unknown key "overal_tokens"' in errors[0] and "Traceback" not in done.stderr
+
+
+def test_the_name_of_lmms_evals_own_model_says_what_to_type(tasks, tmp_path):
+    arguments = ("--model", "llava", "--model_args", f"pretrained={CHECKPOINT}")
+    done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, code=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"type --model adav_llava --model_args pretrained={CHECKPOINT}" in errors[0] and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ odd documents
+@pytest.fixture(scope="module")
+def model():
+    from llava.integrations.lmms_eval.model import AdaVLlava
+
+    return AdaVLlava(str(CHECKPOINT), method="none", batch_size=2)
+
+
+def asked(model, documents):
+    """Requests about documents (prompt, what doc_to_visual returns, or an exception that it raises)."""
+    from lmms_eval.api.instance import Instance
+
+    def shown(document):
+        if isinstance(document[1], Exception):
+            raise document[1]
+        return document[1]
+
+    model.task_dict = {"shapes": {"test": documents}}
+    settings = {"max_new_tokens": 4}
+    return [
+        Instance("generate_until", (prompt, settings, shown, i, "shapes", "test"), i, {"task": "shapes", "doc_id": i, "repeats": 1})
+        for i, (prompt, _) in enumerate(documents)
+    ]
+
+
+def test_an_odd_document_costs_its_own_answer_and_is_named(model, tasks, capsys):
+    pictures = [Image.open(tasks / "shapes" / "images" / picture) for picture, _ in ASKED]
+    good = [(question, [picture]) for (_, question), picture in zip(ASKED, pictures, strict=True)]
+    whole = (tasks / "shapes" / "images" / ASKED[0][0]).read_bytes()
+    (tasks / "torn.png").write_bytes(whole[: len(whole) // 2])
+    torn = Image.open(tasks / "torn.png")
+    odd = [
+        ("What?", ["video.mp4"]),
+        ("<image> <image> What?", [pictures[0]]),
+        ("What?", KeyError("image")),
+        ("What?", [torn]),
+        ("<image> What?", None),
+    ]
+    mixed = [document for pair in zip(good, odd, strict=True) for document in pair]
+    answers = model.generate_until(asked(model, mixed))
+    assert [answer.text for answer in answers[::2]] == [ANSWERS[one] for one in ASKED]
+    assert [answer.text for answer in answers[1::2]] == [""] * 5
+    said = capsys.readouterr().err
+    for number, why in ((1, "it shows str"), (3, "has 2 times <image>, but 1 images"), (5, "'image'"), (7, ""), (9, "1 times")):
+        assert f"note: task shapes, document {number}: " in said and why in said
+    assert said.count("its answer is empty") == 5
+
+
+def test_a_task_whose_documents_are_all_odd_ends_the_run(model, capsys):
+    with pytest.raises(SystemExit) as ended:
+        model.generate_until(asked(model, [("What?", ["a.mp4"]), ("What?", ["b.mp4"])]))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "none of 2 documents can be asked; the first: task shapes, document 0: it shows str, allowed are images" in said

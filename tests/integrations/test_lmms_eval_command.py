@@ -97,6 +97,11 @@ def test_options_without_effect_are_named(name):
     "options, said",
     [
         (["--model", "qwen2_vl"], '--model is "qwen2_vl", allowed are llava_hf and adav_llava'),
+        (["--model", "llava"], "; type --model adav_llava for a LLaVA checkpoint of either format"),
+        (
+            ["--model", "llava_onevision", "--model_args", "pretrained=a/b,conv_template=v1"],
+            "; type --model adav_llava --model_args pretrained=a/b,conv_template=v1 for",
+        ),
         (["--vision_adaptive_attention", "yes"], '--vision_adaptive_attention is "yes", allowed are true and false'),
         (["--text_init_cache", "2.5"], '--text_init_cache is "2.5", allowed is a whole number'),
         (["--prefill_filter_rate", "1.5"], '"prefill_filter_rate" is 1.5, allowed is'),

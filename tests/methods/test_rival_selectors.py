@@ -2,6 +2,7 @@
 by hand, and naive references."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +389,18 @@ def test_visionzip_by_hand():
     assert kept.indices.tolist() == [-1, 4] and kept.sources == [[]]
     kept = select("visionzip", nine_patches(), make_text(), 1)
     assert kept.indices.tolist() == [-1] and kept.features.tolist() == [[20.0]]
+
+
+@pytest.mark.parametrize("dominant, contextual, warns", [(8, 2, True), (600, 0, True), (7, 2, False), (3, 2, False)])
+def test_visionzip_counts_above_a_tile_are_a_warning(dominant, contextual, warns):
+    """Every token is kept then, as for any budget that is large enough."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        kept = select("visionzip", nine_patches(), make_text(), 1, dominant=dominant, contextual=contextual)
+    texts = {str(one.message) for one in said}
+    expected = f"ask for {dominant + contextual} tokens per tile, but a tile has 9 patches"
+    assert [expected in text for text in texts] == ([True] if warns else [])
+    assert len(kept.indices) == min(9, dominant + contextual)
 
 
 def test_merging_by_hand():

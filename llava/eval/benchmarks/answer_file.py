@@ -82,12 +82,13 @@ def _asked(row: dict, sample: Sample) -> bool:
 
 
 def score_file(benchmark: Benchmark, path: Path, partial: bool = False) -> dict:
-    """Return the score of an answer file.
-
-    partial: allow unanswered questions; the score is then labelled. Raises UserError as `match` does.
-    """
+    """The score of an answer file. partial: also where answers or labels are missing, or labels belong to no question; the
+    score then says so."""
     samples = benchmark.load_questions()
     answered, rows = match(samples, read_answers(path), path, partial)
     if len(answered) < len(samples):
         benchmark.partial = f"{len(answered):,} of {len(samples):,} questions"
-    return benchmark.finish(answered, rows, Path(path).resolve().parent)
+    scored = benchmark.scorable(answered, partial)
+    kept = {sample.key for sample in scored}
+    rows = [row for sample, row in zip(answered, rows, strict=True) if sample.key in kept]
+    return benchmark.finish(scored, rows, Path(path).resolve().parent)

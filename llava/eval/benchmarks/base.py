@@ -5,20 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llava.common.errors import UserError
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.eval.benchmarks.questions import Sample, check_images, read_questions
 from llava.eval.benchmarks.subset import Subset
+from llava.eval.scoring.match_answers import has_label, join, shown
 from llava.eval.scoring.verdicts import Verdict
 
 
 class Benchmark(ABC):
     """One split of one benchmark, for one run or one file of answers.
 
-    A subclass says where its files are (`question_file`, `image_folder`, `annotation_files`), what to ask (`prompt`)
-    and how answers are scored (`score`). A subclass whose questions are not in LLaVA's .jsonl format overrides `read`.
+    A subclass says where its files are (`question_file`, `image_folder`, `annotation_files`), what to ask (`prompt`),
+    which labels there are (`annotations`), and how answers are judged (`score`). One that reads another format than
+    LLaVA's .jsonl overrides `read`.
 
     data_root   folder with one sub-folder per benchmark (LLaVA's playground/data/eval)
     checkpoint  the checkpoint whose answers are scored; None if only a file of answers is known
@@ -31,6 +33,7 @@ class Benchmark(ABC):
     download_page: ClassVar[str | None] = None
     headline: ClassVar[str | None] = None  # key of the score that published tables print; None: only an upload file
     points: ClassVar[bool] = False  # True: scores are points, not shares between 0 and 1
+    repeats: ClassVar[bool] = False  # True: the same question may be asked, and labelled, several times
 
     def __init__(self, data_root: Path, checkpoint: EvalCheckpoint | None, split: str | None = None):
         if split is not None and split not in self.splits:
@@ -95,6 +98,20 @@ class Benchmark(ABC):
         """Return the files and folders that are needed to score answers or to write their upload file."""
         return []
 
+    def annotations(self) -> tuple[Path, list[tuple[Hashable, Any]]] | None:
+        """(file or folder, (key, label) pairs) of all labels; None where this machine has none.
+
+        Raises UserError for a label that no answer could be judged by.
+        """
+        return None
+
+    def key(self, sample: Sample) -> Hashable:
+        """What `annotations` knows a question by."""
+        return sample.question_id
+
+    def check_label(self, key: Hashable, labels: list, source: Path) -> None:  # noqa: B027 (most have one label)
+        """UserError where the labels of one question contradict each other."""
+
     def needed_files(self) -> list[Path]:
         """Return the files and folders that must exist before a run starts."""
         # The annotations too: a run of many hours should not fail at its score.
@@ -104,10 +121,11 @@ class Benchmark(ABC):
         """Return all samples of the split, without a look at their images."""
         return read_questions(self.question_file, self.prompt)
 
-    def load(self, limit: int | None = None, subset: Subset | None = None) -> list[Sample]:
-        """Return the checked samples of this benchmark: all, the first `limit`, or a drawn `subset`.
+    def load(self, limit: int | None = None, subset: Subset | None = None, partial: bool = False) -> list[Sample]:
+        """The checked samples of this benchmark: all, the first `limit`, or a drawn `subset`.
 
-        Sets `partial` if they are not all. Raises UserError for a missing file or image, or a malformed question.
+        Sets `self.partial` where they are not all. Raises UserError for whatever is wrong, also for labels that do not
+        match the questions; partial: a part of them has to match (`scorable`).
         """
         self.make_data()
         self._refuse_missing(self.needed_files())
@@ -116,8 +134,60 @@ class Benchmark(ABC):
         if len(samples) < len(every):
             first = f"the first {len(samples):,} of {len(every):,} questions"
             self.partial = subset.label(len(samples), len(every)) if subset else first
+        self._matched(samples, partial)
         check_images(samples, self.image_folder, self.question_file)
         return samples
+
+    def scorable(self, samples: list[Sample], partial: bool = False) -> list[Sample]:
+        """The samples whose answers can be scored: all of them, or UserError where questions and labels do not match.
+
+        partial: those that share no group with a question without label. Sets `self.partial` where they are not all, or
+        where there are labels of other questions.
+        """
+        found, labels = self._matched(samples, partial)
+        asked = self.partial or f"{len(samples):,} questions"
+        if len(found) < len(samples):
+            self.partial = f"{len(found):,} questions with a label, out of {asked}"
+        elif self.partial is None and labels > len(found):
+            self.partial = f"{len(found):,} of the {labels:,} questions that have a label"
+        return found
+
+    def _matched(self, samples: list[Sample], partial: bool) -> tuple[list[Sample], int]:
+        """The samples that have a label, and the number of all labels."""
+        annotations = self.annotations()
+        if annotations is None:
+            return samples, len(samples)
+        source, labels = annotations
+        answers = [(self.key(sample), "") for sample in samples]
+        has = has_label([key for key, _ in answers], labels)
+        without = [sample for sample, labelled in zip(samples, has, strict=True) if not labelled]
+        asked, has = {key for key, _ in answers}, has_label([key for key, _ in labels], answers)
+        surplus = [
+            key for (key, _), used in zip(labels, has, strict=True) if not used and (self.repeats or key not in asked)
+        ]
+        if not partial and (without or (surplus and not self.partial)):
+            raise UserError(self._mismatch(samples, source, without, [] if self.partial else surplus))
+        groups = {self.group(sample) for sample in without}
+        found = [sample for sample in samples if self.group(sample) not in groups]
+        if not found:
+            raise UserError(f"{source}: has labels of none of the {len(samples):,} questions of {self.question_file}")
+        answers = [(self.key(sample), "") for sample in found]
+        for key, (_, several) in join(answers, labels, source, partial or bool(self.partial), self.repeats).items():
+            self.check_label(key, several, source)
+        return found, len(labels)
+
+    def _mismatch(self, samples: list[Sample], source: Path, without: list[Sample], surplus: list) -> str:
+        """How questions and labels differ, in a sentence."""
+        parts = []
+        if without:
+            first = without[0]
+            parts.append(
+                f"has no label for {len(without):,} of {len(samples):,} questions (the first: {first.question_id}, "
+                f"{first.place} of {self.question_file.name})"
+            )
+        if surplus:
+            parts.append(f"has {len(surplus):,} labels of questions that are not asked (the first: {shown(surplus[0])})")
+        return f"{source}: {' and '.join(parts)}; --partial scores the questions that have a label, and says so"
 
     def chosen(self, every: list[Sample], limit: int | None, subset: Subset | None) -> list[Sample]:
         """Return the part of all samples that a run asks."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+from llava.common.errors import UserError
 from llava.common.files import read_json, write_json
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
-from llava.eval.scoring.annotations import told_when_malformed
+from llava.eval.scoring.annotations import kind_of, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict
 
@@ -50,6 +51,9 @@ class GQA(Benchmark):
         refuse_repeated_ids(samples, self.question_file)
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        return self.labels, read_labels(read_json(self.labels), self.labels)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         return score(_answers(samples, rows), read_json(self.labels), self.labels, bool(self.partial))
 
@@ -66,18 +70,24 @@ def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def judge(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> list[Verdict]:
-    """Return the verdicts of (question_id, answer) pairs. Their kind is GQA's structural type.
-
-    questions: {question_id: {answer, types}}, read from `source`. Raises UserError as `join` does.
-    """
+def read_labels(questions: dict, source: Path) -> list[tuple[str, tuple[str, str | None]]]:
+    """(question_id, (answer, structural type)) of {question_id: {answer, types}}."""
     with told_when_malformed(source):
         labels = [
             (key, (entry["answer"], entry.get("types", {}).get("structural"))) for key, entry in questions.items()
         ]
+    for key, (answer, structure) in labels:
+        kind_of(structure, f"{source}, question {key}")
+        if not isinstance(answer, str):
+            raise UserError(f'{source}: "answer" of question {key} is {answer!r}, allowed is a string')
+    return labels
+
+
+def judge(answers: list[tuple], questions: dict, source: Path, partial: bool = False) -> list[Verdict]:
+    """(question_id, answer) pairs against {question_id: {answer, types}}; their kind is GQA's structural type."""
     return [
         Verdict.plain(prediction(text) == answer, answer, [structure])
-        for [text], [(answer, structure)] in join(answers, labels, source, partial).values()
+        for [text], [(answer, structure)] in join(answers, read_labels(questions, source), source, partial).values()
     ]
 
 

@@ -13,6 +13,7 @@ import base64
 import csv
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from pathlib import Path
@@ -30,7 +31,13 @@ from llava.eval.scoring.verdicts import MEAN, Verdict
 # The row of rotation r of question i has the index i + r * ROTATION.
 ROTATION = 1_000_000
 LETTERS = "ABCD"
-# The columns that LLaVA's convert_mmbench_for_submission.py drops; the newer tables write l2-category with a capital L.
+# Cells that pandas.read_table, with which LLaVA reads these files, takes as missing; LLaVA itself adds other cases of the
+# words nan and none.
+MISSING = frozenset(
+    ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>")
+    + ("N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
+)
+UNWRITABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # characters that XML does not have
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category", "L2-category")
 
 
@@ -87,6 +94,18 @@ class MMBench(Benchmark):
         refuse_repeated_ids(samples, self.question_file)
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]] | None:
+        if self.split != "dev":
+            return None
+        table = read_table(self.question_file)
+        labels = [(row["index"], row["answer"]) for row in table if "answer" in row]
+        for row in table:
+            if row.get("answer", "A") not in row.keys() & set(LETTERS):
+                raise UserError(
+                    f'{self.question_file}, index {row["index"]}: "answer" is {row["answer"]!r}, allowed is one of its options'
+                )
+        return self.question_file, labels
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Return the circular accuracy (dev), and write the upload file if all questions were asked."""
         answers = [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
@@ -124,38 +143,44 @@ class MMBench(Benchmark):
 
 
 def read_table(path: Path) -> list[dict]:
-    """Return the rows of an MMBench .tsv: column -> text, without empty cells; "index" is a number.
+    """The rows of an MMBench .tsv: column -> text, without missing cells; "index" is a number.
 
-    If the "image" of a row is the index of another row, that row's image is used. Raises UserError if the file is
-    damaged.
+    A question is text whatever it says, even "None". An "image" that is another row's index stands for that row's image.
+    UserError says what is wrong with the file.
     """
     # The default limit (131,072 characters) is below the size of an image in base64. It is global, so it is restored.
     limit = csv.field_size_limit(1 << 30)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table ({error})") from None
     finally:
         csv.field_size_limit(limit)
     for number, row in enumerate(rows, 1):
-        # DictReader puts cells beyond the header under the key None, and None into cells that are missing.
-        missing = [name for name in ("index", "question", "A", "image") if not row.get(name)]
-        if missing or None in row or None in row.values() or not row["index"].isdigit():
+        missing = [name for name in ("index", "question", "A") if not row.get(name)]
+        missing += ["image"] if _missing(row.get("image")) else []
+        if missing or None in row or None in row.values() or not _is_number(row["index"]):
             what = f"lacks {', '.join(missing)}" if missing else "is not a row of the table"
             raise UserError(f"{path}, row {number} of {len(rows)}: {what}; is the file cut off?")
         row["index"] = int(row["index"])
     images = {str(row["index"]): row["image"] for row in rows}
+    for row in rows:
+        if _is_number(row["image"]) and row["image"] not in images:
+            raise UserError(f'{path}, index {row["index"]}: its image is that of index {row["image"]}, which is not there')
     return [
-        {name: cell for name, cell in row.items() if not _empty(cell)}
+        {name: cell for name, cell in row.items() if name in ("index", "question") or not _missing(cell)}
         | {"image": images.get(row["image"], row["image"])}
         for row in rows
     ]
 
 
-def _empty(cell) -> bool:
-    # LLaVA's is_none treats "nan" and "none" as missing too: pandas writes a missing value as "nan".
-    return cell is None or (isinstance(cell, str) and cell.lower() in ("", "nan", "none"))
+def _is_number(cell: str) -> bool:
+    return cell.isascii() and cell.isdigit()
+
+
+def _missing(cell: str | None) -> bool:
+    return not cell or cell in MISSING or cell.lower() in ("nan", "none")
 
 
 def question(row: dict) -> str:
@@ -228,7 +253,8 @@ def write_upload(answers: dict, table: list[dict], upload: Path) -> None:
     sheet = book.create_sheet()
     sheet.append([*order, "prediction", *rest])
     for row in table:
-        sheet.append([*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)])
+        cells = [*map(row.get, order), answers.get(row["index"]), *map(row.get, rest)]
+        sheet.append([UNWRITABLE.sub("", cell) if isinstance(cell, str) else cell for cell in cells])
     temporary = upload.with_name(f".{upload.name}.{os.getpid()}.tmp")
     with as_user_error_on_write(upload):
         upload.parent.mkdir(parents=True, exist_ok=True)

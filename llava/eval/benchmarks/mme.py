@@ -33,6 +33,7 @@ class MME(Benchmark):
     name = "mme"
     headline = "perception"
     points = True
+    repeats = True
     download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#mme"
 
     @property
@@ -49,6 +50,16 @@ class MME(Benchmark):
 
     def group(self, sample: Sample) -> Hashable:
         return sample.image
+
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        release = read_release(self.image_folder)
+        return self.image_folder, [(key_, label.lower()) for key_, (_, label) in release]
+
+    def key(self, sample: Sample) -> tuple[str, str, str]:
+        return key(sample.question_id, sample.text)
+
+    def check_label(self, key: Hashable, labels: list, source: Path) -> None:
+        agreed(labels, key, source)
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Return the points per sub-task, and write eval_tool/answers/<checkpoint>/<run>/<sub-task>.txt."""

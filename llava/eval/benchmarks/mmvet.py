@@ -16,7 +16,7 @@ from llava.common.files import read_json, write_json
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.llm_judge import Judge, grade_all, graded_as, kept_grades
 from llava.eval.benchmarks.questions import Sample, refuse_repeated_ids
-from llava.eval.scoring.annotations import told_when_malformed
+from llava.eval.scoring.annotations import kind_of, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict
 
@@ -72,6 +72,19 @@ class MMVet(Benchmark):
         samples = super().read()
         refuse_repeated_ids(samples, self.question_file)
         return samples
+
+    def annotations(self) -> tuple[Path, list[tuple]] | None:
+        if Judge.from_environment() is None:
+            return None
+        labels = read_json(self.labels)
+        with told_when_malformed(self.labels):
+            for key, entry in labels.items():
+                for kind in (_spaced(entry["answer"]), entry["question"], *entry["capability"]):
+                    kind_of(kind, f"{self.labels}, {key}")
+        return self.labels, list(labels.items())
+
+    def key(self, sample: Sample) -> str:
+        return name(sample.question_id)
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Write results/<checkpoint>/<run>.json. With a judge, return the mean grade, overall and per capability."""

@@ -8,12 +8,13 @@ question).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from pathlib import Path
 
 from llava.common.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, read_lines
-from llava.eval.scoring.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.scoring.annotations import SHORT_ANSWER, key_of, told_when_malformed
 from llava.eval.scoring.match_answers import agreed, join, mean
 from llava.eval.scoring.verdicts import Verdict
 
@@ -25,6 +26,7 @@ class POPE(Benchmark):
 
     name = "pope"
     headline = "f1"
+    repeats = True
     download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#pope"
 
     @property
@@ -44,6 +46,15 @@ class POPE(Benchmark):
 
     def read(self) -> list[Sample]:
         return with_category(super().read(), self.question_file)
+
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        return self.folder / "coco", read_labels(self.folder / "coco")
+
+    def key(self, sample: Sample) -> tuple[str, str, str]:
+        return key(sample)
+
+    def check_label(self, key: Hashable, labels: list, source: Path) -> None:
+        agreed(labels, key, source)
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         return score(_answers(samples, rows), self.folder / "coco", bool(self.partial))
@@ -100,21 +111,23 @@ def says_yes(text: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
-def judge(answers: list[tuple], labels: Path, partial: bool = False) -> list[tuple[str, bool, bool]]:
-    """Return (category, said yes, is yes) for each of the (key, answer) pairs, in their order.
-
-    labels: folder of the label files. Raises UserError for a malformed label, and as `join` does.
-    """
-    known, source = [], labels
+def read_labels(folder: Path) -> list[tuple[tuple[str, str, str], bool]]:
+    """(key, is yes) of the files in `folder`."""
+    labels = []
     for category in CATEGORIES:
-        source = label_file(labels, category)
+        source = label_file(folder, category)
         with told_when_malformed(source):
             for number, row in read_lines(source):
                 if row["label"] not in ("yes", "no"):
                     raise UserError(f'{source}, line {number}: "label" is {row["label"]!r}, allowed are yes and no')
-                known.append(((category, row["image"], _spelled(row["text"])), row["label"] == "yes"))
-    # repeats: a question that the files have several times, always with the same label, counts as often.
-    joined = join(answers, known, labels, partial, repeats=True)
+                image = key_of(row["image"], f"{source}, line {number}")
+                labels.append(((category, image, _spelled(row["text"])), row["label"] == "yes"))
+    return labels
+
+
+def judge(answers: list[tuple], labels: Path, partial: bool = False) -> list[tuple[str, bool, bool]]:
+    """(category, said yes, is yes) of (key, answer) pairs, in their order, by the files in `labels`."""
+    joined = join(answers, read_labels(labels), labels, partial, repeats=True)
     are = {key_: agreed(several, key_, labels) for key_, (_, several) in joined.items()}
     return [(key_[0], says_yes(text), are[key_]) for key_, text in answers]
 

@@ -60,7 +60,7 @@ def read_lines(path: Path) -> list[tuple[int, dict]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: is no JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: found {type(row).__name__}, allowed is one JSON object per line")
@@ -122,10 +122,18 @@ def _check_row(row: dict, where: str) -> None:
     image = row.get("image")
     if image is not None and (not isinstance(image, str) or not image):
         raise UserError(f'{where}: "image" is {json.dumps(image)}, allowed is a path inside the image folder')
+    for name in ("question_id", "text", "image"):
+        if not _is_text(str(row.get(name))):
+            raise UserError(f'{where}: "{name}" is {json.dumps(row[name])}, allowed is text without NUL or half a character')
     if DEFAULT_IMAGE_TOKEN in row["text"]:
         raise UserError(
             f'{where}: "text" holds {DEFAULT_IMAGE_TOKEN}, allowed is the bare question: the image is put before it'
         )
+
+
+def _is_text(value: str) -> bool:
+    """False for what no file name and no tokenizer takes: a NUL, or one half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _refuse_identical(rows, path, unit) -> None:

@@ -21,6 +21,7 @@ from llava.common.files import as_user_error_on_write, read_json, write_json
 from llava.common.find_checkpoint import EvalCheckpoint
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, read_lines
+from llava.eval.scoring.annotations import told_when_malformed
 from llava.eval.scoring.match_answers import mean
 from llava.eval.scoring.verdicts import Verdict, mean_by_kind
 
@@ -81,6 +82,11 @@ class Shapes(Benchmark):
                 new.rename(self.folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        source = self.folder / "labels.jsonl"
+        with told_when_malformed(source):
+            return source, [(key, (row["answer"].lower(), row["category"])) for key, row in self.labels().items()]
 
     def labels(self) -> dict:
         """Return question_id -> {answer, category}."""

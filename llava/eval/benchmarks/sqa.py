@@ -1,8 +1,8 @@
 """ScienceQA-IMG (arXiv 2209.09513): multiple choice; accuracy on the test questions that have an image.
 
-Files in scienceqa/: LLaVA's questions (llava_test_CQM-A.json), the official problems.json and pid_splits.json, and the
-images (images/test/<id>/image.png). Questions without image are asked too, as text only. Answers are joined by problem
-id.
+Files below scienceqa/: LLaVA's questions (llava_test_CQM-A.json), the official problems.json and pid_splits.json, and the
+images (images/test/<id>/image.png). The questions without image are asked too, as text alone. Joined by problem id.
+Answers are read by the rule of LLaVA's eval_science_qa; a more lenient reading stands beside it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from llava.common.files import read_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples, refuse_repeated_ids
-from llava.eval.scoring.annotations import OPTION_LETTER, told_when_malformed
+from llava.eval.scoring.annotations import OPTION_LETTER, kind_of, told_when_malformed
 from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.multiple_choice import lenient_letter
 from llava.eval.scoring.verdicts import Verdict
 
 LETTERS = "ABCDE"
@@ -62,6 +63,12 @@ class ScienceQA(Benchmark):
         refuse_repeated_ids(samples, self.question_file)
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        return self.folder / "problems.json", list(read_problems(self.folder, self.split).items())
+
+    def key(self, sample: Sample) -> str:
+        return str(sample.question_id)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         return score(_answers(samples, rows), self.folder, self.split, bool(self.partial))
 
@@ -77,62 +84,80 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def chosen(text: str, choices: int) -> int:
-    """Return the number of the option that an answer picks, or -1.
+    """Which of `choices` options an answer picks by the rule of LLaVA's eval_science_qa, -1 for none.
 
-    choices: number of options. The rules are those of LLaVA's eval_science_qa: the letter alone, "B. ..." at the start,
-    or "The answer is B".
+    The letter and nothing else, the letter and ". " at the start, or exactly one "The answer is X" with any character but
+    a line break behind it.
     """
-    # A line break ends a sentence, so that "B\nbecause ..." is read as "B. because ...".
-    text = text.replace("\n", ". ")
-    if text.strip() and text.strip() in LETTERS and len(text.strip()) == 1:
-        letter = text.strip()
-    elif re.match(rf"[{LETTERS}]\. ", text):
+    if text in tuple(LETTERS):
+        letter = text
+    elif text[:1] in tuple(LETTERS) and text[1:3] == ". ":
         letter = text[0]
     else:
-        found = re.search(rf"The answer is ([{LETTERS}])\.", text) or re.search(rf"The answer is ([{LETTERS}])", text)
-        if not found:
-            return -1
-        letter = found[1]
-    index = LETTERS.index(letter)
-    return index if index < choices else -1
+        found = re.findall(r"The answer is ([A-Z]).", text)
+        letter = found[0] if len(found) == 1 else ""
+    return _index(letter, choices)
+
+
+def _index(letter: str | None, choices: int) -> int:
+    """Number of an option by its letter, -1 where it is none of `choices`."""
+    return LETTERS[:choices].index(letter) if letter and letter in LETTERS[:choices] else -1
+
+
+def picked(text: str, choices: int) -> int:
+    """As `chosen`; where that finds no option, the one of `lenient_letter`."""
+    option = chosen(text, choices)
+    return option if option >= 0 else _index(lenient_letter(text, LETTERS), choices)
 
 
 def read_problems(folder: Path, split: str) -> dict[str, dict]:
-    """Return id -> problem for one split. Raises UserError if problems.json lacks one."""
-    problems, splits = (read_json(folder / name) for name in ("problems.json", "pid_splits.json"))
+    """id -> problem, of those of one split that problems.json has."""
+    source = folder / "problems.json"
+    problems, splits = read_json(source), read_json(folder / "pid_splits.json")
     with told_when_malformed(folder / "pid_splits.json"):
         ids = [str(key) for key in splits[split]]
-        missing = [key for key in ids if key not in problems]
-    if missing:
-        raise UserError(
-            f"{folder / 'problems.json'}: lacks {len(missing)} of the {len(ids)} problems of split {split} "
-            f"(the first: {missing[0]})"
-        )
-    return {key: problems[key] for key in ids}
+    with told_when_malformed(source):
+        found = {key: problems[key] for key in ids if key in problems}
+        for key, problem in found.items():
+            _check(problem, f"{source}, problem {key}")
+    return found
+
+
+def _check(problem: dict, where: str) -> None:
+    """UserError where no answer to the problem could be right."""
+    answer, choices = problem["answer"], problem["choices"]
+    kind_of(problem.get("subject"), where)
+    if type(answer) is not int or not isinstance(choices, list) or not 0 <= answer < min(len(choices), len(LETTERS)):
+        raise UserError(f'{where}: "answer" is {answer!r}, allowed is the number of one of its "choices", from 0 on')
+
+
+def _joined(answers: list[tuple], folder: Path, split: str, partial: bool) -> list[tuple]:
+    """(answer, asked with an image, problem) of (id, (answer, asked with an image)) pairs."""
+    joined = join(answers, read_problems(folder, split).items(), folder / "problems.json", partial)
+    return [(text, image, problem) for [(text, image)], [problem] in joined.values()]
 
 
 def judge(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> list[Verdict]:
-    """Return the verdicts of (id, (answer, asked with an image)) pairs. Only those with an image have terms.
-
-    folder: has problems.json and pid_splits.json. Raises UserError as `join` does.
-    """
-    source = folder / "problems.json"
-    joined = join(answers, read_problems(folder, split).items(), source, partial)
+    """(id, (answer, asked with an image)) pairs against problems.json; only those with an image make the headline."""
     verdicts = []
-    with told_when_malformed(source):
-        for [(text, image)], [problem] in joined.values():
-            choices, answer = problem["choices"], problem["answer"]
-            value, expected = chosen(text, len(choices)) == answer, f"{LETTERS[answer]}. {choices[answer]}"
-            kinds = [problem.get("subject"), "with image" if image else "without image"]
-            verdict = Verdict.plain(value, expected, kinds)
-            verdicts.append(verdict if image else replace(verdict, terms=()))
+    for text, image, problem in _joined(answers, folder, split, partial):
+        choices, answer = problem["choices"], problem["answer"]
+        kinds = [problem.get("subject"), "with image" if image else "without image"]
+        verdict = Verdict.plain(chosen(text, len(choices)) == answer, f"{LETTERS[answer]}. {choices[answer]}", kinds)
+        verdicts.append(verdict if image else replace(verdict, terms=()))
     return verdicts
 
 
 def score(answers: list[tuple], folder: Path, split: str = "test", partial: bool = False) -> dict:
-    """Return the accuracy of (id, (answer, asked with an image)) pairs: on those with an image, and on all."""
-    verdicts = judge(answers, folder, split, partial)
-    every = [verdict.value for verdict in verdicts]
-    with_image = [verdict.value for verdict in verdicts if verdict.terms]
-    images = {"image_accuracy": mean(with_image)} if with_image else {}
-    return {**images, "accuracy": mean(every), "questions": len(every), "questions_with_image": len(with_image)}
+    """Accuracy of (id, (answer, asked with an image)) pairs against problems.json: with an image, and over all.
+
+    "lenient": by the reading of `picked`, which published numbers do not use.
+    """
+    joined = _joined(answers, folder, split, partial)
+    accuracies = {}
+    for name, asked in (("image_", [entry for entry in joined if entry[1]]), ("", joined)):
+        for rule, read in (("", chosen), ("lenient_", picked)):
+            right = [read(text, len(problem["choices"])) == problem["answer"] for text, _, problem in asked]
+            if right:
+                accuracies[f"{rule}{name}accuracy"] = mean(right)
+    return {**accuracies, "questions": len(joined), "questions_with_image": sum(image for _, image, _ in joined)}

@@ -13,8 +13,8 @@ from llava.common.errors import UserError
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample
-from llava.eval.scoring.annotations import read_part, told_when_malformed
-from llava.eval.scoring.match_answers import join, mean
+from llava.eval.scoring.annotations import key_of, people_of, read_part, told_when_malformed
+from llava.eval.scoring.match_answers import join, mean, shown
 from llava.eval.scoring.verdicts import Verdict, most_said
 from llava.eval.scoring.vqa_accuracy import textvqa_accuracy
 
@@ -25,6 +25,7 @@ class TextVQA(Benchmark):
     name = "textvqa"
     splits = ("val",)
     headline = "accuracy"
+    repeats = True
     download_page = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md#textvqa"
 
     @property
@@ -46,6 +47,12 @@ class TextVQA(Benchmark):
     def annotation_files(self) -> list[Path]:
         return [self.labels]
 
+    def annotations(self) -> tuple[Path, list[tuple]]:
+        return self.labels, read_labels(read_part(self.labels, "data"), self.labels)
+
+    def key(self, sample: Sample) -> tuple[str, str]:
+        return sample.question_id, question(sample.prompt, self.question_file)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         return score(self._answers(samples, rows), read_part(self.labels, "data"), self.labels, bool(self.partial))
 
@@ -53,10 +60,7 @@ class TextVQA(Benchmark):
         return judge(self._answers(samples, rows), read_part(self.labels, "data"), self.labels, bool(self.partial))
 
     def _answers(self, samples: list[Sample], rows: list[dict]) -> list[tuple]:
-        return [
-            ((sample.question_id, question(sample.prompt, self.question_file)), row["text"])
-            for sample, row in zip(samples, rows, strict=True)
-        ]
+        return [(self.key(sample), row["text"]) for sample, row in zip(samples, rows, strict=True)]
 
 
 def question(prompt: str, source: Path) -> str:
@@ -75,19 +79,24 @@ def question(prompt: str, source: Path) -> str:
     )
 
 
-def judge(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
-    """Return the verdicts of ((image id, question), answer) pairs, in their order.
-
-    data: annotations, read from `source`. If a question was annotated several times, the mean accuracy counts.
-    """
+def read_labels(data: list[dict], source: Path) -> list[tuple[tuple[str, str], list[str]]]:
+    """((image id, question), what people answered) of the official data."""
+    labels = []
     with told_when_malformed(source):
-        labels = [((entry["image_id"], entry["question"].lower()), entry["answers"]) for entry in data]
-        joined = join(answers, labels, source, partial, repeats=True)
-        verdicts = []
-        for key, text in progress_bar("scoring", answers, unit=" answers"):
-            several = joined[key][1]
-            value = mean(textvqa_accuracy(text, people) for people in several)
-            verdicts.append(Verdict.plain(value, most_said([one for people in several for one in people])))
+        for entry in data:
+            key = key_of(entry["image_id"], f"{source}, an entry"), entry["question"].lower()
+            labels.append((key, people_of(entry["answers"], f"{source}, {shown(key)}")))
+    return labels
+
+
+def judge(answers: list[tuple], data: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
+    """((image id, question), answer) pairs, in their order. A question that was annotated twice counts the mean."""
+    joined = join(answers, read_labels(data, source), source, partial, repeats=True)
+    verdicts = []
+    for key, text in progress_bar("scoring", answers, unit=" answers"):
+        several = joined[key][1]
+        value = mean(textvqa_accuracy(text, people) for people in several)
+        verdicts.append(Verdict.plain(value, most_said([one for people in several for one in people])))
     return verdicts
 
 

@@ -15,7 +15,7 @@ from llava.common.files import read_json, write_json
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples
-from llava.eval.scoring.annotations import SHORT_ANSWER, told_when_malformed
+from llava.eval.scoring.annotations import SHORT_ANSWER, kind_of, people_of, told_when_malformed
 from llava.eval.scoring.evalai_normalisation import normalise
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict, most_said
@@ -64,6 +64,14 @@ class VizWiz(Benchmark):
             raise UserError(f'{self.question_file}: image "{twice[0]}" has several questions, allowed is one each')
         return samples
 
+    def annotations(self) -> tuple[Path, list[tuple]] | None:
+        if self.split != "val":
+            return None
+        return self.question_file, read_labels(read_json(self.question_file), self.question_file)
+
+    def key(self, sample: Sample) -> str:
+        return sample.image
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Return the soft accuracy (val), or write answers_upload/<checkpoint>/<run>.json (test)."""
         answers = _answers(samples, rows)
@@ -81,20 +89,25 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
     return [(sample.image, row["text"]) for sample, row in zip(samples, rows, strict=True)]
 
 
-def judge(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
-    """Return the verdicts of (image, answer) pairs by the rule of the VQA evaluation.
-
-    entries: content of val.json, read from `source`. Answers are normalised first, as in an upload file.
-    """
+def read_labels(entries: list[dict], source: Path) -> list[tuple[str, tuple[list[str], str | None]]]:
+    """(image, (what people answered, answer type)) of the official file; entries of a test split, which have no answers, are left out."""
+    labels = []
     with told_when_malformed(source):
-        labels = [
-            (entry["image"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type"))) for entry in entries
-        ]
-        joined = join(answers, labels, source, partial)
-        return [
-            Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
-            for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
-        ]
+        for entry in entries:
+            if "answers" in entry:
+                said = [answer["answer"] for answer in entry["answers"]]
+                where = f"{source}, image {entry['image']}"
+                labels.append((entry["image"], (people_of(said, where), kind_of(entry.get("answer_type"), where))))
+    return labels
+
+
+def judge(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
+    """(image, answer) pairs by the rule of the VQA evaluation, after the upload's normalisation."""
+    joined = join(answers, read_labels(entries, source), source, partial)
+    return [
+        Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
+        for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
+    ]
 
 
 def score(answers: list[tuple], entries: list[dict], source: Path, partial: bool = False) -> dict:

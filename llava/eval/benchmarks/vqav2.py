@@ -15,7 +15,7 @@ from llava.common.files import write_json
 from llava.common.progress import progress_bar
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.benchmarks.questions import Sample, make_samples, read_lines, refuse_repeated_ids
-from llava.eval.scoring.annotations import SHORT_ANSWER, read_part, told_when_malformed
+from llava.eval.scoring.annotations import SHORT_ANSWER, key_of, kind_of, people_of, read_part, told_when_malformed
 from llava.eval.scoring.evalai_normalisation import normalise
 from llava.eval.scoring.match_answers import join, mean
 from llava.eval.scoring.verdicts import Verdict, mean_by_kind, most_said
@@ -85,6 +85,11 @@ class VQAv2(Benchmark):
             ]
         return make_samples(list(enumerate(rows, 1)), self.question_file, unit="entry")
 
+    def annotations(self) -> tuple[Path, list[tuple]] | None:
+        if self.split != "val":
+            return None
+        return self.labels, read_labels(read_part(self.labels, "annotations"), self.labels)
+
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
         """Return the soft accuracy (val), or write answers_upload/<split>/<checkpoint>/<run>.json (test-dev)."""
         answers = _answers(samples, rows)
@@ -103,22 +108,24 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
     return [(sample.question_id, row["text"]) for sample, row in zip(samples, rows, strict=True)]
 
 
-def judge(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
-    """Return the verdicts of (question_id, answer) pairs by VQAv2's rule.
+def read_labels(annotations: list[dict], source: Path) -> list[tuple[int, tuple[list[str], str]]]:
+    """(question_id, (what people answered, answer type)) of the official annotations."""
+    labels = []
+    with told_when_malformed(source):
+        for entry in annotations:
+            key, said = key_of(entry["question_id"], f"{source}, an annotation"), [a["answer"] for a in entry["answers"]]
+            where = f"{source}, question {key}"
+            labels.append((key, (people_of(said, where), kind_of(entry.get("answer_type", "other"), where))))
+    return labels
 
-    annotations: read from `source`. Answers are normalised first, as in an upload file.
-    """
-    with told_when_malformed(source):
-        labels = [
-            (entry["question_id"], ([a["answer"] for a in entry["answers"]], entry.get("answer_type", "other")))
-            for entry in annotations
-        ]
-    joined = join(answers, labels, source, partial)
-    with told_when_malformed(source):
-        return [
-            Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
-            for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
-        ]
+
+def judge(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> list[Verdict]:
+    """(question_id, answer) pairs by VQAv2's rule, after the normalisation that an upload would get."""
+    joined = join(answers, read_labels(annotations, source), source, partial)
+    return [
+        Verdict.plain(official_accuracy(normalise(answer), people), most_said(people), [kind])
+        for [answer], [(people, kind)] in progress_bar("scoring", joined.values(), unit=" answers")
+    ]
 
 
 def score(answers: list[tuple], annotations: list[dict], source: Path, partial: bool = False) -> dict:

@@ -15,9 +15,9 @@ from llava.eval.report.comparison import Comparison
 from llava.eval.results.plots import COLORS, short_number
 
 WIDTH, HEIGHT = 400, 290
-LEFT, RIGHT, TOP, BOTTOM = 56, 390, 14, 238  # of the plotted area
-APART = 9  # distance between points that would otherwise cover each other
-_MARKERS = {  # SVG paths around the origin, about 10 units wide
+LEFT, RIGHT, TOP, BOTTOM = 70, 390, 14, 238  # of the plotted area; left of it is room for ticks such as 1612.5
+APART = 9  # between points that would lie on each other
+_MARKERS = {  # around the origin, about 10 across
     "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
     "square": "M-4.4,-4.4H4.4V4.4H-4.4Z",
     "triangle": "M0,-5.4L5.2,4.2H-5.2Z",
@@ -118,12 +118,13 @@ def _chart(comparison: Comparison, label: str, unit: str, values: dict[int, floa
     # 2. Ticks and points.
     percent = "" if comparison.first.points else " %"
     x_ticks = [(across(tick), short_number(tick)) for tick in _log_ticks(left, right)]
-    chart = Chart(label, x_ticks, [(up(tick), f"{tick:g}{percent}") for tick in y_ticks], comparison.score_name)
+    chart = Chart(label, x_ticks, [(up(tick), f"{tick:g}") for tick in y_ticks], comparison.score_name)
     for n, value in values.items():
         run, interval = comparison.runs[n], scores[n]
         says = f"{run.title}: {run.score:.1f}{percent}"
         says += f" [{interval.low:.1f}, {interval.high:.1f}]" if interval else ""
         says += f" at {short_number(float(f'{value:.4g}'))} {unit}".rstrip()
+        says += " (scatters)" if unit == "ms" and run.scatters else ""
         point = Point(across(value), up(run.score), known[run.label], says)
         if interval:
             point.low, point.high = up(interval.low), up(interval.high)

@@ -195,11 +195,15 @@ class Comparison:
 
 
 def compare(runs: list[RecordedRun]) -> list[Comparison]:
-    """Group runs by what must be equal and return one comparison per group, also for groups of unfinished runs."""
+    """The comparisons that runs make: those with method none first, else in the order of the runs.
+
+    A group whose runs are all unfinished is one too.
+    """
     groups = defaultdict(list)
     for run in runs:
         groups[run.group].append(run)
-    return [Comparison(group) for group in progress_bar("comparing", groups.values(), unit=" groups")]
+    ordered = sorted(groups.values(), key=lambda group: all(run.method != "none" for run in group))
+    return [Comparison(group) for group in progress_bar("comparing", ordered, unit=" groups")]
 
 
 def _term(answer: Answer, name: str, unit: int) -> tuple[float, float]:

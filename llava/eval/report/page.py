@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llava.common.errors import UserError
+from llava.common.scatter import REASON
 from llava.eval.report import charts
 from llava.eval.report.comparison import Comparison, compare
 from llava.eval.report.pictures import Pictures
@@ -38,11 +40,12 @@ def render(runs: list[RecordedRun], notes: list[str], examples: int) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(short=short_number, cut=_cut, question=_question, bytes=_bytes, json=_json)
-    pictures = Pictures()
+    pictures, filters = Pictures(), Filters.of(runs)
     html = environment.get_template("page.html.jinja").render(
         style=Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
         title=_title(comparisons),
         overview=_overview(runs),
+        filters=filters,
         head=HEAD,
         comparisons=comparisons,
         charts=charts,
@@ -51,11 +54,40 @@ def render(runs: list[RecordedRun], notes: list[str], examples: int) -> str:
         records=records(runs),
         runs=runs,
         notes=notes,
+        scatter=REASON,
         level=f"{100 * LEVEL:g} %",
         resamples=f"{RESAMPLES:,}",
     )
     # An answer may contain half of a surrogate pair (from a \u escape in JSON), which cannot be written as UTF-8.
     return html.encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What the page can be narrowed to without a script: check boxes, and style rules that hide what is not checked."""
+
+    benchmarks: list[str]
+    checkpoints: list[str]
+
+    @classmethod
+    def of(cls, runs: list[RecordedRun]) -> Filters:
+        names = ([run.name for run in runs], [run.checkpoint for run in runs])
+        return cls(*(list(dict.fromkeys(each)) for each in names))
+
+    @property
+    def groups(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """(legend, (id, name) of each box); only those with a choice."""
+        found = [("benchmark", self.benchmarks), ("checkpoint", self.checkpoints)]
+        return [(what, [(f"{what}-{n}", name) for n, name in enumerate(names)]) for what, names in found if len(names) > 1]
+
+    def classes(self, run: RecordedRun) -> str:
+        """Classes of what belongs to `run`: what is hidden with one of them."""
+        return f"of-benchmark-{self.benchmarks.index(run.name)} of-checkpoint-{self.checkpoints.index(run.checkpoint)}"
+
+    @property
+    def rules(self) -> str:
+        boxes = [box for _, boxes in self.groups for box, _ in boxes]
+        return "\n".join(f"body:has(#{box}:not(:checked)) .of-{box} {{ display: none; }}" for box in boxes)
 
 
 def _title(comparisons: list[Comparison]) -> str:
@@ -65,7 +97,7 @@ def _title(comparisons: list[Comparison]) -> str:
         names = list(dict.fromkeys(names))
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    checkpoints = listed([comparison.first.report["checkpoint"]["name"] for comparison in comparisons])
+    checkpoints = listed([comparison.first.checkpoint for comparison in comparisons])
     return f"{listed([comparison.first.name for comparison in comparisons])}: {checkpoints}"
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 from llava.common.files import digest_of, read_json
+from llava.common.scatter import scatters
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
 from llava.eval.results.published_table import label_of
+from llava.eval.results.run_record import read_record
 from llava.eval.scoring.verdicts import Verdict, headline
 
 # The parts of run.json that the report reads without a check.
@@ -60,6 +62,11 @@ class RecordedRun:
         return self.report["benchmark"]
 
     @property
+    def checkpoint(self) -> str:
+        """The checkpoint's name."""
+        return self.report["checkpoint"]["name"]
+
+    @property
     def method(self) -> str:
         return self.report["configuration"]["method"]
 
@@ -102,7 +109,10 @@ class RecordedRun:
         if self.score is None:
             return "no score here: a file to upload" if "upload" in score else "answers alone, nothing is scored"
         left_out = asked - self.report.get("answered", asked)
-        return f"partial: {left_out:,} of {asked:,} questions left out, their images cannot be read" if left_out else ""
+        if left_out:
+            return f"partial: {left_out:,} of {asked:,} questions left out, their images cannot be read"
+        part = score.get("partial")
+        return f"partial: {part}" if part and part != self.identity["part"] else ""
 
     @cached_property
     def group(self) -> str:
@@ -133,10 +143,15 @@ class RecordedRun:
         return 1000 * sum(stages.values()) / answered if stages and answered else None
 
     @property
+    def scatters(self) -> bool:
+        """Whether its times are not to be quoted."""
+        return scatters(self.measured("prefill_spread"))
+
+    @property
     def place(self) -> tuple:
         """Sort key: the order of runs on the page."""
         order = _ORDER.index(self.name) if self.name in _ORDER else len(_ORDER)
-        group = (self.report["checkpoint"]["name"], order, self.report["split"], str(self.report["asked"]), self.group)
+        group = (self.checkpoint, order, self.report["split"], str(self.report["asked"]), self.group)
         return (*group, self.method != "none", self.label, -self.size, str(self.folder))
 
 
@@ -165,18 +180,11 @@ def find(folders: Iterable[Path]) -> tuple[list[RecordedRun], list[str]]:
 
 
 def _read(folder: Path, identity: Path) -> RecordedRun:
-    """Read a run. Raises UserError for a file that lacks a part."""
-    report = _object(folder / "run.json", _NEEDED)
-    return RecordedRun(folder, report, _object(identity, ("part", "questions", "configuration")))
-
-
-def _object(path: Path, needed: Iterable[str]) -> dict:
-    """Return the JSON object of a file. Raises UserError if it lacks one of the `needed` names."""
-    value = read_json(path)
-    missing = [name for name in needed if not isinstance(value, dict) or name not in value]
-    if missing:
-        raise UserError(f'{path}: has no "{missing[0]}", is this the record of a run?')
-    return value
+    known = read_json(identity)
+    for name in ("part", "questions", "configuration"):
+        if not isinstance(known, dict) or name not in known:
+            raise UserError(f'{identity}: has no "{name}", is this the record of a run?')
+    return RecordedRun(folder, read_record(folder / "run.json", _NEEDED), known)
 
 
 class Questions:
@@ -223,8 +231,9 @@ class Questions:
         }
 
     def _benchmark(self, run: RecordedRun) -> Benchmark:
-        """Return the benchmark of a run. Raises UserError if the question file is not where this benchmark has it."""
-        # run.json has no data root. It is the folder above the question file for which the benchmark names that file.
+        """As it was for the run; its folder is told by the run's question file."""
+        if run.name not in BENCHMARKS:
+            raise UserError(f'benchmark "{run.name}" is not known, so its answers are not judged')
         kind, split, file = BENCHMARKS[run.name], run.report["split"], Path(run.report["question_file"])
         roots = [self.data_root] if self.data_root else file.parents
         for root in roots:

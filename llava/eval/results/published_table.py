@@ -14,12 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.common.errors import UserError
-from llava.common.files import digest_of, read_json
+from llava.common.files import digest_of
 from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results.published import COLUMNS, TABLE, PublishedRow, average, published_models, published_rows
+from llava.eval.results.run_record import read_record
 
+_NEEDED = (
+    *("benchmark", "split", "asked", "tokens", "checkpoint", "configuration", "configuration_digest", "generation"),
+    *("score", "published"),
+)
 HEAD = ("method", "tokens", *(column.replace("_", "-") for column in COLUMNS.values()), "average")
 
 
@@ -76,7 +81,7 @@ def collect(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
                 f"{folder}: holds no run (a folder with run.json); allowed are run folders and those above them"
             )
         for path in reports:
-            _add(read_json(path), path.parent, rows, notes)
+            _add(read_record(path, _NEEDED), path.parent, rows, notes)
     ordered = sorted(rows.values(), key=lambda row: (row.checkpoint, row.part, row.base, -row.size, row.label))
     return ordered, list(dict.fromkeys(notes))
 

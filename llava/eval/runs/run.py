@@ -84,13 +84,12 @@ class Run:
         model_base: EvalCheckpoint | None = None,
         limit: int | None = None,
         subset: Subset | None = None,
+        partial: bool = False,
     ):
+        """partial: some of the questions may have no label (`Benchmark.scorable`). They are asked all the same."""
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
         self.generation, self.model_base = generation, model_base
-        self.samples = benchmark.load(limit, subset)
-        # 1. The identity: everything that an answer depends on. Its digest is in the folder's name, so a change of any
-        # part starts another run and never mixes answers. Batch size and shards must not change an answer, so they are
-        # not part of it.
+        self.samples = benchmark.load(limit, subset, partial)
         self.identity = {
             "benchmark": benchmark.name,
             "split": benchmark.split,
@@ -196,13 +195,10 @@ class Run:
         self.answered, self.errors = collect(self.shards)
 
     def finish(self, partial: bool = False) -> dict:
-        """Merge the answers, write merge.jsonl and score.json, and return the score.
-
-        Raises UserError if an image was unreadable, or an answer is missing. With `partial`, questions with an
-        unreadable image are left out, and the score says so.
-        """
+        """Merge and score. Raises UserError where an image was unreadable or a label is missing: nothing is scored then,
+        unless `partial` allows it to score the other questions and to say so."""
         self.refresh()
-        samples = self._readable(partial)
+        samples = self.benchmark.scorable(self._readable(partial), partial)
         left_out = {sample.key for sample in self.samples} - {sample.key for sample in samples}
         answered = {key: row for key, row in self.answered.items() if key not in left_out}
         rows = merge(samples, answered, self.merged, self.checkpoint.short_name, digest_of(self.identity))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import groupby
 
-# In the order in which a batch goes through them. Stages with other names are listed after these.
+from llava.common.scatter import spread
+
+_FEWEST_BATCHES = 8  # the first batch of each shard warms up
 STAGES = ("image_decode", "vision_tower", "projector", "selection", "splice", "prefill", "decode")
 
 
 def summarise(rows: list[dict]) -> dict:
     """Return the measurements of a run over all its sessions; {} if no sample is answered.
 
-    rows: the rows of the answered samples. Vision tokens are means per image: before selection, after selection (after
-    the last cut, if the method cuts inside the LLM), and the layer mean. Seconds are summed over all shards. KV bytes
-    are per sample, at the end of generation. FLOPs are predicted per sample (llava.costs.flops).
+    Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
+    layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation;
+    FLOPs are predicted (llava.costs.flops), per sample. prefill_spread says whether times can be quoted (llava.common.scatter).
     """
     if not rows:
         return {}
@@ -46,6 +49,7 @@ def summarise(rows: list[dict]) -> dict:
             "mean": _mean([row["new_tokens"] for row in rows]),
             "total": sum(row["new_tokens"] for row in rows),
         },
+        "prefill_spread": _prefill_spread(counted),
         "seconds_per_stage": {stage: round(seconds[stage], 4) for stage in order if stage in seconds},
     }
     for name in ("kv_bytes_live", "kv_bytes_allocated", "kv_bytes_predicted"):
@@ -58,6 +62,15 @@ def summarise(rows: list[dict]) -> dict:
         if any(name in row for row in rows)
     }
     return report
+
+
+def _prefill_spread(rows: list[dict]) -> float | None:
+    """`spread` of prefill time per predicted FLOP over the batches; None where there are too few to tell."""
+    repeats = []
+    for seconds, batch in groupby(rows, key=lambda row: row["seconds"]):  # the rows of a batch have equal shares of it
+        batch = list(batch)
+        repeats.append(seconds.get("prefill", 0.0) * len(batch) / sum(row["prefill_flops"] for row in batch))
+    return round(spread(repeats), 4) if len(repeats) >= _FEWEST_BATCHES else None
 
 
 def _mean(values: list) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,27 @@ def told_when_malformed(path: Path):
         raise UserError(f"{path}: an entry has no {error}, is this the benchmark's own file?") from None
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: an entry is not as the benchmark writes it ({error})") from None
+
+
+def key_of(value, where: str) -> int | str:
+    """What a label is known by; UserError where it is neither a whole number nor a string."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise UserError(f"{where}: is known by {json.dumps(value)}, allowed is a whole number or a string")
+    return value
+
+
+def kind_of(value, where: str) -> str | None:
+    """The benchmark's own type of a question, None where it has none; UserError where it is no string."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: its type is {json.dumps(value)}, allowed is a string")
+    return value
+
+
+def people_of(answers: list, where: str) -> list[str]:
+    """What people answered to one question; UserError where it is no list of at least two strings."""
+    if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"{where}: its reference answers are {json.dumps(answers)}, allowed are two strings or more")
+    return answers
 
 
 def read_part(path: Path, name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def join(
             twice = [key for key, group in groups.items() if len(group) > 1]
             if twice:
                 raise UserError(
-                    f"{source}: {len(twice)} questions have several {what}, the first is {_shown(twice[0])}"
+                    f"{source}: {len(twice)} questions have several {what}, the first is {shown(twice[0])}"
                 )
     # With repeats, a key must not have more answers than labels, nor fewer.
     unlabelled = [key for key, group in grouped.items() if len(group) > len(labelled.get(key, ()))]
@@ -42,20 +43,36 @@ def join(
         parts = []
         if unlabelled:
             parts.append(
-                f"{len(unlabelled)} of {len(grouped)} answered questions are not in it, or less often (the first: {_shown(unlabelled[0])})"
+                f"{len(unlabelled)} of {len(grouped)} answered questions are not in it, or less often (the first: {shown(unlabelled[0])})"
             )
         if unanswered and not partial:
             parts.append(
-                f"{len(unanswered)} of its {len(labelled)} questions have no answer (the first: {_shown(unanswered[0])})"
+                f"{len(unanswered)} of its {len(labelled)} questions have no answer (the first: {shown(unanswered[0])})"
             )
         raise UserError(f"{source}: does not match the answers, " + " and ".join(parts))
     return {key: (group, labelled[key]) for key, group in grouped.items()}
 
 
+def has_label(keys: Iterable[Hashable], labels: Iterable[tuple[Hashable, Any]]) -> list[bool]:
+    """Per key, whether `labels` has one for it; of a key that comes more often than its labels, the first ones have."""
+    left = Counter(key for key, _ in labels)
+    found = []
+    for key in keys:
+        found.append(left[key] > 0)
+        left[key] -= 1
+    return found
+
+
+def only_labelled(answers: list[tuple[Hashable, Any]], labels: Iterable[tuple[Hashable, Any]]) -> list[tuple]:
+    """The answers to questions that `labels` knows, in their order."""
+    known = {key for key, _ in labels}
+    return [(key, answer) for key, answer in answers if key in known]
+
+
 def agreed(labels: list, key: Hashable, source: Path):
     """Return the common label of a question that was annotated several times. Raises UserError if labels differ."""
     if any(label != labels[0] for label in labels):
-        raise UserError(f"{source}: has different labels for one question ({_shown(key)})")
+        raise UserError(f"{source}: has different labels for one question ({shown(key)})")
     return labels[0]
 
 
@@ -67,7 +84,8 @@ def _grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Hashable, list]:
     return groups
 
 
-def _shown(key: Hashable) -> str:
+def shown(key: Hashable) -> str:
+    """A key in a message."""
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 

@@ -89,6 +89,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _instead(args) -> str:
+    """What to type in place of a model that is not known here."""
+    if args.model.lower().startswith("llava"):
+        rest = f" --model_args {args.model_args}" if args.model_args else ""
+        return f"type --model adav_llava{rest} for a LLaVA checkpoint of either format"
+    return "python -m lmms_eval runs any other model"
+
+
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     """Translate A-VL's command line.
 
@@ -99,9 +107,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     args, rest = _parser().parse_known_args(argv)
     unknown = [name for name in rest if name.startswith("--merge_")]
     if args.model not in MODELS:
-        raise UserError(
-            f'--model is "{args.model}", allowed are {" and ".join(MODELS)}; python -m lmms_eval runs any other model'
-        )
+        raise UserError(f'--model is "{args.model}", allowed are {" and ".join(MODELS)}; {_instead(args)}')
     model_args = split_model_args(args.model_args)
     given = dict(part.split("=", 1) for part in model_args if "=" in part)
     # 2. Without a configuration file, A-VL's own defaults are the starting point.

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from llava.common.errors import UserError, exits_cleanly
+from llava.common.errors import UserError, exits_cleanly, first_line
 from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -38,9 +39,10 @@ from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 MAX_NEW_TOKENS = 1024  # for tasks that state no limit; lmms-eval uses this value for its own llava_hf
 
 
-def manifest() -> ModelManifest:
-    """The manifest that the entry point gives to lmms-eval."""
-    return ModelManifest("adav_llava", simple_class_path=f"{__name__}.AdaVLlava")
+def manifest() -> list[ModelManifest]:
+    """What the entry point gives to lmms-eval."""
+    classes = {"adav_llava": AdaVLlava, "llava": LlavaOfLmmsEval}
+    return [ModelManifest(name, simple_class_path=f"{__name__}.{cls.__name__}") for name, cls in classes.items()]
 
 
 class AdaVLlava(lmms):
@@ -114,24 +116,39 @@ class AdaVLlava(lmms):
 
     @exits_cleanly
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """One answer per request, in their order. It is cut at the task's stop strings and has its token counts."""
-        # The scores run after all answers are there. Without Java they would fail then, so the check is made now.
+        """One answer per request, in their order: cut at the task's stop strings, with the tokens that it took.
+
+        A document that cannot be asked is named and has an empty answer. UserError where that is so for all of them.
+        """
         if "pycocoevalcap.tokenizer.ptbtokenizer" in sys.modules and find_java() is None:
             raise UserError(
                 "a task scores captions with Java programs, but there is no java; make lmms-eval brings one"
             )
         answers: list[GenerationResult | None] = [None] * len(requests)
         before = after = images = 0
+        odd: list[str] = []
         with progress_bar("Model Responding", total=len(requests), disable=self.rank != 0 or None) as progress:
             for batch in self._batches(requests):
-                prepared = self._prepare([requests[i] for i in batch])
-                for i, answer in zip(batch, self._generate(prepared, requests[batch[0]].args[1]), strict=True):
-                    answers[i] = answer
-                for row, selections in enumerate(prepared.selections):
-                    before += sum(selection.total for selection in selections)
-                    after += sum(vision_tokens(prepared, row)["kept"])
-                    images += len(selections)
+                documents = {}
+                for i in batch:
+                    try:
+                        documents[i] = self._document(requests[i])
+                    except Exception as error:  # the task's own code reads the document, so it may be any
+                        odd.append(f"task {requests[i].args[4]}, document {requests[i].args[3]}: {first_line(error)}")
+                        print(f"note: {odd[-1]}; its answer is empty", file=sys.stderr)
+                        answers[i] = GenerationResult("", TokenCounts(input_tokens=0, output_tokens=0))
+                if documents:
+                    prepared = self._prepare(list(documents.values()))
+                    generated = self._generate(prepared, requests[batch[0]].args[1])
+                    for i, answer in zip(documents, generated, strict=True):
+                        answers[i] = answer
+                    for row, selections in enumerate(prepared.selections):
+                        before += sum(selection.total for selection in selections)
+                        after += sum(vision_tokens(prepared, row)["kept"])
+                        images += len(selections)
                 progress.update(len(batch))
+        if len(odd) == len(requests) > 1:
+            raise UserError(f"none of {len(requests)} documents can be asked; the first: {odd[0]}")
         if images:
             of = f", of rank 0 of {self.world_size}" if self.world_size > 1 else ""
             self._note(
@@ -148,41 +165,35 @@ class AdaVLlava(lmms):
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
 
-    @torch.inference_mode()
-    def _prepare(self, requests: list[Instance]):
-        """The PreparedPrompt of a batch. UserError for videos, and where placeholders and images do not match."""
-        # 1. Token ids and images of each request.
-        rows, images = [], []
-        for request in requests:
-            context, _, doc_to_visual, doc_id, task, split = request.args
-            shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            for visual in shown:
-                if not isinstance(visual, Image.Image):
-                    raise UserError(f"task {task} shows {type(visual).__name__}, allowed are tasks with images")
-            placeholders = context.count(DEFAULT_IMAGE_TOKEN)
-            # Most tasks have no placeholder in their text. LLaVA was trained with the images before the question.
-            if shown and not placeholders:
-                context = " ".join([DEFAULT_IMAGE_TOKEN] * len(shown)) + "\n" + context
-            elif placeholders != len(shown):
-                raise UserError(
-                    f"task {task}, document {doc_id}: the prompt has {placeholders} times {DEFAULT_IMAGE_TOKEN}, but "
-                    f"{len(shown)} images come with it"
-                )
-            prompt = single_turn(self.conv_mode, context)
-            rows.append(tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"))
-            images += [visual.convert("RGB") for visual in shown]
-        # 2. Pixels of all images, and the padded batch.
-        pixels = None
+    def _document(self, request: Instance) -> _Document:
+        """A request as the model reads it. Raises whatever is wrong with the document, or with the task's way to read it."""
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        for visual in shown:
+            if not isinstance(visual, Image.Image):
+                raise UserError(f"it shows {type(visual).__name__}, allowed are images")
+        placeholders = context.count(DEFAULT_IMAGE_TOKEN)
+        if shown and not placeholders:
+            context = " ".join([DEFAULT_IMAGE_TOKEN] * len(shown)) + "\n" + context
+        elif placeholders != len(shown):
+            raise UserError(
+                f"its prompt has {placeholders} times {DEFAULT_IMAGE_TOKEN}, but {len(shown)} images come with it"
+            )
+        ids = tokenizer_image_token(single_turn(self.conv_mode, context), self.tokenizer, return_tensors="pt")
+        images = [visual.convert("RGB") for visual in shown]
+        pixels = []
         if images:
             pixels = process_images(images, self.image_processor, self.model.config, self.config.option("anyres"))
-            # process_images returns a list where tile counts differ, so each image is moved by itself.
-            pixels = [pixel.to(self.device, self.model.dtype) for pixel in pixels]
-        input_ids, mask = left_pad(rows, self.pad)
+        return _Document(ids, list(pixels), [image.size for image in images])
+
+    @torch.inference_mode()
+    def _prepare(self, documents: list[_Document]):
+        """PreparedPrompt of a batch."""
+        pixels = [pixel.to(self.device, self.model.dtype) for document in documents for pixel in document.pixels]
+        sizes = [size for document in documents for size in document.sizes]
+        input_ids, mask = left_pad([document.ids for document in documents], self.pad)
         return self.model.prepare(
-            input_ids.to(self.device),
-            pixels,
-            [image.size for image in images] or None,
-            attention_mask=mask.to(self.device),
+            input_ids.to(self.device), pixels or None, sizes or None, attention_mask=mask.to(self.device)
         )
 
     @torch.inference_mode()
@@ -221,6 +232,25 @@ class AdaVLlava(lmms):
     def _note(self, text: str) -> None:
         if self.rank == 0:
             print(f"note: {text}", file=sys.stderr)
+
+
+class LlavaOfLmmsEval(AdaVLlava):
+    """lmms-eval's own model "llava", which needs LLaVA's package. Ours has that name, so it is told what to type."""
+
+    @exits_cleanly
+    def __init__(self, pretrained: str = "CHECKPOINT", **_):
+        raise UserError(
+            "--model llava is lmms-eval's own and needs LLaVA's package in place of AdaV's; type --model adav_llava "
+            f"--model_args pretrained={pretrained}"
+        )
+
+
+class _Document(NamedTuple):
+    """Token ids of a prompt, and its images as the tower takes them, with (width, height) of the originals."""
+
+    ids: torch.Tensor
+    pixels: list[torch.Tensor]
+    sizes: list[tuple[int, int]]
 
 
 def typed(keys: dict) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,6 +75,13 @@ class VisionZip(Selector):
     def num_kept(self, image: ImageTokens, budget: int) -> int:
         if self.dominant is None:
             return budget
+        asked, largest = self.dominant + self.contextual, max(image.on_host.sizes, default=0)
+        if asked > largest:
+            warnings.warn(
+                f"options.dominant and options.contextual ask for {asked} tokens per tile, but a tile has {largest} patches: "
+                "visionzip keeps every vision token",
+                stacklevel=2,
+            )
         return (self.dominant + self.contextual) * sum(size > 0 for size in image.on_host.sizes)
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
