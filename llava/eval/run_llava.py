@@ -4,7 +4,8 @@
         [--conv-mode C] [--sep ,] [--visual-token-num K] [--temperature 0] [--max_new_tokens 512] [flags]
 
 Each image gets its placeholder before the query, in the order of the files, unless the query places them itself with
-<image>. Files alone: an address is refused, since what a model is asked about should not depend on the network.
+<image>. Files alone: an address is refused, since what a model is asked about should not depend on the network. A
+picture is as a person sees it: upright as its EXIF data says, and on white where it is transparent.
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     config, decoding = configuration(args), sampling(args)
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
+    from llava.common.pictures import as_seen
     from llava.eval.runs.image_reader import UnreadableImage, read_image
     from llava.inference.loaded_checkpoint import LoadedCheckpoint
     from llava.mm_utils import tokenizer_image_token
     from llava.model.decoding.sampling import Sampling
 
     try:
-        images = [read_image(path) for path in files]
+        images = [read_image(path, as_seen) for path in files]
     except UnreadableImage as error:
         raise UserError(f"--image-file: cannot be read as an image ({error})") from None
     checkpoint = LoadedCheckpoint(

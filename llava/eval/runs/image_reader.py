@@ -5,7 +5,7 @@ Decoding and resizing a photograph takes longer on a core than a GPU takes to an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from llava.common.pictures import rgb
 from llava.eval.runs.work_order import WorkOrder
 from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
 from llava.mm_utils import process_images
@@ -25,11 +26,11 @@ class UnreadableImage(Exception):
     """An image file that is there but cannot be decoded."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, convert: Callable[[Image.Image], Image.Image] = rgb) -> Image.Image:
     """An RGB image; UnreadableImage says why not. A decoder may raise almost anything on a damaged file."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return convert(image)
     except MemoryError:
         raise
     except Exception as error:

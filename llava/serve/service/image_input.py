@@ -3,8 +3,8 @@
     limits = ImageLimits()
     picture = picture_from_bytes(data, limits)               # also _from_data_url, _from_file, _from_folders
 
-What is too large is refused by its header, before anything is decoded. Animations give their first frame; EXIF
-orientation is applied. Imports no torch.
+What is too large is refused by its header, before anything is decoded. Animations give their first frame. Pictures are as
+a person sees them: upright, and on white where they are transparent. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava.common.errors import UserError, first_line
+from llava.common.pictures import as_seen
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -53,7 +54,7 @@ def picture_from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
             _check_size(image.size, limits)
             image.load()
             _check_size(image.size, limits)  # a frame may be larger than its header says
-            return _upright(image).convert("RGB")
+            return as_seen(image)
     except ImageRefused:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter under python -W error
@@ -126,14 +127,6 @@ def picture_from_folders(reference: str, folders: Sequence[Path], limits: ImageL
             except ImageRefused as error:
                 raise ImageRefused(str(error).replace(str(path), _short(reference), 1)) from None
     raise refused
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """As EXIF says that it is to be seen; damaged EXIF says nothing."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
