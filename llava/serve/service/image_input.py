@@ -26,6 +26,7 @@ from llava.common.errors import UserError, first_line
 from llava.common.pictures import as_seen
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+HEAD = 200  # letters of a data URL before its comma that are read
 
 
 class ImageRefused(UserError):
@@ -68,15 +69,19 @@ def picture_from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def picture_from_data_url(url: str, limits: ImageLimits) -> Image.Image:
-    """An RGB picture of a URL like data:image/png;base64,...; what type it is, its content says."""
+    """An RGB picture of a URL like data:image/png;base64,...; what type it is, its content says.
+
+    Upper or lower case, blanks and line breaks do not matter, as in a browser.
+    """
     head, comma, body = url.partition(",")
-    kind, *parameters = head.removeprefix("data:").lower().split(";")
-    if not head.startswith("data:") or not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
-        raise ImageRefused(f"a data URL that begins with {head[:60]!r}, allowed is data:image/...;base64,...")
-    if len(body) > -(-limits.max_bytes // 3) * 4:
-        raise ImageRefused(f"an image of some {len(body) * 3 // 4:,} bytes, allowed are {limits.max_bytes:,}")
+    kind, *parameters = "".join(head[:HEAD].lower().split()).removeprefix("data:").split(";")
+    if not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
+        raise ImageRefused(f"a data URL that begins with {head.strip()[:60]!r}, allowed is data:image/...;base64,...")
     try:
-        data = base64.b64decode(body.encode("ascii"), validate=True)
+        body = body.encode("ascii").translate(None, b" \t\n\v\f\r")
+        if len(body) > -(-limits.max_bytes // 3) * 4:
+            raise ImageRefused(f"an image of some {len(body) * 3 // 4:,} bytes, allowed are {limits.max_bytes:,}")
+        data = base64.b64decode(body, validate=True)
     except (UnicodeEncodeError, binascii.Error):
         raise ImageRefused("a data URL whose base64 cannot be read") from None
     return picture_from_bytes(data, limits)

@@ -69,7 +69,7 @@ class Chat:
 
     def answered(self, text: str) -> bool:
         """The question of the last request and its answer are part of the conversation from now on; not so, and False,
-        where the answer is empty, which no template has a place for."""
+        where the answer is empty: nothing was said."""
         from llava.serve.service.request import Turn
 
         if not text.strip():
