@@ -20,10 +20,15 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from llava.common.errors import UserError
+from llava.common.pictures import rgb
+from llava.common.resampling import Axis, resized_part
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 MAX_GRIDS = 10_000  # that a text like "(1x1),...,(6x6)" may stand for
 NEWLINE = -1  # in a merge order: the slot of the learned newline token
+# Pixels of a padded or resized picture from which on it is not made where it is also so many times as large as the picture
+# that it is made of. An ordinary photograph is below that.
+LARGE, TIMES = 1 << 22, 4
 
 
 @dataclass(frozen=True)
@@ -240,7 +245,7 @@ def process_images(images, image_processor, model_config, anyres: str | None = N
     Returns [B, 3, H, W] for one tile each, [B, T, 3, H, W] if all images have the same number of tiles, else a list of
     [T, 3, H, W]. A llava-hf checkpoint gives the pixels that transformers gives.
     """
-    images = [image.convert("RGB") for image in images]
+    images = [rgb(image) for image in images]
     published = (anyres or getattr(model_config, "mm_anyres", "official")) == "fastervlm"
     ratio = model_config.image_aspect_ratio
     if ratio == "anyres":
@@ -252,21 +257,54 @@ def process_images(images, image_processor, model_config, anyres: str | None = N
                 tiles = cut_tiles(image, tile_plan(image.size, model_config, anyres))
                 pixels.append(_pixel_values(tiles, image_processor))
     else:
-        # transformers' processor for LLaVA-1.5 crops and never pads, so a llava-hf checkpoint is left to it.
-        if ratio == "pad" and not is_hf(model_config):
-            color = tuple(int(mean * 255) for mean in image_processor.image_mean)
-            images = [expand_to_square(image, color) for image in images]
-        pixels = [_pixel_values([image], image_processor)[0] for image in images]
+        pixels = [_one_tile(image, image_processor, model_config) for image in images]
     same = all(p.shape == pixels[0].shape for p in pixels)
     return torch.stack(pixels) if same else pixels
 
 
-def _pixel_values(images, image_processor) -> Tensor:
-    """Pixels [T, 3, H, W] of PIL images: each is resized, cropped and normalised as one tile."""
+def _pixel_values(images, image_processor, **settings) -> Tensor:
+    """[T, 3, H, W]: resize, crop and normalise PIL images as one tile each. settings: the processor's, for this call."""
     if hasattr(image_processor, "image_grid_pinpoints"):
         # transformers' anyres processor would cut each finished tile into tiles again.
         image_processor = _single_tile_processor(image_processor)
-    return image_processor(images, return_tensors="pt")["pixel_values"]
+    return image_processor(images, return_tensors="pt", **settings)["pixel_values"]
+
+
+def _one_tile(image: Image.Image, image_processor, model_config) -> Tensor:
+    """[3, H, W] of an RGB image that is padded to a square, or of which the middle is cut out."""
+    pad = model_config.image_aspect_ratio == "pad"
+    color = tuple(int(mean * 255) for mean in image_processor.image_mean)
+    axes = _axes(image.size, image_processor, pad)
+    if axes is not None:
+        done = {"do_resize": False} | ({"do_pad": False} if pad else {})
+        return _pixel_values([resized_part(image, *axes, color)], image_processor, **done)[0]
+    if pad and not is_hf(model_config):
+        image = expand_to_square(image, color)
+    return _pixel_values([image], image_processor)[0]
+
+
+def _axes(size: tuple[int, int], image_processor, pad: bool) -> tuple[Axis, Axis] | None:
+    """What is left of an image's width and height once it is padded or resized, and cropped, as Axis has it.
+
+    None where the padded or resized picture is not much larger than it has to be, or the processor does not resize to a
+    shorter side with a bicubic filter and crop: the processor then does all of it.
+    """
+    settings = image_processor.to_dict()
+    side, crop = (settings.get(key) or {} for key in ("size", "crop_size"))
+    side, crop = side.get("shortest_edge"), (crop.get("width"), crop.get("height"))
+    bicubic = settings.get("resample") == Image.Resampling.BICUBIC and settings.get("do_resize")
+    if not (bicubic and side and all(crop) and settings.get("do_center_crop")):
+        return None
+    canvas = (max(size),) * 2 if pad else size
+    resized = tuple(int(side * length / min(canvas)) for length in canvas)
+    largest = max(math.prod(canvas), math.prod(resized))
+    if largest < max(LARGE, TIMES * math.prod(size)):
+        return None
+    axes = []
+    for length, whole, new, wanted in zip(size, canvas, resized, crop, strict=True):
+        start = max(0, (new - wanted) // 2)
+        axes.append(Axis(whole, new, start, min(new, start + wanted), (whole - length) // 2))
+    return tuple(axes)
 
 
 def _single_tile_processor(image_processor):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llava.common.command_line import Parser, add_checkpoint_flags
 from llava.common.errors import UserError, exits_cleanly, first_line
+from llava.common.pictures import rgb
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import single_turn
@@ -76,7 +77,7 @@ def _open_image(path: str | None) -> Image.Image:
         return built_in_image()
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

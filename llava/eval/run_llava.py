@@ -3,8 +3,9 @@
     python -m llava.eval.run_llava --model-path M --image-file a.jpg[,b.jpg] --query "What is in the image?"
         [--conv-mode C] [--sep ,] [--visual-token-num K] [--temperature 0] [--max_new_tokens 512] [flags]
 
-Each image gets a placeholder before the query, in the order of the files, unless the query has <image> itself. Images
-must be files. An address is refused, because the question to a model should not depend on the network.
+Each image gets its placeholder before the query, in the order of the files, unless the query places them itself with
+<image>. Files alone: an address is refused, since what a model is asked about should not depend on the network. A
+picture is as a person sees it: upright as its EXIF data says, and on white where it is transparent.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def eval_model(args) -> None:
     config, decoding = configuration(args), sampling(args)
     if args.conv_mode is not None:
         get_conversation(args.conv_mode)
+    from llava.common.pictures import as_seen
     from llava.eval.runs.image_reader import UnreadableImage, read_image
     from llava.inference.loaded_checkpoint import LoadedCheckpoint
     from llava.mm_utils import tokenizer_image_token
@@ -75,7 +77,7 @@ def eval_model(args) -> None:
 
     # 2. Images and checkpoint.
     try:
-        images = [read_image(path) for path in files]
+        images = [read_image(path, as_seen) for path in files]
     except UnreadableImage as error:
         raise UserError(f"--image-file: cannot be read as an image ({error})") from None
     checkpoint = LoadedCheckpoint(

@@ -178,15 +178,25 @@ def _canvas(image: Image.Image, view: View, scale: float) -> tuple[np.ndarray, i
     # an outline would cover the patch; small views have no outlines and may go down to 2.
     cell = max(5 if scale == 1 else 2, int(view.longest * scale) // max(view.rows, view.columns))
     width, height = view.columns * cell, view.rows * cell
-    scale_x, scale_y = width / view.canvas[0], height / view.canvas[1]
-    left, top = round(view.offset[0] * scale_x), round(view.offset[1] * scale_y)
-    right = round((view.offset[0] + view.resized[0]) * scale_x)
-    bottom = round((view.offset[1] + view.resized[1]) * scale_y)
+    across = _visible(view.offset[0], view.resized[0], view.canvas[0], width, image.width)
+    down = _visible(view.offset[1], view.resized[1], view.canvas[1], height, image.height)
     diagonal = np.add.outer(np.arange(height), np.arange(width)) % 8 < 2
     picture = Image.fromarray(np.where(diagonal[..., None], PADDING_LINE, PADDING).astype(np.uint8))
-    size = (max(1, right - left), max(1, bottom - top))
-    picture.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
+    # The visible part alone: resized as a whole, an image of which the middle is cut out can be a thousand times wider.
+    (left, right, *box_x), (top, bottom, *box_y) = across, down
+    box = (box_x[0], box_y[0], box_x[1], box_y[1])
+    seen = image.convert("RGB").resize((right - left, bottom - top), Image.Resampling.BICUBIC, box)
+    picture.paste(seen, (left, top))
     return np.asarray(picture), cell
+
+
+def _visible(offset: int, resized: int, canvas: int, drawn: int, pixels: int) -> tuple[int, int, float, float]:
+    """On one axis, what is seen of an image that lies at `offset` of a canvas, `resized` long: (from, to) on a drawing of
+    `drawn` pixels, and (from, to) on the image's own `pixels`."""
+    first, last = max(0, offset), min(canvas, offset + resized)
+    start = round(first * drawn / canvas)
+    stop = max(start + 1, round(last * drawn / canvas))
+    return start, stop, (first - offset) * pixels / resized, (last - offset) * pixels / resized
 
 
 def _cells(values: np.ndarray, cell: int) -> np.ndarray:

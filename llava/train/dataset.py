@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llava.common.errors import UserError, first_line
+from llava.common.pictures import rgb
 from llava.common.progress import progress_bar
 from llava.config import AdaVConfig
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -207,8 +208,8 @@ class ConversationDataset(Dataset):
 def _open(path: str, where: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types: struct.error, SyntaxError, ValueError, ...
+            return rgb(image)
+    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
         raise UserError(f"{where}: image {path} cannot be read ({first_line(error)})") from error
 
 

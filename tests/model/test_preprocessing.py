@@ -5,6 +5,7 @@ from LLaVA's rules. The order of the patches: features that say where they come 
 merging code, against plain loops and against transformers' packing.
 """
 
+import tracemalloc
 import types
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import (
 
 from llava.mm_utils import merge_order, process_images, tile_plan, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.overlay.views import kept_at
 
 TILE_PATCHES = SIDE // PATCH
 SIZES = [(97, 61), (55, 107), (20, 33), (56, 56), (113, 112), (300, 9), (9, 300), (171, 43), (37, 167), (1, 1), (50, 3)]
@@ -88,6 +90,64 @@ def test_hf_1_5_is_transformers_centre_crop(checkpoints, name):
         assert found.shape == (len(images), 3, SIDE, SIDE)
         expected = theirs([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         assert torch.equal(found, expected)
+
+
+THIN = [(8192, 1), (1, 8192), (20_000, 3), (3, 20_000), (5003, 4), (4, 5003)]
+
+
+@pytest.fixture
+def small_pictures_alone(monkeypatch):
+    """Pillow makes no picture of more than 2^22 pixels."""
+
+    def checked(function, size_of):
+        def call(*args, **kwargs):
+            size = size_of(*args)
+            assert size[0] * size[1] <= 1 << 22, f"a picture of {size} was made"
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Image.Image, "resize", checked(Image.Image.resize, lambda image, size, *_: size))
+    monkeypatch.setattr(Image, "new", checked(Image.new, lambda mode, size, *_: size))
+
+
+@pytest.mark.parametrize("size", [(1500, 1), (1, 1500), (2003, 2), (3, 5003)])
+def test_the_middle_of_a_thin_picture_is_transformers(checkpoints, size):
+    """Cut before it is resized, and the same tile to the last bit: transformers makes 84,000 x 56 pixels of 1,500 x 1."""
+    folder = checkpoints("hf-1.5-current")[0]
+    image = make_image(*size)
+    expected = CLIPImageProcessorPil.from_pretrained(folder)([image], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels(checkpoints("hf-1.5-current"), image), expected)
+
+
+@pytest.mark.parametrize("size", [(3001, 2), (2, 3001)])
+def test_a_padded_thin_picture_is_transformers(checkpoints, size):
+    folder = checkpoints("hf-1.5-current")[0]
+    image = make_image(*size)
+    settings = CLIPImageProcessorPil.from_pretrained(folder).to_dict()
+    settings = {key: settings[key] for key in ("size", "crop_size", "image_mean", "image_std")}
+    theirs = LlavaImageProcessorPil(**settings, do_pad=True)
+    expected = theirs([image], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels(checkpoints("original-1.5"), image), expected)
+    config = types.SimpleNamespace(image_aspect_ratio="pad", mm_checkpoint_format="llava_hf")
+    assert torch.equal(process_images([image], theirs, config), expected)
+
+
+@pytest.mark.parametrize("size", THIN)
+def test_thin_pictures_take_no_memory(checkpoints, small_pictures_alone, size):
+    """Under every image_aspect_ratio of one tile, and as they are shown."""
+    image = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+    for name, ratio in (("hf-1.5-current", "crop"), ("original-1.5", None), ("original-1.5", "pad")):
+        processor = checkpoints(name)[3]
+        config = types.SimpleNamespace(**vars(real_config("llava_hf")) | {"image_aspect_ratio": ratio})
+        config.mm_checkpoint_format = "llava_hf" if ratio == "crop" else "llava"
+        tracemalloc.start()
+        found = process_images([image], processor, config)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found.shape == (1, 3, SIDE, SIDE) and peak < 100 << 20
+        ((_, view),) = kept_at(image, tile_plan(size, config), 4, [(0, 1, 1)])
+        assert view.size == (384, 384)
 
 
 @pytest.mark.parametrize("name", ["hf-1.6-current", "hf-1.6-published"])

@@ -99,6 +99,19 @@ def test_a_conversation_with_settings_of_its_own(running):
     assert answer.model_extra["adav"]["vision_tokens"]["kept"] == 5
 
 
+@pytest.mark.parametrize("content", ["", None, [], "What is an <image>?"], ids=str)
+def test_any_answer_can_be_in_the_history(running, content):
+    picture, asked = make_image(50, 50), {"role": "user", "content": "Why?"}
+    history = [{"role": "system", "content": "<image> is text."}, user(QUESTIONS[0], picture)]
+    sent = [*history, {"role": "assistant", "content": content}, asked]
+    answer = running.client.chat.completions.create(model=MODEL, messages=sent, max_tokens=5)
+    turns = (Turn("system", "< image > is text."), Turn("user", QUESTIONS[0], (picture,)))
+    said = Turn("assistant", (content or "").replace("<image>", "< image >"))
+    expected = running.service.submit(Request((*turns, said, Turn("user", "Why?")), sampling=Sampling(5))).result(60)
+    assert answer.choices[0].message.content == expected.text
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (expected.prompt_tokens, 5)
+
+
 def test_streaming(running):
     picture = make_image(60, 90)
     asked = {"model": MODEL, "messages": [user(QUESTIONS[1], picture)], "max_tokens": 12}
@@ -122,6 +135,10 @@ def test_sampling_and_stop(running):
     texts = [answer.choices[0].message.content for answer in drawn]
     assert texts[0] == texts[1] and len(set(texts)) == 3
     assert running.client.chat.completions.create(**asked, temperature=1e-9, top_p=1e-300).choices  # greedy by then
+    greedy, none = (
+        running.client.chat.completions.create(**asked, **how) for how in ({}, {"temperature": 2, "top_p": 0})
+    )
+    assert none.choices[0].message.content == greedy.choices[0].message.content
     words = texts[0].split()
     stopped = running.client.chat.completions.create(**asked, temperature=1.5, top_p=0.9, seed=1, stop=[words[4]])
     assert stopped.choices[0].finish_reason == "stop" and words[4] not in stopped.choices[0].message.content
@@ -242,8 +259,8 @@ def test_a_client_that_goes_frees_its_row(running, stream):
     headers = {"Content-Type": "application/json"}
     slow = running.service.model.engine.steps_for
 
-    def slower(cache):
-        steps = slow(cache)
+    def slower(cache, *others):
+        steps = slow(cache, *others)
 
         class Slow:
             cache = steps.cache
@@ -289,22 +306,22 @@ def test_a_model_that_breaks(gated):
     running, gate = gated
     gate.open.set()
     engine = running.service.model.engine
-    plain, prefill = engine.steps_for, running.service.model.model.prefill
+    plain, prefill = engine.steps_for, engine.prefill
 
     def broken(*args):
         raise RuntimeError("broke")
 
     try:
-        running.service.model.model.prefill = broken
+        engine.prefill = broken
         for stream in (False, True):
             response = running.post(body(stream=stream))
             assert response.status_code == 500 and response.json()["error"]["code"] == "model_failed"
-        running.service.model.model.prefill = prefill
-        engine.steps_for = lambda cache: type("Broken", (), {"cache": cache, "__call__": broken})()
+        engine.prefill = prefill
+        engine.steps_for = lambda cache, *others: type("Broken", (), {"cache": cache, "__call__": broken})()
         with pytest.raises(openai.APIError, match=r"the model failed on this request \(RuntimeError: broke\)"):
             list(running.client.chat.completions.create(**body(stream=True, seed=3, temperature=2)))
     finally:
-        running.service.model.model.prefill, engine.steps_for = prefill, plain
+        engine.prefill, engine.steps_for = prefill, plain
     assert running.post(body()).status_code == 200
 
 

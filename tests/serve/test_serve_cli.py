@@ -311,7 +311,7 @@ def test_an_answer_joins_the_conversation_only_when_it_is_said(tmp_path):
     assert [(turn.role, turn.text, len(turn.images)) for turn in third.turns] == [
         ("user", "one again?", 1), ("assistant", "yes", 0), ("user", "two?", 0)
     ]  # fmt: skip
-    assert not chat.answered("  ")  # an empty answer has no place in a template
+    assert not chat.answered("  ")  # nothing was said
     assert len(chat.turns) == 2
     chat.command("/reset")
     assert chat.request("three?", None).turns == (third.turns[-1].__class__("user", "three?"),)

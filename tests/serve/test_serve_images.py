@@ -153,6 +153,16 @@ def test_data_urls():
     assert picture_from_data_url(data_url(data), LIMITS).size == (50, 30)
     # What the type says does not count: the content does.
     assert picture_from_data_url(data_url(data, "image/jpeg;charset=x"), LIMITS).size == (50, 30)
+    # Case, blanks and line breaks do not matter, as where a file was folded into lines.
+    lines = base64.encodebytes(data).decode()
+    for head in (
+        "DATA:image/png;base64,",
+        "Data:Image/PNG;BASE64,",
+        " data: image/png; base64 ,",
+        "\ndata:image/png;\nbase64,",
+    ):
+        for body in (lines, lines.replace("\n", "\r\n"), " " + lines.replace("\n", "\t ")):
+            assert picture_from_data_url(head + body + "\n", LIMITS).size == (50, 30)
     for url, words in (
         ("data:text/html;base64,AAAA", "a data URL that begins with 'data:text/html;base64'"),
         ("data:image/png,AAAA", "allowed is data:image/...;base64"),

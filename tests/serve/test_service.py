@@ -403,23 +403,72 @@ def test_chat_prompt(template, expected):
     assert chat_prompt(template, [Turn("user", "Is <image> it?", (IMAGE,))]) == single_turn(template, "Is <image> it?")
 
 
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+
+
+def conversation(*messages):
+    """Turns of texts like "u: Why?"; an * in front of a text stands for an image that comes with it."""
+    turns = []
+    for message in messages:
+        role, _, text = message.partition(": ")
+        turns.append(Turn(ROLES[role], text.lstrip("*"), (IMAGE,) * text.count("*")))
+    return turns
+
+
 @pytest.mark.parametrize(
-    "turns, words",
+    "template, messages, expected",
     [
-        ([], "the last message is not the user's"),
-        ([Turn("system", "x")], "the last message is not the user's"),
-        ([Turn("user", "x"), Turn("assistant", "y")], "the last message is not the user's"),
-        ([Turn("user", "x"), Turn("user", "y")], "message 2 after the system text has the role 'user'"),
-        ([Turn("assistant", "x"), Turn("user", "y")], "has the role 'assistant', .* it is the user's"),
-        ([Turn("user", "x"), Turn("system", "y"), Turn("user", "z")], "has the role 'system'"),
-        ([Turn("user", "")], r"message 1 \(user\) is empty"),
-        ([Turn("user", "x"), Turn("assistant", ""), Turn("user", "y")], r"message 2 \(assistant\) is empty"),
-        ([Turn("user", "x"), Turn("assistant", "y", (IMAGE,)), Turn("user", "y")], "allowed are images of the user"),
-        ([Turn("user", "<image> x")], "places 1 images with <image>, but 0 came with it"),
-        ([Turn("system", "<image>"), Turn("user", "x")], "the system message has an image"),
-        ([Turn("user", "\ud800")], "half a character"),
+        # Empty answers: ended, as the model ended them.
+        ("vicuna_v1", ["s: S", "u: A", "a: ", "u: B"], "S USER: A ASSISTANT:</s>USER: B ASSISTANT:"),
+        ("mistral_instruct", ["u: A", "a: ", "u: B"], "[INST] A [/INST]</s>[INST] B [/INST]"),
+        (
+            "chatml_direct",
+            ["s: S", "u: A", "a: ", "u: B"],
+            "<|im_start|>system\nS<|im_end|><|im_start|>user\nA<|im_end|><|im_start|>assistant\n<|im_end|>"
+            "<|im_start|>user\nB<|im_end|><|im_start|>assistant\n",
+        ),
+        ("vicuna_v1", ["s: S", "u: A", "a: "], "S USER: A ASSISTANT:"),  # a client's place for the answer
+        # <image> is text where no image can be.
+        ("vicuna_v1", ["s: S <image>", "u: A", "a: an <image>", "u: B"],
+         "S < image > USER: A ASSISTANT: an < image ></s>USER: B ASSISTANT:"),
+        # One role in a row: one message. Images stay where they came.
+        ("vicuna_v1", ["s: S", "u: A", "u: B", "a: C", "a: D", "u: E"],
+         "S USER: A\nB ASSISTANT: C\nD</s>USER: E ASSISTANT:"),
+        ("mistral_instruct", ["u: *", "u: B"], "[INST] <image>\nB [/INST]"),
+        ("mistral_instruct", ["u: A", "u: *Is <image> it?", "u: ", "u: *B"], "[INST] A\nIs <image> it?\n<image>\nB [/INST]"),
+        # System texts: one, wherever they stand.
+        ("vicuna_v1", ["s: S", "s: T", "u: A"], "S\nT USER: A ASSISTANT:"),
+        ("vicuna_v1", ["u: A", "s: S", "u: B"], "S USER: A\nB ASSISTANT:"),
+        ("mistral_instruct", ["u: A", "a: B", "u: C", "s: S", "s: "], "[INST] S\n\nA [/INST] B </s>[INST] C [/INST]"),
+        # The assistant first or last.
+        ("vicuna_v1", ["s: S", "a: Hi!", "u: A"], "S ASSISTANT: Hi!</s>USER: A ASSISTANT:"),
+        ("vicuna_v1", ["s: S", "u: A", "a: B"], "S USER: A ASSISTANT: B</s>ASSISTANT:"),
+        ("vicuna_v1", ["s: S", "a: B"], "S ASSISTANT: B</s>ASSISTANT:"),
+    ],
+)  # fmt: skip
+def test_conversations_as_clients_send_them(template, messages, expected):
+    assert chat_prompt(template, conversation(*messages)) == expected
+
+
+@pytest.mark.parametrize(
+    "template, turns, words",
+    [
+        ("vicuna_v1", [], "there is no message of the user or the assistant"),
+        ("vicuna_v1", conversation("s: x"), "there is no message of the user or the assistant"),
+        (
+            "mistral_instruct",
+            conversation("u: x", "a: y"),
+            "the last message is the assistant's, but under the template",
+        ),
+        ("mistral_instruct", conversation("a: x", "u: y"), "the first message is the assistant's, but the template"),
+        ("vicuna_v1", conversation("u: "), r"message 1 \(user\) is empty"),
+        ("vicuna_v1", conversation("s: x", "u: y", "a: z", "u: "), r"message 4 \(user\) is empty"),
+        ("vicuna_v1", conversation("u: x", "a: *y", "u: y"), "allowed are images of the user"),
+        ("vicuna_v1", conversation("s: *x", "u: y"), "allowed are images of the user"),
+        ("vicuna_v1", conversation("u: <image> x"), "places 1 images with <image>, but 0 came with it"),
+        ("vicuna_v1", [Turn("user", "\ud800")], "half a character"),
     ],
 )
-def test_bad_conversations_are_sentences(turns, words):
+def test_bad_conversations_are_sentences(template, turns, words):
     with pytest.raises(UserError, match=words):
-        chat_prompt("vicuna_v1", turns)
+        chat_prompt(template, turns)

@@ -6,7 +6,7 @@ photograph than a GPU needs to answer a question about it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from llava.common.pictures import rgb
 from llava.eval.runs.work_order import WorkOrder
 from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
 from llava.mm_utils import process_images
@@ -26,11 +27,11 @@ class UnreadableImage(Exception):
     """An image file exists but cannot be decoded."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Return an RGB image. Raises UnreadableImage with the reason if the file cannot be decoded."""
+def read_image(path: Path, convert: Callable[[Image.Image], Image.Image] = rgb) -> Image.Image:
+    """An RGB image; UnreadableImage says why not. A decoder may raise almost anything on a damaged file."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return convert(image)
     except MemoryError:
         # The machine's problem, not the file's: the image must not be recorded as unreadable.
         raise

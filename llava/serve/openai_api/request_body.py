@@ -236,6 +236,7 @@ def _picture(url: str, server: Server, pixels_left: int, where: str) -> Image.Im
     """The opened image of a URL. pixels_left: pixels that this request may still use."""
     # http(s) is never fetched: a request could otherwise reach hosts that only this server can reach.
     limits = replace(server.limits, max_pixels=pixels_left)
+    url = url.strip()
     scheme = url[:16].partition(":")[0].lower()
     try:
         if scheme == "data":
@@ -257,8 +258,10 @@ def _sampling(fields: dict, server: Server) -> Sampling:
     if not 0 <= temperature <= 2:
         raise Refused(f"temperature is {_shown(temperature)}, allowed is a number from 0 to 2", "temperature")
     top_p = _number(fields, "top_p", 1.0)
-    if not 0 < top_p <= 1:
-        raise Refused(f"top_p is {_shown(top_p)}, allowed is a number above 0, at most 1", "top_p")
+    if not 0 <= top_p <= 1:
+        raise Refused(f"top_p is {_shown(top_p)}, allowed is a number from 0 to 1", "top_p")
+    if top_p == 0:  # of no share of the probability the most probable token is left
+        temperature, top_p = 0.0, 1.0
     if most < 1:
         raise Refused(f"max_tokens is {_shown(most)}, allowed is a whole number of at least 1", "max_tokens")
     seed = _whole(fields, "seed", secrets.randbelow(2**63))

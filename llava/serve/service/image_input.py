@@ -3,8 +3,8 @@
     limits = ImageLimits()
     picture = picture_from_bytes(data, limits)               # also _from_data_url, _from_file, _from_folders
 
-An image that is too large is refused by its header, before it is decoded. An animation gives its first frame. EXIF
-orientation is applied. This file does not import torch.
+What is too large is refused by its header, before anything is decoded. Animations give their first frame. Pictures are as
+a person sees them: upright, and on white where they are transparent. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava.common.errors import UserError, first_line
+from llava.common.pictures import as_seen
 
 # Pillow has many more decoders. Untrusted files reach only these, which keeps the attack surface small.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+HEAD = 200  # letters of a data URL before its comma that are read
 
 
 class ImageRefused(UserError):
@@ -53,8 +55,8 @@ def picture_from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, limits)
             image.load()
-            _check_size(image.size, limits)  # decoding may find a frame that is larger than the header says
-            return _upright(image).convert("RGB")
+            _check_size(image.size, limits)  # a frame may be larger than its header says
+            return as_seen(image)
     except ImageRefused:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter under python -W error
@@ -68,16 +70,19 @@ def picture_from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def picture_from_data_url(url: str, limits: ImageLimits) -> Image.Image:
-    """The RGB picture in a URL such as data:image/png;base64,... The content decides the type, not the URL."""
+    """An RGB picture of a URL like data:image/png;base64,...; what type it is, its content says.
+
+    Upper or lower case, blanks and line breaks do not matter, as in a browser.
+    """
     head, comma, body = url.partition(",")
-    kind, *parameters = head.removeprefix("data:").lower().split(";")
-    if not head.startswith("data:") or not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
-        raise ImageRefused(f"a data URL that begins with {head[:60]!r}, allowed is data:image/...;base64,...")
-    # base64 has 4 letters for 3 bytes, rounded up. Checked before decoding, which needs memory for both.
-    if len(body) > -(-limits.max_bytes // 3) * 4:
-        raise ImageRefused(f"an image of some {len(body) * 3 // 4:,} bytes, allowed are {limits.max_bytes:,}")
+    kind, *parameters = "".join(head[:HEAD].lower().split()).removeprefix("data:").split(";")
+    if not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
+        raise ImageRefused(f"a data URL that begins with {head.strip()[:60]!r}, allowed is data:image/...;base64,...")
     try:
-        data = base64.b64decode(body.encode("ascii"), validate=True)
+        body = body.encode("ascii").translate(None, b" \t\n\v\f\r")
+        if len(body) > -(-limits.max_bytes // 3) * 4:
+            raise ImageRefused(f"an image of some {len(body) * 3 // 4:,} bytes, allowed are {limits.max_bytes:,}")
+        data = base64.b64decode(body, validate=True)
     except (UnicodeEncodeError, binascii.Error):
         raise ImageRefused("a data URL whose base64 cannot be read") from None
     return picture_from_bytes(data, limits)
@@ -130,14 +135,6 @@ def picture_from_folders(reference: str, folders: Sequence[Path], limits: ImageL
                 # The message must not show the resolved path of this machine.
                 raise ImageRefused(str(error).replace(str(path), _short(reference), 1)) from None
     raise refused
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says. Damaged EXIF data is ignored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -68,10 +68,8 @@ class Chat:
         return Request((*self.turns, self._asked), self.config, sampling)
 
     def answered(self, text: str) -> bool:
-        """Add the last question and its answer to the conversation. False if the answer is empty: nothing is added.
-
-        No template can write an empty answer.
-        """
+        """The question of the last request and its answer are part of the conversation from now on; not so, and False,
+        where the answer is empty: nothing was said."""
         from llava.serve.service.request import Turn
 
         if not text.strip():
