@@ -68,7 +68,8 @@ def code_digest() -> str:
     seen = hashlib.sha256()
     folders = ("common", "methods", "model", "inference", "kernels")
     paths = [*PACKAGE.glob("*.py"), *(path for folder in folders for path in PACKAGE.glob(f"{folder}/**/*.py"))]
-    for path in sorted([*paths, PACKAGE / "eval" / "runs" / "answer_shard.py"]):
+    runs = PACKAGE / "eval" / "runs"
+    for path in sorted([*paths, runs / "answer_shard.py", runs / "image_reader.py"]):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]
 

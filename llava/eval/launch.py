@@ -111,6 +111,7 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
     conversation = args.conv_mode or (family.conversation if family and not args.checkpoint else None)
     if conversation is not None:
         get_conversation(conversation)
+    # 2. The checkpoint.
     checkpoint = find_checkpoint(name, fetch=not args.plan)
     model_base = find_checkpoint(args.model_base, fetch=not args.plan) if args.model_base else None
     # 3. One run per benchmark. Making a run reads and checks its questions and images.
@@ -125,7 +126,12 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
             device="cuda" if devices else "cpu",
         )
         part = (args.limit, subset, args.partial)
-        runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, *part))
+        try:
+            runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, *part))
+        except UserError as error:  # what the other benchmarks lack is told at the same time
+            refused.append(str(error))
+    if refused:
+        raise UserError("; ".join(refused))
     return runs
 
 

@@ -159,8 +159,9 @@ def test_cancelling(service, gate):
     runs, goes_on = (service.submit(ask(ASKED[0], PICTURES[0], max_new_tokens=n)) for n in (1000, 30))
     waits = service.submit(ask(ASKED[0], PICTURES[0], config=AdaVConfig(method="none")))
     assert gate.entered.acquire(timeout=60)
+    before = service.stats()["waiting"]  # on a busy machine, goes_on may have missed the first batch
     waits.cancel()
-    assert waits.result(5).finish == "cancelled" and list(waits) == [] and service.stats()["waiting"] == 0
+    assert waits.result(5).finish == "cancelled" and list(waits) == [] and service.stats()["waiting"] == before - 1
     gate.open.set()
     next(iter(runs))
     runs.cancel()

@@ -256,7 +256,10 @@ class Service:
         except Exception as error:
             failure = _failure(error)
         # Outside the except block: there the exception still holds the frames, and so the tensors of the batch.
-        self.model.free_memory()
+        try:
+            self.model.free_memory()
+        except Exception as error:  # a CUDA error that stays; the replies must end all the same
+            log.error("memory could not be freed", exc_info=error)
         if len(jobs) > 1 and not any(job.reply.over or job.reply.text for job in jobs):
             middle = len(jobs) // 2
             self._answer(jobs[:middle])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llava.common.command_line import add_checkpoint_flags, positive
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
+from llava.common.interrupts import interrupts_kept
 from llava.config import AdaVConfig, add_config_flags, config_of_flags
 from llava.shapes.checkpoints import SCENES
 from llava.shapes.tokenizer import is_demo_vocabulary
@@ -63,9 +64,10 @@ def checkpoint_of(args: argparse.Namespace) -> EvalCheckpoint:
 
 def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfig, **limits) -> Service:
     """A service of the checkpoint. limits: keyword arguments of Service.load. UserError for a bad checkpoint."""
-    from llava.serve.service.service import Service
+    with interrupts_kept():
+        from llava.serve.service.service import Service
 
-    return Service.load(checkpoint.folder, model_base=args.model_base, config=config, dtype=args.dtype, **limits)
+        return Service.load(checkpoint.folder, model_base=args.model_base, config=config, dtype=args.dtype, **limits)
 
 
 def limits_of(service: Service) -> str:
