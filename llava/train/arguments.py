@@ -6,8 +6,10 @@ Some flags of LLaVA's published command lines have no effect here. They are acce
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
@@ -117,10 +119,11 @@ class RunArguments:
             (self.model, "mm_use_im_patch_token", False),
             (self.model, "mm_vision_select_feature", "patch"),
             (self.training, "evaluation_strategy", "no"),
+            (self.training, "eval_strategy", "no"),
         ):
-            if getattr(owner, name) != allowed:
-                raise UserError(f"--{name} is {getattr(owner, name)}, allowed is {allowed}")
-        # 4. Pretraining of the projector saves only the projector, so nothing else may be trained with it.
+            found = getattr(owner, name)
+            if found != allowed:
+                raise UserError(f"--{name} is {getattr(found, 'value', found)}, allowed is {allowed}")
         if self.kind == "projector" and self.training.lora_enable:
             raise UserError("--tune_mm_mlp_adapter trains the projector alone, so --lora_enable does not go with it")
         if self.kind == "projector" and self.training.freeze_mm_mlp_adapter:
@@ -131,10 +134,31 @@ class RunArguments:
             raise UserError(
                 "--tune_mm_mlp_adapter saves the projector alone, so --unfreeze_mm_vision_tower does not go with it"
             )
-        # 5. Numbers, and the selection of vision tokens.
-        if self.training.model_max_length < 1:
-            raise UserError(f"--model_max_length is {self.training.model_max_length}, allowed is 1 or more")
+        _check_numbers(self.training)
+        resumed = self.training.resume_from_checkpoint
+        if resumed and not (Path(resumed) / TRAINER_STATE_NAME).is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {resumed}: has no {TRAINER_STATE_NAME}, allowed is a folder checkpoint-N that "
+                "training wrote"
+            )
         refuse_selection(self.selection)
+
+
+def _check_numbers(training: LlavaTrainingArguments) -> None:
+    """UserError for numbers with which nothing could be trained."""
+    for name, least in (
+        ("model_max_length", 1),
+        ("per_device_train_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+    ):
+        value = getattr(training, name)
+        if value < least:
+            raise UserError(f"--{name} is {value}, allowed is {least} or more")
+    if training.max_steps < 1 and not training.num_train_epochs > 0:
+        raise UserError(f"--num_train_epochs is {training.num_train_epochs}, allowed is more than 0")
+    if training.lora_bias not in ("none", "all", "lora_only"):
+        raise UserError(f'--lora_bias is "{training.lora_bias}", allowed are none, all and lora_only')
 
 
 def refuse_selection(config: AdaVConfig) -> None:

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.common.errors import UserError, exits_cleanly
+from llava.common.files import as_user_error_on_write
 from llava.config import add_config_flags, config_overrides
 from llava.train.arguments import (
     DataArguments,
@@ -30,19 +31,31 @@ from llava.train.dataset import Collator, ConversationDataset, check_captions, r
 from llava.train.model import build
 from llava.train.trainer import LlavaTrainer
 
+# What transformers' own checks of its arguments raise.
+_REFUSED = (ValueError, TypeError, ImportError, RuntimeError)
+
+
+def _cannot_be_used(error: Exception) -> UserError:
+    return UserError(f"the training arguments cannot be used ({' '.join(str(error).split())})")
+
 
 def parse(argv: list[str] | None = None) -> RunArguments:
     """Checked arguments of the command line. UserError for bad ones."""
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, LlavaTrainingArguments), prog="python -m llava.train.train", allow_abbrev=False
+        (ModelArguments, DataArguments, LlavaTrainingArguments),
+        prog="python -m llava.train.train",
+        usage="%(prog)s --model_name_or_path MODEL --data_path FILE --output_dir FOLDER [flags, see --help]",
+        allow_abbrev=False,
     )
     add_config_flags(parser)
     # Before parsing: TrainingArguments imports deepspeed, and its error says nothing about the extra to install.
     _need_deepspeed(sys.argv[1:] if argv is None else argv)
     try:
-        model, data, training, flags = parser.parse_args_into_dataclasses(argv)
-    except (ValueError, TypeError, ImportError) as error:  # transformers' own checks of its arguments
-        raise UserError(f"the training arguments cannot be used ({' '.join(str(error).split())})") from error
+        model, data, training, flags, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except _REFUSED as error:
+        raise _cannot_be_used(error) from error
+    if unknown:
+        raise UserError(f"training has no {' '.join(unknown)}; --help lists its flags")
     run = RunArguments(model, data, training, selection_config(data.adav_config, config_overrides(flags)))
     run.check()
     if not sys.stderr.isatty():
@@ -59,8 +72,9 @@ def _need_deepspeed(argv: list[str]) -> None:
 
 
 def train(run: RunArguments) -> LlavaTrainer:
-    """Train and save. Returns the trainer, whose state.log_history has the loss of every logged step."""
-    # 1. Data first: a bad sample is reported before the model is loaded.
+    """Train and save; returns the trainer, whose state.log_history has the loss of every logged step."""
+    with as_user_error_on_write(run.training.output_dir):
+        os.makedirs(run.training.output_dir, exist_ok=True)
     samples = read_samples(run.data.data_path, run.data.image_folder)
     if run.model.version == "plain":
         check_captions(samples)
@@ -75,16 +89,18 @@ def train(run: RunArguments) -> LlavaTrainer:
         run.selection,
         run.training.model_max_length,
     )
-    trainer = LlavaTrainer(
-        model=model,
-        args=run.training,
-        train_dataset=dataset,
-        data_collator=Collator(dataset.blank),
-        processing_class=tokenizer,
-        kind=run.kind,
-        image_processor=image_processor,
-    )
-    # 3. Train and save.
+    try:
+        trainer = LlavaTrainer(
+            model=model,
+            args=run.training,
+            train_dataset=dataset,
+            data_collator=Collator(dataset.blank),
+            processing_class=tokenizer,
+            kind=run.kind,
+            image_processor=image_processor,
+        )
+    except _REFUSED as error:
+        raise _cannot_be_used(error) from error
     try:
         trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint or _last_checkpoint(run.training))
     except UserError as error:

@@ -320,6 +320,19 @@ BAD = {
         "allowed are pad and square",
     ),
     "a warm-up": ({"warmup_ratio": 2}, "allowed is a share from 0 to below 1"),
+    "an unknown flag": ({"learning_rte": 1}, "training has no --learning_rte 1; --help lists its flags"),
+    "no batch": ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0, allowed is 1 or more"),
+    "no accumulation": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0, allowed is 1 or more"),
+    "workers": ({"dataloader_num_workers": -1}, "--dataloader_num_workers is -1, allowed is 0 or more"),
+    "epochs": ({"num_train_epochs": 0, "max_steps": -1}, "--num_train_epochs is 0.0, allowed is more than 0"),
+    "a bias": (
+        {"lora_enable": True, "lora_bias": "some"},
+        '--lora_bias is "some", allowed are none, all and lora_only',
+    ),
+    "an evaluation": ({"eval_strategy": "steps", "eval_steps": 1}, "--eval_strategy is steps, allowed is no"),
+    "no checkpoint": ({"resume_from_checkpoint": "nowhere"}, "nowhere: has no trainer_state.json, allowed is a folder"),
+    "an output that is a file": ({"output_dir": __file__}, "test_train.py: cannot be written, File exists"),
+    "a report": ({"report_to": "paper"}, "cannot be used .paper is not supported"),
 }
 
 
