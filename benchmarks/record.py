@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from llava.common.errors import UserError
-from llava.common.files import write_atomically
+from llava.common.files import BASE, write_atomically
 from llava.common.machine import commit, environment
 
-RESULTS = Path(__file__).resolve().parent / "results"
+#: Where a benchmark writes unless told: git ignores it. benchmarks/results has what the documentation shows.
+RESULTS = BASE / "runs" / "benchmarks"
 # Columns whose cells are words even where they look like numbers: a commit 4156e43, a Python 3.10.
 WORDS = ("commit", "python", "torch", "transformers", "triton", "name")
 
