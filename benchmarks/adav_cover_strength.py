@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from record import RESULTS
 
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.machine import commit
@@ -31,7 +32,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=1000, help="per checkpoint (default 1000)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "adav_cover_strength.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "adav_cover_strength.csv")
     args = parser.parse_args()
     if args.questions < 4:
         raise UserError(f"--questions is {args.questions}, allowed is at least 4: four questions share a picture")

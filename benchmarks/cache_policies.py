@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from record import RESULTS
 from torch.nn.functional import kl_div, log_softmax
 
 from llava.common.command_line import positive
@@ -185,7 +186,7 @@ def measure(loaded: LoadedCheckpoint, run: Run, method: dict, questions: int) ->
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=positive, default=200, help="per checkpoint (default 200)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cache-policies-demo.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cache-policies-demo.csv")
     args = parser.parse_args()
     # 1. How the rows are made. One thread, so that a rerun sums in the same order.
     torch.set_num_threads(1)

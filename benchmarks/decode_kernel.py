@@ -209,7 +209,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=TOLERANCE, help="default: bfloat16 on a GPU")
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/decode_kernel-<preset>-<shape>-<dtype>.csv"
+        "--output", type=Path, help="default: runs/benchmarks/decode_kernel-<preset>-<shape>-<dtype>.csv"
     )
     # Defaults that depend on other flags: the preset on the device, the sizes on the preset.
     args = parser.parse_args(argv)

@@ -337,8 +337,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/end_to_end-<preset>-<device>.csv")
-    parser.add_argument("--plot", type=Path, help="default: docs/end_to_end-<preset>-<device>.png")
+    parser.add_argument("--output", type=Path, help="default: runs/benchmarks/end_to_end-<preset>-<device>.csv")
+    parser.add_argument("--plot", type=Path, help="default: beside --output")
     parser.add_argument(
         "--table", type=Path, metavar="CSV", help="measure nothing: put this file's table into --document"
     )
@@ -360,9 +360,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Ada
             raise UserError(f"{flag} is {count}, allowed is at least 1")
     # 3. Device, files and configurations. Labels are columns of the table, so they must differ.
     args.device, args.dtype = pick(args.device, args.dtype)
-    name = f"end_to_end-{args.preset}-{args.device}"
-    args.output = args.output or RESULTS / f"{name}.csv"
-    args.plot = args.plot or DOCUMENT.parent / f"{name}.png"
+    args.output = args.output or RESULTS / f"end_to_end-{args.preset}-{args.device}.csv"
+    args.plot = args.plot or args.output.with_suffix(".png")
     configs: dict[str, AdaVConfig] = {}
     for name, config in map(read_config, args.config or CONFIGS):
         if name in configs:

@@ -212,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/eval_throughput-<device>.csv")
-    # 1. Arguments.
+    parser.add_argument("--output", type=Path, help="default: runs/benchmarks/eval_throughput-<device>.csv")
     args = parser.parse_args(argv)
     args.given, args.preset = sys.argv[1:] if argv is None else argv, CHECKPOINT.name
     args.device, args.dtype = pick(args.device, args.dtype)

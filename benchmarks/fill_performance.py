@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import end_to_end_report
-from page import DOCUMENT, bandwidths, made, number, picture, put, share
-from record import RESULTS, read_csv, read_text, write_csv
+from page import COMMITTED, DOCUMENT, bandwidths, made, number, picture, put, share
+from record import read_csv, read_text, write_csv
 
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.text_table import markdown_table
@@ -315,7 +315,7 @@ def _put(document: Path, name: str, body: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/fill_performance.py", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="what benchmarks/gpu.sh was given as OUT")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where CSVs go; default: benchmarks/results")
+    parser.add_argument("--results", type=Path, default=COMMITTED, help="where CSVs go; default: benchmarks/results")
     parser.add_argument(
         "--document", type=Path, default=DOCUMENT, help="default: docs/performance.md; plots go beside it"
     )

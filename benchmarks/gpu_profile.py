@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from memory import attempt, decode_weight_bytes, free_memory
-from record import how, pick, write_csv
+from record import RESULTS, how, pick, write_csv
 from shapes import PRESETS, Prompts, random_model
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -210,8 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="kernels are those of the first (1 8)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the three files; default: this one")
-    # 1. Arguments and model.
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the three files; default: runs/benchmarks")
     args = parser.parse_args(argv)
     args.given, args.repeats = sys.argv[1:] if argv is None else argv, 5
     args.device, args.dtype = pick(args.device, args.dtype)

@@ -8,6 +8,7 @@ from llava.common.errors import UserError
 from llava.common.files import REPOSITORY, write_atomically
 
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
+COMMITTED = REPOSITORY / "benchmarks" / "results"  # the CSVs behind its tables
 
 
 def put(document: Path, name: str, body: str) -> None:

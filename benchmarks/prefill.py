@@ -197,8 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/prefill-<preset>-<device>.csv")
-    # 1. Arguments.
+    parser.add_argument("--output", type=Path, help="default: runs/benchmarks/prefill-<preset>-<device>.csv")
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     for method in args.methods:

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from llava.common.errors import UserError
-from llava.common.files import write_atomically
+from llava.common.files import BASE, write_atomically
 from llava.common.machine import commit, environment
 
-RESULTS = Path(__file__).resolve().parent / "results"
-# Columns that stay text even if they look like numbers: commit 4156e43 is a float, and Python 3.10 is not 3.1.
+#: Where a benchmark writes unless told: git ignores it. benchmarks/results has what the documentation shows.
+RESULTS = BASE / "runs" / "benchmarks"
+# Columns whose cells are words even where they look like numbers: a commit 4156e43, a Python 3.10.
 WORDS = ("commit", "python", "torch", "transformers", "triton", "name")
 
 

@@ -145,6 +145,30 @@ def test_missing_benchmark_files_come_with_the_download_page(place, capsys):
     assert f"{SPLIT}.jsonl: missing" in said and "https://" in said
 
 
+def test_all_missing_files_are_named_at_once(place, capsys):
+    """Of one benchmark, and with `all` of every benchmark; --plan says the same."""
+    (place / "elsewhere").mkdir()
+    files = {
+        "mme": ("MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version"),
+        "textvqa": tuple(f"textvqa/{n}" for n in ("llava_textvqa_val_v051_ocr.jsonl", "train_images", "TextVQA_0.5.1_val.json")),
+    }
+    for name, missing in files.items():
+        said = refused(place, capsys, "--plan", benchmark=name, **{"data-root": "elsewhere"})
+        assert all(f"elsewhere/{file}" in said for file in missing), said
+    for extra in ([], ["--plan"]):
+        said = refused(place, capsys, *extra, benchmark="all", **{"data-root": "elsewhere"})
+        assert all(f"elsewhere/{file}" in said for missing in files.values() for file in missing), said
+
+
+def test_all_missing_images_are_named(place, capsys):
+    folder = place / "data" / "vqav2" / "test2015"
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names[1:]:
+        (folder / name).unlink()
+    said = refused(place, capsys, "--plan")
+    assert all(name in said for name in names[1:]) and f"({len(names) - 1} of {len(names)} images are missing)" in said
+
+
 def test_a_place_for_data_that_is_named_must_be_there(place, capsys, monkeypatch):
     assert "--data-root: there is no folder nowhere" in refused(place, capsys, **{"data-root": "nowhere"})
     monkeypatch.setenv("DATA_ROOT", "nowhere")

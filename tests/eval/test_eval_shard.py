@@ -262,6 +262,18 @@ def test_devices(monkeypatch, visible, per_model, groups):
     assert shards.device_groups(per_model) == groups
 
 
+def test_idle_devices_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(shards, "gpus", lambda: ["GPU 0: made up", "GPU 1: made up", "GPU 2: made up"])
+    monkeypatch.setattr(shards, "torch_is_for_cpu", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert shards.device_groups() == ["0"]
+    assert capsys.readouterr().err == "note: 2 of 3 GPUs stand idle; CUDA_VISIBLE_DEVICES=0,1,2 uses all of them\n"
+    assert shards.device_groups(every=True) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert shards.device_groups() == ["1"]
+    assert capsys.readouterr().err == ""
+
+
 def test_devices_that_do_not_divide(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(UserError, match="names 3 devices, allowed is a multiple of the 2 per model"):
