@@ -44,6 +44,7 @@ from llava.eval.runs.work_order import Generation
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.methods.kv_cache.base import RowSpans
 from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.prepared import PreparedPrompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +114,7 @@ def decode(model, prepared: PreparedPrompt, config: AdaVConfig, embeds: torch.Te
     policy, layers = config.make_cache_policy(), model.config.num_hidden_layers
     caching = Caching(policy, layers, spans, prepared.position_ids[:, -1:] + 1)
     cache = caching.cache(embeds.shape[1])
-    inputs = {"past_key_values": cache, "caching": caching}
+    inputs = {CACHE: cache, "caching": caching}
     out = model(
         inputs_embeds=prepared.inputs_embeds,
         attention_mask=prepared.attention_mask,

@@ -34,6 +34,7 @@ from llava.config import AdaVConfig
 from llava.costs.flops import Cost, predict
 from llava.methods.before_llm import SELECTORS
 from llava.methods.inside_llm import DROPPERS
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.prepared import StageClock
 
 
@@ -110,7 +111,7 @@ class Bench:
     def repeat(self, entry: Entry) -> str:
         """Time one entry once more. Returns what is wrong with its output, or "". Wrong output gets no time."""
         milliseconds, output = self.prefill(entry.config)
-        cached = tuple(layer.keys.shape[-2] for layer in output.past_key_values.layers)
+        cached = tuple(layer.keys.shape[-2] for layer in getattr(output, CACHE).layers)
         if not torch.isfinite(output.logits[0]).all():
             return "its logits are not finite"
         if cached != entry.cost.cached:

@@ -29,6 +29,7 @@ from llava.integrations.transformers.reference import share_weights
 from llava.methods.before_llm import select
 from llava.methods.inside_llm import DROPPERS
 from llava.mm_utils import tile_plan
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.engine import CAPACITY_MULTIPLE, Engine
 from llava.model.decoding.prepared import StageClock
 from llava.model.decoding.sampling import Sampling
@@ -291,7 +292,7 @@ class Watch:
             tokens=output.sequences[:, -new_tokens:].cpu(),
             first=first - self.start,
             decode=last - first,
-            kv=sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers),
+            kv=sum(layer.keys.nbytes + layer.values.nbytes for layer in getattr(output, CACHE).layers),
             logits=output.logits[0].float().cpu() if logits else None,
         )
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.model.decoding.cache_argument import CACHE
+
 
 def attention_rows(attention, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, mask=None) -> Tensor:
     """Softmax rows [B, H, n, S] in float32 of the n last queries of one Llama or Mistral attention module.
@@ -62,7 +64,7 @@ class LastQueryRows:
     @torch.no_grad()
     def _read(self, attention, _, arguments: dict, __) -> None:
         hidden, (cos, sin) = arguments["hidden_states"], arguments["position_embeddings"]
-        keys = arguments["past_key_values"].layers[attention.layer_idx].keys
+        keys = arguments[CACHE].layers[attention.layer_idx].keys
         mask = arguments["attention_mask"]
         if mask is not None:  # [B, S] under flash attention, else [B, 1, Q, S], which may be wider than the cache
             mask = mask[:, None, None, :].bool() if mask.dim() == 2 else mask[:, :, -1:, : keys.shape[-2]]

@@ -27,6 +27,7 @@ from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import RowSpans
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.decoding.adaptive_cache import Caching
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.generation import LlavaGeneration, check_cache
 from llava.model.decoding.prepared import PreparedPrompt, StageClock
@@ -389,18 +390,21 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         images=None,
         image_sizes=None,
         logits_to_keep=0,
+        cache=None,
         caching: Caching | None = None,
         **kwargs,
     ):
         """Run the LLM's forward. With images, or placeholders in input_ids, the prompt is prepared first.
 
-        The logits are then those of the spliced, left-padded sequence. Under a dropper, logits and loss are those of
-        the tokens that are left. Cached steps after such a prompt need its `dropping`. Under an adaptive KV cache they
-        need its `caching` and past_key_values=caching.cache(steps). The result of `prepare` has all of these. Without
-        them, a prompt whose configuration asks for an adaptive cache returns no cache.
+        Logits are then those of the spliced, left-padded sequence; under a method that acts inside the LLM those of
+        what is left of it, and so is the loss. Cached steps after such a prompt need its `dropping`, and under an
+        adaptive KV cache its `caching` and past_key_values=caching.cache(steps): start from `prepare`, whose result has
+        them. Without that, a prompt whose configuration asks for an adaptive cache leaves no cache behind.
+        cache is transformers' newer name of past_key_values. logits_to_keep is named here because generate() looks for it in the signature: without it, prefill computes the
+        logits of every position.
         """
-        # generate() looks for logits_to_keep in the signature. Without it, prefill would compute all logits.
-        fresh = inputs_embeds is None and past_key_values is None
+        cache = past_key_values if cache is None else cache
+        fresh = inputs_embeds is None and cache is None
         if fresh and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             prepared = self.prepare(input_ids, images, image_sizes, attention_mask, labels)
             input_ids, inputs_embeds, labels = None, prepared.inputs_embeds, prepared.labels
@@ -414,15 +418,15 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                     )
                 kwargs["use_cache"] = False
         if caching is not None:
-            check_cache(past_key_values, caching)
+            check_cache(cache, caching)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
+            **{CACHE: cache},
             **kwargs,
         )
 

@@ -14,6 +14,7 @@ from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
 from llava.model import llava_arch
 from llava.model.builder import load_pretrained_model
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.prepared import StageClock
 
 IMAGE = IMAGE_TOKEN_INDEX
@@ -217,6 +218,23 @@ def test_what_generate_takes_as_llava_does(loaded):
     assert torch.equal(found, expected)
     assert model.slots(image, sizes) == model.slots([image], sizes)
     assert len(model.encode(image, sizes)) == 1
+
+
+def test_the_cache_has_either_name_and_nobody_is_warned(loaded, capfd, recwarn):
+    """transformers calls it past_key_values up to 5.23 and cache from 5.24 on, where the old name gives a warning."""
+    _, model, processor = loaded
+    logits = []
+    for name in ("past_key_values", "cache"):
+        with torch.no_grad():
+            kept = getattr(model(input_ids=torch.tensor([[1, 9, 10]]), use_cache=True), CACHE)
+            logits.append(model(input_ids=torch.tensor([[11]]), **{name: kept}).logits)
+        assert kept.get_seq_length() == 4
+    assert torch.equal(*logits)
+    images, sizes = pixels(model, processor, SIZES[:1])
+    for settings in ({"method": "none"}, {"method": "fastv"}, {"method": "adav", "vision_adaptive_attention": True}):
+        request = AdaVConfig(overall_tokens=5, **settings)
+        model.generate([1, 9, IMAGE, 10], images, sizes, config=request, max_new_tokens=3, do_sample=False)
+    assert "deprecated" not in capfd.readouterr().err + "".join(str(warning.message) for warning in recwarn)
 
 
 @pytest.mark.parametrize(

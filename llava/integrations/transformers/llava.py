@@ -27,6 +27,7 @@ CLASSES = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
 _REFUSED = (
     "inputs_embeds",
     "past_key_values",
+    "cache",
     "position_ids",
     "mm_encoder_outputs",
     "vision_feature_layer",

@@ -192,11 +192,9 @@ class QwenCompression(Compression):
         for name in ("inputs_embeds", "position_ids", "mm_encoder_outputs"):
             if given.get(name) is not None:
                 raise UserError(f"{name} came with the prompt, but compress() makes it itself: leave it out")
-        cache = given.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            raise UserError(
-                "past_key_values holds an earlier prompt, allowed under compress() is the whole prompt anew"
-            )
+        for name in ("past_key_values", "cache"):
+            if given.get(name) is not None and given[name].get_seq_length():
+                raise UserError(f"{name} holds an earlier prompt, allowed under compress() is the whole prompt anew")
         pixels, grid = given.pop("pixel_values", None), given.get("image_grid_thw")
         self.last_selection = []
         if pixels is None:

@@ -9,6 +9,7 @@ from transformers.generation import GenerationMode
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.model.decoding.adaptive_cache import AdaptiveCache, Caching
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.prefill import prefill
 from llava.model.decoding.prepared import PreparedPrompt
 
@@ -81,8 +82,8 @@ class LlavaGeneration:
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
-            past_key_values=cache,
             dropping=prepared.dropping,
+            **{CACHE: cache},
         )
         _report_survivors(prepared)
         return self.lm_head(output.last_hidden_state[:, -1]).float()
@@ -189,11 +190,10 @@ class LlavaGeneration:
                     f"{name} is {getattr(generation_config, name)!r}, which does not go with an adaptive KV cache: "
                     "leave it out"
                 )
-        # 2. The cache of the request.
-        if model_kwargs.get("past_key_values") is None:
-            # One step fewer than new tokens: the last token is never fed back.
+        if model_kwargs.get(CACHE) is None:
+            # One step fewer than new tokens: the last one is never fed back.
             steps = generation_config.max_length - 1 - model_kwargs["prompt_length"]
-            model_kwargs["past_key_values"] = caching.cache(steps)
+            model_kwargs[CACHE] = caching.cache(steps)
 
 
 def _report_survivors(prepared: PreparedPrompt) -> None:

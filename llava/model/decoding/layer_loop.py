@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llava.common.errors import UserError
 from llava.methods.inside_llm.plan import AFTER, BEFORE, INSIDE
 from llava.model.decoding.adaptive_cache import AdaptiveCache
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 
 ATTENTION = "llava_sdpa_seen"
@@ -126,10 +127,11 @@ class DroppingDecoder:
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        cache=None,
         dropping: Dropping | None = None,
         **kwargs,
     ):
-        """Run the layers, as transformers' forward does.
+        """As transformers' forward, whose name of the cache is either (cache_argument.py); with `dropping`, its prompts are prefilled with their image tokens cut per layer.
 
         dropping: drops vision tokens in the prefill of its prompts. Every later call on that cache needs the same
             object. It knows the padding, so attention_mask is not read.
@@ -137,24 +139,23 @@ class DroppingDecoder:
             positions itself.
         UserError for settings of transformers that this loop does not support.
         """
-        # 1. Without either of the two, transformers' loop.
-        adaptive = past_key_values if isinstance(past_key_values, AdaptiveCache) else None
+        cache = past_key_values if cache is None else cache
+        adaptive = cache if isinstance(cache, AdaptiveCache) else None
         if dropping is None and adaptive is None:
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        # 2. Checks, and the cache.
-        self._refuse(past_key_values, kwargs)
+        self._refuse(cache, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
         self._refuse_beyond_window(past + hidden.shape[1])
         if past and dropping is not None and not dropping.stage_of:
             raise UserError(f"the cache holds {past} tokens already, but the prompt has not been prefilled with them")
@@ -163,7 +164,7 @@ class DroppingDecoder:
             adaptive.begin_step(hidden.shape[1])
             hidden = self.step(hidden, adaptive)
         elif past:
-            hidden = self._decode(hidden, position_ids, past_key_values, dropping)
+            hidden = self._decode(hidden, position_ids, cache, dropping)
         else:
             if adaptive is not None:
                 adaptive.begin_prefill(*hidden.shape[:2])
@@ -172,16 +173,16 @@ class DroppingDecoder:
                 return super().forward(
                     attention_mask=attention_mask,
                     position_ids=position_ids,
-                    past_key_values=adaptive,
                     inputs_embeds=hidden,
                     use_cache=True,
                     adaptive=adaptive,
+                    **{CACHE: adaptive},
                     **kwargs,
                 )
-            hidden = self._prefill(hidden, position_ids, past_key_values, dropping)
+            hidden = self._prefill(hidden, position_ids, cache, dropping)
             if adaptive is not None and dropping.dropper.reindexed:
                 adaptive.end_prefill([stage.shift for stage in dropping.stages])
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
     def _refuse(self, cache, kwargs: dict) -> None:
         """Raise UserError for settings of transformers that this loop does not support."""
@@ -235,7 +236,7 @@ class DroppingDecoder:
                 "attention_mask": flow.mask,
                 "position_embeddings": flow.rope,
                 "position_ids": flow.positions,
-                "past_key_values": cache,
+                CACHE: cache,
                 "use_cache": cache is not None,
                 "adaptive": cache if isinstance(cache, AdaptiveCache) else None,
             }
@@ -271,7 +272,7 @@ class DroppingDecoder:
                 own, rope = numberings[numbering]
                 mask = dropping.decode_mask(stage, new, hidden.shape[1])
                 calls[stage] = {"attention_mask": mask, "position_embeddings": rope, "position_ids": own}
-            hidden = layer(hidden, past_key_values=cache, use_cache=True, **calls[stage])
+            hidden = layer(hidden, use_cache=True, **{CACHE: cache}, **calls[stage])
         return hidden
 
     def step(self, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
@@ -285,11 +286,11 @@ class DroppingDecoder:
             own = cache.numbering[number]
             hidden = layer(
                 hidden,
-                past_key_values=cache,
                 use_cache=True,
                 adaptive=cache,
                 position_embeddings=ropes[own],
                 position_ids=positions[own],
+                **{CACHE: cache},
             )
         cache.end_step()
         return hidden

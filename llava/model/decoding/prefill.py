@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava.model.decoding.adaptive_cache import AdaptiveCache
+from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.decode_step import Stepper
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.graphs import Store, capture
@@ -137,7 +138,7 @@ class RecordedLayers:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for query, key, value, _ in self._layers for tensor in (query, key, value))
 
-    def update(self, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         return key, value
 
     def room_for(self, layer: int, key: Tensor) -> Tensor:
@@ -174,9 +175,9 @@ def _run(model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last
             attention_mask=None,
             position_embeddings=rope,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             adaptive=cache,
+            **{CACHE: cache},
         )
     rows = torch.arange(len(hidden), device=hidden.device)
     return model.lm_head(base.norm(hidden[rows, last.to(hidden.device)])).float()
