@@ -6,6 +6,7 @@ import secrets
 import time
 
 from llava.config import AdaVConfig
+from llava.serve.service.cost_text import measured
 from llava.serve.service.reply import Answered
 
 
@@ -36,19 +37,3 @@ def usage(answered: Answered) -> dict:
     """prompt_tokens are those that entered the LLM: vision tokens that were not kept are not among them."""
     prompt, new = answered.prompt_tokens, answered.new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-def measured(answered: Answered, config: AdaVConfig) -> dict:
-    """What the answer took, beside OpenAI's fields."""
-    (kept, total), (live, allocated) = answered.vision_tokens, answered.kv_bytes
-    return {
-        "method": config.method,
-        "overall_tokens": config.overall_tokens,
-        "vision_tokens": {"kept": kept, "of": total},
-        "seconds": {name: round(value, 6) for name, value in answered.seconds.items()},
-        "tokens_per_second": answered.tokens_per_second and round(answered.tokens_per_second, 3),
-        "kv_bytes": {"live": live, "allocated": allocated},
-        "prefill_flops": answered.prefill_flops,
-        "batch": answered.batch,
-        "images_reused": answered.images_reused,
-    }
