@@ -1,38 +1,42 @@
 """Chat with a checkpoint in the terminal, about pictures by path.
 
     python -m llava.serve.cli [--model-path M] [--image cat.png] [flags of adav_configs.json]
-    printf '/image cat.png\\nWhat is on the mat?\\n' | python -m llava.serve.cli > answers.txt
+    printf '/image cat.png\\nWhat is on the mat?\\n' | python -m llava.serve.cli --json > answers.jsonl
 
-Without --model-path it loads the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer. Ctrl-C twice,
-or Ctrl-D, leaves the program. Answers go to stdout, all other text goes to stderr. If stdin is no terminal, there is no
-prompt, every line is a question or a command, and the exit code is 2 if one of them failed.
+Without --model-path it talks to the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer, twice it
+leaves, as does Ctrl-D. Answers go to stdout, everything else to stderr. Where stdin is no terminal there is no prompt, every
+line is a question or a command, and the exit code is 2 if one of them could not be carried out. With --json each question
+becomes one JSON object on a line of its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly
 from llava.methods.index import method_names
-from llava.serve.service.cost_text import cost_line
+from llava.serve.service.cost_text import cost_line, measured
 from llava.serve.service.image_input import ImageLimits, picture_from_file
 from llava.serve.service.reply import Failed
 from llava.serve.service.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
 from llava.serve.terminal.chat import COMMANDS, Chat, Leave
+from llava.serve.terminal.lines import Lines, broken, width_of
 
 PROMPT = "> "
 
 
 class Terminal:
-    """A chat with one service on stdin, stdout and stderr."""
+    """A chat on stdin, stdout and stderr, with one service. as_json: answers are JSON objects, one a line."""
 
-    def __init__(self, service, chat: Chat, sampling):
-        self.service, self.chat, self.sampling = service, chat, sampling
+    def __init__(self, service, chat: Chat, sampling, as_json: bool = False):
+        self.service, self.chat, self.sampling, self.as_json = service, chat, sampling, as_json
         self.interactive = sys.stdin.isatty()
         self.failures = 0  # lines that ended with an error
         self._interrupted = False  # the last input was Ctrl-C
@@ -65,19 +69,28 @@ class Terminal:
         except (UserError, Failed) as error:
             self.failures += 1
             say(f"error: {error}")
+            if self.as_json and not line.startswith("/"):
+                print(json.dumps({"question": line, "error": str(error)}), flush=True)
 
     def _answer(self, text: str) -> None:
         """Ask a question, print the answer while it is generated, then its cost. Ctrl-C ends the answer."""
         reply = self.service.submit(self.chat.request(text, self.sampling))
         try:
             try:
-                _stream(reply)
+                if self.as_json:
+                    reply.result()
+                else:
+                    _stream(reply)
             except KeyboardInterrupt:
                 reply.cancel()
             # The row ends at the next decode step. Without this wait, its last text could come after the next prompt.
             answered = reply.result()
         finally:
-            print(flush=True)
+            if not self.as_json:
+                print(flush=True)
+        if self.as_json:
+            said = {"question": text, "answer": answered.text.strip(), "finish": answered.finish}
+            print(json.dumps(said | measured(answered, self.chat.config)), flush=True)
         if answered.finish == "cancelled":
             say("(stopped; the question is as if it had not been asked)")
             self._interrupted = True
@@ -102,17 +115,19 @@ class Terminal:
 
 
 def _stream(reply) -> None:
-    """Print the pieces of an answer as they come, without the space before its first word."""
-    begun = False
-    for piece in reply:
-        piece = piece if begun else piece.lstrip()
-        begun = begun or bool(piece)
-        print(piece, end="", flush=True)
+    """Words as they come, the space in front of the first one left out."""
+    lines, begun = Lines(partial(print, end="", flush=True), width_of(sys.stdout)), False
+    try:
+        for piece in reply:
+            piece = piece if begun else piece.lstrip()
+            begun = begun or bool(piece)
+            lines.add(piece)
+    finally:
+        lines.end()
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print a line that is no answer, to stderr."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(broken(text, width_of(sys.stderr)), end=end, file=sys.stderr, flush=True)
 
 
 def _complete(text: str, nth: int) -> str | None:
@@ -159,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--image", action="append", default=[], help="a picture for the first question; again for several"
     )
+    parser.add_argument("--json", action="store_true", help="answers as JSON objects with their costs, one a line")
     args = parser.parse_args(argv)
     config, decoding, checkpoint = configuration(args), sampling(args), checkpoint_of(args)
     chat = Chat(config, lambda path: picture_from_file(path, ImageLimits()))
@@ -175,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 say(
                     f"{checkpoint.short_name}, {chat.command('/method')}\n/image PATH shows a picture, /help lists the commands"
                 )
-            code = Terminal(service, chat, decoding).run()
+            code = Terminal(service, chat, decoding, args.json).run()
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the program that reads the answers has closed its end, as `head` does

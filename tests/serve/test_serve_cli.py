@@ -1,5 +1,6 @@
 """The terminal chat, as a process: piped, and on a pseudo-terminal with Ctrl-C and Ctrl-D."""
 
+import json
 import os
 import pty
 import re
@@ -17,7 +18,10 @@ from serve_cases import coloured_pictures, ended_by
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
+from llava.serve.service.cost_text import cost_line
+from llava.serve.service.reply import Answered
 from llava.serve.terminal.chat import COMMANDS, Chat, Leave
+from llava.serve.terminal.lines import Lines, broken
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = str(REPOSITORY / "playground" / "llava-shapes-v1.5")
@@ -136,6 +140,17 @@ def test_an_empty_answer_is_told(pictures, silent):
     assert "(an empty answer; " in err and f"with the next question: {path.name}" in err and "you: " not in err
 
 
+def test_json_has_one_object_for_each_question(pictures):
+    (path, question, answer), (other, other_question, other_answer) = pictures
+    lines = [f"/image {path}", question, "what <image> is this?", "/reset", f"/image {other}", other_question]
+    code, out, err = piped("\n".join(lines), "--json")
+    first, refused, second = map(json.loads, out.splitlines())
+    assert (first["question"], first["answer"]) == (question, answer) and second["answer"] == other_answer
+    assert first["vision_tokens"] == {"kept": 144, "of": 144} and first["method"] == "none" and first["finish"]
+    assert first["seconds"]["first_token"] > 0 and first["kv_bytes"]["live"] > 0
+    assert code == 2 and refused == {"question": lines[2], "error": err.split("error: ")[1].split("\n")[0]}
+
+
 class OnTerminal:
     """The chat on a pseudo-terminal."""
 
@@ -204,6 +219,7 @@ def test_on_a_terminal(pictures):
     path, question, answer = pictures[0]
     with OnTerminal("--model-path", MODEL, "--method", "none", "--max-new-tokens", "2") as chat:
         at = chat.wait_for(r"^> ")
+        assert "Loading weights" not in chat.screen
         assert "demo checkpoint" in chat.screen and "nonsense" in chat.screen  # its limits
         chat.type("/help\n")
         at = chat.wait_for(r"^> ", at)
@@ -244,6 +260,41 @@ def test_an_interrupt_while_it_loads_is_no_traceback():
         chat.wait_for("loading")
         os.killpg(chat.process.pid, signal.SIGINT)
         assert (chat.code(), chat.screen.split("...")[-1].strip()) == (130, "")
+
+
+# --- what is shown -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        ("The red circle is left of a square.", ["The red", "circle is", "left of a", "square."]),
+        ("exactly twelve", ["exactly", "twelve"]),
+        ("twelve chars", ["twelve chars"]),
+        ("one\n\n  two three four", ["one", "", "  two three", "four"]),
+        ("Donaudampfschifffahrt ahoy", ["Donaudampfsc", "hifffahrt", "ahoy"]),  # a word longer than a line
+        ("红色的圆在左边 ok", ["红色的圆在左", "边 ok"]),  # two columns each, and no spaces
+        ("café cafe\u0301 noir", ["café cafe\u0301", "noir"]),
+        ("ends with a blank ", ["ends with a", "blank "]),
+    ],
+)
+def test_words_are_not_broken(text, lines):
+    assert broken(text, 12).split("\n") == lines
+    for size in (1, 2, 5):  # in pieces, as tokens come
+        written = []
+        pieces = Lines(written.append, 12)
+        for at in range(0, len(text), size):
+            pieces.add(text[at : at + size])
+        pieces.end()
+        assert "".join(written).split("\n") == lines
+    assert broken(text, 0) == text
+
+
+def test_a_rate_that_there_is_not_is_not_shown():
+    answered = Answered(
+        "", "stop", new_tokens=1, vision_tokens=(9, 144), seconds={"first_token": 0.0714}, kv_bytes=(156_000, 0)
+    )
+    assert cost_line(answered) == "9 of 144 vision tokens | first token 71 ms | KV cache 156 kB"
 
 
 # --- the commands themselves ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import secrets
 import time
 
 from llava.config import AdaVConfig
+from llava.serve.service.cost_text import measured
 from llava.serve.service.reply import Answered
 
 
@@ -37,19 +38,3 @@ def usage(answered: Answered) -> dict:
     """OpenAI's usage object. prompt_tokens counts tokens that entered the LLM, so not the dropped vision tokens."""
     prompt, new = answered.prompt_tokens, answered.new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-def measured(answered: Answered, config: AdaVConfig) -> dict:
-    """The object `adav` of an answer: its configuration and what was measured. Fields as in Answered."""
-    (kept, total), (live, allocated) = answered.vision_tokens, answered.kv_bytes
-    return {
-        "method": config.method,
-        "overall_tokens": config.overall_tokens,
-        "vision_tokens": {"kept": kept, "of": total},
-        "seconds": {name: round(value, 6) for name, value in answered.seconds.items()},
-        "tokens_per_second": answered.tokens_per_second and round(answered.tokens_per_second, 3),
-        "kv_bytes": {"live": live, "allocated": allocated},
-        "prefill_flops": answered.prefill_flops,
-        "batch": answered.batch,
-        "images_reused": answered.images_reused,
-    }

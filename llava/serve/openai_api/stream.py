@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect
 from llava.common.errors import UserError
 from llava.serve.openai_api.metrics import Metrics
 from llava.serve.openai_api.request_body import Chat, Refused, error_of
-from llava.serve.openai_api.response_body import chunk, completion, measured, new_id, usage
+from llava.serve.openai_api.response_body import chunk, completion, new_id, usage
+from llava.serve.service.cost_text import measured
 from llava.serve.service.reply import Answered, Failed, Reply
 from llava.serve.service.service import Closed
 

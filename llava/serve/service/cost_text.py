@@ -1,7 +1,8 @@
-"""The cost of an answer as text, in the words and units that page and terminal show."""
+"""What an answer cost: in the words and units in which page and terminal show it, and as JSON."""
 
 from __future__ import annotations
 
+from llava.config import AdaVConfig
 from llava.serve.service.reply import Answered
 
 
@@ -24,9 +25,25 @@ def size(count: int) -> str:
 
 
 def cost_line(answered: Answered) -> str:
-    """One line: vision tokens, time to the first token, tokens per second, live bytes of the KV cache."""
+    """One line: vision tokens, time to the first token, tokens per second where there is a rate, live bytes of the KV cache."""
     kept, total = answered.vision_tokens
-    return (
-        f"{kept:,} of {total:,} vision tokens | first token {duration(answered.seconds['first_token'])} | "
-        f"{rate(answered.tokens_per_second)} tokens/s | KV cache {size(answered.kv_bytes[0])}"
-    )
+    parts = [f"{kept:,} of {total:,} vision tokens", f"first token {duration(answered.seconds['first_token'])}"]
+    if answered.tokens_per_second is not None:
+        parts.append(f"{rate(answered.tokens_per_second)} tokens/s")
+    return " | ".join([*parts, f"KV cache {size(answered.kv_bytes[0])}"])
+
+
+def measured(answered: Answered, config: AdaVConfig) -> dict:
+    """What the answer took, as the API and `--json` of the terminal write it."""
+    (kept, total), (live, allocated) = answered.vision_tokens, answered.kv_bytes
+    return {
+        "method": config.method,
+        "overall_tokens": config.overall_tokens,
+        "vision_tokens": {"kept": kept, "of": total},
+        "seconds": {name: round(value, 6) for name, value in answered.seconds.items()},
+        "tokens_per_second": answered.tokens_per_second and round(answered.tokens_per_second, 3),
+        "kv_bytes": {"live": live, "allocated": allocated},
+        "prefill_flops": answered.prefill_flops,
+        "batch": answered.batch,
+        "images_reused": answered.images_reused,
+    }

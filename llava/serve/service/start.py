@@ -63,11 +63,21 @@ def checkpoint_of(args: argparse.Namespace) -> EvalCheckpoint:
 
 
 def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfig, **limits) -> Service:
-    """A service of the checkpoint. limits: keyword arguments of Service.load. UserError for a bad checkpoint."""
-    with interrupts_kept():
-        from llava.serve.service.service import Service
+    """A service of the checkpoint; limits: its keyword arguments. UserError for whatever is wrong with it.
 
+    Without transformers' loading bar: who waits has been told what is loaded.
+    """
+    from transformers.utils import logging
+
+    from llava.serve.service.service import Service
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
         return Service.load(checkpoint.folder, model_base=args.model_base, config=config, dtype=args.dtype, **limits)
+    finally:
+        if bar:
+            logging.enable_progress_bar()
 
 
 def limits_of(service: Service) -> str:
