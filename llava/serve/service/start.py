@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from llava.common.command_line import add_checkpoint_flags, positive
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
-from llava.common.interrupts import interrupts_kept
 from llava.config import AdaVConfig, add_config_flags, config_of_flags
 from llava.shapes.checkpoints import SCENES
 from llava.shapes.tokenizer import is_demo_vocabulary
