@@ -176,6 +176,10 @@ def predict(
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
+        if config.method not in SELECTOR_COSTS:
+            raise UserError(
+                f'method "{config.method}" has no cost: it needs a line in SELECTOR_COSTS of llava/costs/method_costs.py'
+            )
         costs = [SELECTOR_COSTS[config.method](case) for case in asked]
     # 3. What each layer sees, and what dropping inside the LLM costs.
     seen = [(sum(kept), sum(kept))] * shape.layers

@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch (default {BATCH_SIZE})"
     )
-    # 4. Questions and answers.
+    # 2. Questions and answers.
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--split", help="of the benchmark (default: its first)")
     parser.add_argument("--limit", type=positive, help="only the first N questions")

@@ -252,9 +252,14 @@ def test_the_scripts_are_three_lines_over_one_launcher(tmp_path):
 
 
 def test_answers_of_another_version_of_the_code_are_pointed_out(undisturbed, checkpoint, data):
-    report = undisturbed.parent / "run.json"
-    content = report.read_text()
-    report.write_text(content.replace(json.loads(content)["sessions"][0]["code"], "0123456789"))
+    """Also where the start that answered was killed and left no run.json."""
+    folder = undisturbed.parent
+    kept = {path: path.read_text() for path in (folder / "shards" / "code.json", folder / "run.json")}
+    noted = json.loads(kept[folder / "shards" / "code.json"])
+    assert noted == [json.loads(kept[folder / "run.json"])["sessions"][0]["code"]]
+    (folder / "shards" / "code.json").write_text('["0123456789"]')
+    (folder / "run.json").unlink()
     done = launch(*arguments(checkpoint, data, undisturbed.parents[3]))
     assert done.returncode == 0 and f"{QUESTIONS} answers came from another version of the code" in done.stderr
-    report.write_text(content)
+    for path, content in kept.items():
+        path.write_text(content)

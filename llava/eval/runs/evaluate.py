@@ -69,7 +69,7 @@ def evaluate_runs(
 
         for run in runs:
             # A warning, no error: most changes of the code leave answers as they are.
-            if run.answered and not all(code == session["code"] for code in run.earlier_code()):
+            if run.note_code(session["code"]):
                 text = (
                     f"warning: {len(run.answered)} answers came from another version of the code; --fresh answers anew"
                 )

@@ -3,7 +3,8 @@
 runs/<benchmark>/<checkpoint>/<method>-<tokens>[-<split>][-subset<n>]-<digest>/
     identity.json    everything that an answer depends on; the digest in the folder's name is its hash
     adav_configs.json  copy of the configuration
-    shards/          answers in the order in which they were made, work orders, logs
+    shards/          answers in the order in which they were made, work orders, logs; code.json: versions of the code that
+                     made answers
     merge.jsonl      every answer once, in the order of the question file
     score.json       the score that the benchmark computed from them
     run.json         how the run was made: versions, commit, hardware, command, tokens, times, memory
@@ -233,11 +234,15 @@ class Run:
         self.benchmark.partial = f"{len(good):,} questions without an unreadable image, out of {asked}"
         return good
 
-    def earlier_code(self) -> list[str]:
-        """Return the digests of the code of all sessions that answered questions."""
-        path = self.folder / "run.json"
-        sessions = read_json(path).get("sessions", []) if path.is_file() else []
-        return [session["code"] for session in sessions if session.get("answered") and "code" in session]
+    def note_code(self, digest: str) -> bool:
+        """Note the digest of the code that is about to answer. Returns True if other code has answered questions before.
+
+        Noted before the first answer: a start that is killed leaves no run.json.
+        """
+        path = self.shards / "code.json"
+        before = read_json(path) if path.is_file() and self.answered else []
+        write_json(path, [*dict.fromkeys([*before, digest])])
+        return bool(self.answered) and before != [digest]
 
     def record(self, session: dict, score: dict | None) -> dict:
         """Write run.json with `session` (one start of the command) after the earlier ones; return its content.
