@@ -38,7 +38,7 @@ CHECKPOINTS = "playground/llava-shapes-v1.5,playground/llava-shapes-v1.6"
 REFERENCE = "adav"
 # The ends of the scale, all vision tokens and no image. They have no budget.
 ENDS = ("none", "no_image")
-_KEPT = "what is answered is kept; the same command goes on from there"
+_KEPT = "what is answered is kept; the same command continues from there"
 
 
 @dataclass(frozen=True)

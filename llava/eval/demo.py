@@ -32,10 +32,10 @@ from llava.shapes.checkpoints import SCENES, Scene
 
 FOLDER = BASE / "playground" / "demo"
 CAVEAT = """\
-How to read it: text-guided selection (adav) is flattered here. The demo checkpoints were trained with a loss on the very
-similarity between patches and words that it reads; no real LLaVA was. The table shows that the pipeline works and
-what pruning costs on this task; it is no evidence for one method over another on real data. The demo models know some
-seventy words about drawn shapes: on a photograph, or asked freely, they answer nonsense."""
+How to read it: the demo favours text-guided selection (adav). The demo checkpoints were trained with a loss on the
+similarity between patches and words, which text-guided selection reads. No real LLaVA was trained with such a loss. The
+table shows that the pipeline works, and what pruning costs on this task. It does not show which method is better on real
+data. The demo models know about seventy words, all about drawn shapes. They cannot answer questions about photographs."""
 
 
 def make_runs(scene: Scene, output: Path, limit: int | None = None, device: str = "cpu") -> dict[str, Run]:

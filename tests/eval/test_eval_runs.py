@@ -153,7 +153,7 @@ def test_ten_killed_shards_lose_nothing(checkpoint, data, undisturbed, tmp_path)
         os.kill(pids[victim], signal.SIGKILL)
         _, said = launcher.communicate(timeout=120)
         assert launcher.returncode == 1, said
-        assert f"error: shard {victim} (CPU) was killed by SIGKILL" in said and "the same command goes on" in said
+        assert f"error: shard {victim} (CPU) was killed by SIGKILL" in said and "the same command continues" in said
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), "a shard was left behind"
         assert not list(tmp_path.rglob("merge.jsonl")) and answered(tmp_path) >= before
     assert answered(tmp_path) > 0, "no kill came after an answer"

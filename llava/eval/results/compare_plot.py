@@ -13,11 +13,11 @@ from llava.methods.index import method_names
 # Methods with bars are moved apart in x, by this share from the first to the last. CAPTION names about half of it.
 _SPREAD = 0.26
 CAPTION = (
-    "Dashed: methods that drop tokens inside the LLM. random: mean over seeds. Bars: 95 % bootstrap over pictures; on the "
-    "left, methods are moved apart sideways by up to 13 %, so that bars do not hide each other; on the right, places are exact.",
-    "Caveat: these are small models trained on drawn shapes with a loss on the very cosine that text-guided selection (t2i, "
-    "mix, adav and its kin) reads, so text guidance is flattered. The plot shows what pruning costs on this task; it is "
-    "no evidence for one method over another on real data.",
+    "Dashed: methods that drop tokens inside the LLM. random: mean over seeds. Bars: 95 % bootstrap over images. On the left, "
+    "methods are moved sideways by up to 13 %, so that bars do not hide each other. On the right, positions are exact.",
+    "Caveat: these small models were trained on drawn shapes with a loss on the cosine that text-guided selection (t2i, mix, "
+    "adav, adav_cover) reads, so they favour it. The plot shows what pruning costs on this task. It does not show which "
+    "method is better on real data.",
 )
 
 

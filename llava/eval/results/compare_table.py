@@ -11,11 +11,11 @@ from llava.common.files import write_atomically
 from llava.common.text_table import markdown_table
 
 CAVEAT = """\
-How to read it: whatever reads the question is flattered here. The demo checkpoints were trained with a loss on the
-very cosine between patches and words that text-guided selection (t2i, mix, adav and its kin) reads; no real LLaVA was. The
-comparison shows that the pipeline works and what pruning costs on this task; it is no evidence for one method over
-another on real data. Intervals are 95 % bootstrap over pictures (questions of one picture are drawn together); they
-say how sure the figure is for this checkpoint and this task, and nothing about others."""
+How to read it: the demo favours methods that read the question (t2i, mix, adav, adav_cover). The demo checkpoints were
+trained with a loss on the cosine between patches and words, which these methods read. No real LLaVA was trained with such a
+loss. The comparison shows that the pipeline works, and what pruning costs on this task. It does not show which method is
+better on real data. Intervals are 95 % bootstrap intervals over images: questions about one image are drawn together. They
+describe this checkpoint and this task only."""
 
 # Columns with text. All other columns of compare.csv are numbers.
 _TEXT = (

@@ -154,7 +154,7 @@ def evaluate_or_exit(runs: list[Run], *arguments) -> list[dict]:
         return evaluate_runs(runs, *arguments)
     except (ShardFailure, Interrupted) as error:
         answered, all_ = sum(len(run.answered) for run in runs), sum(len(run.samples) for run in runs)
-        kept = f"{answered} of {all_} questions are answered and kept; the same command goes on from there"
+        kept = f"{answered} of {all_} questions are answered and kept; the same command continues from there"
         if isinstance(error, Interrupted):
             print(f"stopped by {error}: {kept}", file=sys.stderr)
             sys.exit(128 + error.number)

@@ -20,10 +20,10 @@ DEMO = SCENES[-1]  # the checkpoint with several tiles
 DEMO_ANSWER = 16  # new tokens; its answers are one word
 # The page and the chat show this before the first answer, so that nobody takes the demo for a real model.
 LIMITS = (
-    "This demo checkpoint is tiny and knows some seventy words about drawn shapes, digits and letters: on a photograph, or "
-    "asked freely, it answers nonsense. Text-guided selection (adav, t2i, mix) is flattered: the checkpoint was trained "
-    "with a loss on the very similarity that it reads, and no real LLaVA was. It shows how pruning works and what it costs "
-    "on this task; it is no evidence for one method over another on real data."
+    "This demo checkpoint is tiny. It knows about seventy words, all about drawn shapes, digits and letters, and cannot "
+    "answer questions about photographs. It favours text-guided selection (adav, t2i, mix), because it was trained with a "
+    "loss on the similarity that these methods read. No real LLaVA was. The demo shows how pruning works and what it costs "
+    "on this task. It does not show which method is better on real data."
 )
 
 
