@@ -170,17 +170,14 @@ def predict(
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
     if drops:
-        dropper, price, costs = method, DROPPER_COSTS[config.method], []
+        dropper, price, costs = method, _listed(DROPPER_COSTS, "DROPPER_COSTS", config.method), []
     else:
         dropper, price = PrefillFilter.from_config(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
-        if config.method not in SELECTOR_COSTS:
-            raise UserError(
-                f'method "{config.method}" has no cost: it needs a line in SELECTOR_COSTS of llava/costs/method_costs.py'
-            )
-        costs = [SELECTOR_COSTS[config.method](case) for case in asked]
+        cost = _listed(SELECTOR_COSTS, "SELECTOR_COSTS", config.method)
+        costs = [cost(case) for case in asked]
     # 3. What each layer sees, and what dropping inside the LLM costs.
     seen = [(sum(kept), sum(kept))] * shape.layers
     if dropper is not None:
@@ -208,6 +205,13 @@ def predict(
         layer_mean=sum(attended for attended, _ in seen) / shape.layers,
         elements=both.elements,
     )
+
+
+def _listed(costs: dict, name: str, method: str):
+    """The entry of a method. UserError for a new method whose line is still missing."""
+    if method not in costs:
+        raise UserError(f'method "{method}" has no cost: it needs a line in {name} of llava/costs/method_costs.py')
+    return costs[method]
 
 
 def _kept(method: type, budget: int, image: ImageCounts) -> int:
