@@ -15,7 +15,6 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,6 +26,7 @@ from transformers import (
 from llava.common.errors import UserError
 from llava.common.hub import quiet_loading
 from llava.model.checkpoint import Checkpoint
+from llava.model.weight_names import WRAPPER
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
@@ -71,9 +71,10 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
     weights = merged if source.kind != "full" else _read_weights(source.folder)
     weights = {_rename(name): value.to(dtype) for name, value in weights.items() if not _BUFFERS.search(name)}
     if not any(name.startswith("model.vision_tower.") for name in weights):
-        tower = _read_tower(source)
+        tower, _ = source.tower.weights()
         weights |= {"model.vision_tower." + name: value.to(dtype) for name, value in tower.items()}
-    reference = _empty(source.settings, kind, config, weights)
+    settings = source.settings | {"tie_word_embeddings": config.tie_word_embeddings}
+    reference = _empty(settings, kind, config, weights)
     reference.load_state_dict(weights, strict=False, assign=True)
     reference.tie_weights()
     empty = [name for name, value in reference.named_parameters() if value.is_meta]
@@ -130,6 +131,7 @@ def _empty(settings: dict, kind: str, config, weights: dict[str, Tensor]):
 
 
 def _rename(name: str) -> str:
+    name = re.sub(WRAPPER, "", name)
     for pattern, replacement in _NAMES:
         match = re.match(pattern, name)
         if match:
@@ -144,10 +146,3 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         read = load_file(file) if files else torch.load(file, map_location="cpu", weights_only=True)
         tensors.update(read)
     return tensors
-
-
-def _read_tower(source: Checkpoint) -> dict[str, Tensor]:
-    name = source.settings["mm_vision_tower"]
-    inside = source.folder / name
-    with quiet_loading():
-        return CLIPVisionModel.from_pretrained(inside if inside.is_dir() else name).state_dict()
