@@ -15,7 +15,6 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,6 +26,7 @@ from transformers import (
 from llava.common.errors import UserError
 from llava.common.hub import quiet_loading
 from llava.model.checkpoint import Checkpoint
+from llava.model.weight_names import WRAPPER
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
@@ -76,10 +76,10 @@ def build_reference(source: Checkpoint, config, merged: dict[str, Tensor] | None
     weights = {_rename(name): value.to(dtype) for name, value in weights.items() if not _BUFFERS.search(name)}
     # LLaVA's checkpoints often have no tower: it is a CLIP checkpoint of its own.
     if not any(name.startswith("model.vision_tower.") for name in weights):
-        tower = _read_tower(source)
+        tower, _ = source.tower.weights()
         weights |= {"model.vision_tower." + name: value.to(dtype) for name, value in tower.items()}
-    # 3. The model. assign=True puts the tensors into the meta parameters, into which nothing can be copied.
-    reference = _empty(source.settings, kind, config, weights)
+    settings = source.settings | {"tie_word_embeddings": config.tie_word_embeddings}
+    reference = _empty(settings, kind, config, weights)
     reference.load_state_dict(weights, strict=False, assign=True)
     reference.tie_weights()
     # strict=False allows names that the class does not have, so missing weights are found here.
@@ -146,7 +146,7 @@ def _empty(settings: dict, kind: str, config, weights: dict[str, Tensor]):
 
 
 def _rename(name: str) -> str:
-    """transformers' name of a LLaVA weight. UserError for a name that is unknown."""
+    name = re.sub(WRAPPER, "", name)
     for pattern, replacement in _NAMES:
         match = re.match(pattern, name)
         if match:
@@ -163,11 +163,3 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         read = load_file(file) if files else torch.load(file, map_location="cpu", weights_only=True)
         tensors.update(read)
     return tensors
-
-
-def _read_tower(source: Checkpoint) -> dict[str, Tensor]:
-    """Weights of the CLIP tower that a checkpoint names: a folder inside it, another folder or a hub name."""
-    name = source.settings["mm_vision_tower"]
-    inside = source.folder / name
-    with quiet_loading():
-        return CLIPVisionModel.from_pretrained(inside if inside.is_dir() else name).state_dict()
