@@ -239,6 +239,29 @@ def test_the_adaptive_cache_can_be_switched_on(page, pictures):
     page.wait_for_selector("#card-C [data-state=done]")  # the others are answered
 
 
+def test_enter_asks_and_shift_enter_breaks_the_line(page, pictures):
+    upload(page, pictures[0][0])
+    question = page.locator("#question textarea")
+    question.press_sequentially("Two")
+    question.press("Shift+Enter")
+    question.press_sequentially("lines?")
+    assert question.input_value() == "Two\nlines?" and not page.locator(".card .asked").count()
+    question.press("Enter")
+    page.wait_for_selector("#card-A [data-state=done]")
+    assert question.input_value() == page.locator("#card-A .asked").text_content() == "Two\nlines?"
+
+
+def test_advanced_boxes_do_not_scroll(page):
+    """Whatever the browser's fonts and sliders take: they grow with what is in them."""
+    for letter in "ABC":
+        page.click(f"#advanced-{letter} button")
+    page.wait_for_selector("#advanced-C input[type=range]")
+    page.add_style_tag(content="[id^=advanced] input { margin-bottom: -9px; position: relative; top: 9px; }")
+    scrolling = """() => [...document.querySelectorAll("[id^=advanced], [id^=advanced] *")].filter(element =>
+        ["auto", "scroll"].includes(getComputedStyle(element).overflowY) && element.scrollHeight > element.clientHeight)"""
+    assert page.evaluate(f"({scrolling})().length") == 0
+
+
 def test_examples_can_be_taken(page):
     page.click("#examples button >> nth=3")
     page.wait_for_selector("#picture img")

@@ -95,8 +95,9 @@ def build_page(
                     buttons=[], elem_id="picture",
                 )  # fmt: skip
             with gr.Column(scale=6, min_width=280):
+                # Of one line at first: with more, gradio sends at Shift+Enter and breaks the line at Enter.
                 question = gr.Textbox(
-                    label="Question", placeholder="What would you like to know?", lines=2, max_lines=6,
+                    label="Question", placeholder="What would you like to know?", lines=1, max_lines=6,
                     max_length=4000, elem_id="question",
                 )  # fmt: skip
                 with gr.Row(elem_id="start"):
