@@ -68,6 +68,9 @@ class QuestionFile(Benchmark):
     def annotation_files(self) -> list[Path]:
         return []
 
+    def annotations(self) -> None:
+        """No labels are read: the program that scores the file brings them."""
+
     def read(self) -> list[Sample]:
         return chunk(super().read(), self.args.num_chunks, self.args.chunk_idx)
 
