@@ -63,6 +63,9 @@ class QuestionFile(Benchmark):
     def annotation_files(self) -> list[Path]:
         return []
 
+    def annotations(self) -> None:
+        """Whoever scores the file brings the labels."""
+
     def read(self) -> list[Sample]:
         return chunk(super().read(), self.args.num_chunks, self.args.chunk_idx)
 
