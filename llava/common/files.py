@@ -44,7 +44,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with as_user_error_on_write(path):
         try:
-            # Half a surrogate pair, which JSON can hold, is no UTF-8; a file that is not written would cost a whole run.
+            # JSON can hold half a surrogate pair, which is no UTF-8. A file that is not written would cost a whole run.
             with open(temporary, "w", encoding="utf-8", errors="replace") as file:
                 file.write(text)
                 # Without fsync, a power loss after the rename can leave an empty file under the final name.

@@ -1,7 +1,7 @@
-"""When the repeats of a time differ too much for its figure to be quoted: the one rule for all figures. Imports no torch.
+"""When the repeats of a time differ too much for its figure to be quoted: the one rule for all figures.
 
-A busy machine makes a time several times longer, and its repeats then differ from each other. A few slow repeats, such as
-the first one, do no harm to a median: what counts is the middle half.
+A busy machine makes a time several times longer, and its repeats then differ from each other. A few slow repeats, such
+as the first one, do no harm to a median: what counts is the middle half. Imports no torch.
 """
 
 from __future__ import annotations

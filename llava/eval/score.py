@@ -25,7 +25,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
     parser.add_argument("answers", type=Path, help="a .jsonl file with question_id, prompt and text per line")
     parser.add_argument("--split", help="default: the benchmark's first")
-    parser.add_argument("--partial", action="store_true", help="score what is answered and has a label, and say so in the score")
+    parser.add_argument(
+        "--partial", action="store_true", help="score what is answered and has a label, and say so in the score"
+    )
     parser.add_argument(
         "--data-root",
         type=existing_folder,

@@ -37,7 +37,9 @@ def test_a_run_says_how_much_its_batches_scatter():
     calm = [(0.010 + 0.0001 * n, 4) for n in range(9)]
     assert summarise(rows([(0.9, 4), *calm]))["prefill_spread"] == pytest.approx(0.045, abs=0.002)
     busy = [(0.010 * (1 + n % 4), 4) for n in range(12)]
-    assert summarise(rows([(seconds + 1e-6 * n, size) for n, (seconds, size) in enumerate(busy)]))["prefill_spread"] > 0.5
+    assert (
+        summarise(rows([(seconds + 1e-6 * n, size) for n, (seconds, size) in enumerate(busy)]))["prefill_spread"] > 0.5
+    )
     assert summarise(rows(calm[:7]))["prefill_spread"] is None, "too few to tell"
 
 

@@ -385,7 +385,9 @@ def test_mmbench_cells_are_missing_as_pandas_and_llava_have_them(made, cell, mis
 def test_mmbench_without_an_image_is_one_sentence(made, cell):
     benchmark, _, _ = made("mmbench")
     rewritten(benchmark.question_file, lambda row: row.update(image=cell))
-    with pytest.raises(UserError, match="row 1 of 8: lacks image|index 241: its image is that of index 77, which is not"):
+    with pytest.raises(
+        UserError, match="row 1 of 8: lacks image|index 241: its image is that of index 77, which is not"
+    ):
         benchmark.load()
 
 
@@ -533,7 +535,9 @@ def test_questions_without_a_label_are_found_before_the_first_question(made, tmp
     assert benchmark.published(score) == pytest.approx({"mme": 400}.get(name, 100))
 
 
-@pytest.mark.parametrize("name, split", [entry for entry in SCORED if entry[0] not in ("vizwiz", "mmbench", "mmbench_cn")])
+@pytest.mark.parametrize(
+    "name, split", [entry for entry in SCORED if entry[0] not in ("vizwiz", "mmbench", "mmbench_cn")]
+)
 def test_labels_without_a_question_are_found_before_the_first_question(made, tmp_path, name, split):
     """The others have questions and labels in one file."""
     benchmark, _, rows = made(name, split)
@@ -557,13 +561,22 @@ def test_labels_of_another_data_set_are_refused_also_in_part(made, tmp_path, nam
 
 
 UNUSABLE = {  # what no answer could be judged by: a label, and what is said about it
-    "vqav2": (lambda d: d["annotations"][1].update(answers=[{"answer": "red"}]), "question 2001: its reference answers are"),
+    "vqav2": (
+        lambda d: d["annotations"][1].update(answers=[{"answer": "red"}]),
+        "question 2001: its reference answers are",
+    ),
     "gqa": (lambda d: d["20000001"].update(answer=2), '"answer" of question 20000001 is 2, allowed is a string'),
     "vizwiz": (lambda d: d[1].update(answers=[{"answer": 1}] * 10), "00000001.jpg: its reference answers are"),
-    "sqa": (lambda d: d["11"].update(answer=2), 'problem 11: "answer" is 2, allowed is the number of one of its "choices"'),
+    "sqa": (
+        lambda d: d["11"].update(answer=2),
+        'problem 11: "answer" is 2, allowed is the number of one of its "choices"',
+    ),
     "textvqa": (lambda d: d["data"][1].update(answers="red"), "its reference answers are"),
     "pope": (lambda d: d[1].update(label="maybe"), "line 2: \"label\" is 'maybe', allowed are yes and no"),
-    "seed": (lambda d: d["questions"][1].update(answer="E"), '"answer" of question 101001 is \'E\', allowed are A, B, C, D'),
+    "seed": (
+        lambda d: d["questions"][1].update(answer="E"),
+        "\"answer\" of question 101001 is 'E', allowed are A, B, C, D",
+    ),
 }
 
 
@@ -708,7 +721,9 @@ def test_an_answer_file_is_scored_in_part_where_questions_and_labels_differ(file
     edited(benchmark.labels, without("20000003"))
     edited(benchmark.question_file, without(5))
     write_rows(path, [*rows[:5], *rows[6:]])
-    with pytest.raises(UserError, match="has no label for 1 of 7 questions .* and has 1 labels of questions that are not"):
+    with pytest.raises(
+        UserError, match="has no label for 1 of 7 questions .* and has 1 labels of questions that are not"
+    ):
         score_file(benchmark, path)
     score = score_file(benchmark, path, partial=True)
     assert score["partial"] == "6 questions with a label, out of 7 questions" and score["questions"] == 6

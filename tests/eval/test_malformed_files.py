@@ -183,7 +183,12 @@ LABELS = {  # benchmark, file, content, what is said
     ),
     "mmbench, nothing": ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "", "holds no question"),
     "mmbench, a head alone": ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\n", "holds no question"),
-    "mmbench, commas": ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index,question\n1,x\n", "row 1 of 1: lacks index"),
+    "mmbench, commas": (
+        "mmbench",
+        "mmbench/mmbench_dev_20230712.tsv",
+        "index,question\n1,x\n",
+        "row 1 of 1: lacks index",
+    ),
     "mmbench, an image that is no base64": (
         *("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\tA\timage\n1\tx\ty\t???\n"),
         "index 1: its image is not base64",
@@ -250,7 +255,15 @@ def png(mode, size):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no picture", png("RGB", (40, 30))[:60], b"\x89PNG\r\n\x1a\n", b"GIF89a", b"<svg/>", b"\xff\xd8\xff\xe0" * 9],
+    [
+        b"",
+        b"no picture",
+        png("RGB", (40, 30))[:60],
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"<svg/>",
+        b"\xff\xd8\xff\xe0" * 9,
+    ],
 )
 def test_pictures(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
@@ -267,7 +280,10 @@ ANSWER_FILES = {
     "a text that is null": ({**ROW, "text": None}, 'has no "question_id" and "text"'),
     "an id that is a list": ({**ROW, "question_id": []}, 'has no "question_id" and "text"'),
     "a stranger": ({**ROW, "question_id": "7"}, "1 of 1 answers are to none of these 1 questions"),
-    "an answer twice": (f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n", "1 answers are to questions that are answered already"),
+    "an answer twice": (
+        f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n",
+        "1 answers are to questions that are answered already",
+    ),
 }
 
 

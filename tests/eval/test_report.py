@@ -186,13 +186,17 @@ def test_a_run_with_a_missing_label_is_judged_and_says_what_part_it_is(bench):
     bench.run(method="none")
     path = bench.run(method="adav", wrong=(1,))
     labels = bench.data / "gqa" / "data" / "testdev_balanced_questions.json"
-    labels.write_text(json.dumps({key: one for key, one in json.loads(labels.read_text()).items() if key != "20000002"}))
+    labels.write_text(
+        json.dumps({key: one for key, one in json.loads(labels.read_text()).items() if key != "20000002"})
+    )
     known = bench.checkpoint("tiny")
     benchmark = BENCHMARKS["gqa"](bench.data, known)
     run = Run(benchmark, AdaVConfig(method="adav", overall_tokens=8), known, Generation(16), bench.output, partial=True)
     assert run.folder == path
     run.open()
-    run.record({"outcome": "finished"} | json.loads((path / "run.json").read_text())["sessions"][0], run.finish(partial=True))
+    run.record(
+        {"outcome": "finished"} | json.loads((path / "run.json").read_text())["sessions"][0], run.finish(partial=True)
+    )
     run.close()
     (judged_run,) = [run for run in judged(bench.output)[0] if run.method == "adav"]
     assert len(judged_run.answers) == 15 and judged_run.score == pytest.approx(100 * 14 / 15)
@@ -351,9 +355,9 @@ def test_boxes_hide_what_belongs_to_a_benchmark_or_checkpoint(bench):
     for box in boxes:
         assert f"body:has(#{box}:not(:checked)) .of-{box} {{ display: none; }}" in html
     sections = [a["class"] for tag, a in parsed.tags if tag == "section" and a["id"].startswith("c")]
-    assert sections == [
-        f"of-benchmark-{n} of-checkpoint-{m}" for n, m in ((0, 0), (1, 0), (0, 1))
-    ], "gqa and pope of the first checkpoint, gqa of the second"
+    assert sections == [f"of-benchmark-{n} of-checkpoint-{m}" for n, m in ((0, 0), (1, 0), (0, 1))], (
+        "gqa and pope of the first checkpoint, gqa of the second"
+    )
     assert sum(a.get("class") == sections[1] for _, a in parsed.tags) == 4, "contents, section, settings, record"
     bench.run("gqa", checkpoint="one", method="adav")
     main([str(bench.output), "-o", str(bench.root / "r.html"), "--benchmark", "gqa", "--checkpoint", "one"])

@@ -82,8 +82,10 @@ def _asked(row: dict, sample: Sample) -> bool:
 
 
 def score_file(benchmark: Benchmark, path: Path, partial: bool = False) -> dict:
-    """The score of an answer file. partial: also where answers or labels are missing, or labels belong to no question; the
-    score then says so."""
+    """The score of an answer file.
+
+    partial: also where answers or labels are missing, or labels belong to no question; the score then says so.
+    """
     samples = benchmark.load_questions()
     answered, rows = match(samples, read_answers(path), path, partial)
     if len(answered) < len(samples):

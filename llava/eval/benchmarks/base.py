@@ -180,13 +180,11 @@ class Benchmark(ABC):
         """How questions and labels differ, in a sentence."""
         parts = []
         if without:
-            first = without[0]
-            parts.append(
-                f"has no label for {len(without):,} of {len(samples):,} questions (the first: {first.question_id}, "
-                f"{first.place} of {self.question_file.name})"
-            )
+            first = f"{without[0].question_id}, {without[0].place} of {self.question_file.name}"
+            parts.append(f"has no label for {len(without):,} of {len(samples):,} questions (the first: {first})")
         if surplus:
-            parts.append(f"has {len(surplus):,} labels of questions that are not asked (the first: {shown(surplus[0])})")
+            first = shown(surplus[0])
+            parts.append(f"has {len(surplus):,} labels of questions that are not asked (the first: {first})")
         return f"{source}: {' and '.join(parts)}; --partial scores the questions that have a label, and says so"
 
     def chosen(self, every: list[Sample], limit: int | None, subset: Subset | None) -> list[Sample]:

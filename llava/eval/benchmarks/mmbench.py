@@ -31,8 +31,8 @@ from llava.eval.scoring.verdicts import MEAN, Verdict
 # The row of rotation r of question i has the index i + r * ROTATION.
 ROTATION = 1_000_000
 LETTERS = "ABCD"
-# Cells that pandas.read_table, with which LLaVA reads these files, takes as missing; LLaVA itself adds other cases of the
-# words nan and none.
+# Cells that are missing for pandas.read_table, with which LLaVA reads these files. LLaVA itself adds the words nan and
+# none in any case.
 MISSING = frozenset(
     ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>")
     + ("N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
@@ -101,9 +101,8 @@ class MMBench(Benchmark):
         labels = [(row["index"], row["answer"]) for row in table if "answer" in row]
         for row in table:
             if row.get("answer", "A") not in row.keys() & set(LETTERS):
-                raise UserError(
-                    f'{self.question_file}, index {row["index"]}: "answer" is {row["answer"]!r}, allowed is one of its options'
-                )
+                where = f"{self.question_file}, index {row['index']}"
+                raise UserError(f'{where}: "answer" is {row["answer"]!r}, allowed is one of its options')
         return self.question_file, labels
 
     def score(self, samples: list[Sample], rows: list[dict], folder: Path) -> dict:
@@ -145,8 +144,8 @@ class MMBench(Benchmark):
 def read_table(path: Path) -> list[dict]:
     """The rows of an MMBench .tsv: column -> text, without missing cells; "index" is a number.
 
-    A question is text whatever it says, even "None". An "image" that is another row's index stands for that row's image.
-    UserError says what is wrong with the file.
+    A question is text whatever it says, even "None". An "image" that is another row's index stands for that row's
+    image. UserError says what is wrong with the file.
     """
     # The default limit (131,072 characters) is below the size of an image in base64. It is global, so it is restored.
     limit = csv.field_size_limit(1 << 30)
@@ -167,7 +166,8 @@ def read_table(path: Path) -> list[dict]:
     images = {str(row["index"]): row["image"] for row in rows}
     for row in rows:
         if _is_number(row["image"]) and row["image"] not in images:
-            raise UserError(f'{path}, index {row["index"]}: its image is that of index {row["image"]}, which is not there')
+            where = f"{path}, index {row['index']}"
+            raise UserError(f"{where}: its image is that of index {row['image']}, which is not there")
     return [
         {name: cell for name, cell in row.items() if name in ("index", "question") or not _missing(cell)}
         | {"image": images.get(row["image"], row["image"])}

@@ -124,7 +124,8 @@ def _check_row(row: dict, where: str) -> None:
         raise UserError(f'{where}: "image" is {json.dumps(image)}, allowed is a path inside the image folder')
     for name in ("question_id", "text", "image"):
         if not _is_text(str(row.get(name))):
-            raise UserError(f'{where}: "{name}" is {json.dumps(row[name])}, allowed is text without NUL or half a character')
+            found = json.dumps(row[name])
+            raise UserError(f'{where}: "{name}" is {found}, allowed is text without NUL or half a character')
     if DEFAULT_IMAGE_TOKEN in row["text"]:
         raise UserError(
             f'{where}: "text" holds {DEFAULT_IMAGE_TOKEN}, allowed is the bare question: the image is put before it'

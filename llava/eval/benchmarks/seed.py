@@ -1,8 +1,8 @@
 """SEED-Bench (arXiv 2307.16125), image questions: accuracy of the option's letter, overall and by question type.
 
 Files below seed_bench/: LLaVA's questions (llava-seed-bench.jsonl), the official SEED-Bench.json, and the images
-(SEED-Bench-image). Questions about videos, which LLaVA's file holds too, are left out. Joined by question_id. As in LLaVA,
-an answer is right where it is the letter and nothing else; a more lenient reading stands beside it.
+(SEED-Bench-image). Questions about videos, which LLaVA's file holds too, are left out. Joined by question_id. As in
+LLaVA, an answer is right where it is the letter and nothing else; a more lenient reading stands beside it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def read_labels(source: Path, kinds: tuple[str, ...]) -> list[tuple[str, tuple]]:
-    """(question_id, (letter, entry, question type)) of the questions of SEED-Bench.json about `kinds` (image, video)."""
+    """(question_id, (letter, entry, question type)) of the questions of SEED-Bench.json about `kinds`."""
     questions, types = read_part(source, "questions"), read_part(source, "question_type")
     with told_when_malformed(source):
         names = {number: name for name, number in types.items()}

@@ -86,8 +86,8 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 def chosen(text: str, choices: int) -> int:
     """Which of `choices` options an answer picks by the rule of LLaVA's eval_science_qa, -1 for none.
 
-    The letter and nothing else, the letter and ". " at the start, or exactly one "The answer is X" with any character but
-    a line break behind it.
+    The letter and nothing else, the letter and ". " at the start, or exactly one "The answer is X" with any character
+    but a line break behind it.
     """
     if text in tuple(LETTERS):
         letter = text

@@ -90,7 +90,7 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def read_labels(entries: list[dict], source: Path) -> list[tuple[str, tuple[list[str], str | None]]]:
-    """(image, (what people answered, answer type)) of the official file; entries of a test split, which have no answers, are left out."""
+    """(image, (what people answered, answer type)) of the entries of the official file that have answers."""
     labels = []
     with told_when_malformed(source):
         for entry in entries:

@@ -113,7 +113,8 @@ def read_labels(annotations: list[dict], source: Path) -> list[tuple[int, tuple[
     labels = []
     with told_when_malformed(source):
         for entry in annotations:
-            key, said = key_of(entry["question_id"], f"{source}, an annotation"), [a["answer"] for a in entry["answers"]]
+            key = key_of(entry["question_id"], f"{source}, an annotation")
+            said = [answer["answer"] for answer in entry["answers"]]
             where = f"{source}, question {key}"
             labels.append((key, (people_of(said, where), kind_of(entry.get("answer_type", "other"), where))))
     return labels

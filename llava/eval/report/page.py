@@ -77,8 +77,12 @@ class Filters:
     @property
     def groups(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """(legend, (id, name) of each box); only those with a choice."""
-        found = [("benchmark", self.benchmarks), ("checkpoint", self.checkpoints)]
-        return [(what, [(f"{what}-{n}", name) for n, name in enumerate(names)]) for what, names in found if len(names) > 1]
+        found = {"benchmark": self.benchmarks, "checkpoint": self.checkpoints}
+        return [
+            (what, [(f"{what}-{n}", name) for n, name in enumerate(names)])
+            for what, names in found.items()
+            if len(names) > 1
+        ]
 
     def classes(self, run: RecordedRun) -> str:
         """Classes of what belongs to `run`: what is hidden with one of them."""

@@ -75,7 +75,9 @@ def read_record(path: Path, needed: Iterable[str]) -> dict:
                 if value is _MISSING and (key in _OPTIONAL or key == "score.partial"):
                     continue
                 if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                    raise UserError(f'{path}: "{key}" is missing or no value of that kind, is this the record of a run?')
+                    raise UserError(
+                        f'{path}: "{key}" is missing or no value of that kind, is this the record of a run?'
+                    )
     if report["tokens"] not in ("all", "0") and not report["tokens"].isdecimal():
         raise UserError(f'{path}: "tokens" is {report["tokens"]!r}, allowed are a number, all and 0')
     if report["score"] is None and report["published"] is not None:

@@ -69,7 +69,7 @@ class QuestionFile(Benchmark):
         return []
 
     def annotations(self) -> None:
-        """No labels are read: the program that scores the file brings them."""
+        """Whoever scores the file brings the labels."""
 
     def read(self) -> list[Sample]:
         return chunk(super().read(), self.args.num_chunks, self.args.chunk_idx)

@@ -196,8 +196,11 @@ class Run:
         self.answered, self.errors = collect(self.shards)
 
     def finish(self, partial: bool = False) -> dict:
-        """Merge and score. Raises UserError where an image was unreadable or a label is missing: nothing is scored then,
-        unless `partial` allows it to score the other questions and to say so."""
+        """Merge and score.
+
+        Raises UserError where an image was unreadable or a label is missing: nothing is scored then, unless `partial`
+        allows it to score the other questions and to say so.
+        """
         self.refresh()
         samples = self.benchmark.scorable(self._readable(partial), partial)
         left_out = {sample.key for sample in self.samples} - {sample.key for sample in samples}

@@ -16,7 +16,8 @@ def summarise(rows: list[dict]) -> dict:
 
     Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
     layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation;
-    FLOPs are predicted (llava.costs.flops), per sample. prefill_spread says whether times can be quoted (llava.common.scatter).
+    FLOPs are predicted (llava.costs.flops), per sample. prefill_spread says whether times can be quoted
+    (llava.common.scatter).
     """
     if not rows:
         return {}

@@ -31,10 +31,7 @@ def join(
         for what, groups in (("labels", labelled), ("answers", grouped)):
             twice = [key for key, group in groups.items() if len(group) > 1]
             if twice:
-                raise UserError(
-                    f"{source}: {len(twice)} questions have several {what}, the first is {shown(twice[0])}"
-                )
-    # With repeats, a key must not have more answers than labels, nor fewer.
+                raise UserError(f"{source}: {len(twice)} questions have several {what}, the first is {shown(twice[0])}")
     unlabelled = [key for key, group in grouped.items() if len(group) > len(labelled.get(key, ()))]
     unanswered = [key for key, group in labelled.items() if len(group) > len(grouped.get(key, ()))]
     if not labelled or not grouped:

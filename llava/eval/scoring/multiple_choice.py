@@ -18,7 +18,7 @@ def option_letter(text: str, letters: str) -> str | None:
 def lenient_letter(text: str, letters: str) -> str | None:
     """As `option_letter`, or else the first letter after "The answer is".
 
-    LLaVA's rules for ScienceQA and SEED-Bench are stricter. This reading makes the scores called "lenient" beside theirs.
+    LLaVA's rules for ScienceQA and SEED-Bench are stricter. This reading makes the scores called "lenient".
     """
     found = re.search(rf"The answer is \(?([{letters}])\b", text)
     return option_letter(text, letters) or (found[1] if found else None)

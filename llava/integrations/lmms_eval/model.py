@@ -166,7 +166,7 @@ class AdaVLlava(lmms):
                 yield indices[start : start + self.batch_size]
 
     def _document(self, request: Instance) -> _Document:
-        """A request as the model reads it. Raises whatever is wrong with the document, or with the task's way to read it."""
+        """A request as the model reads it. Raises whatever is wrong with the document or with its task's code."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         for visual in shown:

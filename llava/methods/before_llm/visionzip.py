@@ -78,8 +78,8 @@ class VisionZip(Selector):
         asked, largest = self.dominant + self.contextual, max(image.on_host.sizes, default=0)
         if asked > largest:
             warnings.warn(
-                f"options.dominant and options.contextual ask for {asked} tokens per tile, but a tile has {largest} patches: "
-                "visionzip keeps every vision token",
+                f"options.dominant and options.contextual ask for {asked} tokens per tile, but a tile has {largest} "
+                "patches: visionzip keeps every vision token",
                 stacklevel=2,
             )
         return (self.dominant + self.contextual) * sum(size > 0 for size in image.on_host.sizes)
