@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava.common.errors import UserError, first_line
 from llava.common.hub import checkpoint_folder, quiet_loading
@@ -50,8 +50,7 @@ class Checkpoint:
     def open(cls, model_path, model_base=None) -> Checkpoint:
         """Return the checkpoint in a folder or under a hub name. UserError where files are missing or are no LLaVA."""
         folder = checkpoint_folder(model_path)
-        base = None if model_base is None else checkpoint_folder(model_base)
-        settings, hf = cls.read_settings(folder, base)
+        settings = _config_file(folder)
         if (folder / "adapter_config.json").is_file():
             kind = "lora"
         elif weight_files(folder):
@@ -67,6 +66,8 @@ class Checkpoint:
         if kind != "full" and model_base is None:
             what = {"lora": "a LoRA adapter", "projector": "only a projector"}[kind]
             raise UserError(f"{folder}: is {what}, so model_base must name the model that it was trained on")
+        base = None if model_base is None else checkpoint_folder(model_base)
+        hf = _check_llava(folder, settings, {} if base is None else _config_file(base))
         return cls(folder, base, settings, kind, hf)
 
     @classmethod
@@ -91,25 +92,10 @@ class Checkpoint:
         return settings.get("model_type") not in CONFIG_CLASSES
 
     @staticmethod
-    def read_settings(folder: Path, base: Path | None = None) -> tuple[dict, bool]:
-        """config.json of a checkpoint folder, and whether it is in transformers' format; UserError where it is no LLaVA.
-
-        base: the folder of its model_base, where it has one; the tower of that one may be its own.
-        """
+    def read_settings(folder: Path) -> tuple[dict, bool]:
+        """config.json of a checkpoint folder, and whether it is in transformers' format; UserError where it is no LLaVA."""
         settings = _config_file(folder)
-        hf = _is_hf(settings)
-        of_base = {} if base is None else _config_file(base)
-        has_tower = _is_hf(of_base) or any(
-            "mm_vision_tower" in s or s.get("mm_vision_config") for s in (settings, of_base)
-        )
-        original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
-        if not hf and not (original and has_tower):
-            raise UserError(
-                f"{folder}: architecture {settings.get('architectures') or ['unknown']} (model_type "
-                f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
-                f"format of liuhaotian/llava-* or llava-hf/*"
-            )
-        return settings, hf
+        return settings, _check_llava(folder, settings, {})
 
     @cached_property
     def base_settings(self) -> dict:
@@ -130,14 +116,16 @@ class Checkpoint:
 
     def _vision_config(self) -> dict:
         """The tower's configuration: the checkpoint's own, that of its model_base, or that of the tower they name."""
-        if self.settings.get("mm_vision_config"):
-            return self.settings["mm_vision_config"]
+        stated = self.settings.get("mm_vision_config")
+        if stated:
+            return CLIPVisionConfig.from_dict(stated).to_dict()
         inside = self.tower.inside(self.folder, has_config)
         if inside is not None:
             return clip_config(inside)
         if _is_hf(self.base_settings):
             return HF_CLASSES[self.base_settings["model_type"]].from_dict(self.base_settings).vision_config.to_dict()
-        return self.base_settings.get("mm_vision_config") or self.tower.config()
+        stated = self.base_settings.get("mm_vision_config")
+        return CLIPVisionConfig.from_dict(stated).to_dict() if stated else self.tower.config()
 
     def model_config(self):
         """Return the configuration, in one form for both formats. UserError for settings that this code cannot run."""
@@ -350,6 +338,25 @@ def _keep_names(model, hf: bool) -> None:
 
 def _config_file(folder: Path) -> dict:
     return read_settings_file(folder / "config.json", f"{folder}: no config.json, so this is no checkpoint")
+
+
+def _check_llava(folder: Path, settings: dict, of_base: dict) -> bool:
+    """Whether a config.json is in transformers' format; UserError where it is no LLaVA's.
+
+    of_base: the settings of its model_base, whose tower may be its own; {} where there is none.
+    """
+    hf = _is_hf(settings)
+    original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
+    tower = _is_hf(of_base) or any(
+        "mm_vision_tower" in one or one.get("mm_vision_config") for one in (settings, of_base)
+    )
+    if not hf and not (original and tower):
+        raise UserError(
+            f"{folder}: architecture {settings.get('architectures') or ['unknown']} (model_type "
+            f'"{settings.get("model_type")}") is no LLaVA with a vision tower, allowed are LLaVA 1.5 and 1.6 in the '
+            f"format of liuhaotian/llava-* or llava-hf/*"
+        )
+    return hf
 
 
 def _is_hf(settings: dict) -> bool:

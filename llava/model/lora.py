@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # peft's levels above a complete weight: of a layer that has an adapter, and of a module that was trained as a whole.
 _WHOLE = re.compile(r"\.(?:token_adapter\.)?(?:base_layer|modules_to_save(?:\.default)?)\.")
-_PART = re.compile(r"^(.*?)(?:\.token_adapter)?\.(?:lora_|trainable_tokens_)")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Adapter:
         except Exception as error:  # torch, safetensors and pickle each raise their own
             raise UserError(f"{file}: damaged or cut short ({first_line(error)})") from error
         named = {trained_name(name): value for name, value in saved.items() if ".original_module." not in name}
-        parts = {name: value for name, value in named.items() if _PART.match(name) and not _WHOLE.search(name)}
+        parts = {name: value for name, value in named.items() if _part().match(name) and not _WHOLE.search(name)}
         whole = {_WHOLE.sub(".", name): value for name, value in named.items() if name not in parts}
         return cls(folder, settings, whole, parts)
 
@@ -82,11 +82,13 @@ class Adapter:
         listed = self.settings.get("trainable_token_indices") or self.settings.get("token_indices")
         if isinstance(listed, list):
             listed = {EMBEDDING: listed}
-        index = next((own for name, own in (listed or {}).items() if f".{module}".endswith(f".{name}")), None)
+        listed = listed.items() if isinstance(listed, dict) else ()
+        index = next((own for name, own in listed if f".{module}".endswith(f".{name}")), None)
         weight = model.get_submodule(module).weight
         if index is None and module == HEAD and model.config.tie_word_embeddings:
             return  # the same tensor as the embeddings
-        if index is None or rows.shape != (len(index), weight.shape[1]) or not all(0 <= i < len(weight) for i in index):
+        fits = isinstance(index, list) and rows.shape == (len(index), weight.shape[1])
+        if not fits or not all(isinstance(i, int) and 0 <= i < len(weight) for i in index):
             raise UserError(
                 f"{self.folder}: the token embeddings of {module} do not fit adapter_config.json and the model"
             )
@@ -105,7 +107,7 @@ class Adapter:
             saved = {f"base_model.model.{name}": value for name, value in parts.items()}
             result = set_peft_model_state_dict(adapted, saved)
             self._refuse(list(result.unexpected_keys), "have no place in the model")
-            self._refuse([name for name in result.missing_keys if ".lora_" in name], "are missing")
+            self._refuse([name for name in result.missing_keys if _part().match(name)], "are missing")
             return adapted.merge_and_unload(progressbar=sys.stderr.isatty())
         except UserError:
             raise
@@ -134,6 +136,15 @@ class Adapter:
         return config
 
 
+@cache
+def _part() -> re.Pattern:
+    """The names of an adapter's own matrices, of any kind that peft knows; group 1 is the module that they change."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefixes = "|".join(sorted({*map(re.escape, PEFT_TYPE_TO_PREFIX_MAPPING.values()), "trainable_tokens_"}))
+    return re.compile(rf"^(.*?)(?:\.token_adapter)?\.(?:{prefixes})")
+
+
 def untie(model) -> None:
     """Give the head a tensor of its own, where it shares that of the word embeddings."""
     model.config.tie_word_embeddings = False
@@ -141,4 +152,4 @@ def untie(model) -> None:
 
 
 def _module(name: str) -> str:
-    return _PART.match(name)[1]
+    return _part().match(name)[1]

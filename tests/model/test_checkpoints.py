@@ -237,6 +237,7 @@ def grow(model):
         (None, {"use_dora": True}, {}),
         (None, {"rank_pattern": {"layers.1.self_attn.q_proj": 4}, "alpha_pattern": {"down_proj": 3}}, {}),
         (None, {"modules_to_save": ["mm_projector"]}, {}),
+        (None, {"bias": "all"}, {}),
     ],
 )
 def test_adapter_files_of_peft(sources, tmp_path, change, lora, save):
@@ -275,6 +276,9 @@ def test_adapters_inside_the_tower(sources, tmp_path, vision_in_base):
     tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings)
     last = {name.replace("layers.1", "layers.2"): value for name, value in theirs.items() if level in name}
     assert len(last) == 2 * 2 + 2 * 2
+    misnamed = {name.replace("q_proj", "query"): value for name, value in theirs.items() if level in name}
+    save_file(tiny.contiguous(misnamed), file)
+    refused(tmp_path / "lora", "have no place in the model", "query", model_base=base)
     save_file(tiny.contiguous(theirs | last), file)
     found = load(tmp_path / "lora", model_base=base)[1].state_dict()
     plain = load(base)[1].state_dict()
@@ -315,7 +319,7 @@ def test_adapters_that_do_not_fit(sources, tmp_path):
     base, adapted = adapter_folder(reference, tower, tmp_path, trainable_token_indices=[3, 5])
     save_adapter(adapted, reference, tower, tmp_path / "lora")
     settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    for listed in ([3], [3, 5000], {"other": [3, 5]}, None):
+    for listed in ([3], [3, 5000], [3, "x"], {"other": [3, 5]}, {"embed_tokens": 3}, 7, None):
         tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings | {"trainable_token_indices": listed})
         refused(tmp_path / "lora", "token embeddings", "adapter_config.json", model_base=base)
     tiny.write_json(tmp_path / "lora" / "adapter_config.json", settings)
@@ -326,6 +330,22 @@ def test_adapters_that_do_not_fit(sources, tmp_path):
     refused(tmp_path / "lora", "missing", "lora_B", model_base=base)
     file.unlink()
     refused(tmp_path / "lora", "no adapter weights", model_base=base)
+
+
+def test_adapters_of_another_kind(sources, tmp_path):
+    """IA3's scales are merged too."""
+    from peft import IA3Config, get_peft_model
+
+    reference, tower = sources("1.5")
+    base = tiny.save_original(reference, tmp_path / "base", tower, vision_in_checkpoint=True)
+    settings = IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    )
+    adapted = get_peft_model(load(base)[1], settings)
+    expected = save_adapter(adapted, reference, tower, tmp_path / "ia3").state_dict()
+    found = load(tmp_path / "ia3", model_base=base)[1].state_dict()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("files", ["safetensors", "sharded_bin"])
