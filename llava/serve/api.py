@@ -4,8 +4,9 @@
         [--image-folder DIR ...] [--max-batch 8] [--max-waiting 64] [--max-image-bytes N] [--max-pixels N]
         [--max-body-bytes N] [--api-key-env NAME]
 
-On SIGTERM and Ctrl-C the server finishes running answers, refuses new requests and exits with 0. Port 0 takes a free
-port. A setting that neither a flag nor the request gives comes from adav_configs.json.
+SIGTERM and Ctrl-C finish what is running, refuse what is new, and exit with 0. A second signal, or --shutdown-seconds, ends
+the running answers with status 503. Port 0 takes a free one. What is not said by flags or by a request is as in
+adav_configs.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.config import add_config_flags, config_of_flags
 from llava.serve.service.image_input import ImageLimits
 from llava.serve.service.listening import listen, port_number, shown_host
+
+GRACE = 10  # seconds that connections have to end after their answers were ended
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,6 +62,14 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Everything that can fail without the checkpoint fails first: loading it may take minutes.
     args = parse(argv)
     try:
+        serve(args)
+    except KeyboardInterrupt:  # while it loads
+        sys.exit(130)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load the checkpoint and answer requests until a signal ends it."""
+    try:
         import uvicorn
 
         from llava.serve.openai_api.app import make_app
@@ -88,15 +99,20 @@ def main(argv: list[str] | None = None) -> None:
     app = make_app(service, Server(name, limits, folders, args.max_tokens, args.max_body_bytes), key)
 
     class Stopping(uvicorn.Server):
-        """A uvicorn server that closes the service at the first signal.
+        """Tells the service at the first signal, so that what waits is refused while what runs is finished.
 
-        Waiting requests are then refused while running answers are finished.
+        What still runs at the second signal, or when the time is over, ends with an error in the client's shape. uvicorn
+        would cancel it in the middle, which gives a traceback here and status 500 there.
         """
 
         def handle_exit(self, sig, frame) -> None:
-            # In a thread: close() joins the service's thread, and a signal handler must not block the event loop.
-            threading.Thread(target=service.close, name="llava-closing").start()
-            super().handle_exit(sig, frame)
+            again = self.should_exit
+            threading.Thread(target=service.close, args=(not again,), name="llava-closing").start()
+            if not again:
+                late = threading.Timer(args.shutdown_seconds, service.close, args=(False,))
+                late.daemon = True
+                late.start()
+                super().handle_exit(sig, frame)
 
     # 3. The server. proxy_headers=False: a client could otherwise claim any address. h11 is the pure Python parser.
     settings = uvicorn.Config(
@@ -108,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=args.shutdown_seconds,
+        timeout_graceful_shutdown=args.shutdown_seconds + GRACE,
     )
     # uvicorn installs its own handlers while it runs, and raises the signals again when it has stopped. These handlers
     # ignore them then, so that the exit code is 0.

@@ -176,12 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="answers as JSON objects with their costs, one a line")
     args = parser.parse_args(argv)
-    config, decoding, checkpoint = configuration(args), sampling(args), checkpoint_of(args)
-    chat = Chat(config, lambda path: picture_from_file(path, ImageLimits()))
-    for path in args.image:
-        chat.command(f"/image {path}")
     sys.stdin.reconfigure(errors="replace")
     try:
+        config, decoding, checkpoint = configuration(args), sampling(args), checkpoint_of(args)
+        chat = Chat(config, lambda path: picture_from_file(path, ImageLimits()))
+        for path in args.image:
+            chat.command(f"/image {path}")
         if sys.stdin.isatty():
             _edit_lines()
             say(f"loading {checkpoint.short_name} ...")

@@ -156,32 +156,34 @@ def main(argv: list[str] | None = None) -> None:
     """Load the checkpoint and serve the page until a signal comes."""
     # 1. Everything that can fail without the checkpoint fails first.
     args = parse(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("ended", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the checkpoint and serve the page until it is interrupted."""
     missing = [name for name in ("gradio", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'the page needs {", ".join(missing)}: pip install -e ".[serve]"')
     config, checkpoint = configuration(args), checkpoint_of(args)
     sampling(args)
-    # SIGTERM would end the process at once and leave the folder of uploads behind.
-    signal.signal(signal.SIGTERM, _interrupt)
-    # 2. Bind the port, then load: a port in use is an error at once.
     bound = listen(args.host, args.port)
-    try:
-        with tempfile.TemporaryDirectory(prefix="adav-page-") as folder:
-            # gradio reads these variables when it is imported. They switch off telemetry and keep its files in this
-            # folder, which is deleted at the end.
-            os.environ.update(
-                GRADIO_ANALYTICS_ENABLED="False",
-                HF_HUB_DISABLE_TELEMETRY="1",
-                GRADIO_TEMP_DIR=folder,
-                GRADIO_EXAMPLES_CACHE=folder,
-            )
-            with load(checkpoint, args, config, max_waiting=MOST * args.users) as service:
-                app, streams = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
-                host, port = bound.getsockname()[:2]
-                print(f"{checkpoint.short_name} on http://{shown_host(host)}:{port}/ (Ctrl-C ends it)", flush=True)
-                serve(app, streams, service, bound)
-    except KeyboardInterrupt:
-        print("ended", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="adav-page-") as folder:
+        # Read by gradio when it is imported: no telemetry, and no file of it outside this folder.
+        os.environ.update(
+            GRADIO_ANALYTICS_ENABLED="False",
+            HF_HUB_DISABLE_TELEMETRY="1",
+            GRADIO_TEMP_DIR=folder,
+            GRADIO_EXAMPLES_CACHE=folder,
+        )
+        with load(checkpoint, args, config, max_waiting=MOST * args.users) as service:
+            app, streams = application(service, args, checkpoint.short_name, checkpoint.anyres, Path(folder))
+            host, port = bound.getsockname()[:2]
+            print(f"{checkpoint.short_name} on http://{shown_host(host)}:{port}/ (Ctrl-C ends it)", flush=True)
+            serve(app, streams, service, bound)
 
 
 if __name__ == "__main__":

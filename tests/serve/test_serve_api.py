@@ -414,6 +414,32 @@ def test_a_signal_while_streaming(checkpoint, by):
         process.communicate()
 
 
+def test_a_second_signal_ends_what_runs_with_an_error_and_no_traceback(checkpoint):
+    """As the end of --shutdown-seconds does; uvicorn would cancel it in the middle."""
+    process, url = started(checkpoint)
+    try:
+        with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as threads:
+            wait_for(lambda: http.get("/health").status_code == 200)
+            asked = {"content": json.dumps(body(stream=True, max_tokens=1000)).encode()}
+            asked["headers"] = {"Content-Type": "application/json"}
+            with http.stream("POST", "/v1/chat/completions", **asked) as response:
+                lines = response.iter_lines()
+                text = [next(lines) for _ in range(9)]
+                waiting = threads.submit(http.post, "/v1/chat/completions", json=body(max_tokens=4))
+                wait_for(lambda: http.get("/health").json()["waiting"] == 1)
+                process.send_signal(signal.SIGTERM)
+                assert waiting.result(60).status_code == 503
+                process.send_signal(signal.SIGTERM)
+                text += list(lines)
+            events = [line.removeprefix("data: ") for line in text if line]
+            assert json.loads(events[-1])["error"]["code"] == "shutting_down" and len(events) < 1000
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
