@@ -36,7 +36,7 @@ from llava.overlay.blocks import (
     stacked,
     view_block,
 )
-from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, text_block
+from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, WARNING, text_block
 from llava.overlay.views import (
     heat_views,
     kept_at,
@@ -64,6 +64,7 @@ def draw_overlay(
     columns: int = 4,
     *,
     subtitle: str = "",
+    caveat: str = "",
     notes: dict[str, Sequence[str]] | None = None,
     why: bool = False,
     sections: dict[str, Image.Image] | None = None,
@@ -74,6 +75,7 @@ def draw_overlay(
     selections: method name (or any other label) -> what it kept of this image
     answers:    label -> answer, where there is one
     title:      above everything, for example the question; subtitle: smaller, under it
+    caveat:     what the answers are worth, under these, where that has to be said
     columns:    panels beside each other
     notes:      label -> lines under its answer, for example measured costs
     why:        also heat maps of both scores of AdaV, and what is left after each cut of methods inside the LLM, where
@@ -107,6 +109,7 @@ def draw_overlay(
     parts += shelves([section(text, picture) for text, picture in [*maps.items(), *sections.items()]], width)
     top = [text_block(title, width, LARGE, INK, 3, bold=True)] if title else []
     top += [text_block(subtitle, width, SMALL, FAINT, 3)] if subtitle else []
+    top += [text_block(caveat, width, SMALL, WARNING, 8)] if caveat else []
     ends = [legend(_meanings(plan, side, selections, why), width)]
     ends += [text_block(footer, width, SMALL, FAINT, 8)] if footer else []
     return framed([*([stacked(top)] if top else []), *parts, stacked(ends)])
