@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from llava.overlay.blocks import ROOM, STAGE, beside, flowed, framed, grid, legend, stacked
-from llava.overlay.lettering import FAINT, INK, LARGE, SIZE, SMALL, text_block
+from llava.overlay.lettering import FAINT, INK, LARGE, SIZE, SMALL, WARNING, text_block
 from llava.overlay.views import ABSENT, CLASS_COLORS, CORE, MINOR, SECONDARY, class_views, places_of
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def cache_frames(
     title: str = "",
     columns: int = 4,
     footer: str = "",
+    caveat: str = "",
 ) -> list[Image.Image]:
     """Pages of equal size, one after prefill and one after each decode step, with a view per label of `caches`.
 
@@ -100,6 +101,7 @@ def cache_frames(
         ends = [_legend(interval, layer, body.width)]
         ends += [text_block(footer, body.width, SMALL, FAINT, 6)] if footer else []
         top = [text_block(title, body.width, LARGE, INK, 3, bold=True)] if title else []
+        top += [text_block(caveat, body.width, SMALL, WARNING, 10)] if caveat else []
         frames.append(framed([*top, body, stacked(ends)]))
     return frames
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 PAGE, INK, FAINT = (250, 250, 250), (20, 20, 20), (105, 105, 105)
-SIZE, SMALL, LARGE = 13, 11, 15  # font sizes in pixels
-_NOWHERE = "\U0010fffe"  # a noncharacter of Unicode: every font draws its box for a missing letter
+WARNING = (160, 70, 0)  # of words that must not be overlooked
+SIZE, SMALL, LARGE = 13, 11, 15  # of letters, in pixels
+_NOWHERE = "\U0010fffe"  # a code point that no font has a letter for
 
 
 @lru_cache(maxsize=64)

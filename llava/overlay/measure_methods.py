@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 
 from llava.common.errors import UserError
 from llava.common.machine import environment
+from llava.common.scatter import scatters, spread
 from llava.config import AdaVConfig
 from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts, ModelShape
@@ -27,14 +28,9 @@ from llava.overlay.cache_trace import trace, traceable
 class MethodResult:
     """Answer and cost of one method on the image and question.
 
-    selection            the vision tokens that were kept
-    answer, new_tokens   the text and its number of tokens
-    kept, total          vision tokens after the last cut, and without any method
-    layer_mean           vision tokens in a layer, mean over layers
-    first_token, prefill seconds, median over runs
-    kv_bytes             live bytes of the KV cache at the end of the answer
-    flops                predicted, from pixels to the first token
-    cache                classes of A-VL's cache at each step; None if A-VL's vision part is off
+    kept, total: vision tokens left after the last cut, and without any method; layer_mean: in a layer, mean over layers
+    first_token, prefill: seconds, median over runs; repeats: the seconds to the first token of each run; kv_bytes: live at the end of the answer; flops: predicted, from
+    pixels to the first token; cache: what A-VL held at each step, None where it is off
     """
 
     selection: Selection
@@ -48,6 +44,7 @@ class MethodResult:
     kv_bytes: int
     flops: int
     cache: CacheStates | None = None
+    repeats: tuple[float, ...] = ()
 
     def notes(self) -> list[str]:
         """The cost, one line each. A line says if its number is predicted and not measured."""
@@ -56,9 +53,15 @@ class MethodResult:
         return [
             *(inside if abs(self.layer_mean - self.kept) > 0.05 else []),
             f"first token after {1000 * self.first_token:.1f} ms, of which prefill {1000 * self.prefill:.1f} ms",
+            *([self._scatter()] if scatters(spread(self.repeats)) else []),
             f"KV cache {_unit(self.kv_bytes, ('bytes', 'kB', 'MB', 'GB'))} live",
             f"{_unit(self.flops, ('FLOPs', 'kFLOPs', 'MFLOPs', 'GFLOPs', 'TFLOPs', 'PFLOPs'))} to the first token (predicted)",
         ]
+
+    def _scatter(self) -> str:
+        """What stands below a time that must not be quoted."""
+        low, high = 1000 * min(self.repeats), 1000 * max(self.repeats)
+        return f"do not quote this time: its repeats lie between {low:.1f} and {high:.1f} ms"
 
 
 def _unit(value: float, units: tuple[str, ...]) -> str:
@@ -72,8 +75,8 @@ def _unit(value: float, units: tuple[str, ...]) -> str:
 class MethodMeasurer:
     """A loaded checkpoint with one image and one question.
 
-    plan: the TilePlan of the image. side: patches per tile side.
-    UserError for a checkpoint without tokenizer or image processor, and for a prompt that is longer than its context.
+    plan, side: how the image is cut, patches per tile side. tokenizer: the checkpoint's. UserError where the checkpoint lacks tokenizer or image
+    processor, or the prompt is longer than its context.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class MethodMeasurer:
     ):
         loaded = LoadedCheckpoint(model_path, model_base, config, device=device, dtype=dtype, purpose="a question")
         self.model, self.engine, self.context, self.image = loaded.model, loaded.engine, loaded.context, image
+        self.tokenizer = loaded.tokenizer
         self.plan: TilePlan = tile_plan(image.size, self.model.config, config.option("anyres"))
         self.side: int = self.model.get_vision_tower().num_patches_per_side
         self._ids = loaded.token_ids(question, has_image=True, conversation=conversation)[None]
@@ -119,8 +123,10 @@ class MethodMeasurer:
                 tick()
         found = {}
         for label, config in configs.items():
-            medians = [statistics.median(column) for column in zip(*times[label], strict=True)]
-            found[label] = self._answered(config, max_new_tokens, steps, *medians)
+            first_tokens, prefills = zip(*times[label], strict=True)
+            medians = statistics.median(first_tokens), statistics.median(prefills)
+            answered = self._answered(config, max_new_tokens, steps, *medians)
+            found[label] = replace(answered, repeats=first_tokens)
             tick()
         return found
 

@@ -36,7 +36,7 @@ from llava.overlay.blocks import (
     stacked,
     view_block,
 )
-from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, text_block
+from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, WARNING, text_block
 from llava.overlay.views import (
     heat_views,
     kept_at,
@@ -64,6 +64,7 @@ def draw_overlay(
     columns: int = 4,
     *,
     subtitle: str = "",
+    caveat: str = "",
     notes: dict[str, Sequence[str]] | None = None,
     why: bool = False,
     sections: dict[str, Image.Image] | None = None,
@@ -71,14 +72,15 @@ def draw_overlay(
 ) -> Image.Image:
     """A page with one panel per method: its name, the number of tokens that it kept, their patches, its answer.
 
-    selections: method name (or any other label) -> the Selection of this image
-    answers:    label -> answer; None for no answers
-    title:      text above everything, for example the question; subtitle: smaller text below it
-    columns:    panels side by side
-    notes:      label -> lines below its answer, for example measured costs
-    why:        also draws heat maps of both scores of AdaV, and the tokens that stay after each cut of a method inside
-                the LLM, if the report of the selection has them
-    sections:   title -> another picture below the panels (llava.overlay.cache_strip); footer: small print at the end
+    selections: method name (or any other label) -> what it kept of this image
+    answers:    label -> answer, where there is one
+    title:      above everything, for example the question; subtitle: smaller, under it
+    caveat:     what the answers are worth, under these, where that has to be said
+    columns:    panels beside each other
+    notes:      label -> lines under its answer, for example measured costs
+    why:        also heat maps of both scores of AdaV, and what is left after each cut of methods inside the LLM, where
+                the selections' reports have them
+    sections:   title -> further picture under the panels (llava.overlay.cache_strip); footer: small print at the end
 
     An image of one tile has one view. An image with crops has two: tile 0, which is the whole image squeezed into a
     square, and the crops at the places where they were cut. Padding is hatched. For a method inside the LLM the page
@@ -111,6 +113,7 @@ def draw_overlay(
     # 4. Title, legend and footer.
     top = [text_block(title, width, LARGE, INK, 3, bold=True)] if title else []
     top += [text_block(subtitle, width, SMALL, FAINT, 3)] if subtitle else []
+    top += [text_block(caveat, width, SMALL, WARNING, 8)] if caveat else []
     ends = [legend(_meanings(plan, side, selections, why), width)]
     ends += [text_block(footer, width, SMALL, FAINT, 8)] if footer else []
     return framed([*([stacked(top)] if top else []), *parts, stacked(ends)])

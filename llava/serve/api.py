@@ -25,6 +25,12 @@ from llava.config import add_config_flags, config_of_flags
 from llava.serve.service.image_input import ImageLimits
 from llava.serve.service.listening import listen, port_number, shown_host
 
+LIMITS = (
+    "They bound memory and waiting time. --max-batch + --max-waiting requests are accepted at a time: of a hundred at once, the "
+    "defaults answer 72 and refuse 28 with status 429, after which a client may try again. --max-batch needs GPU memory for as "
+    "many KV caches. The last request that waits does so for --max-waiting / --max-batch batches. If one machine is not enough, "
+    "use vLLM. docs/serving.md says how to choose."
+)
 GRACE = 10  # seconds that connections have to end after their answers were ended
 
 
@@ -38,19 +44,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--image-folder", action="append", default=[], help="requests may name images below it; repeatable"
     )
-    parser.add_argument("--max-batch", type=positive, default=8, help="requests that are answered together (8)")
-    parser.add_argument("--max-waiting", type=positive, default=64, help="requests that may wait (64); 429 beyond")
-    parser.add_argument(
+    limits = parser.add_argument_group("limits", LIMITS)
+    limits.add_argument("--max-batch", type=positive, default=8, help="requests that are answered together (8)")
+    limits.add_argument("--max-waiting", type=positive, default=64, help="requests that may wait (64); 429 beyond")
+    limits.add_argument(
         "--max-tokens", type=positive, default=512, help="of an answer whose request does not say (512)"
     )
-    parser.add_argument("--max-prompt-tokens", type=positive, help="of a request (what the model's context holds)")
-    parser.add_argument("--max-image-bytes", type=positive, default=ImageLimits().max_bytes)
-    parser.add_argument("--max-pixels", type=positive, default=ImageLimits().max_pixels, help="of a request's images")
-    parser.add_argument("--max-body-bytes", type=positive, default=32 << 20, help="of a request")
-    parser.add_argument(
+    limits.add_argument("--max-prompt-tokens", type=positive, help="of a request (what the model's context holds)")
+    limits.add_argument("--max-image-bytes", type=positive, default=ImageLimits().max_bytes)
+    limits.add_argument("--max-pixels", type=positive, default=ImageLimits().max_pixels, help="of a request's images")
+    limits.add_argument("--max-body-bytes", type=positive, default=32 << 20, help="of a request")
+    limits.add_argument(
         "--image-cache-bytes", type=_count, default=256 << 20, help="of encoded images for later requests"
     )
-    parser.add_argument("--shutdown-seconds", type=positive, default=60, help="that running answers get to finish (60)")
+    limits.add_argument("--shutdown-seconds", type=positive, default=60, help="that running answers get to finish (60)")
     parser.add_argument("--api-key-env", help="environment variable with the key that requests must bring")
     add_config_flags(parser)
     return parser.parse_args(argv)

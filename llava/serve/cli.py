@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             say(f"loading {checkpoint.short_name} ...")
         with load(checkpoint, args, config) as service:
             if sys.stdin.isatty():
-                say(limits_of(service))
+                say(limits_of(service.model.tokenizer))
                 say(
                     f"{checkpoint.short_name}, {chat.command('/method')}\n/image PATH shows a picture, /help lists the commands"
                 )

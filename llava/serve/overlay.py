@@ -1,6 +1,6 @@
 """The overlay command: one image, one question, several methods, one picture.
 
-    python -m llava.serve.overlay --image X --question Q --methods adav,fastervlm,... [--tokens 144] -o out.png
+    python -m llava.serve.overlay --image X --question Q [--methods adav,none,...] [--tokens 144] -o out.png
         [--model-path M] [--model-base B] [--conv-mode C] [--config FILE] [--repeats 5] [--steps 6] [--layer L] [flags]
 
 For each method the picture shows the patches that it kept, its answer and its cost. It also shows heat maps of AdaV's
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava.serve.overlay", description=__doc__.split("\n")[0])
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--question", required=True)
-    parser.add_argument("--methods", type=names, required=True, help="names with commas between them")
+    parser.add_argument("--methods", type=names, default="adav,none", help="names with commas between them (adav,none)")
     parser.add_argument("--tokens", type=positive, help="vision tokens per image, all tiles together: overall_tokens")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a .png, or under A-VL a .gif")
     parser.add_argument(
@@ -130,14 +130,24 @@ def main(argv: list[str] | None = None) -> None:
             "note: no installed font has all letters of the question; boxes stand for those it lacks", file=sys.stderr
         )
     try:
-        save(args, run, looks, f"{checkpoint.short_name}. {describe(run, first)}")
+        save(args, run, looks, f"{checkpoint.short_name}. {describe(run, first)}", caveat_of(run))
     except OSError as error:
         raise UserError(f"-o is {args.output}, which cannot be written ({error.strerror or error})") from None
     print(f"picture: {args.output}")
 
 
-def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
-    """Draw the page, or the frames of a GIF, and write the file. OSError if it cannot be written."""
+def caveat_of(run) -> str:
+    """What the demo's answers are worth, where it was asked about a picture that is none of the demo's; "" otherwise."""
+    from llava.eval.benchmarks.shapes import QUESTIONS
+    from llava.serve.service.start import limits_of
+    from llava.shapes.dataset import is_test_picture
+
+    limits = limits_of(run.tokenizer)
+    return "" if not limits or is_test_picture(run.image, QUESTIONS) else limits
+
+
+def save(args: argparse.Namespace, run, looks: dict, subtitle: str, caveat: str) -> None:
+    """Draw the page, or the frames of a GIF, and write it."""
     from llava.overlay.cache_strip import cache_frames, draw_caches, save_frames
     from llava.overlay.page import draw_overlay, width_of
 
@@ -147,7 +157,7 @@ def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
     if args.output.suffix.lower() == ".gif":
         if not caches:
             raise UserError(f"-o is {args.output}, but the LLM reads no vision token under {', '.join(looks)}")
-        told = {"title": args.question, "columns": args.columns, "footer": f"{subtitle} {ending}"}
+        told = {"title": args.question, "columns": args.columns, "footer": f"{subtitle} {ending}", "caveat": caveat}
         save_frames(cache_frames(**seen, caches=caches, layer=args.layer, **told), args.output)
         return
     room = width_of(min(args.columns, len(looks)))
@@ -159,6 +169,7 @@ def save(args: argparse.Namespace, run, looks: dict, subtitle: str) -> None:
         title=args.question,
         columns=args.columns,
         subtitle=subtitle,
+        caveat=caveat,
         notes={name: look.notes() for name, look in looks.items()},
         why=True,
         sections={"A-VL: the image in the KV cache while answering": strips} if caches else None,

@@ -104,7 +104,7 @@ def application(service, args: argparse.Namespace, name: str, several_tiles: boo
         limits,
         sampling(args),
         name=name,
-        caveat=limits_of(service),
+        caveat=limits_of(service.model.tokenizer),
         most_tokens=most_tokens(service),
         examples=examples,
         users=args.users,

@@ -13,12 +13,13 @@ import os
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.progress import progress_bar
 from llava.shapes.questions import ask
-from llava.shapes.scenes import FAMILIES, SPLITS, draw_scene, scene_rng
+from llava.shapes.scenes import FAMILIES, SPLITS, draw_scene, scene_rng, scene_size
 from llava.shapes.vocabulary import QUESTION_TYPES
 
 PER_IMAGE = len(QUESTION_TYPES)
@@ -34,6 +35,16 @@ def scene_questions(family, split, index, seed_set=0):
     scene = draw_scene(family, split, index, seed_set)
     rng = scene_rng(family, split, index, seed_set, stream=1)
     return scene, [ask(scene, category, rng) or ask(scene, "exists", rng) for category in QUESTION_TYPES]
+
+
+def is_test_picture(picture: Image.Image, questions: int) -> bool:
+    """Whether an RGB picture is one of those that the first `questions` questions of a family's test split are about."""
+    return any(
+        scene_size(family, "test", index) == picture.size
+        and np.array_equal(draw_scene(family, "test", index).pixels, np.asarray(picture))
+        for family in FAMILIES
+        for index in range(questions // PER_IMAGE)
+    )
 
 
 def write_dataset(family, split, questions, out, seed_set=0):

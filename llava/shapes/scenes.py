@@ -66,6 +66,11 @@ def scene_rng(family, split, index, seed_set=0, stream=0):
     return np.random.default_rng([FAMILIES.index(family), SPLITS.index(split), seed_set, stream, index])
 
 
+def scene_size(family, split, index, seed_set=0):
+    """(width, height) of the scene with this key, without drawing it."""
+    return _canvas_size(family, scene_rng(family, split, index, seed_set))
+
+
 def draw_scene(family, split, index, seed_set=0):
     """The scene with this key. The same key always gives the same pixels."""
     rng = scene_rng(family, split, index, seed_set)

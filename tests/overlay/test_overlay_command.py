@@ -1,6 +1,7 @@
 """The overlay command: what it runs and measures, what it reads of the cache, and what it says to bad input."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -135,6 +136,49 @@ def test_command_writes_a_picture(picture, tmp_path, capsys):
     ask(picture, tmp_path / "one.png", "--methods", "adav", "--tokens", "40")
     with Image.open(tmp_path / "avl.png") as with_strip, Image.open(tmp_path / "one.png") as without:
         assert with_strip.height > without.height + 100
+
+
+def test_methods_are_adav_and_none_by_default(picture, tmp_path, capsys):
+    ask(picture, tmp_path / "out.png", "--tokens", "14")
+    said = capsys.readouterr().out
+    assert "14 of 144 vision tokens" in said and "144 of 144 vision tokens" in said
+    assert re.findall(r"^(\w+): ", said, re.M)[:2] == ["adav", "none"]
+
+
+def test_the_demos_caveat_stands_in_a_picture_that_is_none_of_the_demos(picture, tmp_path, monkeypatch):
+    from llava.overlay import cache_strip, page
+
+    photo, seen = tmp_path / "photo.png", []
+    Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo)  # of the same size
+
+    def watched(draw):
+        def drawn(*args, caveat, **more):
+            seen.append((caveat, draw(*args, caveat=caveat, **more)))
+            return seen[-1][1]
+
+        return drawn
+
+    for module, name in ((page, "draw_overlay"), (cache_strip, "cache_frames")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    for flags in (("out.png",), ("out.gif", "--vision-adaptive-attention", "true", "--steps", "1")):
+        for image in (picture, photo):
+            ask(image, tmp_path / flags[0], "--methods", "adav", "--tokens", "14", *flags[1:])
+    own, other, own_frames, other_frames = seen
+    assert own[0] == own_frames[0] == "" and "it answers nonsense" in other[0] and other[0] == other_frames[0]
+    assert other[1].height > own[1].height and other_frames[1][0].height > own_frames[1][0].height
+
+
+def test_a_time_whose_repeats_scatter_is_marked(run, monkeypatch):
+    """Of five repeats two are ten times as slow: nothing is wrong with the median, but it is not to be quoted."""
+    times = iter([0.030] + [0.025, 0.250, 0.026, 0.260, 0.025] + [0.030] + [0.025, 0.026, 0.025, 0.250, 0.025])
+    monkeypatch.setattr(run, "_first_token", lambda config, most: (next(times), 0.02))
+    marked, steady = (
+        run.looks({"adav": AdaVConfig(method="adav", overall_tokens=14)}, max_new_tokens=1).pop("adav")
+        for _ in range(2)
+    )
+    mark = "do not quote this time: its repeats lie between 25.0 and 260.0 ms"
+    assert marked.notes()[:2] == ["first token after 26.0 ms, of which prefill 20.0 ms", mark]
+    assert not any("do not quote" in note for note in steady.notes())  # one of five is slow
 
 
 def test_an_empty_answer_is_told(picture, tmp_path, capsys):

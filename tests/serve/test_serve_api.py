@@ -440,6 +440,17 @@ def test_a_second_signal_ends_what_runs_with_an_error_and_no_traceback(checkpoin
         process.communicate()
 
 
+def test_help_says_what_the_limits_are_for(capsys):
+    from llava.serve.api import main, parse
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    limits = parse(["--model-path", "x"])
+    most = limits.max_batch + limits.max_waiting
+    assert f"the defaults answer {most} and refuse {100 - most} with status 429" in said and "use vLLM" in said
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -79,6 +79,6 @@ def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfi
             logging.enable_progress_bar()
 
 
-def limits_of(service: Service) -> str:
-    """LIMITS for a demo checkpoint, "" for any other. The vocabulary decides, not the name of the folder."""
-    return LIMITS if is_demo_vocabulary(service.model.tokenizer) else ""
+def limits_of(tokenizer) -> str:
+    """What the answers of a checkpoint are worth, where that has to be said; "" for others. Its tokenizer tells which it is."""
+    return LIMITS if is_demo_vocabulary(tokenizer) else ""
