@@ -42,6 +42,7 @@ class Installed:
             cwd=self.folder, env=environment, input=text, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+        self.stderr = done.stderr
         return done.stdout
 
 
@@ -81,6 +82,7 @@ def test_overlay_and_chat(installed, picture):
 def test_runs_and_data_go_under_the_working_directory(installed):
     before = sorted(installed.site.rglob("*"))
     installed.run("-m", "llava.eval.launch", "shapes", "14", "--family", "demo", "--limit", "4")
+    assert "shapes: 4 questions; all 4,000 of one tile with 14 tokens take one to two minutes" in installed.stderr
     (score,) = installed.folder.glob("runs/shapes/llava-shapes-v1.5/*/score.json")
     assert json.loads(score.read_text())["questions"] == 4
     assert (installed.folder / "playground" / "data" / "eval" / "shapes-v1.5" / "questions.jsonl").is_file()

@@ -163,6 +163,10 @@ def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], 
     if args.plan:
         print(describe_plan(runs, shards, devices))
         return
+    for run in runs:
+        if run.benchmark.duration:
+            told = f"{run.benchmark.name}: {len(run.samples):,} questions; {run.benchmark.duration}; --limit N asks the first N"
+            print(told, file=sys.stderr, flush=True)
     title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
     reports = evaluate_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks)
     for run, report in zip(runs, reports, strict=True):

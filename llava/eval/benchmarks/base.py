@@ -32,6 +32,7 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int] = 128  # LLaVA's model_vqa_loader
     download_page: ClassVar[str | None] = None
     headline: ClassVar[str | None] = None  # key of the score that published tables print; None: only an upload file
+    duration: ClassVar[str | None] = None  # how long a whole run takes, where that is known; said at the start
     points: ClassVar[bool] = False  # True: scores are points, not shares between 0 and 1
     repeats: ClassVar[bool] = False  # True: the same question may be asked, and labelled, several times
 
