@@ -62,38 +62,37 @@ class Conversation:
         return replace(self, messages=list(self.messages))
 
     def append_message(self, role: str, message: str | None) -> None:
-        """Add a message. None as the last one leaves the role's cue for the model to go on from. "" is an empty answer."""
+        """Add a message. None, or an empty one, leaves the role's cue alone, as in LLaVA.
+
+        After the cue of the last message the model writes its answer.
+        """
         self.messages.append((role, message))
 
     def get_prompt(self) -> str:
         """The whole prompt as one string, the system text first."""
         return getattr(self, "_" + self.style)()
 
-    def _end(self, role: str, message: str | None) -> str:
-        """What follows a message. An empty answer is ended like any other, as the model itself ended it."""
-        if role == self.roles[0]:
-            return self.sep if message else ""
-        return "" if message is None else self.sep2
+    def _separator(self, role: str) -> str:
+        return self.sep if role == self.roles[0] else self.sep2
 
     def _vicuna(self) -> str:
         text = self.system + self.sep
         for role, message in self.messages:
-            text += f"{role}:" + (f" {message}" if message else "") + self._end(role, message)
+            # No space after the colon of the cue: the model's first token brings its own.
+            text += f"{role}: {message}{self._separator(role)}" if message else f"{role}:"
         return text
 
     def _chatml(self) -> str:
         text = self.system + self.sep
         for role, message in self.messages:
-            text += role + (message or "") + self._end(role, message)
+            text += role + (message + self.sep if message else "")
         return text
 
     def _mistral(self) -> str:
-        text = ""
+        text = ""  # this template has no system text, and the tokenizer adds the BOS
         for role, message in self.messages:
-            if role == self.roles[0]:
-                text += f"[INST] {message} [/INST]" if message else ""
-            else:
-                text += (f" {message} " if message else "") + self._end(role, message)
+            if message:
+                text += f"[INST] {message} [/INST]" if role == self.roles[0] else f" {message} {self.sep2}"
         return text
 
     def _plain(self) -> str:

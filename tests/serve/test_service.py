@@ -419,13 +419,13 @@ def conversation(*messages):
 @pytest.mark.parametrize(
     "template, messages, expected",
     [
-        # Empty answers: ended, as the model ended them.
-        ("vicuna_v1", ["s: S", "u: A", "a: ", "u: B"], "S USER: A ASSISTANT:</s>USER: B ASSISTANT:"),
-        ("mistral_instruct", ["u: A", "a: ", "u: B"], "[INST] A [/INST]</s>[INST] B [/INST]"),
+        # Empty answers: the cue alone, as in LLaVA.
+        ("vicuna_v1", ["s: S", "u: A", "a: ", "u: B"], "S USER: A ASSISTANT:USER: B ASSISTANT:"),
+        ("mistral_instruct", ["u: A", "a: ", "u: B"], "[INST] A [/INST][INST] B [/INST]"),
         (
             "chatml_direct",
             ["s: S", "u: A", "a: ", "u: B"],
-            "<|im_start|>system\nS<|im_end|><|im_start|>user\nA<|im_end|><|im_start|>assistant\n<|im_end|>"
+            "<|im_start|>system\nS<|im_end|><|im_start|>user\nA<|im_end|><|im_start|>assistant\n"
             "<|im_start|>user\nB<|im_end|><|im_start|>assistant\n",
         ),
         ("vicuna_v1", ["s: S", "u: A", "a: "], "S USER: A ASSISTANT:"),  # a client's place for the answer

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
     from llava.mm_utils import TilePlan
-
-
-# Seconds between two looks for Ctrl-C while the main thread waits. The system may hand the signal to another thread: then
-# the main thread sleeps on, and Python raises KeyboardInterrupt only when it wakes up.
-POLL = 0.2
 
 
 class Failed(Exception):
@@ -98,25 +91,15 @@ class Reply:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text until the end of the answer. Raises the error of the request at the end."""
-        while (piece := self._next_piece()) is not None:
+        while (piece := self._pieces.get()) is not None:
             yield piece
         self._pieces.put(None)  # a second iteration finds the end at once, and does not block
         self.result()
 
-    def _next_piece(self) -> str | None:
-        """The next piece; None at the end. Waits in short turns (see POLL)."""
-        while True:
-            try:
-                return self._pieces.get(timeout=POLL)
-            except Empty:
-                continue
-
     def result(self, timeout: float | None = None) -> Answered:
         """The finished answer. TimeoutError if it is not there after `timeout` seconds; None waits without limit."""
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        while not self._over.wait(min(POLL, max(0.0, end - time.monotonic()))):
-            if time.monotonic() >= end:
-                raise TimeoutError(f"no answer within {timeout} seconds")
+        if not self._over.wait(timeout):
+            raise TimeoutError(f"no answer within {timeout} seconds")
         if self._error is not None:
             # Without the old traceback: each raise would lengthen it, and its frames keep their variables alive.
             raise self._error.with_traceback(None)
