@@ -63,6 +63,7 @@ def completed(args) -> argparse.Namespace:
 
 def eval_model(args) -> None:
     """LLaVA's function: print the answer to one question. args: an object whose attributes are named like the flags."""
+    # 1. Check all input before torch is imported. get_conversation raises for an unknown template.
     args = completed(args)
     files = image_files(args.image_file, args.sep)
     asked = question(args.query, len(files))

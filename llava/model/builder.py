@@ -40,16 +40,19 @@ def load_pretrained_model(
 ):
     """Load a LLaVA checkpoint. Returns (tokenizer, model, image_processor, context_len).
 
-    model_path: folder or hub name. model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint.
-    model_name: accepted because LLaVA's users pass it; nothing is decided by a name.
-    load_8bit, load_4bit: refused, since quantised weights are not supported yet.
-    device_map: as transformers takes it; "auto" is the CPU where there is no GPU.
-    device: as LLaVA takes it: all of the model there, whatever device_map says; None and "cuda" leave it to device_map.
-    config: how vision tokens are chosen; None is the plain model.
-    torch_dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU; else a dtype or its name.
-    A checkpoint without tokenizer or image processor loads all the same: both are returned as None.
-    Raises UserError for whatever is wrong with the checkpoint.
+    model_path: folder or hub name
+    model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint
+    model_name: accepted because callers of LLaVA pass it, and ignored
+    load_8bit, load_4bit: refused, because quantised weights are not supported yet
+    device_map: as transformers takes it; "auto" is the CPU where there is no GPU
+    device: as in LLaVA, the device of the whole model, with priority over device_map; None and "cuda" leave the choice to
+        device_map
+    config: settings of the methods; None is the plain model
+    torch_dtype: a dtype or its name; "auto" is the checkpoint's own dtype on a GPU and float32 on the CPU
+    context_len is in tokens. Tokenizer or image processor is None where the checkpoint has none. Raises UserError for
+    anything that is wrong with the checkpoint or does not fit `config`.
     """
+    # 1. Configuration and checks. They come before the weights, which take minutes to load.
     if load_8bit or load_4bit:
         raise UserError(
             f"{'load_8bit' if load_8bit else 'load_4bit'} is true, but quantised weights are not supported yet: leave it out"
@@ -79,7 +82,7 @@ def load_pretrained_model(
 
 
 def _device_map(device_map, device):
-    """LLaVA's rule: a device that is not "cuda" stands for a map of everything to it."""
+    """The device map that LLaVA's arguments mean: a device other than "cuda" takes the whole model."""
     if device is None:
         return device_map
     try:

@@ -3,10 +3,10 @@
     python -m llava.serve.cli [--model-path M] [--image cat.png] [flags of adav_configs.json]
     printf '/image cat.png\\nWhat is on the mat?\\n' | python -m llava.serve.cli --json > answers.jsonl
 
-Without --model-path it talks to the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer, twice it
-leaves, as does Ctrl-D. Answers go to stdout, everything else to stderr. Where stdin is no terminal there is no prompt, every
-line is a question or a command, and the exit code is 2 if one of them could not be carried out. With --json each question
-becomes one JSON object on a line of its own.
+Without --model-path it loads the demo checkpoint. /help lists the commands. Ctrl-C ends a running answer. Ctrl-C twice,
+or Ctrl-D, leaves the program. Answers go to stdout, all other text goes to stderr. If stdin is no terminal, there is no
+prompt, every line is a question or a command, and the exit code is 2 if one of them failed. With --json, each question gets
+one JSON object on its own line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT = "> "
 
 
 class Terminal:
-    """A chat on stdin, stdout and stderr, with one service. as_json: answers are JSON objects, one a line."""
+    """A chat with one service on stdin, stdout and stderr. as_json: each answer is a JSON object on its own line."""
 
     def __init__(self, service, chat: Chat, sampling, as_json: bool = False):
         self.service, self.chat, self.sampling, self.as_json = service, chat, sampling, as_json
@@ -115,7 +115,7 @@ class Terminal:
 
 
 def _stream(reply) -> None:
-    """Words as they come, the space in front of the first one left out."""
+    """Print the words of an answer as they come, without the space before the first one."""
     lines, begun = Lines(partial(print, end="", flush=True), width_of(sys.stdout)), False
     try:
         for piece in reply:

@@ -62,9 +62,9 @@ def checkpoint_of(args: argparse.Namespace) -> EvalCheckpoint:
 
 
 def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfig, **limits) -> Service:
-    """A service of the checkpoint; limits: its keyword arguments. UserError for whatever is wrong with it.
+    """A service of the checkpoint. limits: keyword arguments of Service.load. UserError for a bad checkpoint.
 
-    Without transformers' loading bar: who waits has been told what is loaded.
+    transformers' loading bar is off: the command has already said what it loads.
     """
     from transformers.utils import logging
 
@@ -80,5 +80,5 @@ def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfi
 
 
 def limits_of(tokenizer) -> str:
-    """What the answers of a checkpoint are worth, where that has to be said; "" for others. Its tokenizer tells which it is."""
+    """LIMITS for a demo checkpoint, "" for any other. The vocabulary decides, not the name of the folder."""
     return LIMITS if is_demo_vocabulary(tokenizer) else ""
