@@ -3,7 +3,7 @@
 # make compare   every method at 25, 10 and 5 % of the tokens: a CSV, a table and a plot (under an hour; goes on where it stopped)
 # make lmms-eval lmms-eval beside it, without the torch and transformers that it would bring
 # make lock      constraints.txt anew, after a requirement changed; UPGRADE=--upgrade takes the newest versions
-# make test-fast lint and the tests of methods, costs and kernels: for the loop of someone who edits a method
+# make test-fast lint and the tests of methods, FLOPs and the decode kernel: for the loop of someone who edits a method
 # make test      lint and all tests but the long ones, on all cores
 # make test-all  also the long ones, and those of the extras, which it installs
 PYTHON ?= python3
@@ -50,7 +50,7 @@ test: lint
 	$(TEST) -m "not long"
 
 test-fast: lint
-	$(TEST) -m "not long" tests/test_house.py tests/methods tests/costs tests/kernels/test_decode_kernel.py
+	$(TEST) -m "not long" tests/test_house.py tests/methods tests/costs/test_flops.py tests/kernels/test_decode_kernel.py
 
 # Training (DeepSpeed) and serving (page, API) are tested with the long tests; nothing else needs them.
 .venv/extras: .venv/installed

@@ -69,7 +69,10 @@ def only(output: Path, name: str) -> Path:
 
 
 def test_four_ranks_one_killed(arguments, tmp_path):
-    """The answers of a rerun are those of one process, byte for byte, and the killed start's are not asked again."""
+    """The answers of a rerun are those of one process, byte for byte, and the killed start's are not asked again.
+
+    The rerun has two ranks: their number may change between starts.
+    """
     alone = launch(*arguments, "--output", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
 
@@ -88,14 +91,14 @@ def test_four_ranks_one_killed(arguments, tmp_path):
     kept = answered(output)
     assert 8 <= sum(kept.values()) < QUESTIONS and not list(output.rglob("merge.jsonl"))
 
-    again = torchrun(4, *arguments, "--output", output)
+    again = torchrun(2, *arguments, "--output", output)
     printed, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert f"{QUESTIONS - sum(kept.values())} questions answered" in printed and printed.count("vqav2 (") == 1
     assert only(output, "merge.jsonl").read_bytes() == only(tmp_path / "alone", "merge.jsonl").read_bytes()
     assert sum(answered(output).values()) == QUESTIONS
     report = json.loads(only(output, "run.json").read_text())
-    assert [rank["shards"] for rank in report["sessions"][-1]["ranks"]] == [1, 1, 1, 1]
+    assert [rank["shards"] for rank in report["sessions"][-1]["ranks"]] == [1, 1]
     assert report["score"] == json.loads(only(tmp_path / "alone", "run.json").read_text())["score"] | {
         "upload": report["score"]["upload"]
     }
