@@ -9,7 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-LIMIT = 0.15  # on an idle machine the spread is a few hundredths
+LIMIT = 0.15  # of repeats of one thing: on an idle machine the spread is a few hundredths
+# Of the batches of a run, by predicted FLOP: they differ in padding, so the spread was 0.08 to 0.34 on an idle machine.
+BATCH_LIMIT = 0.4
 REASON = "its repeats differ too much, probably because the machine was busy; do not quote it"
 
 
@@ -21,6 +23,6 @@ def spread(repeats: Sequence[float]) -> float:
     return (high - low) / middle if middle else 0.0
 
 
-def scatters(share: float | None) -> bool:
-    """Whether a figure whose repeats have this `spread` has to be marked. None: there is nothing to tell it from."""
-    return share is not None and share > LIMIT
+def scatters(share: float | None, limit: float = LIMIT) -> bool:
+    """Whether a figure whose repeats have this `spread` must be marked. None: there were too few repeats to tell."""
+    return share is not None and share > limit

@@ -19,7 +19,7 @@ from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import find_checkpoint
 from llava.common.machine import cores
 from llava.common.progress import progress_bar
-from llava.common.scatter import REASON, scatters
+from llava.common.scatter import BATCH_LIMIT, REASON, scatters
 from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
 from llava.eval.benchmarks import BENCHMARKS
@@ -70,7 +70,7 @@ def table(reports: list[tuple[str, str, dict]]) -> str:
                 f"{100 * score['accuracy']:.1f} %",
                 str(score["questions"]),
                 f"{tokens['after']:.1f} of {tokens['before']:.1f}",
-                f"{milliseconds:.1f}" + (" (scatters)" if scatters(report["prefill_spread"]) else ""),
+                f"{milliseconds:.1f}" + (" (scatters)" if scatters(report["prefill_spread"], BATCH_LIMIT) else ""),
                 f"{report['kv_bytes_live']['mean'] / 1000:,.0f} kB",
             )
         )

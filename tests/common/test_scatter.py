@@ -51,7 +51,7 @@ def test_more_work_is_no_scatter():
     assert summarise(mixed)["prefill_spread"] < 0.01
 
 
-@pytest.mark.parametrize("share, said", [(0.4, True), (0.1, False), (None, False)])
+@pytest.mark.parametrize("share, said", [(0.6, True), (0.3, False), (None, False)])
 def test_the_launcher_says_so(share, said):
     class Named:
         name, split, short_name, method, points = "gqa", "test", "tiny", "adav", False

@@ -392,7 +392,7 @@ def test_times_that_scatter_are_marked(bench):
     bench.run(method="none")
     path = bench.run(method="adav") / "run.json"
     assert "scatters" not in report(bench)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prefill_spread": 0.4}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prefill_spread": 0.6}))
     html = report(bench)
     assert html.count(">scatters</abbr>") == 1 and "A time that scatters: its repeats differ too much" in html
     assert "adav, 8 tokens: 100.0 % [100.0, 100.0] at 5 ms (scatters)</title>" in html

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 from llava.common.files import digest_of, read_json
-from llava.common.scatter import scatters
+from llava.common.scatter import BATCH_LIMIT, scatters
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.questions import Sample
@@ -145,7 +145,7 @@ class RecordedRun:
     @property
     def scatters(self) -> bool:
         """Whether its times are not to be quoted."""
-        return scatters(self.measured("prefill_spread"))
+        return scatters(self.measured("prefill_spread"), BATCH_LIMIT)
 
     @property
     def place(self) -> tuple:

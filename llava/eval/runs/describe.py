@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from llava.common.scatter import REASON, scatters
+from llava.common.scatter import BATCH_LIMIT, REASON, scatters
 from llava.eval.runs.division import divide, useful_shards
 from llava.eval.runs.run import Run
 from llava.eval.runs.worker_processes import device_of, worker_command, worker_settings
@@ -75,7 +75,7 @@ def describe_run(run: Run, report: dict) -> str:
         lines.append(f"  predicted prefill per question: {flops / 1e9:,.3f} GFLOPs")
     reused = f", {session['reused']} from before" if session["reused"] else ""
     lines.append(f"  {session['answered']} questions answered in {session['wall_seconds']:.1f} s{reused}")
-    if scatters(report["prefill_spread"]):
+    if scatters(report["prefill_spread"], BATCH_LIMIT):
         lines.append(f"  note: the time per question scatters: {REASON}")
     lines.append(f"  {run.folder}")
     return "\n".join(lines)
