@@ -1,5 +1,5 @@
-"""What a data file has that cannot be used: samples that nothing is learnt from are counted, images that are not there are
-named in one message."""
+"""Problems of a training data file. Samples without anything to learn are counted; missing images are named in one
+message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMED = 100  # images that one message names
 
 
 class Ignored:
-    """What is not learnt of the `total` samples of the file `path`: how many of each kind, and the first one."""
+    """Counts the samples of the file `path` that are not learnt, per kind, and keeps the first one of each kind."""
 
     def __init__(self, path: str, total: int):
         self._path, self._total = path, total
@@ -22,7 +22,7 @@ class Ignored:
         self._partly, self._first_partly = 0, ""
 
     def leaves_out(self, where: str, turns: list[str], images: int) -> bool:
-        """Whether a sample with `images` images is left out."""
+        """Return whether a sample with `images` images is left out, and count it."""
         answers = turns[1::2]
         placeholders = sum(turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns) if images else 0
         if not any(answers):
@@ -41,7 +41,7 @@ class Ignored:
         self._first.setdefault(kind, first)
 
     def note(self) -> str:
-        """One sentence about all of it; "" where everything is learnt."""
+        """Return one sentence with all counts; "" if every sample is learnt."""
         parts = []
         if self._left_out:
             kinds = "; ".join(f"{n} {kind} (first: {self._first[kind]})" for kind, n in self._left_out.items())
@@ -54,7 +54,7 @@ class Ignored:
         return f"{self._path}: {'; '.join(parts)}" if parts else ""
 
     def refuse_all(self) -> None:
-        """UserError that says why nothing of the file can be learnt."""
+        """Raise UserError: no sample of the file can be learnt."""
         first = next(iter(self._first.values()))
         if self._total == 1:
             raise UserError(f"{self._path}, {first}")
@@ -62,7 +62,7 @@ class Ignored:
 
 
 class ImageFolder:
-    """Finds images in a folder and collects which of them are not there."""
+    """Finds the images of samples in a folder, and collects the missing ones."""
 
     def __init__(self, folder: str | None):
         self._folder = folder
@@ -70,7 +70,7 @@ class ImageFolder:
         self._wrong: list[str] = []
 
     def path(self, name: str, where: str) -> str:
-        """Where the image `name` of the sample `where` lies."""
+        """Return the path of the image `name` of the sample `where`."""
         if name not in self._paths:
             if not self._paths:
                 self._check_folder(where)
@@ -95,7 +95,7 @@ class ImageFolder:
         return f"{path} is a folder" if os.path.isdir(path) else f"{path} is not there"
 
     def check(self, data: str) -> None:
-        """UserError, one for all images of the file `data`, where some are not there."""
+        """Raise one UserError that names all missing images of the file `data`."""
         if not self._wrong:
             return
         if len(self._wrong) == 1:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from benchmark_data import make_benchmark
-from eval_data import REPOSITORY, SPLIT, environment, make_folder_only_checkpoint, make_vqav2
+from eval_data import REPOSITORY, SPLIT, environment, make_place, make_vqav2
 
 from llava.eval import launch
 
@@ -16,13 +16,8 @@ from llava.eval import launch
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Everything that a good command line needs, so that each test spoils one thing."""
-    for name in set(launch.os.environ) - set(environment()):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.chdir(tmp_path)
+    make_place(tmp_path, monkeypatch)
     make_vqav2(tmp_path / "data")
-    make_folder_only_checkpoint(tmp_path / "llava")
-    (tmp_path / "config.json").write_text("{}")
     return tmp_path
 
 

@@ -276,25 +276,18 @@ def test_llavas_quick_start(data, checkpoint, capsys):
     prompt = conversation.get_prompt()
     ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
     picture = Image.open(image).convert("RGB")
-    output = model.generate(
-        inputs=ids,
-        images=process_images([picture], image_processor, model.config),
-        image_sizes=[picture.size],
-        do_sample=False,
-        max_new_tokens=4,
-        use_cache=True,
-        stopping_criteria=[KeywordsStoppingCriteria([stop], tokenizer, ids)],
-    )
+    asked = {
+        "inputs": ids,
+        "images": process_images([picture], image_processor, model.config),
+        "image_sizes": [picture.size],
+        "do_sample": False,
+        "max_new_tokens": 4,
+        "use_cache": True,
+    }
+    output = model.generate(**asked, stopping_criteria=[KeywordsStoppingCriteria([stop], tokenizer, ids)])
     assert tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip() == said.strip()
     word = tokenizer.decode(output[0, 1])
-    stopped = model.generate(
-        inputs=ids,
-        images=process_images([picture], image_processor, model.config),
-        image_sizes=[picture.size],
-        do_sample=False,
-        max_new_tokens=4,
-        stopping_criteria=[KeywordsStoppingCriteria([word], tokenizer, ids)],
-    )
+    stopped = model.generate(**asked, stopping_criteria=[KeywordsStoppingCriteria([word], tokenizer, ids)])
     assert stopped.shape[1] < output.shape[1] and word in tokenizer.decode(stopped[0])
 
     values.pop("query")

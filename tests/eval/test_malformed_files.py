@@ -9,7 +9,7 @@ import json
 
 import pytest
 from benchmark_data import make_benchmark
-from eval_data import environment, make_folder_only_checkpoint
+from eval_data import make_place
 from PIL import Image
 from report_runs import Bench
 
@@ -24,12 +24,7 @@ DEEP = "[" * 100_000
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A checkpoint, a configuration and a place for data, which is the current folder."""
-    for name in set(launch.os.environ) - set(environment()):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.chdir(tmp_path)
-    make_folder_only_checkpoint(tmp_path / "llava")
-    (tmp_path / "config.json").write_text("{}")
+    make_place(tmp_path, monkeypatch)
     return tmp_path
 
 

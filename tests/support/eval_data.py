@@ -55,6 +55,16 @@ def environment() -> dict:
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
+def make_place(folder: Path, monkeypatch) -> None:
+    """Make `folder` the current one, with a checkpoint "llava" and a "config.json", in the environment of `launch`."""
+    for name in set(os.environ) - set(environment()):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(folder)
+    make_folder_only_checkpoint(folder / "llava")
+    (folder / "config.json").write_text("{}")
+
+
 def launch(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(*arguments), env=environment(), capture_output=True, text=True, timeout=300, **options

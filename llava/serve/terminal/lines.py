@@ -1,4 +1,4 @@
-"""Lines on a terminal that are broken between words, also where the text comes in pieces."""
+"""Line breaks between words on a terminal, for text that comes in pieces."""
 
 from __future__ import annotations
 
