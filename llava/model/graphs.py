@@ -7,6 +7,7 @@ second, and its buffers stay allocated. It therefore pays only for work that rep
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -19,22 +20,39 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def new_pool():
-    """Return a memory pool for all graphs of one engine. They never replay at the same time, so they may share it."""
-    return torch.cuda.graph_pool_handle()
+class Pool:
+    """The memory pool of all graphs of one engine. They never replay at the same time, so they may share it."""
+
+    def __init__(self):
+        self._handle = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def handle(self):
+        """Return the handle to capture with."""
+        # torch ends a pool with its last graph, and a capture with the handle of an ended pool fails.
+        if not self._graphs:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def add(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Note a graph that was captured with the current handle."""
+        self._graphs.add(graph)
 
 
-def capture(run: Callable[[], object], pool=None) -> torch.cuda.CUDAGraph | None:
+def capture(run: Callable[[], object], pool: Pool | None = None) -> torch.cuda.CUDAGraph | None:
     """Capture `run`, which must never wait for the host, and return the graph.
 
+    pool: shared with other graphs; None gives the graph a pool of its own
     A capture executes nothing: replay the graph for its results. The result is None, with a warning, where the capture
     fails, mostly for lack of memory. All of its memory is then free again, and the caller continues without a graph.
     """
+    pool = Pool() if pool is None else pool
     # "thread_local": a call of another thread (a data loader that pins memory) must not break the capture.
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool.handle(), capture_error_mode="thread_local"):
             run()
+        pool.add(graph)
         return graph
     except RuntimeError as error:  # the class of torch.OutOfMemoryError and of CUDA's error for an invalidated capture
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -125,7 +125,10 @@ def test_only_the_scores_that_were_asked_for(backend):
     o = operands(ROWS["111, three rows"], group=2)
     both = decode_attention(*o, scores=True, backend=backend)
     for scores, core, text in ((False, False, False), ("core", True, False), ("text", False, True)):
-        found = run_triton(o, scores=scores) if backend == "triton" else decode_attention(*o, scores=scores)
+        if backend == "triton":
+            found = run_triton(o, scores=scores)
+        else:
+            found = decode_attention(*o, scores=scores, backend=backend)
         assert torch.equal(found.out, both.out)
         assert (found.core_scores is not None, found.text_scores is not None) == (core, text)
         assert not core or torch.equal(found.core_scores, both.core_scores)

@@ -78,8 +78,8 @@ class Loaded:
         # Head size 64, as the kernels' cases have it; 5 tiles of 16 patches and 8 newline tokens.
         preset = Preset(56, (64, 3, 4, 128), (256, layers, 4, 320), 200, (9, 7), kv_heads=kv_heads)
         model = random_model(preset.model_config(newline=True), device, dtype, seed=0)
-        make_fast(model)
         if merged:
+            make_fast(model)
             merge_projections(model)  # which make_fast does on a GPU alone
         return cls(preset, model)
 
@@ -636,6 +636,19 @@ def test_an_engine_that_is_dropped_takes_everything_with_it(grouped):
     gc.collect()
     assert len(held) == 2 and all(part() is None for part in held)
     torch.testing.assert_close(grouped.request("full", 2).inputs_embeds, prepared.inputs_embeds, rtol=0, atol=1e-5)
+
+
+def test_captures_after_a_release(grouped, recwarn):
+    """A memory pool of CUDA graphs ends with its last graph, so what is captured later needs another one."""
+    prepared, engine = grouped.request("full", 2), grouped.engine()
+    expected = grouped.plain(prepared)
+    for _ in range(2):
+        for _ in range(3):
+            assert tokens(engine, prepared) == expected
+        assert kinds(engine) == [{False}]
+        engine.release()
+        assert not engine.captured_sets()
+    assert not recwarn.list
 
 
 def test_captured_sets_stay_within_the_bound(grouped, monkeypatch):

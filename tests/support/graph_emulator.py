@@ -23,6 +23,7 @@ graphs of one pool share, and whatever differs between a kernel and its referenc
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from llava.model import graphs
 NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing"
 INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
 UNJOINED = "CUDA error: capturing stream has unjoined work"
+POOL_ENDED = "use_count > 0 INTERNAL ASSERT FAILED: the pool has ended with its last graph"
 NOT_CAPTURED = "Called CUDAGraph::replay without a preceding successful capture."
 
 # Operations that wait for the device without being tagged for it: of the host's numbers a tensor is made.
@@ -102,6 +104,18 @@ class CUDAGraph:
         inputs = [tensor for node in nodes for tensor in _tensors(node.operands) if _memory(tensor) not in fresh]
         own = Counter(_memory(tensor) for tensor in inputs)
         self._inputs = [(tensor, own[memory]) for memory, tensor in {_memory(t): t for t in inputs}.items()]
+
+
+class PoolHandle:
+    """torch.cuda.graph_pool_handle(). A pool ends with its last graph; later captures with its handle fail."""
+
+    def __init__(self):
+        self.used = False
+        self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
+
+    @property
+    def ended(self) -> bool:
+        return self.used and not self.graphs
 
 
 class Stream:
@@ -177,7 +191,9 @@ class Emulation:
         if self.capturing():
             raise RuntimeError(f"{NOT_PERMITTED}: another capture is open")
         cuda_graph.reset()
-        cuda_graph._pool = object() if pool is None else pool
+        cuda_graph._pool = PoolHandle() if pool is None else pool
+        if cuda_graph._pool.ended:
+            raise RuntimeError(POOL_ENDED)
         outer, self.stream = self.stream, Stream(self) if stream is None else stream
         self.recorder = recorder = Recorder(self)
         try:
@@ -190,6 +206,8 @@ class Emulation:
                 raise RuntimeError(recorder.fault)
             self.stream = outer
         cuda_graph._end_capture(recorder.nodes, recorder.fresh)
+        cuda_graph._pool.used = True
+        cuda_graph._pool.graphs.add(cuda_graph)
 
     def launch(self, kernel: Kernel, *operands) -> None:
         """In the place of `launch` of a kernel's Triton module: the reference, now or at every replay."""
@@ -403,7 +421,7 @@ def install(patch) -> Emulation:
     emulation = Emulation()
     patch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
     patch.setattr(torch.cuda, "graph", emulation.graph)
-    patch.setattr(torch.cuda, "graph_pool_handle", object)
+    patch.setattr(torch.cuda, "graph_pool_handle", PoolHandle)
     patch.setattr(torch.cuda, "is_current_stream_capturing", emulation.capturing)
     patch.setattr(torch.cuda, "Stream", partial(Stream, emulation))
     patch.setattr(torch.cuda, "Event", partial(Event, emulation))

@@ -31,7 +31,7 @@ from llava.model.decoding.prefill import StaticPrefills, prefill
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.decoding.sampling import Chooser, Sampling
 from llava.model.decoding.text_stream import TextStream
-from llava.model.graphs import Store, capture, new_pool
+from llava.model.graphs import Pool, Store, capture
 
 # Where steps are captured, capacities are rounded up to a multiple of this (rounded_up). Requests of similar length
 # then share graphs.
@@ -103,7 +103,7 @@ class Engine:
         if graph_bytes is None:
             graph_bytes = int(IDLE_SHARE * torch.cuda.mem_get_info(self.device)[1]) if self.device.type == "cuda" else 0
         self._store = Store(graph_bytes)
-        self._pool = new_pool() if self.graphs else None
+        self._pool = Pool() if self.graphs else None
         self._prefills = StaticPrefills(model, self._store, self._stepper, pool=self._pool) if self.graphs else None
         if self.graphs:
             model.get_vision_tower().capture_with(self._store, self._pool)
@@ -405,7 +405,7 @@ class CapturedSteps:
     graphs: by whether the step is an update step; left: steps that the current request may still take
     """
 
-    def __init__(self, step: Callable[[Tensor, AdaptiveCache], Tensor], cache: AdaptiveCache, pool=None):
+    def __init__(self, step: Callable[[Tensor, AdaptiveCache], Tensor], cache: AdaptiveCache, pool: Pool | None = None):
         self._step, self.cache, self._pool = step, cache, pool
         self._tensors = cache.tensors
         self._tokens = self._tensors.positions.new_zeros(len(self._tensors.positions))

@@ -17,7 +17,7 @@ from llava.model.decoding.adaptive_cache import AdaptiveCache
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.decode_step import Stepper
 from llava.model.decoding.prepared import PreparedPrompt
-from llava.model.graphs import Store, capture
+from llava.model.graphs import Pool, Store, capture
 
 # Where prefill is captured, prompts are padded to a multiple of this. At a fixed budget of vision tokens, lengths
 # differ only by the words of the question, so a few lengths are enough.
@@ -47,7 +47,7 @@ class StaticPrefill:
 
     busy = False
 
-    def __init__(self, model, batch: int, length: int, stepper: Stepper | None = None, captures=True, pool=None):
+    def __init__(self, model, batch: int, length: int, stepper: Stepper | None = None, captures=True, pool: Pool | None = None):
         self._stepper = stepper
         embedding = model.get_input_embeddings().weight
         self.model, self._captures, self._pool, self._calls = model, captures, pool, 0
@@ -98,7 +98,7 @@ class StaticPrefill:
 class StaticPrefills:
     """A StaticPrefill for every shape, in a Store that limits their bytes."""
 
-    def __init__(self, model, store: Store, stepper: Stepper | None = None, captures: bool = True, pool=None):
+    def __init__(self, model, store: Store, stepper: Stepper | None = None, captures: bool = True, pool: Pool | None = None):
         self._model, self._store, self._how = model, store, (stepper, captures, pool)
 
     def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor | None:

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from llava.model.graphs import Store, capture
+from llava.model.graphs import Pool, Store, capture
 
 _ATTENTION = "llava_sdpa_cls_row"
 # Most tiles for which the tower is captured. With more tiles its kernels run longer than Python needs to launch them.
@@ -76,7 +76,7 @@ class CLIPVisionTower(nn.Module):
         self._store: weakref.ref[Store] | None = None
         self._pool = None
 
-    def capture_with(self, store: Store, pool=None) -> None:
+    def capture_with(self, store: Store, pool: Pool | None = None) -> None:
         """Capture the tower from now on as a CUDA graph for every number of tiles that repeats, stored in `store`.
 
         At a few tiles a GPU waits for Python between the kernels.
@@ -148,7 +148,7 @@ class StaticTower:
 
     busy = False
 
-    def __init__(self, run, pixels: Tensor, wanted: tuple[str, ...], pool=None):
+    def __init__(self, run, pixels: Tensor, wanted: tuple[str, ...], pool: Pool | None = None):
         self._run, self._wanted, self._pool = run, wanted, pool
         self._pixels = torch.empty_like(pixels)
         self._calls, self._captures = 0, True
