@@ -43,9 +43,11 @@ class Coverage:
         nearest = torch.maximum(self.covered, self.similarity[tiles, chosen])
         # For before <= after: max(0, S - before) - max(0, S - after) = clamp(S, before, after) - before.
         if self.all_rows:
-            between = torch.clamp(self.similarity, self.covered[..., None], nearest[..., None])
+            # Similarities are symmetric, so the sum over u can run along a row. A GPU sums a contiguous row many times
+            # faster than a column.
+            between = torch.clamp(self.similarity, self.covered[:, None], nearest[:, None])
             before = self.covered.sum(dim=1, keepdim=True, dtype=torch.float64)
-            self.gain += before - between.sum(dim=1, dtype=torch.float64)
+            self.gain += before - between.sum(dim=2, dtype=torch.float64)
         else:
             self._lose_changed_rows(nearest, tiles)
         self.covered = nearest
