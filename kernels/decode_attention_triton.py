@@ -5,6 +5,8 @@ split takes an equal share of it. The program looks up the slot of each position
 all query heads of the KV head. It writes a maximum, a sum and an unnormalised output per head (online softmax, arXiv
 1805.02867; splits as in Flash-Decoding). Where scores are requested, it also writes the logits of the listed entries.
 
+With one split per sequence and no scores, it writes the output, and there is no second launch.
+
 Launch 2, `_reduce`: joins the splits of each head and turns the logits into scores. Heads are added in a fixed order
 and without atomics. The number of a program says which of these tasks it has, so one launch is enough.
 
@@ -20,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of launch 1 per multiprocessor: about two waves of the programs that fit at a time (see tuning_for).
-_PROGRAMS_PER_SM = 8
+# Programs of launch 1 per multiprocessor. With 8, an H100 was up to 12 % slower at batches 8 and 32.
+_PROGRAMS_PER_SM = 4
 # A split with fewer slots costs more time in the reduction than it saves.
 _ROWS_PER_SPLIT = 64
 # The number of splits is compiled into the kernels. Powers of two up to this limit mean few kernels.
@@ -43,14 +45,14 @@ class Tuning:
 def tuning_for(group: int, dtype: torch.dtype) -> Tuning:
     """Return the default settings for `group` query heads per KV head.
 
-    They are chosen by the compiler's report for sm_90 at head size 128. With one head, products and sums are in
-    registers. 96 registers per thread let five programs (80 kB of loads) fit on a multiprocessor, so no pipeline is
-    needed. With several heads, tensor cores multiply a group that is padded to 16 rows. 137 registers leave room for
-    three programs, which load one block ahead (96 kB). Float32 has no exact tensor cores, so its blocks are smaller;
-    otherwise registers spill.
+    With one head, products and sums are in registers, and the loads of the next block are under way. The setting is the
+    fastest of 13 on an H100 (bfloat16, head size 128, batches 1, 8 and 32). With several heads, tensor cores multiply a
+    group that is padded to 16 rows; these settings are chosen by the compiler's report for sm_90 and were not timed: 143
+    registers leave room for three programs per multiprocessor, which load one block ahead. Float32 has no exact tensor
+    cores, so its blocks are smaller; otherwise registers spill.
     """
     if group == 1:
-        return Tuning(block=32, warps=4, stages=1)
+        return Tuning(block=16, warps=2, stages=2)
     return Tuning(block=16 if dtype == torch.float32 else 64, warps=4, stages=2)
 
 
@@ -104,12 +106,12 @@ def _processors(device: torch.device) -> int:
 )
 def _split(
     q_ptr, k_ptr, v_ptr, prefix_len_ptr, core_ptr, core_len_ptr, text_ptr, text_len_ptr,
-    partial_ptr, maxima_ptr, sums_ptr, logits_ptr,
+    partial_ptr, maxima_ptr, sums_ptr, logits_ptr, out_ptr,
     scale_log2,
     q_row, q_head, k_row, k_group, k_slot, v_row, v_group, v_slot, core_row, text_row, text_group, logits_head,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr, PADDED_GROUP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    CORE_SCORES: tl.constexpr, TEXT_SCORES: tl.constexpr, UPCAST: tl.constexpr,
+    CORE_SCORES: tl.constexpr, TEXT_SCORES: tl.constexpr, UPCAST: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Launch 1 (module docstring). Strides count elements. The heads of a group are group * GROUP + 0 .. GROUP - 1."""
     # 1. The share of this split: positions first .. last - 1.
@@ -200,15 +202,27 @@ def _split(
         maximum = higher
 
     # 4. The result of the split. A split without entries writes maximum -inf and sum 0, but no partial output.
+    # ALONE: the split is the whole sequence, so its result is the output. A sequence without entries has output 0.
     if GROUP == 1:
         lanes = maximum
         maximum = tl.max(lanes, axis=0)
         join = tl.exp2(lanes - tl.where(maximum == float("-inf"), 0.0, maximum))
-        tl.store(maxima_ptr + first_head * SPLITS + split, maximum)
-        tl.store(sums_ptr + first_head * SPLITS + split, tl.sum(total_weight * join, axis=0))
-        if first < last:
-            joined = tl.sum(acc * join[:, None], axis=0)
-            tl.store(partial_ptr + (first_head * SPLITS + split) * WIDTH + dims, joined, mask=inside)
+        joined_weight = tl.sum(total_weight * join, axis=0)
+        if ALONE:
+            out = tl.sum(acc * join[:, None], axis=0) / tl.where(joined_weight == 0.0, 1.0, joined_weight)
+            tl.store(out_ptr + first_head * WIDTH + dims, out.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(maxima_ptr + first_head * SPLITS + split, maximum)
+            tl.store(sums_ptr + first_head * SPLITS + split, joined_weight)
+            if first < last:
+                joined = tl.sum(acc * join[:, None], axis=0)
+                tl.store(partial_ptr + (first_head * SPLITS + split) * WIDTH + dims, joined, mask=inside)
+    elif ALONE:
+        out = acc / tl.where(total_weight == 0.0, 1.0, total_weight)[:, None]
+        mask = (heads < GROUP)[:, None] & inside[None, :]
+        tl.store(
+            out_ptr + (first_head + heads)[:, None] * WIDTH + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask
+        )
     else:
         entry = (first_head + heads) * SPLITS + split
         tl.store(maxima_ptr + entry, maximum, mask=heads < GROUP)
@@ -351,6 +365,7 @@ def launch(
         "CORE_SCORES": core_scores,
         "TEXT_SCORES": text_scores,
     }
+    alone = splits == 1 and not scores
     core_blocks = triton.cdiv(core_width, _SCORE_BLOCK) if core_scores else 0
     text_blocks = triton.cdiv(text_width, _SCORE_BLOCK) if text_scores else 0
     scratch = (workspace.partial, workspace.maxima, workspace.sums, workspace.logits)
@@ -358,12 +373,14 @@ def launch(
     # 3. The launches. Triton uses the current device, which a model over several GPUs does not set to the tensors'.
     with torch.cuda.device_of(q):
         _split[(batch * groups, splits)](
-            q, k, v, prefix_len, core, core_len, text, text_len, *scratch,
+            q, k, v, prefix_len, core, core_len, text, text_len, *scratch, out.out,
             scale * 1.4426950408889634,  # log2(e)
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], core.stride(0), *text.stride()[:2], logits_head,
             GROUPS=groups, PADDED_GROUP=16, BLOCK=tuning.block, STAGES=tuning.stages,
-            UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, num_warps=tuning.warps, **shared,
+            UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, ALONE=alone, num_warps=tuning.warps, **shared,
         )  # fmt: skip
+        if alone:
+            return
         _reduce[(heads + core_blocks + groups * text_blocks, batch)](
             *scratch, core_len, text_len, out.out, out.core_scores, out.text_scores,
             logits_head, core_width, text_width, core_blocks, text_blocks,

@@ -135,6 +135,16 @@ def test_only_the_scores_that_were_asked_for(backend):
         assert not text or torch.equal(found.text_scores, both.text_scores)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_one_split_without_scores(group, dtype):
+    """Its result is the output: there is no second launch, and a row without entries gives zeros."""
+    o = operands(ROWS["an empty row"], groups=2, group=group, dtype=dtype)
+    found = run_triton(o, splits=1, scores=False)
+    assert error(found.out, rule(o)[0]) <= TOLERANCE[dtype]
+    assert not found.out[0].any() and found.out[1].any()
+
+
 def test_one_workspace_for_layers_with_different_lists():
     """Splits and rows agree, lists may be shorter than the workspace's: a step's layers share one."""
     wide, narrow = operands(ROWS["577"], group=2), operands(ROWS["63"], group=2)

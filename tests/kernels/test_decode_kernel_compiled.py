@@ -66,7 +66,7 @@ def test_number_of_splits():
             splits = choose_splits(sequences, slots, 132)
             assert splits in (1, 2, 4, 8, 16, 32)
             assert splits == 1 or slots / splits >= 32
-            enough = sequences * splits >= 8 * 132 or splits == 32
+            enough = sequences * splits >= 4 * 132 or splits == 32
             assert enough or slots / splits < 128
 
 

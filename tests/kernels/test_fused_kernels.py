@@ -7,6 +7,7 @@ from decode_kernel_cases import DEVICE, POISON, TOLERANCE, error
 
 from llava.kernels.add_rms_norm import add_rms_norm
 from llava.kernels.evict import RULES, evict
+from llava.kernels.matvec import matvec
 from llava.kernels.rank_core import rank_core
 from llava.kernels.rotate_append import rotate_append
 from llava.kernels.silu_mul import silu_mul
@@ -88,6 +89,53 @@ def test_silu_mul_far_from_zero():
 def test_silu_mul_of_rows_without_one_stride():
     gate, up = normal(2, 3, 2, 10).transpose(0, 1)[:, :, 0], normal(3, 2, 10)
     assert error(silu_mul(gate, up, backend="triton"), silu_mul(gate, up, backend="reference")) <= TOLERANCE[F32]
+
+
+# --- matvec ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows, width", [(1, 1), (63, 5), (5, 1000), (200, 64), (3, 4097), (7, 9000)], ids=str)
+def test_matvec(rows, width, dtype):
+    states, weight, up = (normal(*shape, dtype=dtype) for shape in ((1, width), (rows, width), (rows, width)))
+    weight, up, bias = weight / width**0.5, up / width**0.5, normal(rows, dtype=dtype)
+    wide = states.double(), weight.double(), up.double(), bias.double()
+    product, other = wide[0] @ wide[1].T, wide[0] @ wide[2].T
+    rules = {
+        "plain": ({}, product),
+        "biased": ({"bias": bias}, product + wide[3]),
+        "gated": ({"up": up}, product / (1 + (-product).exp()) * other),
+    }
+    for name, (options, rule) in rules.items():
+        found = matvec(states, weight, **options, backend="triton")
+        expected = matvec(states, weight, **options, backend="reference")
+        assert found.shape == expected.shape == (1, rows) and found.dtype == expected.dtype == dtype
+        assert found.is_contiguous() and error(found, rule) <= TOLERANCE[dtype], name
+        assert error(expected, rule) <= 2 * TOLERANCE[dtype], name  # the gate is rounded before it is multiplied
+
+
+def test_matvec_of_a_part_of_a_larger_weight():
+    """Rows in the middle of a joint weight, as merged projections have them: nothing beside them is read."""
+    joint = torch.full((30, 100), torch.nan, device=DEVICE)
+    joint[10:20] = normal(10, 100)
+    found = matvec(normal(1, 100), joint[10:20], backend="triton")
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "states, weight, options, complaint",
+    [
+        ((2, 8), (4, 8), {}, r"states is torch.float32 \[2, 8\], where torch.float32 \[1, 8\] is due"),
+        ((1, 8), (4, 9), {}, r"states is .* \[1, 8\], where .* \[1, 9\] is due"),
+        ((1, 8), (8,), {}, r"weight is \[8\], where \[N, K\] is due"),
+        ((1, 8), (4, 8), {"bias": (8,)}, r"bias is .* \[8\], where .* \[4\] is due"),
+        ((1, 8), (4, 8), {"up": (3, 8)}, r"up is .* \[3, 8\], where .* \[4, 8\] is due"),
+        ((1, 8), (4, 8), {"bias": (4,), "up": (4, 8)}, "a gated product has no bias"),
+    ],
+)
+def test_matvec_refuses(states, weight, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        matvec(normal(*states), normal(*weight), **{name: normal(*shape) for name, shape in options.items()})
 
 
 # --- rotate_append -----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def layers(target, dtype, models=WIDTHS):
         hidden, inner = WIDTHS[model]
         found += [{"kernel": "add_rms_norm", "width": hidden, "delta": delta} for delta in (True, False)]
         found.append({"kernel": "silu_mul", "width": inner})
+        found += [{"kernel": "matvec", "width": width, "gated": width == hidden} for width in (hidden, inner)]
         found += rotations(model) if model in HEADS else []
     return [{"target": target, "dtype": dtype} | variant for variant in found]
 
@@ -43,10 +44,11 @@ def check(variants, found):
     for variant, kernels in zip(variants, found, strict=True):
         (used,) = kernels.values()
         group = variant.get("heads", 0) // variant.get("groups", 1)
-        loads = {"add_rms_norm": 3 if variant.get("delta") else 2, "silu_mul": 2, "rotate_append": 2 * (group > 1)}
+        loads = {"matvec": 8, "add_rms_norm": 3 if variant.get("delta") else 2, "silu_mul": 2, "rotate_append": 2 * (group > 1)}
         loads = loads.get(variant["kernel"], 0)
         assert used["wide_loads"] >= loads, f"{variant} reads in small pieces: {used}"
-        assert used["wide_stores"] >= (loads > 0), f"{variant} writes in small pieces: {used}"
+        # A program of matvec writes two numbers.
+        assert used["wide_stores"] >= (loads > 0 and variant["kernel"] != "matvec"), f"{variant} writes in small pieces: {used}"
         # Entries of a list move from thread to thread: all are read before any is written.
         assert variant["kernel"] != "evict" or used["order"].endswith("LDG BAR STG"), f"{variant}: {used}"
 

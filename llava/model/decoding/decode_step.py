@@ -2,8 +2,8 @@
 
 At batch 1 a step mostly reads weights, so every further launch costs visible time: Python on a CPU, kernels of
 microseconds on a GPU. Here a layer has ten operations: norm, q/k/v, rotation and cache, two of attention, output, norm,
-gate/up, activation, down. Between the matrix products runs one fused kernel each (llava/kernels) on a GPU, and the
-layers' own operations elsewhere. The results equal those of the modules up to rounding. `Stepper.for_model` checks that
+gate/up, activation, down; at batch 1 gate/up and the activation are one. Between the matrix products runs one fused kernel
+each (llava/kernels) on a GPU, and the layers' own operations elsewhere. The results equal those of the modules up to rounding. `Stepper.for_model` checks that
 the layers of a model allow this.
 """
 
@@ -19,6 +19,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 
 from llava.kernels import backend
 from llava.kernels.add_rms_norm import add_rms_norm
+from llava.kernels.matvec import matvec
 from llava.kernels.rotate_append import rotate_append
 from llava.kernels.silu_mul import silu_mul
 from llava.model.decoding.adaptive_cache import AdaptiveCache
@@ -102,7 +103,7 @@ class Stepper:
     def _logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
         head = self._model.lm_head
         _, states = add_rms_norm(hidden, delta, *_norm_of(self._model.model.norm))
-        return linear(states, head.weight, head.bias).float()
+        return _product(states, head.weight, head.bias).float()
 
 
 class _Layer:
@@ -114,7 +115,9 @@ class _Layer:
         self.project = _Products([attention.q_proj, attention.k_proj, attention.v_proj])
         self.expand = _Products([mlp.gate_proj, mlp.up_proj])
         self.out, self.down = ((module.weight, module.bias) for module in (attention.o_proj, mlp.down_proj))
-        self.act = silu_mul if type(mlp.act_fn).__name__ in SILU else lambda gate, up: mlp.act_fn(gate) * up
+        silu = type(mlp.act_fn).__name__ in SILU
+        self.act = silu_mul if silu else lambda gate, up: mlp.act_fn(gate) * up
+        self.gated = (mlp.gate_proj.weight, mlp.up_proj.weight) if silu and mlp.gate_proj.bias is None else None
         self.size, self.scaling = attention.head_dim, attention.scaling
 
     def __call__(self, hidden: Tensor, delta: Tensor | None, attend: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
@@ -128,8 +131,15 @@ class _Layer:
         hidden, states = add_rms_norm(hidden, delta, *self.norms[0])
         query, key, value = (part.view(len(part), -1, self.size) for part in self.project(states))
         attended = attend(query, key, value).reshape(len(hidden), -1)
-        hidden, states = add_rms_norm(hidden, linear(attended, *self.out), *self.norms[1])
-        return hidden, linear(self.act(*self.expand(states)), *self.down)
+        hidden, states = add_rms_norm(hidden, _product(attended, *self.out), *self.norms[1])
+        return hidden, _product(self._activated(states), *self.down)
+
+    def _activated(self, states: Tensor) -> Tensor:
+        """Return act(gate) * up of states [N, D]."""
+        if self.gated is not None and len(states) == 1:
+            gate, up = self.gated
+            return matvec(states, gate, up=up)
+        return self.act(*self.expand(states))
 
 
 class _Products:
@@ -148,8 +158,13 @@ class _Products:
 
     def __call__(self, states: Tensor) -> Sequence[Tensor]:
         if self._whole is not None:
-            return linear(states, *self._whole).split(self._sizes, dim=-1)
-        return [linear(states, *one) for one in self._each]
+            return _product(states, *self._whole).split(self._sizes, dim=-1)
+        return [_product(states, *one) for one in self._each]
+
+
+def _product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return linear(states, weight, bias) of states [N, D]. A single row has a kernel of its own."""
+    return matvec(states, weight, bias) if len(states) == 1 else linear(states, weight, bias)
 
 
 def merge_projections(model) -> None:

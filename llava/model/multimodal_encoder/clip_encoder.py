@@ -74,7 +74,8 @@ class CLIPVisionTower(nn.Module):
         # Only CLIP's pooled output passes through this norm, and nothing here reads that output.
         self.vision_tower.post_layernorm = nn.Identity()
         self._store: weakref.ref[Store] | None = None
-        self._pool = None
+        self._pool: Pool | None = None
+        self._parts: list[nn.Module] = []
 
     def capture_with(self, store: Store, pool: Pool | None = None) -> None:
         """Capture the tower from now on as a CUDA graph for every number of tiles that repeats, stored in `store`.
@@ -82,6 +83,8 @@ class CLIPVisionTower(nn.Module):
         At a few tiles a GPU waits for Python between the kernels.
         """
         self._store, self._pool = weakref.ref(store), pool  # weak: the store ends with its engine
+        # A walk over all modules takes a millisecond, so it is done once and not for every request.
+        self._parts = list(self.vision_tower.modules())
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -121,7 +124,7 @@ class CLIPVisionTower(nn.Module):
 
     def _unwatched(self) -> bool:
         """Return whether no part of the tower has a hook."""
-        return not any(part._forward_hooks or part._forward_pre_hooks for part in self.vision_tower.modules())
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in self._parts)
 
     def _run(self, pixels: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run the tower without a graph; arguments and result as in `forward`."""
