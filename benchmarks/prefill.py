@@ -2,15 +2,18 @@
 
     python benchmarks/prefill.py [--preset cpu] [--methods adav fastv] [--shares 0.05 0.25] [--output FILE.csv]
 
-Prefill here is everything from pixels to the first token: vision tower, projector, selection, and one pass of the LLM
-over the remaining tokens. A selector costs time before the LLM (selector_ms) and saves time in the LLM (llm_ms). A
-dropper does both within llm_ms. With random weights, the choice of tokens means nothing, but its cost is the same as
-with trained weights.
+Prefill here is everything from pixels on the device to the first token on the host: vision tower, projector, selection,
+and one pass of the LLM over the remaining tokens. The engine runs it, as in evaluation and serving: on a GPU with fused
+kernels and CUDA graphs, on a CPU without graphs. A selector costs time before the LLM (selector_ms) and saves time in
+the LLM (llm_ms). A dropper does both within llm_ms. prefill_ms is measured by the clock. On a GPU it can exceed the sum
+of the stages, because a stage is timed on the device, and the device may wait for the host between stages. With random
+weights, the choice of tokens means nothing, but its cost is the same as with trained weights.
 
 All methods run one after another in every repetition, so that a machine that slows down slows all of them. After each
 pass, logits must be finite, and each layer's cache must have the predicted number of entries. Otherwise the method gets
 no time and is named, and the exit code is 1. Times are medians. On a CPU, they include the first repetition, which
-warms up; on a GPU, an extra repetition warms up. FLOPs are predicted (llava.costs.flops).
+warms up. On a GPU, three extra repetitions warm up: kernels are compiled in the first, graphs are captured up to the
+end of the second, and the third allocates the memory that captures released. FLOPs are predicted (llava.costs.flops).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ import torch
 from memory import attempt, free_memory
 from record import RESULTS, how, pick, write_csv
 from shapes import PRESETS, Preset, Prompts, random_model
+from torch import Tensor
 
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.progress import progress_bar
@@ -34,13 +39,18 @@ from llava.config import AdaVConfig
 from llava.costs.flops import Cost, predict
 from llava.methods.before_llm import SELECTORS
 from llava.methods.inside_llm import DROPPERS
-from llava.model.decoding.cache_argument import CACHE
-from llava.model.decoding.prepared import StageClock
+from llava.model.decoding.adaptive_cache import AdaptiveCache
+from llava.model.decoding.engine import Engine
+from llava.model.decoding.prepared import PreparedPrompt, StageClock
+
+# Untimed repetitions where graphs are captured. A shape is captured when it comes for the second time, and each capture
+# first gives the free memory of torch's allocator back to the device. The third repetition allocates it again.
+WARM_UPS = 3
 
 
 @dataclass
 class Entry:
-    """One line of the table: a method at a budget, its predicted cost, and the milliseconds per stage of each pass."""
+    """One line of the table: a method at a budget, its predicted cost, and the times of each pass (see Pass)."""
 
     config: AdaVConfig
     cost: Cost
@@ -51,25 +61,22 @@ class Entry:
         return f"{self.config.method} at {self.config.overall_tokens}"
 
     def median(self, *stages: str) -> float:
-        """Median in milliseconds of the sum of some stages, or of all stages."""
-        return statistics.median(self._sums(*stages))
-
-    def _sums(self, *stages: str) -> list[float]:
-        return [sum(ms for stage, ms in one.items() if not stages or stage in stages) for one in self.times]
+        """Median in milliseconds of the sum of some stages. A stage that did not run counts 0."""
+        return statistics.median(sum(one.get(stage, 0.0) for stage in stages) for one in self.times)
 
     def row(self, plain: Entry) -> dict:
         """Columns of this entry. plain: the entry of method none."""
-        everything, of = self._sums(), plain.median()
+        everything, of = [one["prefill"] for one in self.times], plain.median("prefill")
         # A dropper works within the LLM's pass, so its own time cannot be measured separately.
         selector = None if self.config.method in DROPPERS else self.median("selection")
         return {
             "method": self.config.method,
             "overall_tokens": self.config.overall_tokens if self is not plain else "all",
             "layer_mean_tokens": round(self.cost.layer_mean, 1),
-            "prefill_ms": round(self.median(), 2),
+            "prefill_ms": round(self.median("prefill"), 2),
             "prefill_ms_min": round(min(everything), 2),
             "prefill_ms_max": round(max(everything), 2),
-            "prefill_of_none": round(self.median() / of, 4),
+            "prefill_of_none": round(self.median("prefill") / of, 4),
             "vision_ms": round(self.median("vision_tower", "projector"), 2),
             "selector_ms": "" if selector is None else round(selector, 2),
             "selector_of_none": "" if selector is None else round(selector / of, 4),
@@ -79,44 +86,82 @@ class Entry:
         }
 
 
+@dataclass
+class Pass:
+    """One prefill.
+
+    times: milliseconds of each stage, and of the whole pass as "prefill"
+    logits [1, V]: of the first token, valid until the next pass
+    seen [L]: tokens that each layer's attention saw
+    cached [L]: entries of each layer's KV cache that a decode step would read
+    """
+
+    times: dict[str, float]
+    logits: Tensor
+    seen: tuple[int, ...]
+    cached: tuple[int, ...]
+
+    @classmethod
+    def of(cls, times: dict[str, float], logits: Tensor, prepared: PreparedPrompt, cache: AdaptiveCache) -> Pass:
+        dropping, tensors = prepared.dropping, cache.tensors
+        if dropping is None:
+            seen = prepared.lengths * len(cache.layers)
+        else:
+            seen = [dropping.stages[stage].lengths[0] for stage in dropping.stage_of]
+        # Not the shape of the keys: the engine rounds capacities up.
+        cached = tensors.front_len + tensors.image_len + tensors.text_len[..., 0]
+        return cls(times, logits, tuple(seen), tuple(cached[:, 0].tolist()))
+
+
 class Bench:
-    """A model with random weights, and one prompt with one image of noise."""
+    """A model with random weights and its engine, and one prompt with one image of noise."""
 
     def __init__(self, preset: Preset, device: str, dtype: torch.dtype, seed: int):
         # Neither newline tokens nor unpadding: five whole tiles.
         self.model = random_model(preset.model_config(), device, dtype, seed)
         self.prompts = Prompts.random(preset, self.model.config, self.model.lm_head.weight, batch=1, seed=seed)
         self.device = torch.device(device)
+        # One engine for all entries, as a server has one for requests of any method. A model's vision tower keeps its
+        # graphs with the engine that was made last, so engines of other entries would not own theirs. In one engine,
+        # methods share the graphs of the tower and of prompts that are padded to one length. The graphs' memory has no
+        # limit: entries take turns, so the graph that was used longest ago, which a limit frees, is the next one.
+        self.engine = Engine(self.model, graph_bytes=sys.maxsize)
 
     def cost(self, config: AdaVConfig) -> Cost:
         prompts = self.prompts
         return predict(prompts.shape, config, [prompts.image], sum(prompts.text), [prompts.text[1]])
 
     @torch.inference_mode()
-    def prefill(self, config: AdaVConfig):
-        """(milliseconds per stage, output of generate() with logits and KV cache)."""
-        clock = StageClock(self.device)
-        prepared = self.model.prepare(self.prompts.ids, self.prompts.pixels, self.prompts.sizes, config=config)
+    def prefill(self, config: AdaVConfig) -> Pass:
+        """Run one prefill and check nothing."""
+        # The parts of a generation, not Engine.stream(): where memory runs out, that frees the graphs of all entries
+        # and tries again, which would count in this entry's time and slow the others.
+        clock, prompts = StageClock(self.device), self.prompts
+        start = self._now()
+        prepared = self.model.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=config)
         with clock.stage("llm"):
-            output = self.model.generate(
-                prepared=prepared,
-                do_sample=False,
-                max_new_tokens=1,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        return {stage: 1000 * s for stage, s in {**prepared.seconds, **clock.seconds}.items()}, output
+            cache = self.engine.cache_for(prepared, steps=0)
+            logits = self.engine.prefill(prepared, cache)
+            logits.argmax(dim=-1).tolist()  # the first token, on the host
+        seconds = {"prefill": self._now() - start, **prepared.seconds, **clock.seconds}
+        return Pass.of({stage: 1000 * s for stage, s in seconds.items()}, logits, prepared, cache)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def repeat(self, entry: Entry) -> str:
         """Time one entry once more. Returns what is wrong with its output, or "". Wrong output gets no time."""
-        milliseconds, output = self.prefill(entry.config)
-        cached = tuple(layer.keys.shape[-2] for layer in getattr(output, CACHE).layers)
-        if not torch.isfinite(output.logits[0]).all():
+        found, expected = self.prefill(entry.config), entry.cost.cached
+        if not torch.isfinite(found.logits).all():
             return "its logits are not finite"
-        if cached != entry.cost.cached:
-            return f"its layers cache {cached} entries, expected are {entry.cost.cached}"
-        entry.times.append(milliseconds)
+        if found.cached != expected:
+            return f"its layers cache {found.cached} entries, expected are {expected}"
+        # No entry is evicted here. Storage is allocated by the schedule, so what a dropper has kept is compared, too.
+        if found.seen != expected:
+            return f"its layers see {found.seen} tokens, expected are {expected}"
+        entry.times.append(found.times)
         return ""
 
 
@@ -132,8 +177,8 @@ def run(
     configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
     entries = [Entry(config, bench.cost(config), []) for config in configs]
     plain, complaints = entries[0], []
-    # On a GPU, the first pass compiles kernels and sets up libraries, which belongs to no method.
-    rounds = [False] * (bench.device.type == "cuda") + [True] * repeats
+    # Compiling kernels and capturing graphs belongs to no method.
+    rounds = [False] * (WARM_UPS if bench.engine.graphs else 0) + [True] * repeats
     with progress_bar("measuring", total=len(rounds) * len(entries), unit=" prefills") as shown:
         for timed in rounds:
             for entry in list(entries):
