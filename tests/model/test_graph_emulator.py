@@ -13,6 +13,7 @@ from llava.kernels import decode_attention as decode_attention_module
 from llava.kernels.add_rms_norm import add_rms_norm
 from llava.kernels.decode_attention import decode_attention
 from llava.kernels.evict import evict
+from llava.kernels.quick_gelu import quick_gelu
 from llava.kernels.rank_core import rank_core
 from llava.kernels.rotate_append import rotate_append
 from llava.kernels.silu_mul import silu_mul
@@ -370,6 +371,7 @@ KERNELS = {
         ["add_rms_norm"],
     ),
     "silu_mul": (lambda: torch.randn(2, 2, 1, 8).unbind(), silu_mul, ["silu_mul"]),
+    "quick_gelu": (lambda: (torch.randn(2, 3, 8),), quick_gelu, ["quick_gelu"]),
     "rotate_append": (
         rotation,
         lambda *given, **chosen: (rotate_append(*given, **chosen), *given[5:7]),

@@ -12,7 +12,14 @@ import sys
 import torch
 from kernel_aot import specialisations, usage_of
 
-from llava.kernels import add_rms_norm_triton, evict_triton, rank_core_triton, rotate_append_triton, silu_mul_triton
+from llava.kernels import (
+    add_rms_norm_triton,
+    evict_triton,
+    quick_gelu_triton,
+    rank_core_triton,
+    rotate_append_triton,
+    silu_mul_triton,
+)
 
 
 def add_rms_norm(dtype, width, rows=1, delta=True):
@@ -23,6 +30,11 @@ def add_rms_norm(dtype, width, rows=1, delta=True):
 def silu_mul(dtype, width, rows=1):
     both = torch.empty(rows, 2 * width, dtype=dtype)
     silu_mul_triton.launch(both[:, :width], both[:, width:], both[:, :width].contiguous())
+
+
+def quick_gelu(dtype, width, rows=1):
+    hidden = torch.empty(rows, width, dtype=dtype)
+    quick_gelu_triton.launch(hidden, hidden)
 
 
 def rotate_append(dtype, heads, groups, size=128, tokens=1, slots=4096, batch=1, counted=True, listed=0):
@@ -49,7 +61,9 @@ def rank_core(width, most, batch=1):
     rank_core_triton.launch(scores, scores.int(), counts, scores[:, :most].int(), counts)
 
 
-KERNELS = {function.__name__: function for function in (add_rms_norm, silu_mul, rotate_append, evict, rank_core)}
+KERNELS = {
+    function.__name__: function for function in (add_rms_norm, silu_mul, quick_gelu, rotate_append, evict, rank_core)
+}
 
 
 def answer(kernel, target, each=None, **settings) -> dict:

@@ -396,6 +396,10 @@ def _silu_mul(gate, up, out) -> None:
     _into([out], [_reference("silu_mul")(gate, up)])
 
 
+def _quick_gelu(hidden, out) -> None:
+    _into([out], [_reference("quick_gelu")(hidden)])
+
+
 def _rotate_append(q, k, v, cos, sin, keys, values, slots, counts, out) -> None:
     _into([out], [_reference("rotate_append")(q, k, v, cos, sin, keys, values, slots, counts)])
 
@@ -405,6 +409,7 @@ KERNELS = (
     Kernel.of("decode_attention", _decode_attention, "decode_attention, splits", "decode_attention, sum"),
     Kernel.of("add_rms_norm", _add_rms_norm),
     Kernel.of("silu_mul", _silu_mul),
+    Kernel.of("quick_gelu", _quick_gelu),
     Kernel.of("rotate_append", _rotate_append),
     Kernel.of("evict", _reference("evict")),
     Kernel.of("rank_core", _reference("rank_core")),
