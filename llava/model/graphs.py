@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -57,12 +58,28 @@ def capture(run: Callable[[], object], pool: Pool | None = None) -> torch.cuda.C
     except RuntimeError as error:  # the class of torch.OutOfMemoryError and of CUDA's error for an invalidated capture
         reason = str(error).strip().splitlines() or [type(error).__name__]
     finally:
-        torch.cuda.set_stream(stream)  # where the end of a capture fails, torch leaves the capture's stream current
+        # Where CUDA refuses to end a capture, torch leaves the capture's stream current.
+        refused = torch.cuda.current_stream() != stream
+        torch.cuda.set_stream(stream)
     # Not inside the except block: there the error's traceback still holds the tensors of the capture.
     del graph
+    if refused:
+        _capture_nothing()
     torch.cuda.empty_cache()
     warnings.warn(f"a CUDA graph could not be captured ({reason[0]}); going on without it", stacklevel=2)
     return None
+
+
+def _capture_nothing() -> None:
+    """Capture a graph without work, and drop it.
+
+    torch notes in its random generator that a capture is open. A capture that CUDA refuses to end leaves this note, and
+    random numbers on the device then fail for the rest of the process. The next capture that ends removes the note.
+    """
+    with warnings.catch_warnings(), suppress(RuntimeError):
+        warnings.simplefilter("ignore")  # torch warns that the graph is empty
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            pass
 
 
 class Kept(Protocol):

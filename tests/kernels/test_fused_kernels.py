@@ -1,13 +1,17 @@
-"""The fused kernels of a decode step: references against plain rules, Triton (interpreted without a GPU) against the
-references. What a kernel has to write is full of NaN before it runs."""
+"""The fused kernels of a decode step and of the vision tower: references against plain rules, Triton (interpreted
+without a GPU) against the references. What a kernel has to write is full of NaN before it runs."""
 
 import pytest
 import torch
 from decode_kernel_cases import DEVICE, POISON, TOLERANCE, error
+from transformers.activations import QuickGELUActivation
 
+from llava.kernels import backend as backends
+from llava.kernels import quick_gelu_triton
 from llava.kernels.add_rms_norm import add_rms_norm
 from llava.kernels.evict import RULES, evict
 from llava.kernels.matvec import matvec
+from llava.kernels.quick_gelu import quick_gelu
 from llava.kernels.rank_core import rank_core
 from llava.kernels.rotate_append import rotate_append
 from llava.kernels.silu_mul import silu_mul
@@ -136,6 +140,49 @@ def test_matvec_of_a_part_of_a_larger_weight():
 def test_matvec_refuses(states, weight, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         matvec(normal(*states), normal(*weight), **{name: normal(*shape) for name, shape in options.items()})
+
+
+# --- quick_gelu --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (0, 5), (3, 63), (2, 5, 111), (2048,), (1, 2049), (3, 4096)], ids=str)
+def test_quick_gelu(shape, dtype):
+    hidden = 4 * normal(*shape, dtype=dtype)
+    found = quick_gelu(hidden, backend="triton")
+    expected = quick_gelu(hidden.float(), backend="reference")
+    assert found.is_contiguous() and found.dtype == dtype and found.shape == shape
+    rule = hidden.double() / (1 + (-1.702 * hidden.double()).exp())
+    if found.numel():
+        assert error(found, expected) <= TOLERANCE[dtype] and error(expected, rule) <= TOLERANCE[F32]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_quick_gelu_far_from_zero():
+    hidden = torch.tensor([-1e4, -200.0, -60.0, 0.0, 60.0, 1e4], device=DEVICE)
+    found = quick_gelu(hidden, backend="triton")
+    assert torch.allclose(found, torch.tensor([0, 0, 0, 0, 60, 1e4], device=DEVICE), atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_quick_gelu_reference_is_the_modules_arithmetic(dtype):
+    hidden = 4 * normal(3, 111, dtype=dtype)
+    assert torch.equal(quick_gelu(hidden, backend="reference"), QuickGELUActivation()(hidden))
+
+
+def test_quick_gelu_takes_the_reference_where_a_gradient_is_needed(monkeypatch):
+    monkeypatch.setattr(backends, "backend_for", lambda tensor, requested=None: requested or "triton")  # as on a GPU
+    hidden = normal(3, 63).requires_grad_()
+    found = quick_gelu(hidden)
+    assert torch.equal(found, quick_gelu(hidden, backend="reference"))
+    found.sum().backward()
+    gradient, hidden.grad = hidden.grad, None
+    QuickGELUActivation()(hidden).sum().backward()
+    assert torch.equal(gradient, hidden.grad)
+    monkeypatch.setattr(quick_gelu_triton, "launch", lambda hidden, out: out.fill_(7))
+    assert (quick_gelu(hidden.detach()) == 7).all()
+    with torch.no_grad():
+        assert (quick_gelu(hidden) == 7).all()
 
 
 # --- rotate_append -----------------------------------------------------------------------------------------------
@@ -493,6 +540,7 @@ class Step:
     def __call__(self, backend):
         summed, normed = add_rms_norm(self.hidden, self.delta, self.weight, 1e-5, backend=backend)
         product = silu_mul(normed[:, :32], summed[:, 32:], backend=backend)
+        activated = quick_gelu(summed, backend=backend)
         region = self.region
         region.step += 1
         region.text_len += 1
@@ -502,7 +550,13 @@ class Step:
         tables = (region.total, region.recent, region.step)
         evict(region.scores, self.paid, *places, *tables, rule="centred", quantile=0.5, backend=backend)
         rank_core(self.ranked, self.image, self.image_len, self.core, self.core_len, backend=backend)
-        self.found = {"summed": summed, "normed": normed, "product": product, "rotated": rotated}
+        self.found = {
+            "summed": summed,
+            "normed": normed,
+            "product": product,
+            "rotated": rotated,
+            "activated": activated,
+        }
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
@@ -564,6 +618,8 @@ def test_operands_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=said):
             silu_mul(*arguments)
+    with pytest.raises(ValueError, match=r"hidden is not contiguous: its strides are \(1, 64\)"):
+        quick_gelu(hidden.mT)
     with pytest.raises(ValueError, match='backend is "cuda", allowed are "triton", "reference" and None'):
         silu_mul(hidden, hidden, backend="cuda")
     region = Region([[3, 4]], 8, [(3, 1)])

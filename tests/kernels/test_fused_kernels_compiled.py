@@ -32,6 +32,11 @@ def layers(target, dtype, models=WIDTHS):
     return [{"target": target, "dtype": dtype} | variant for variant in found]
 
 
+def tower(target, dtype):
+    """What an MLP of the vision tower launches, CLIP-L at 336 pixels."""
+    return [{"target": target, "dtype": dtype, "kernel": "quick_gelu", "width": 4096, "rows": 577}]
+
+
 def lists(target, widths):
     """What a layer with a cache policy launches."""
     found = [{"kernel": "evict", "rule": rule, "width": width} for rule in RULES for width in widths]
@@ -44,18 +49,25 @@ def check(variants, found):
     for variant, kernels in zip(variants, found, strict=True):
         (used,) = kernels.values()
         group = variant.get("heads", 0) // variant.get("groups", 1)
-        loads = {"matvec": 8, "add_rms_norm": 3 if variant.get("delta") else 2, "silu_mul": 2, "rotate_append": 2 * (group > 1)}
-        loads = loads.get(variant["kernel"], 0)
+        loads = {
+            "add_rms_norm": 3 if variant.get("delta") else 2,
+            "silu_mul": 2,
+            "quick_gelu": 2,
+            "matvec": 8,
+            "rotate_append": 2 * (group > 1),
+        }.get(variant["kernel"], 0)
         assert used["wide_loads"] >= loads, f"{variant} reads in small pieces: {used}"
         # A program of matvec writes two numbers.
-        assert used["wide_stores"] >= (loads > 0 and variant["kernel"] != "matvec"), f"{variant} writes in small pieces: {used}"
+        assert used["wide_stores"] >= (loads > 0 and variant["kernel"] != "matvec"), (
+            f"{variant} writes in small pieces: {used}"
+        )
         # Entries of a list move from thread to thread: all are read before any is written.
         assert variant["kernel"] != "evict" or used["order"].endswith("LDG BAR STG"), f"{variant}: {used}"
 
 
 def test_no_spills_at_real_sizes(triton_cache):
     chosen = layers(90, "bfloat16", ("vicuna-7b", "yi-34b")) + layers(80, "float16", ("vicuna-13b",))
-    chosen += lists(90, (3200,))
+    chosen += tower(90, "bfloat16") + tower(80, "float16") + lists(90, (3200,))
     check(chosen, compiled(SCRIPT, chosen, triton_cache))
 
 
@@ -68,6 +80,7 @@ FEW = [
     ({"kernel": "rotate_append", "heads": 32, "groups": 32, "each": {"listed": CAPACITIES}}, 1),
     ({"kernel": "rotate_append", "heads": 32, "groups": 32, "counted": False, "each": {"tokens": [1, 7, 640]}}, 1),
     ({"kernel": "silu_mul", "width": 11008, "each": {"rows": [1, 7, 640]}}, 1),
+    ({"kernel": "quick_gelu", "width": 4096, "each": {"rows": [1, 577, 2885]}}, 1),
     ({"kernel": "add_rms_norm", "width": 4096, "each": {"rows": [1, 7, 640]}}, 1),
 ]
 
@@ -86,7 +99,7 @@ def test_few_kernels_for_all_capacities(triton_cache):
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_no_spills_at_any_real_size(target, dtype, triton_cache):
-    chosen = layers(target, dtype)
+    chosen = layers(target, dtype) + tower(target, dtype)
     check(chosen, compiled(SCRIPT, chosen, triton_cache))
 
 

@@ -23,6 +23,7 @@ from llava.model.decoding.cache_tensors import CacheTensors
 from llava.model.decoding.decode_step import Stepper, merge_projections
 from llava.model.decoding.engine import MIN_STEPS_TO_CAPTURE, Engine, PlainSteps
 from llava.model.decoding.sampling import Chooser, Sampling
+from llava.model.graphs import capture
 
 EMULATE = os.environ.get("ADAV_EMULATE") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if EMULATE else "cuda"
@@ -458,6 +459,17 @@ def test_captures_that_run_out_of_memory(grouped, captures, name, failing):
     for seed in (0, 0, 1):
         assert tokens(engine, requests[seed]) == expected[seed]
     assert kinds(engine) == [kinds_of(name)]
+
+
+@pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")
+def test_a_capture_that_is_refused_leaves_nothing_behind():
+    """Not even in torch's random generator, which notes an open capture."""
+    numbers = torch.ones(3, device=DEVICE)
+    assert capture(lambda: numbers.sum().item()) is None
+    assert torch.rand(3, device=DEVICE).isfinite().all()
+    graph = capture(lambda: numbers.mul_(2))
+    graph.replay()
+    assert numbers.tolist() == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")

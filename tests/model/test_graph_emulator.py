@@ -13,6 +13,8 @@ from llava.kernels import decode_attention as decode_attention_module
 from llava.kernels.add_rms_norm import add_rms_norm
 from llava.kernels.decode_attention import decode_attention
 from llava.kernels.evict import evict
+from llava.kernels.matvec import matvec
+from llava.kernels.quick_gelu import quick_gelu
 from llava.kernels.rank_core import rank_core
 from llava.kernels.rotate_append import rotate_append
 from llava.kernels.silu_mul import silu_mul
@@ -201,6 +203,35 @@ def test_an_error_inside_a_capture(emulation, mode):
     assert changed.tolist() == [1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:a CUDA graph could not be captured")
+def test_random_numbers_after_a_capture_that_was_refused(emulation):
+    """A refused capture alone leaves the note of an open capture in the generator; graphs.capture removes it."""
+    numbers, stream = torch.ones(3), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        numbers.sum().item()
+    assert emulation.generator_open
+    torch.cuda.set_stream(stream)
+    assert graphs.capture(lambda: numbers.sum().item()) is None
+    assert not emulation.generator_open and torch.cuda.current_stream() is stream
+
+
+def test_a_pool_ends_with_its_last_graph(emulation):
+    numbers, handle = torch.ones(3), torch.cuda.graph_pool_handle()
+    kept = []
+    for _ in range(2):
+        kept.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(kept[-1], pool=handle):
+            numbers.add_(1)
+    kept.pop()
+    gc.collect()
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=handle):
+        numbers.add_(1)
+    kept.clear()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the pool has ended"), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=handle):
+        numbers.add_(1)
+
+
 def test_a_graph_without_a_capture(emulation):
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with pytest.raises(RuntimeError, match="without a preceding successful capture"):
@@ -370,6 +401,13 @@ KERNELS = {
         ["add_rms_norm"],
     ),
     "silu_mul": (lambda: torch.randn(2, 2, 1, 8).unbind(), silu_mul, ["silu_mul"]),
+    "matvec": (lambda: (torch.randn(1, 8), torch.randn(5, 8), torch.randn(5)), matvec, ["matvec"]),
+    "matvec, gated": (
+        lambda: (torch.randn(1, 8), torch.randn(5, 8), torch.randn(5, 8)),
+        lambda states, gate, up, **chosen: matvec(states, gate, up=up, **chosen),
+        ["matvec"],
+    ),
+    "quick_gelu": (lambda: (torch.randn(2, 3, 8),), quick_gelu, ["quick_gelu"]),
     "rotate_append": (
         rotation,
         lambda *given, **chosen: (rotate_append(*given, **chosen), *given[5:7]),

@@ -1,10 +1,16 @@
-"""The tower gives the features and the [CLS] row that transformers gives, without eager attention or unused layers."""
+"""The tower gives the features, the gradients and the [CLS] row that transformers gives, without eager attention or
+unused layers."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.activations import GELUActivation, QuickGELUActivation
 
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.kernels import backend, quick_gelu_triton
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, QuickGELU
 
 CONFIG = CLIPVisionConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, image_size=56, patch_size=14
@@ -87,3 +93,103 @@ def test_a_layer_that_is_not_there_is_refused():
     for select_layer in (6, 0, -6, -9):
         with pytest.raises(ValueError, match="select_layer"):
             CLIPVisionTower(CONFIG, select_layer)
+
+
+# --- the activation ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Shapes that the Triton kernel of the activation gets, which is chosen as on a GPU. It has no gradient."""
+    found = []
+
+    def counted(hidden, out):
+        found.append(tuple(hidden.shape))
+        out.copy_(QuickGELUActivation()(hidden.detach()))
+
+    monkeypatch.setattr(backend, "backend_for", lambda tensor, requested=None: requested or "triton")
+    monkeypatch.setattr(quick_gelu_triton, "launch", counted)
+    return found
+
+
+def stock(eager):
+    """transformers' tower with the weights of `eager` and the attention that ours has."""
+    model = CLIPVisionModel._from_config(eager.config, attn_implementation="sdpa")
+    model.load_state_dict(eager.state_dict())
+    return model
+
+
+def ours(eager, config=CONFIG):
+    tower = CLIPVisionTower(config)
+    tower.vision_tower.load_state_dict(eager.state_dict(), strict=False)
+    return tower
+
+
+def activations(tower):
+    return [layer.mlp.activation_fn for layer in tower.vision_tower.encoder.layers]
+
+
+def test_weights_and_parts_have_transformers_names(eager):
+    tower, model = ours(eager).vision_tower, stock(eager)
+    used = {name for name in model.state_dict() if not name.startswith(("encoder.layers.4", "post_layernorm"))}
+    assert set(tower.state_dict()) == used
+    assert "encoder.layers.0.mlp.activation_fn" in dict(tower.named_modules())
+
+
+def test_features_and_gradients_are_bit_for_bit_those_of_transformers(eager):
+    pixels = torch.randn(2, 3, 56, 56)
+    for training in (True, False):
+        tower, model = ours(eager).train(training), stock(eager).train(training)
+        features = tower(pixels)[0]
+        want = model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert torch.equal(features, want)
+        features.square().sum().backward()
+        want.square().sum().backward()
+        theirs = dict(model.named_parameters())
+        for name, weight in tower.vision_tower.named_parameters():
+            assert torch.equal(weight.grad, theirs[name].grad), name
+
+
+def test_the_kernel_runs_where_no_gradient_is_needed(eager, launches):
+    pixels = torch.randn(1, 3, 56, 56)
+    tower, model = ours(eager), stock(eager)
+    want = model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels)[0], want, rtol=0, atol=1e-5)
+    assert launches == [(1, 17, 64)] * 4
+    # A frozen tower in training, in which one adapter learns: layers from there on have gradients.
+    tower.requires_grad_(False)
+    tower.vision_tower.encoder.layers[2].mlp.fc1.weight.requires_grad_()
+    tower(pixels)[0].sum().backward()
+    assert launches == [(1, 17, 64)] * 6
+    want.sum().backward()
+    found, expected = (part.encoder.layers[2].mlp.fc1.weight.grad for part in (tower.vision_tower, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    del launches[:]
+    torch.testing.assert_close(ours(eager)(pixels)[0], want)
+    assert launches == []
+
+
+def test_another_activation_stays(eager):
+    config = copy.deepcopy(CONFIG)
+    config.hidden_act = "gelu"
+    assert {type(part) for part in activations(ours(eager, config))} == {GELUActivation}
+    assert {type(part) for part in activations(ours(eager))} == {QuickGELU}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tower: pickle.loads(pickle.dumps(tower))])
+def test_copies_of_the_tower(eager, copied):
+    tower, pixels = ours(eager), torch.randn(1, 3, 56, 56)
+    other = copied(tower)
+    assert {type(part) for part in activations(other)} == {QuickGELU}
+    assert torch.equal(other(pixels)[0], tower(pixels)[0])
+
+
+def test_hooks_see_the_activation_and_may_return_other_strides(eager):
+    tower, pixels, seen = ours(eager), torch.randn(1, 3, 56, 56), []
+    want = tower(pixels)[0]
+    mlp = tower.vision_tower.encoder.layers[0].mlp
+    mlp.fc1.register_forward_hook(lambda module, given, found: found.mT.contiguous().mT)
+    mlp.activation_fn.register_forward_hook(lambda module, given, found: seen.append(found.shape))
+    torch.testing.assert_close(tower(pixels)[0], want)
+    assert seen == [(1, 17, 64)]

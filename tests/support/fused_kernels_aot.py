@@ -12,8 +12,15 @@ import sys
 import torch
 from kernel_aot import specialisations, usage_of
 
-from llava.kernels import add_rms_norm_triton, evict_triton, matvec_triton, rank_core_triton, rotate_append_triton
-from llava.kernels import silu_mul_triton
+from llava.kernels import (
+    add_rms_norm_triton,
+    evict_triton,
+    matvec_triton,
+    quick_gelu_triton,
+    rank_core_triton,
+    rotate_append_triton,
+    silu_mul_triton,
+)
 
 
 def add_rms_norm(dtype, width, rows=1, delta=True):
@@ -29,6 +36,11 @@ def silu_mul(dtype, width, rows=1):
 def matvec(dtype, width, rows=4096, gated=False):
     weight, states = torch.empty(rows, width, dtype=dtype), torch.empty(1, width, dtype=dtype)
     matvec_triton.launch(states, weight, None, weight if gated else None, torch.empty(1, rows, dtype=dtype))
+
+
+def quick_gelu(dtype, width, rows=1):
+    hidden = torch.empty(rows, width, dtype=dtype)
+    quick_gelu_triton.launch(hidden, hidden)
 
 
 def rotate_append(dtype, heads, groups, size=128, tokens=1, slots=4096, batch=1, counted=True, listed=0):
@@ -55,7 +67,10 @@ def rank_core(width, most, batch=1):
     rank_core_triton.launch(scores, scores.int(), counts, scores[:, :most].int(), counts)
 
 
-KERNELS = {function.__name__: function for function in (add_rms_norm, silu_mul, matvec, rotate_append, evict, rank_core)}
+KERNELS = {
+    function.__name__: function
+    for function in (add_rms_norm, silu_mul, quick_gelu, matvec, rotate_append, evict, rank_core)
+}
 
 
 def answer(kernel, target, each=None, **settings) -> dict:

@@ -154,6 +154,8 @@ class Emulation:
 
     def __init__(self):
         self.recorder: Recorder | None = None
+        # Whether torch's random generator notes an open capture. Only a capture that ends removes the note.
+        self.generator_open = False
         self.stream = Stream(self)
 
     def current_stream(self, device=None) -> Stream:
@@ -192,9 +194,10 @@ class Emulation:
             raise RuntimeError(f"{NOT_PERMITTED}: another capture is open")
         cuda_graph.reset()
         cuda_graph._pool = PoolHandle() if pool is None else pool
+        outer, self.stream = self.stream, Stream(self) if stream is None else stream
+        self.generator_open = True
         if cuda_graph._pool.ended:
             raise RuntimeError(POOL_ENDED)
-        outer, self.stream = self.stream, Stream(self) if stream is None else stream
         self.recorder = recorder = Recorder(self)
         try:
             with recorder, _HostReads(recorder):
@@ -204,7 +207,7 @@ class Emulation:
             recorder.undo()
             if recorder.fault is not None:
                 raise RuntimeError(recorder.fault)
-            self.stream = outer
+            self.stream, self.generator_open = outer, False
         cuda_graph._end_capture(recorder.nodes, recorder.fresh)
         cuda_graph._pool.used = True
         cuda_graph._pool.graphs.add(cuda_graph)
@@ -400,6 +403,10 @@ def _matvec(states, weight, bias, up, out) -> None:
     _into([out], [_reference("matvec")(states, weight, bias, up)])
 
 
+def _quick_gelu(hidden, out) -> None:
+    _into([out], [_reference("quick_gelu")(hidden)])
+
+
 def _rotate_append(q, k, v, cos, sin, keys, values, slots, counts, out) -> None:
     _into([out], [_reference("rotate_append")(q, k, v, cos, sin, keys, values, slots, counts)])
 
@@ -410,6 +417,7 @@ KERNELS = (
     Kernel.of("add_rms_norm", _add_rms_norm),
     Kernel.of("silu_mul", _silu_mul),
     Kernel.of("matvec", _matvec),
+    Kernel.of("quick_gelu", _quick_gelu),
     Kernel.of("rotate_append", _rotate_append),
     Kernel.of("evict", _reference("evict")),
     Kernel.of("rank_core", _reference("rank_core")),

@@ -14,9 +14,11 @@ import weakref
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.activations import QuickGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
+from llava.kernels.quick_gelu import quick_gelu
 from llava.model.graphs import Pool, Store, capture
 
 _ATTENTION = "llava_sdpa_cls_row"
@@ -51,6 +53,14 @@ def layers_used(num_hidden_layers: int, select_layer: int) -> int:
     return select_layer if select_layer >= 0 else num_hidden_layers + 1 + select_layer
 
 
+class QuickGELU(nn.Module):
+    """CLIP's activation in one kernel, in the place of transformers' QuickGELUActivation."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the activation of states [T, 1 + P, M] of an MLP of width M; any strides."""
+        return quick_gelu(hidden.contiguous())  # a copy only if a hook or an adapter returned other strides
+
+
 class CLIPVisionTower(nn.Module):
     """CLIP's vision transformer up to the layer whose features LLaVA uses.
 
@@ -71,6 +81,9 @@ class CLIPVisionTower(nn.Module):
         config.num_hidden_layers = used
         config._attn_implementation = _ATTENTION
         self.vision_tower = CLIPVisionModel(config)
+        for layer in self.vision_tower.encoder.layers:
+            if type(layer.mlp.activation_fn) is QuickGELUActivation:  # a tower may be trained with another activation
+                layer.mlp.activation_fn = QuickGELU()
         # Only CLIP's pooled output passes through this norm, and nothing here reads that output.
         self.vision_tower.post_layernorm = nn.Identity()
         self._store: weakref.ref[Store] | None = None
