@@ -200,11 +200,15 @@ class LayerCache(CacheLayerMixin):
             attention = RowAttention(query[b, :, own], key[b, :, own], scaling)
             chosen.append(_choose(self.policy, plan, attention, key.shape[1], parts))
         self.stayed = [entries.image.int() for entries in chosen]
-        # 2. One gather stores the entries of all rows. Short rows repeat slot 0 at the end, which nothing reads.
-        index = _padded([entries.index + start for entries, start in zip(chosen, regions.starts, strict=True)])
-        slots, index = index.shape[-1], index[..., None].expand(-1, -1, -1, key.shape[-1])
-        self.keys[:, :, :slots] = key.gather(2, index)
-        self.values[:, :, :slots] = value.gather(2, index)
+        # 2. Where all entries stay, in the order of the prompt, they are copied. Otherwise one gather stores the entries of
+        # all rows. Short rows repeat slot 0 at the end, which nothing reads.
+        if all(map(_stays_whole, regions.rows, chosen)):
+            self._fill_whole(key, value, regions)
+        else:
+            index = _padded([entries.index + start for entries, start in zip(chosen, regions.starts, strict=True)])
+            slots, index = index.shape[-1], index[..., None].expand(-1, -1, -1, key.shape[-1])
+            self.keys[:, :, :slots] = key.gather(2, index)
+            self.values[:, :, :slots] = value.gather(2, index)
         # 3. The core and the scores.
         if self.core.shape[1]:
             core = _padded([plan.front + entries.core for plan, entries in zip(self.plans, chosen, strict=True)])
@@ -264,6 +268,12 @@ class LayerCache(CacheLayerMixin):
         return self.plans[row].stored(step)
 
 
+def _stays_whole(row: RowSpans, entries: _Entries) -> bool:
+    """Return whether all entries of a row stay and storage order is the order of the prompt."""
+    # Storage has the text between images behind all images.
+    return entries.index.shape[1] == row.length and len(row.images) < 2
+
+
 def _padded(rows: list[Tensor]) -> Tensor:
     """Stack B tensors [..., n_b] to [B, ..., n]; shorter ones are padded at the end with zeros."""
     longest = max(row.shape[-1] for row in rows)
@@ -288,9 +298,11 @@ def _choose(
     if stay < len(image) or plan.core < plan.image:
         paid = attention.mean(attention.last())[image]
         best = lowest_index_topk(paid, stay)
-        held = best.sort().values
-        core = torch.searchsorted(held, best[: plan.core].sort().values)
-        image = image[held]
+        core = best[: plan.core].sort().values
+        if stay < len(image):
+            held = best.sort().values
+            core = torch.searchsorted(held, core)
+            image = image[held]
     # 3. Evictable entries: the protected newest ones stay, and the best of the others.
     scores, text = None, text.expand(heads, -1)
     if policy.scorer is not None:
