@@ -181,7 +181,7 @@ class Bench:
             return "its logits are not finite"
         config = entry.provider.config
         costs = [self.cost(config, prompts)] * (rows if entry.provider.side_by_side else 1)
-        expected = allocated_kv_bytes(costs, self.dtype.itemsize, new_tokens - 1, entry.provider.multiple)
+        expected = allocated_kv_bytes(costs, self.dtype.itemsize, new_tokens - 1, entry.provider.multiple(rows))
         if answer.kv != expected:
             return f"its KV cache has {answer.kv:,} bytes, expected are {expected:,}"
         if truth is None:

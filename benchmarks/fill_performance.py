@@ -91,7 +91,7 @@ def sdpa_lines(rows: list[dict]) -> list[tuple[str, ...]]:
     lines = [("where", "backend", "keys", "first call ms", "later ms")]
     for row in rows:
         lines.append(
-            (row["what"], row["backend"], number(row["length"]), number(row["new_shape_ms"], 2), number(row["ms"], 3))
+            (row["what"], row["sdpa"], number(row["length"]), number(row["new_shape_ms"], 2), number(row["ms"], 3))
         )
     return lines
 

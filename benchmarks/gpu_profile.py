@@ -176,7 +176,7 @@ def sdpa_rows(now: Callable[[], float]) -> list[dict]:
             for length in lengths:
                 k, v = (torch.randn(batch, heads, length, width, device="cuda").bfloat16() for _ in "kv")
                 q = k if queries is None else k[:, :, :queries].contiguous()
-                row = {"what": what, "length": length, "backend": name, "new_shape_ms": "", "ms": ""}
+                row = {"what": what, "length": length, "sdpa": name, "new_shape_ms": "", "ms": ""}
                 try:
                     start = now()
                     _attend(q, k, v, causal, backend)

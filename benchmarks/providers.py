@@ -30,7 +30,7 @@ from llava.methods.before_llm import select
 from llava.methods.inside_llm import DROPPERS
 from llava.mm_utils import tile_plan
 from llava.model.decoding.cache_argument import CACHE
-from llava.model.decoding.engine import CAPACITY_MULTIPLE, Engine
+from llava.model.decoding.engine import Engine, capacity_multiple
 from llava.model.decoding.prepared import StageClock
 from llava.model.decoding.sampling import Sampling
 
@@ -74,12 +74,11 @@ class Provider(ABC):
     """One way to answer prompts. Everything that it needs is built once, in its constructor.
 
     name: in the table. config: the method and the cache policy. side_by_side: True if it answers a batch at once, False
-    if row by row. multiple: capacities of its KV cache are rounded up to a multiple of this.
+    if row by row.
     """
 
     name: str
     side_by_side = True
-    multiple = 1
 
     def __init__(self, models: Models, config: AdaVConfig):
         self.models, self.config = models, config
@@ -87,6 +86,10 @@ class Provider(ABC):
     @abstractmethod
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         """Greedy answers of exactly `new_tokens` tokens. logits: also return those of the first token."""
+
+    def multiple(self, batch: int) -> int:
+        """Number to whose multiples the capacities of its KV cache are rounded up."""
+        return 1
 
     def release(self) -> None:  # noqa: B027 (most keep nothing)
         """Free what is kept from one answer to the next."""
@@ -116,7 +119,9 @@ class OursByEngine(Provider):
         super().__init__(models, config)
         self.engine = Engine(models.ours)
         self.engine.ends = set()  # no end token, so that answers are as long as asked for
-        self.multiple = CAPACITY_MULTIPLE if self.engine.graphs else 1
+
+    def multiple(self, batch: int) -> int:
+        return capacity_multiple(batch) if self.engine.graphs else 1
 
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         watch = Watch(prompts.ids.device)

@@ -81,7 +81,7 @@ def allocated_kv_bytes(costs: Sequence[Cost], element_size: int, steps: int = 0,
 
     costs: one per row. element_size: bytes per number. steps: largest number of decode steps; storage is allocated
     once, before prefill. multiple: steps and slots are rounded up to a multiple of this, as the engine does when it
-    captures steps (llava.model.decoding.engine.CAPACITY_MULTIPLE).
+    captures steps (llava.model.decoding.engine.capacity_multiple).
     """
     # The order is the engine's: it rounds the steps, asks the plan for slots, and rounds the slots.
     room = rounded_up(steps, multiple)

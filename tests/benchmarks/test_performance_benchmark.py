@@ -50,7 +50,7 @@ KERNELS = [
     for n, name in enumerate(["all", "gemv<a | b>", *(f"kernel {n}" for n in range(12))], 1)
 ]
 SDPA = [
-    {"what": "decode", "length": 3009, "backend": name, "new_shape_ms": ms, "ms": ms} for name, ms in (("flash", 0.1), ("cudnn", ""))
+    {"what": "decode", "length": 3009, "sdpa": name, "new_shape_ms": ms, "ms": ms} for name, ms in (("flash", 0.1), ("cudnn", ""))
 ]  # fmt: skip
 PREFILL = [
     {"method": name, "overall_tokens": tokens, "layer_mean_tokens": 144.0, "prefill_ms": 20.0, "prefill_ms_min": 19.0}

@@ -17,7 +17,7 @@ from support.graph_emulator import install
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.model.builder import make_fast
+from llava.model.decoding import decode_step as decode_step_module
 from llava.model.decoding import prefill as prefill_module
 from llava.model.decoding.cache_tensors import CacheTensors
 from llava.model.decoding.decode_step import Stepper, merge_projections
@@ -78,10 +78,10 @@ class Loaded:
     ):
         # Head size 64, as the kernels' cases have it; 5 tiles of 16 patches and 8 newline tokens.
         preset = Preset(56, (64, 3, 4, 128), (256, layers, 4, 320), 200, (9, 7), kv_heads=kv_heads)
-        model = random_model(preset.model_config(newline=True), device, dtype, seed=0)
+        # On a GPU, random_model merges projections. A model without them is made on the CPU and moved.
+        model = random_model(preset.model_config(newline=True), device if merged else "cpu", dtype, seed=0).to(device)
         if merged:
-            make_fast(model)
-            merge_projections(model)  # which make_fast does on a GPU alone
+            merge_projections(model)
         return cls(preset, model)
 
     @torch.inference_mode()
@@ -199,7 +199,10 @@ def test_half_precision(name, kv_heads, dtype):
         prepared, fed = loaded.request(name, 2, seed), random_tokens(2, seed)
         expected, found = forced(loaded.model, prepared, fed), forced(loaded.model, prepared, fed, engine)
         spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-        assert float((found - expected).square().mean().sqrt() / spread) < 0.05
+        apart = (found - expected).square().mean(-1).sqrt() / spread  # [1 + STEPS, rows]
+        # A policy that ranks entries may choose another one of two that are equal up to rounding. The row differs from there
+        # on, so only the median of all steps and rows shows a wrong step.
+        assert float(apart.max() if name == "full" else apart.median()) < 0.05
     assert kinds(engine) == [kinds_of(name)]
 
 
@@ -239,6 +242,16 @@ def test_fused_prefill_is_the_layers(emulated, name):
             assert all(map(torch.equal, parts.pop("slots"), others.pop("slots")))
             assert parts["keys"].numel() and parts.keys() == others.keys()
             torch.testing.assert_close(others, parts, rtol=0, atol=1e-5)
+
+
+def test_a_long_prefill_computes_its_mlp_in_parts(emulated, monkeypatch):
+    loaded = Loaded.random(kv_heads=2, device="cpu")
+    prepared, stepper = loaded.request("full", 3), Stepper.for_model(loaded.model)
+    _, expected = filled(loaded.model, prepared, stepper)
+    monkeypatch.setattr(decode_step_module, "MLP_TOKENS", 50)
+    assert sum(prepared.lengths) > 150
+    _, found = filled(loaded.model, prepared, stepper)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def filled(model, prepared, stepper):
@@ -676,8 +689,9 @@ def test_captured_sets_stay_within_the_bound(grouped, monkeypatch):
         tokens(unbounded, requests[rows])
     sizes = {kept.cache.layout.batch: kept.nbytes for kept in unbounded.captured_sets()}
     others = unbounded.captured_bytes() - sum(sizes.values())
-    # The second is the third set's and its prefill's bytes, which are those of the first two: prefills grow with the rows.
-    for bound, left in ((0, [[1], [2], [3], [1]]), (sizes[3] + others // 2, [[1], [1, 2], [1, 2, 3], [3, 1]])):
+    # The second is the bytes of the first two sets and of their prefills, which grow with the rows.
+    two = sizes[1] + sizes[2] + others // 2
+    for bound, left in ((0, [[1], [2], [3], [1]]), (two, [[1], [1, 2], [1, 2, 3], [3, 1]])):
         engine, found = grouped.engine(graph_bytes=bound), []
         idle = idle_bytes(engine, monkeypatch)
         for rows in (1, 2, 3, 1):

@@ -25,6 +25,8 @@ from llava.kernels.silu_mul import silu_mul
 from llava.model.decoding.adaptive_cache import AdaptiveCache
 
 LAYERS, NORMS = (LlamaDecoderLayer, MistralDecoderLayer), (LlamaRMSNorm, MistralRMSNorm)
+# Most tokens whose MLP is computed at a time. For 32 prompts of 3,000 tokens, the MLP of a 7B model would need 6 GB.
+MLP_TOKENS = 32_768
 # Activations that silu_mul computes. Any other activation is called as a module.
 SILU = {"SiLU", "SiLUActivation"}
 
@@ -132,7 +134,15 @@ class _Layer:
         query, key, value = (part.view(len(part), -1, self.size) for part in self.project(states))
         attended = attend(query, key, value).reshape(len(hidden), -1)
         hidden, states = add_rms_norm(hidden, _product(attended, *self.out), *self.norms[1])
-        return hidden, _product(self._activated(states), *self.down)
+        return hidden, self._mlp(states)
+
+    def _mlp(self, states: Tensor) -> Tensor:
+        """Return the MLP's output for states [N, D]. More than MLP_TOKENS states are overwritten by it."""
+        if len(states) <= MLP_TOKENS:
+            return _product(self._activated(states), *self.down)
+        for part in states.split(MLP_TOKENS):
+            part.copy_(_product(self._activated(part), *self.down))
+        return states
 
     def _activated(self, states: Tensor) -> Tensor:
         """Return act(gate) * up of states [N, D]."""
