@@ -50,7 +50,7 @@ def load_image_processor(folders):
 
 
 def has_image_processor(folder: Path) -> bool:
-    """Whether a folder has the settings of an image processor."""
+    """Return whether a folder has the settings of an image processor."""
     return _processor_settings(folder) is not None
 
 
