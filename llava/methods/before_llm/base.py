@@ -213,6 +213,7 @@ class Selector(ABC):
     """
 
     needs_image = True  # False: the vision tower does not run
+    reads_question = True  # False: the choice depends on the image alone, so questions about one image share it
     uses_budget = True  # False: the kept tokens do not depend on the budget, and `keep` is always called
     reads_features = True  # False: `keep` does not read ImageTokens.features, so only kept tokens are projected
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position

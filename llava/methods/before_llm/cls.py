@@ -13,6 +13,7 @@ from llava.methods.ranking import lowest_index_topk
 class Cls(Selector):
     """Top K patches by [CLS] saliency. The question is not read."""
 
+    reads_question = False
     reads_features = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:

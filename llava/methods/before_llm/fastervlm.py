@@ -18,6 +18,7 @@ class FasterVLM(Selector):
     budget is per tile.
     """
 
+    reads_question = False
     reads_features = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:

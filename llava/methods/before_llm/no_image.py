@@ -11,6 +11,7 @@ from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 class NoImage(Selector):
     """Keeps none of the N tokens, whatever the budget. The vision tower does not run."""
 
+    reads_question = False
     needs_image = False
     uses_budget = False
 

@@ -42,6 +42,7 @@ class Scope(GreedySelector):
     alpha  >= 0, exponent of saliency; with 0 only coverage counts
     """
 
+    reads_question = False
     reads_features = False
     tower_states = ("hidden",)
 

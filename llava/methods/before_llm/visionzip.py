@@ -58,6 +58,7 @@ class VisionZip(Selector):
                           counts, and the requested budget is kept.
     """
 
+    reads_question = False
     reads_features = False
     makes_tokens = True
     tower_states = ("hidden", "keys")
