@@ -30,7 +30,7 @@ from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.generation import LlavaGeneration, check_cache
-from llava.model.decoding.prepared import PreparedPrompt, StageClock
+from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock
 from llava.model.encoded_images import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
@@ -368,6 +368,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             numbering=None if dropping is None else dropping.numbering(),
             one_device=self.one_device,
         )
+        if dropping is None and labels is None and not method.reads_question and self.one_device:
+            prepared.prefixes = None if prepared.caching.adaptive else _prefixes(rows, encoded)
         prepared.clock = clock
         return prepared
 
@@ -437,6 +439,21 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         if dropping is not None:
             labels = dropping.labels(labels)
         return super().loss_function(logits=logits, labels=labels, **kwargs)
+
+
+def _prefixes(rows: list[Row], encoded: Sequence[EncodedImage]) -> SharedPrefixes | None:
+    """Return the prefixes that rows share, up to the end of their first image; None where sharing saves too little."""
+    keys, lengths, at = [], [], 0
+    for number, row in enumerate(rows):
+        if row.places:
+            # Rows share an image only as one object: two encodings may differ in rounding.
+            keys.append((row.ids[: row.places[0]].numpy().tobytes(), id(encoded[at])))
+            lengths.append(sum(row.spans[0]))
+        else:
+            keys.append(number)
+            lengths.append(0)
+        at += len(row.places)
+    return SharedPrefixes.of_rows(keys, lengths, [row.length for row in rows])
 
 
 def _images_of(images) -> Sequence[Tensor]:
