@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from eval_data import REPOSITORY, environment
-from warm_python import WarmPython
 
 WARM = "import sys; print('torch' in sys.modules)"
 
@@ -96,6 +95,12 @@ def test_is_started_as_python_is(both, tmp_path):
 def test_only_what_the_server_imported_in_the_same_surroundings_is_warm(warm_python, tmp_path):
     assert ask(warm_python) == "True"
     assert ask(warm_python, env={**environment(), "SOME_VARIABLE": "1"}) == "True"
+    code = f"import subprocess; subprocess.run([{warm_python.executable!r}, '-c', {WARM!r}], check=True)"
+    assert ask(warm_python, code) == "True", "also what a warm process starts"
+    launcher = subprocess.run(
+        ["bash", "-c", 'exec "$0" -c "$1"', warm_python.executable, WARM], env=environment(), capture_output=True
+    )
+    assert launcher.stdout == b"True\n", "and what a script starts"
     assert ask(warm_python, env={**environment(), "HF_HUB_OFFLINE": "1"}) == "False"
     assert ask(warm_python, env={**environment(), "OMP_NUM_THREADS": "2"}) == "False"
     (tmp_path / "llava").mkdir()
@@ -152,7 +157,6 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from eval_data import environment
-from warm_python import WarmPython
 print(WarmPython(Path(sys.argv[1]), environment()).server.pid, flush=True)
 time.sleep(60)
 """
@@ -174,9 +178,3 @@ def test_nothing_outlives_a_killed_session(tmp_path):
     failed = subprocess.run([python, "-c", "pass"], env=environment(), capture_output=True, text=True)
     assert failed.returncode == 70 and failed.stderr.startswith("error: the warm Python of ")
     assert not (tmp_path / ".venv" / "bin" / "log").read_text()
-
-
-def test_a_session_that_ends_takes_its_server_with_it(tmp_path):
-    with WarmPython(tmp_path, environment()) as warm:
-        assert alive(warm.server.pid)
-    assert warm.server.returncode == 0 and not (tmp_path / ".venv" / "bin" / "log").read_text()

@@ -43,6 +43,7 @@ READ_BY_LIBRARIES = (
     b"CUDA_",
     b"LD_",
     b"MALLOC_",
+    b"TRITON_",
     b"PYTHON",
 )
 # May differ: the new process does what the interpreter does for them; pytest changes the last for each test.
@@ -83,14 +84,25 @@ class WarmPython:
 
 # ------------------------------------------------------------------------------------------------------ the server
 class Recorded(dict):
-    """The data of os.environ, which notes the names that are read."""
+    """The data of os.environ, which notes the names that are read.
+
+    A walk over all of them does not count: it copies the environment for another process.
+    """
 
     def __init__(self, data: dict):
         super().__init__(data)
         self.names = set()
+        self.walk = []  # what a walk that has begun reads next, last first
+
+    def __iter__(self):
+        self.walk = list(self.keys())[::-1]
+        return super().__iter__()
 
     def __getitem__(self, name):
-        self.names.add(name)
+        if self.walk and self.walk[-1] == name:
+            self.walk.pop()
+        else:
+            self.names.add(name)
         return super().__getitem__(name)
 
     def __contains__(self, name):
@@ -106,10 +118,10 @@ def import_all() -> set[bytes]:
     for name in IMPORTED:
         importlib.import_module(name)
     sys.path.remove(str(REPOSITORY))
-    data.clear()
+    read = set(recorded.names)  # before the next line, which reads all
     data.update(recorded)  # some imports set variables
     os.environ._data = data
-    return recorded.names
+    return read
 
 
 class Server:
