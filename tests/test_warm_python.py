@@ -109,11 +109,12 @@ def test_only_what_the_server_imported_in_the_same_surroundings_is_warm(warm_pyt
     assert subprocess.run(command, env=environment(), capture_output=True).stdout == b"False\n"
 
 
-def test_unbuffered_output_comes_at_once(warm_python):
-    code = "import sys; sys.stdout.write('half'); sys.stdin.read()"
-    variables = {**environment(), "PYTHONUNBUFFERED": "1"}
+@pytest.mark.parametrize("options, value", [([], "1"), (["-u"], "")])
+def test_unbuffered_output_comes_at_once(warm_python, options, value):
+    code = "import sys; assert 'torch' in sys.modules; sys.stdout.write('half'); sys.stdin.read()"
+    variables = {**environment(), "PYTHONUNBUFFERED": value}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([warm_python.executable, "-c", code], env=variables, **pipes) as process:
+    with subprocess.Popen([warm_python.executable, *options, "-c", code], env=variables, **pipes) as process:
         assert process.stdout.read(4) == b"half"
         process.stdin.close()
     assert process.returncode == 0

@@ -73,6 +73,7 @@ class WarmPython:
             self.server = subprocess.Popen(
                 [sys.executable, __file__, str(listener.fileno())],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, pass_fds=[listener.fileno()],
+                start_new_session=True,  # Ctrl-C must not end it before what it has started
             )  # fmt: skip
 
     def __enter__(self) -> WarmPython:
@@ -127,7 +128,7 @@ def import_all() -> set[bytes]:
 class Server:
     """Forks a process for each client. Signals of the client go to the process; a client that is gone kills it.
 
-    A command starts cold if it has options of the interpreter, another llava on its path, or other values of the
+    A command starts cold if it has options of the interpreter but -u, another llava on its path, or other values of the
     environment variables that were read while this process imported everything.
     """
 
@@ -159,6 +160,8 @@ class Server:
             client.close()
             return None
         request = marshal.loads(data)
+        request["options"] = [word for word in request["arguments"][:1] if word == "-u"]  # torchrun gives it
+        request["arguments"] = request["arguments"][len(request["options"]) :]
         if not self._fits(request):
             client.send(b"cold")
             client.close()
@@ -256,18 +259,17 @@ def become(request: dict) -> None:
         if resource.getrlimit(which) != limit:
             resource.setrlimit(which, limit)
     # 3. The interpreter.
-    open_standard_streams()
+    open_standard_streams(bool(request["options"] or os.environ.get("PYTHONUNBUFFERED")))
     sys.path[:0] = [folder if place == 0 else os.path.abspath(folder) for place, folder in enumerate(path_of(request))]
     sys.path_importer_cache.clear()
     sys.executable = request["executable"]
-    sys.orig_argv = [sys.executable, *request["arguments"]]
+    sys.orig_argv = [sys.executable, *request["options"], *request["arguments"]]
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # random and torch have seeds of their own, or always the same one
 
 
-def open_standard_streams() -> None:
+def open_standard_streams(unbuffered: bool) -> None:
     """sys.stdin, stdout and stderr as the interpreter makes them, in the encoding of this process."""
-    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
     for number, name, mode in ((0, "stdin", "rb"), (1, "stdout", "wb"), (2, "stderr", "wb")):
         old = getattr(sys, name)
         raw = io.FileIO(number, mode, closefd=False)
