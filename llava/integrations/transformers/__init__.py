@@ -17,12 +17,19 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.transformers.base import Compression
 
-# model_type of a model's configuration -> "file:class" of its Compression. They are strings, so that only the file that
-# is needed is imported.
+# model_type of a model's configuration -> where its family is. They are strings, so that only the file that is needed
+# is imported. A family is a class in families/, except for LLaVA's own models, which run on this repository's model.
 FAMILIES = {
-    "llava": "llava:LlavaCompression",
-    "llava_next": "llava:LlavaCompression",
-    "qwen2_5_vl": "qwen2_5_vl:QwenCompression",
+    "llava": "own_model:OwnModel",
+    "llava_next": "own_model:OwnModel",
+    "qwen2_vl": "families.qwen2_vl:Qwen2VL",
+    "qwen2_5_vl": "families.qwen2_5_vl:Qwen25VL",
+    "qwen3_vl": "families.qwen3_vl:Qwen3VL",
+    "qwen3_vl_moe": "families.qwen3_vl:Qwen3VL",
+    "qwen3_5": "families.qwen3_5:Qwen35",
+    "qwen3_5_moe": "families.qwen3_5:Qwen35",
+    "internvl": "families.internvl:InternVL",
+    "llava_onevision": "families.llava_onevision:LlavaOnevision",
 }
 
 
@@ -47,4 +54,7 @@ def compress(
             f"model_type {', '.join(FAMILIES)}"
         )
     file, name = FAMILIES[kind].split(":")
-    return getattr(import_module(f"{__name__}.{file}"), name)(model, config, processor)
+    found = getattr(import_module(f"{__name__}.{file}"), name)
+    if issubclass(found, Compression):
+        return found(model, config, processor)
+    return import_module(f"{__name__}.compression").SelectionBeforeLLM(found, model, config, processor)
