@@ -38,7 +38,7 @@ def compress(
 ) -> Compression:
     """A context manager in which `model`, a transformers model in memory, generates with fewer vision tokens.
 
-    model: a model whose config.model_type is a key of FAMILIES.
+    model: a model whose config.model_type is a key of FAMILIES, alone or in the wrapper of torch.compile or PEFT.
     config: an AdaVConfig, or a configuration file as AdaVConfig.load takes it. overrides: keys that override it.
     processor: the model's processor or tokenizer, for settings that need words and not token ids (text_scope "turn",
         text_tower).
@@ -47,6 +47,7 @@ def compress(
     given = isinstance(config, AdaVConfig)
     # With None, AdaVConfig.load reads $ADAV_CONFIG or the repository's file, as the commands do.
     config = config.replaced(**overrides) if given else AdaVConfig.load(config, **overrides)
+    model = _unwrapped(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise UserError(
@@ -58,3 +59,14 @@ def compress(
     if issubclass(found, Compression):
         return found(model, config, processor)
     return import_module(f"{__name__}.compression").SelectionBeforeLLM(found, model, config, processor)
+
+
+def _unwrapped(model):
+    """The transformers model inside the wrappers of torch.compile and PEFT. They call its generate() and forward()."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model

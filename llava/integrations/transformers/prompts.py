@@ -7,6 +7,7 @@ columns of the whole prompt. Embeddings, positions and labels follow from that c
 from __future__ import annotations
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from llava.common.errors import UserError
@@ -38,7 +39,11 @@ class Prompts:
         self.rows, self.length = ids.shape
         self._layouts = family.layouts(ids, given)
         self._places = self._find(ids)
-        self._vision = family.encode(given, self._layouts) if config.make_method().needs_image else None
+        self._vision = None
+        if config.make_method().needs_image:
+            # The tower runs outside forward(), whose hook would bring the weights that belong to no submodule.
+            with align_module_device(family.model.model):
+                self._vision = family.encode(given, self._layouts)
 
     def _find(self, ids: Tensor) -> list[tuple[int, Tensor]]:
         """(row, columns [N] of the placeholders) of each image, in reading order."""
