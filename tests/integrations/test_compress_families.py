@@ -4,12 +4,16 @@ References are the model itself: without compress(), with the dropped tokens hid
 function that records its weights. Nothing here says how well tokens are chosen: weights are random.
 """
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from family_cases import CASES, IMAGE
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
@@ -55,20 +59,33 @@ def places_of(ids, selections):
 
 
 @torch.no_grad()
-def hidden_instead(model, inputs, sequence, selections):
-    """Logits [S + n, V] of the model itself for the whole prompt and what came after it, dropped tokens hidden by a mask."""
+def hidden_instead(model, inputs, sequence, selections, kept=None, first=0):
+    """Logits [S + n, V] of the model itself for the whole prompt and what came after it, dropped tokens hidden by a mask.
+
+    kept: per image, the tokens that stay; by default those of the selections
+    first: the first layer that does not see the dropped tokens
+    """
+    kept = [selection.indices.tolist() for selection in selections] if kept is None else kept
     ids, size = inputs["input_ids"], sequence.shape[1]
     positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
     positions = torch.cat([positions, positions[..., -1:] + 1 + torch.arange(size - ids.shape[1])], dim=-1)
     allowed = torch.ones(size, size, dtype=torch.bool).tril()
-    for columns, selection in zip(places_of(ids[0], selections), selections, strict=True):
-        gone = set(range(len(columns))) - set(selection.indices.tolist())
+    everything = torch.zeros(size, size).masked_fill(~allowed, float("-inf"))[None, None]
+    for columns, stay in zip(places_of(ids[0], selections), kept, strict=True):
+        gone = set(range(len(columns))) - set(stay)
         allowed[:, columns[sorted(gone)]] = False
     allowed.fill_diagonal_(True)  # what is hidden still sees itself: a row of -inf would be NaN
     mask = torch.zeros(size, size).masked_fill(~allowed, float("-inf"))[None, None]
     given = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
     given |= {"input_ids": sequence, "attention_mask": mask, "position_ids": positions}
-    return model(**given).logits[0]
+    with ExitStack() as hooks:
+        for layer in model.model.language_model.layers[:first]:
+            hooks.enter_context(
+                layer.register_forward_pre_hook(
+                    lambda _, args, named: (args, named | {"attention_mask": everything}), with_kwargs=True
+                )
+            )
+        return model(**given).logits[0]
 
 
 # --- nothing dropped, and everything counted ---------------------------------------------------------------------------
@@ -173,10 +190,10 @@ def recorded():
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         calls.append((module, query, key, scaling))
-        weights = (query @ key.mT * scaling).softmax(-1)
-        return (weights @ value).transpose(1, 2).contiguous(), weights
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register("recorded", attend)
+    AttentionMaskInterface.register("recorded", sdpa_mask)
     return calls
 
 
@@ -229,6 +246,74 @@ def test_saliency_by_distance(models, name):
         answer(model, inputs, steps=1)
     order = whole.saliency.nan_to_num(-1).argsort(descending=True)[:K]
     assert compression.last_selection[0].indices.tolist() == sorted(order.tolist())
+
+
+# --- methods inside the LLM --------------------------------------------------------------------------------------------
+
+# Two layers: FastV reads layer 0 and cuts behind it, PyramidDrop reads layer 1 and cuts before it.
+INSIDE = {"fastv": ({"layer": 1}, 0), "pyramiddrop": ({}, 1)}
+
+
+@pytest.mark.parametrize("method", INSIDE)
+@pytest.mark.parametrize("name", MASKING)
+def test_cuts_between_layers(recorded, name, method):
+    """The tokens with most attention from the prompt's last token stay, and layer 1 answers as if the others were hidden."""
+    model, inputs = CASES[name].model(), CASES[name].prompt([2, "small", 3, "tall", 4])
+    options, layer = INSIDE[method]
+    with compress(model, config(method, **options)) as compression:
+        result = answer(model, inputs, suppress_tokens=[IMAGE])
+    selections = compression.last_selection
+    (kept, others) = [selection.report["survivors"][-1].tolist() for selection in selections]
+    assert len(kept) == len(others) == K
+    assert all(len(cuts.report["cuts"]) == 1 for cuts in selections)
+    # 1. The choice, from the model's own queries and keys on the whole prompt.
+    llm = model.model.language_model
+    llm.config._attn_implementation = "recorded"
+    with torch.no_grad():
+        answer(model, inputs, steps=1)
+    llm.config._attn_implementation = "sdpa"
+    _, query, key, scaling = [call for call in recorded if call[0] is llm.layers[layer].self_attn][0]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    row = (query[0, :, -1:] @ key[0].mT * scaling).softmax(-1).mean((0, 1))
+    for columns, own in zip(places_of(inputs["input_ids"][0], selections), (kept, others), strict=True):
+        assert own == sorted(row[columns].topk(K).indices.tolist())
+    # 2. The answers.
+    logits = hidden_instead(model, inputs, result.sequences, selections, kept=[kept, others], first=1)
+    length = inputs["input_ids"].shape[1]
+    assert torch.allclose(torch.cat(result.logits), logits[length - 1 : -1], rtol=1e-4, atol=1e-4)
+    dropped = sum(selection.total for selection in selections) - 2 * K
+    assert [layer.get_seq_length() for layer in result.past_key_values.layers] == [length + 4, length + 4 - dropped]
+    # 3. A loss on whole prompts.
+    labels = torch.where(torch.arange(length) >= length - 3, inputs["input_ids"], -100)
+    with compress(model, config(method, **options)):
+        output = model(**inputs, labels=labels)
+    last = logits[length - 4 : length - 1]
+    expected = torch.nn.functional.cross_entropy(last, inputs["input_ids"][0, -3:])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", INSIDE)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_inside_the_llm(models, name, method):
+    """Rows of different length and number of images, left padding, beams, and nothing left behind."""
+    model, prompts = models[name], prompts_of(name)
+    fixed = {"cache_implementation": "static", "disable_compile": True}
+    answer(model, prompts[0], **fixed)  # transformers keeps what it makes on first use
+    before = state(model)
+    with compress(model, config(method, **INSIDE[method][0])) as compression:
+        together = answer(model, CASES[name].batch(prompts)).sequences[:, -5:]
+        kept = [selection.report["survivors"][-1].tolist() for selection in compression.last_selection]
+        beams = answer(model, CASES[name].batch(prompts), num_beams=2, output_logits=False).sequences[:, -5:]
+        alone = torch.cat([answer(model, inputs).sequences[:, -5:] for inputs in prompts])
+        narrow = torch.cat([answer(model, one, num_beams=2, output_logits=False).sequences[:, -5:] for one in prompts])
+        with pytest.raises(UserError, match="a cache of fixed size"):
+            answer(model, prompts[0], **fixed)
+    assert torch.equal(together, alone) and torch.equal(beams, narrow) and [len(own) for own in kept] == [K] * 3
+    assert state(model) == before and model.config.get_text_config()._attn_implementation == "sdpa"
+    with compress(model, config(method, 100, **INSIDE[method][0])):
+        whole = answer(model, CASES[name].batch(prompts))
+    stock = answer(model, CASES[name].batch(prompts))
+    assert torch.equal(whole.sequences, stock.sequences)
 
 
 # --- the order of tokens -----------------------------------------------------------------------------------------------
@@ -412,7 +497,7 @@ def test_refused(models, name):
     model, inputs = models[name], CASES[name].prompt([4, "large", 5])
     label = compress(model, config()).family.name
     for settings, message in (
-        ({"method": "fastv"}, f"acts inside the LLM, allowed for {label}"),
+        ({"method": "sparsevlm"}, f"acts inside the LLM, allowed for {label}"),
         ({"vision_adaptive_attention": True}, f'policy "avl", allowed for {label}'),
         ({"method": "visionzip"}, f"which {label} does not have"),
         ({"options": {"positions": "reindexed"}}, 'allowed .* "original"'),

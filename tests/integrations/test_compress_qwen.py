@@ -499,7 +499,7 @@ def test_only_this_model(model):
 
 
 REFUSED = {
-    "fastv": (dict(method="fastv"), "acts inside the LLM"),
+    "fitprune": (dict(method="fitprune"), "acts inside the LLM"),
     "sparsevlm": (dict(method="sparsevlm"), "acts inside the LLM"),
     "filter": (dict(prefill_filter_flag=True), "prefill_filter_flag"),
     "avl": (dict(vision_adaptive_attention=True), 'policy "avl"'),

@@ -135,6 +135,6 @@ def test_a_checkpoint_beside_its_base(tmp_path):
     """Weights in few bits cannot take an adapter or the rows of a grown vocabulary."""
     reference = tiny.build_reference("llava", "llama")
     base = tiny.save_plain_llm(reference, tmp_path / "base")
-    folder = tiny.save_projector_only(reference, tmp_path / "projector")
+    folder = tiny.save_projector_only(reference, tmp_path / "projector", tower=tmp_path / "tower")
     with pytest.raises(UserError, match="load_8bit is true, but .* needs a model_base: merge both first"):
         load_pretrained_model(folder, base, load_8bit=True)

@@ -58,7 +58,7 @@ def compress(
     found = getattr(import_module(f"{__name__}.{file}"), name)
     if issubclass(found, Compression):
         return found(model, config, processor)
-    return import_module(f"{__name__}.compression").SelectionBeforeLLM(found, model, config, processor)
+    return import_module(f"{__name__}.compression").FamilyCompression(found, model, config, processor)
 
 
 def _unwrapped(model):

@@ -1,4 +1,6 @@
-"""compress() for models whose own generate() and forward() run: vision tokens are selected before the LLM.
+"""compress() for models whose own generate() and forward() run.
+
+Vision tokens are selected before the LLM, or dropped between its layers (cuts.py).
 
     with compress(model, method="adav", overall_tokens=256):
         output = model.generate(**processor(images=images, text=prompts, return_tensors="pt", padding=True))
@@ -22,6 +24,7 @@ from torch import Tensor
 from llava.common.errors import UserError
 from llava.conversation import turn_markers
 from llava.integrations.transformers.base import Compression
+from llava.integrations.transformers.cuts import cutting
 from llava.integrations.transformers.families.base import Family
 from llava.integrations.transformers.prompts import Prompts
 from llava.methods.inside_llm import dropper_names
@@ -30,14 +33,15 @@ from llava.methods.inside_llm import dropper_names
 FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
 
 
-class SelectionBeforeLLM(Compression):
+class FamilyCompression(Compression):
     """Compression of a model of `family`: its generate(), and its forward() on whole prompts.
 
     Selectors that read features, saliency and words are supported: adav, adav_cover, t2i, cls, mix, fastervlm,
     divprune, cdpruner (by embeddings), random, none, no_image, and a user's own. The words of a question are the text
     after its image, without the markers around images. text_scope "turn" needs `processor`. options.saliency chooses
-    what plays the part of [CLS] attention. options.positions is always "original" here. Videos, methods inside the LLM,
-    adaptive KV caches, and methods that make tokens or read more of the tower are refused with a UserError.
+    what plays the part of [CLS] attention. options.positions is always "original" here. Inside the LLM, the methods of
+    Family.inside_llm work. Videos, other methods inside the LLM, adaptive KV caches, and methods that make tokens or read
+    more of the tower are refused with a UserError.
     """
 
     def __init__(self, family: type[Family], model, config, processor=None):
@@ -81,7 +85,13 @@ class SelectionBeforeLLM(Compression):
         config = self.config
         name, given, family = config.method, config.options, self.family.name
         if name in dropper_names():
-            raise UserError(f'method "{name}" acts inside the LLM, allowed for {family} are methods before the LLM')
+            allowed = self.family.inside_llm
+            if name not in allowed:
+                others = f", {' and '.join(allowed)}" if allowed else ""
+                raise UserError(
+                    f'method "{name}" acts inside the LLM, allowed for {family} are methods before the LLM{others}'
+                )
+            config.make_method().check(self.model.config.get_text_config())
         if config.prefill_filter_flag:
             raise UserError(f'"prefill_filter_flag" is true, allowed for {family} are methods before the LLM alone')
         if config.cache_policy != "full":
@@ -96,7 +106,7 @@ class SelectionBeforeLLM(Compression):
                 f'method "{name}" reads {" and ".join(needed)} of a CLIP tower with [CLS] and square tiles, which {family} '
                 "does not have"
             )
-        if method.makes_tokens:
+        if getattr(method, "makes_tokens", False):
             raise UserError(
                 f'method "{name}" makes tokens that stood nowhere in the image, allowed for {family} are methods that keep '
                 "tokens of the image"
@@ -142,7 +152,10 @@ class SelectionBeforeLLM(Compression):
             # generate() passes every argument that prepare_inputs_for_generation names to it, at every step. The
             # prompts go this way, so that this object holds no state of a request.
             kwargs["prompts"] = prompts
-        return self._generate(inputs, generation_config, *others, **kwargs)
+        output = self._generate(inputs, generation_config, *others, **kwargs)
+        if prompts is not None:
+            prompts.note_survivors()
+        return output
 
     def prepare_inputs_for_generation(self, input_ids, prompts: Prompts | None = None, **kwargs):
         """Inputs of one step: the shortened prompts in prefill, and their attention mask in every step.
@@ -162,6 +175,7 @@ class SelectionBeforeLLM(Compression):
             # It counts tokens of the whole prompt, and would cut the shortened embeddings.
             kwargs["next_sequence_length"] = None
             kwargs["llm_arguments"] = self._llm_arguments(prompts, copies)
+        kwargs["dropping"] = prompts.dropping
         # 2. The placeholders are replaced, so arguments that describe them must not reach the model.
         for name in ("mm_token_type_ids", *self._image_inputs):
             kwargs.pop(name, None)
@@ -171,15 +185,16 @@ class SelectionBeforeLLM(Compression):
         kwargs["attention_mask"] = None if mask.all() else mask.repeat_interleave(copies, dim=0)
         return self._prepare_inputs(input_ids, **kwargs)
 
-    def forward(self, input_ids=None, attention_mask=None, llm_arguments: dict | None = None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, llm_arguments=None, dropping=None, **kwargs):
         """Output of the model's own forward(). For whole prompts with images: logits and loss of the tokens that stay.
 
         Rows are then padded left to the longest shortened row. No cache is made, and an earlier cache cannot be
-        continued.
+        continued. llm_arguments, dropping: only from prepare_inputs_for_generation.
         """
+        llm = self.model.model.language_model
         # Steps of generate() come without pixels: prefill has embeddings, decode steps have new ids.
         if kwargs.get(self.family.image_inputs[0]) is None:
-            with _added(self.model.model.language_model, llm_arguments):
+            with cutting(llm, dropping), _added(llm, llm_arguments):
                 return self._forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if kwargs.pop("use_cache", None):
             raise UserError(
@@ -193,15 +208,25 @@ class SelectionBeforeLLM(Compression):
         positions = self.model._prepare_position_ids_for_generation(input_ids, whole)
         labels = kwargs.pop("labels", None)
         embeds = self._shorten(prompts, input_ids, attention_mask, labels)
-        with _added(self.model.model.language_model, self._llm_arguments(prompts)):
-            return self._forward(
+        if labels is not None:
+            labels = prompts.labels(labels)
+        with cutting(llm, prompts.dropping), _added(llm, self._llm_arguments(prompts)):
+            output = self._forward(
                 inputs_embeds=embeds,
                 attention_mask=prompts.mask,
                 position_ids=prompts.positions(positions),
-                labels=None if labels is None else prompts.labels(labels),
+                # Which tokens have a logit is known behind the last cut.
+                labels=labels if prompts.dropping is None else None,
                 use_cache=False,
                 **kwargs,
             )
+        if prompts.dropping is not None:
+            prompts.note_survivors()
+            if labels is not None:
+                vocabulary = self.model.config.get_text_config().vocab_size
+                left = prompts.dropping.labels(labels)
+                output.loss = self.model.loss_function(logits=output.logits, labels=left, vocab_size=vocabulary)
+        return output
 
     def _prompts(self, ids: Tensor | None, given: dict) -> Prompts | None:
         """Prompts of a request, or None for a request without images. Removes the pixels from `given`."""

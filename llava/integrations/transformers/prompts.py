@@ -16,6 +16,8 @@ from llava.constants import IGNORE_INDEX
 from llava.integrations.transformers.families.base import Family
 from llava.methods.before_llm import ImageTokens, Selection, select_all
 from llava.methods.before_llm.scores import distance_from_mean
+from llava.methods.inside_llm.base import Dropper
+from llava.model.decoding.dropping import Dropping, PromptRow
 from llava.model.llava_arch import sample_key
 from llava.model.prompt_rows import turn_around
 
@@ -32,7 +34,10 @@ class Prompts:
     columns     [B, L] the column of each token in the whole prompt; any value in the padding
     dropped     [B, 1] number of tokens that each prompt lost
     selections  the Selection of each image, in reading order
+    dropping    the cuts inside the LLM; None for a method before the LLM
     """
+
+    dropping: Dropping | None = None
 
     def __init__(self, family: Family, ids: Tensor, given: dict, config: AdaVConfig):
         self.family, self.config = family, config
@@ -57,6 +62,8 @@ class Prompts:
         parts = list(zip(rows.split(sizes), columns.split(sizes), strict=True))
         if any(row[0] != row[-1] for row, _ in parts):
             raise UserError("the placeholders of an image lie in two prompts, allowed is one image after the other")
+        if any(own[-1] - own[0] != len(own) - 1 for _, own in parts):
+            raise UserError("the placeholders of an image have other tokens between them, allowed is an unbroken run")
         return [(int(row[0]), own) for row, own in parts]
 
     def shorten(self, ids: Tensor, attention_mask: Tensor | None, markers, labels: Tensor | None = None) -> Tensor:
@@ -82,8 +89,12 @@ class Prompts:
             seen = [self._seen(nth, ids, real, words) for nth in range(len(self._places))]
             asked = [self._question(ids[row], said[row], columns, markers) for row, columns in self._places]
             texts = [words[row][which] for (row, _), which in zip(self._places, asked, strict=True)]
-            options = self.config.method_options
-            self.selections = select_all(self.config.method, seen, texts, self.config.overall_tokens, **options)
+            method, budget = self.config.make_method(), self.config.overall_tokens
+            if isinstance(method, Dropper):
+                self.selections = select_all("none", seen, texts, budget)
+                self.dropping = self._dropping(method.with_kept_positions(), real, asked)
+            else:
+                self.selections = select_all(self.config.method, seen, texts, budget, **self.config.method_options)
         # 4. The columns that stay: text, and the placeholders of kept tokens.
         keep = real.clone()
         for (row, columns), selection in zip(self._places, self.selections, strict=True):
@@ -102,6 +113,33 @@ class Prompts:
         self.beside = self._beside()
         self._vision = None  # frees the memory of dropped tokens before the LLM runs
         return rows.index_put((self.is_image,), features.to(rows))
+
+    def _dropping(self, dropper: Dropper, real: Tensor, asked: list[Tensor]) -> Dropping:
+        """The cuts of `dropper` in these prompts. asked: per image, bool [S] of its question."""
+        layers = self.family.model.config.get_text_config().num_hidden_layers
+        slots = real.long().cumsum(dim=1) - 1  # of each column in its row without padding
+        rows = []
+        for row, columns in enumerate(real):
+            images, text = [], []
+            for (other, own), question in zip(self._places, asked, strict=True):
+                if other == row:
+                    start = int(slots[row, own[0]])
+                    images.append((start, len(own)))
+                    behind = slots[row][question]
+                    # Text before an image cannot attend to it.
+                    text.append(behind[behind > start])
+            rows.append(PromptRow(int(columns.sum()), images, text))
+        return Dropping(dropper, self.config.overall_tokens, layers, rows)
+
+    def note_survivors(self) -> None:
+        """After prefill, add the places of the cuts and the kept slots to the report of each image's selection."""
+        if self.dropping is None:
+            return
+        seen = [0] * self.rows
+        for (row, _), selection in zip(self._places, self.selections, strict=True):
+            selection.report["survivors"] = self.dropping.survivors(row, seen[row])
+            selection.report["cuts"] = self.dropping.places(row, seen[row])
+            seen[row] += 1
 
     def _beside(self) -> list[Tensor]:
         """Other states of the tokens that stay, [B, L, D'] each, zero for text."""

@@ -51,6 +51,7 @@ class Family(ABC):
     image_inputs    arguments of generate() and forward() that come with every image; the first has the pixels
     optional_inputs arguments about images that may be missing
     videos          arguments that hold videos, which are refused
+    inside_llm      methods inside the LLM that work; they need layers that all attend to the tokens that are left
     conversation    name of the template in llava/conversation.py whose markers separate the turns of a prompt
     """
 
@@ -59,6 +60,7 @@ class Family(ABC):
     image_inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
+    inside_llm: tuple[str, ...] = ("fastv", "pyramiddrop")
     conversation = "chatml_direct"
 
     def __init__(self, model):

@@ -16,3 +16,4 @@ class Qwen35(Qwen2VL):
 
     name = "Qwen3.5"
     model_classes = (Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration)
+    inside_llm = ()  # a linear-attention layer has no attention to rank tokens by
