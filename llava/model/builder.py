@@ -147,6 +147,10 @@ def prefer_flash_attention() -> None:
 
 def check_config(config: AdaVConfig, model_config) -> None:
     """Raise UserError where a model of `model_config` cannot run `config`; called before weights are loaded."""
+    if config.option("saliency") != "attention":
+        raise UserError(
+            f'"options.saliency" is "{config.option("saliency")}", allowed for LLaVA is "attention": its tower has [CLS]'
+        )
     if config.method in dropper_names():
         config.make_method().check(model_config)
     prefill_filter = PrefillFilter.from_config(config)
