@@ -193,7 +193,7 @@ class AdaVConfig:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
 
     def option(self, name: str):
-        """The value of an option that every method takes (positions, text_scope, anyres), or its default."""
+        """The value of an option that every method takes (positions, text_scope, anyres, saliency), or its default."""
         # compat "public" reproduces published numbers, which were measured with FasterVLM's tiles.
         if name == "anyres" and self.options.get("compat") == "public":
             return "fastervlm"

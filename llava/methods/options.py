@@ -80,6 +80,7 @@ OPTION_RULES: dict[str, Rule] = {
     "positions": one_of("reindexed", "original"),
     "text_scope": one_of("after", "turn"),
     "anyres": one_of("official", "fastervlm"),
+    "saliency": one_of("attention", "distance"),
     "layer": whole(1),
     "ratio": Rule("a percentage above 0 and below 100", lambda v: is_number(v) and 0 < v < 100),
     "keep": Rule(
@@ -92,7 +93,7 @@ OPTION_RULES: dict[str, Rule] = {
 
 
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.
-COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
+COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official", "saliency": "attention"}
 
 
 def check_options(method) -> None:

@@ -215,14 +215,17 @@ class Checkpoint:
 
     # --- weights ----------------------------------------------------------------------------------------------
 
-    def load(self, model_class, config, device_map, dtype):
-        """The model with all its weights. UserError where they are missing, damaged or of another shape."""
+    def load(self, model_class, config, device_map, dtype, quantisation=None):
+        """The model with all its weights. UserError where they are missing, damaged or of another shape.
+
+        quantisation: quantization_config of from_pretrained, or None
+        """
         adapter = Adapter.read(self.folder) if self.kind == "lora" else None
         extra = self._beside_base(adapter)
         rows = next((extra[name].shape[0] for name in _BY_WORD if name in extra), config.vocab_size)
         if self.base is not None:
             config.vocab_size = self._base_vocabulary()  # until the checkpoint's own embeddings arrive
-        model, missing = self._load_files(model_class, config, device_map, dtype)
+        model, missing = self._load_files(model_class, config, device_map, dtype, quantisation)
         if self.kind == "llm":
             missing -= _start_projector(model)
         if self.kind == "lora" and rows != config.vocab_size:
@@ -256,7 +259,7 @@ class Checkpoint:
             return HF_CLASSES[settings["model_type"]].from_dict(settings).text_config.vocab_size
         return settings.get("vocab_size", LlamaConfig().vocab_size)
 
-    def _load_files(self, model_class, config, device_map, dtype):
+    def _load_files(self, model_class, config, device_map, dtype, quantisation):
         """The model with the weights of the folder that has an LLM, and the names of those that are not there."""
         folder, hf = self.base or self.folder, _is_hf(self.settings if self.base is None else self.base_settings)
         for file in weight_files(folder):
@@ -268,6 +271,7 @@ class Checkpoint:
                     config=config,
                     dtype=dtype,
                     device_map=device_map,
+                    quantization_config=quantisation,
                     key_mapping=HF_KEYS if hf else ORIGINAL_KEYS,
                     output_loading_info=True,
                     weights_only=True,

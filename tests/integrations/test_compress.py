@@ -493,7 +493,6 @@ def test_models_that_cannot_be(tmp_path, pairs):
             altered(lambda model: setattr(model.config, "vision_feature_select_strategy", "full")),
             '"cls_patch", allowed',
         ),
-        (altered(lambda model: setattr(model, "hf_quantizer", object())), "its weights are quantised, allowed"),
         (
             altered(lambda model: model.model.language_model.layers[1].to("meta")),
             "cpu and meta, allowed under compress",

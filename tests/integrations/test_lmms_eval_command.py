@@ -164,5 +164,13 @@ def test_the_scripts_are_this_command(tmp_path):
             *["--output_path", str(checkout / "runs" / "lmms_eval"), "--limit", "2"],
         ]
     done = subprocess.run(command[:2], env={**environment, "RANKS": "2"}, capture_output=True, text=True, check=True)
-    ranks = ["-m", "llava.common.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "llava.integrations.lmms_eval.command"]
+    ranks = [
+        "-m",
+        "llava.common.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava.integrations.lmms_eval.command",
+    ]
     assert done.stdout.splitlines()[:7] == ranks and "overall_tokens" not in done.stdout

@@ -9,6 +9,7 @@ layer, for all methods alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -125,6 +126,12 @@ class Dropper(ABC):
             raise UserError(
                 f"the LLM has {model_config.num_hidden_layers} layer, allowed for methods inside it are at least 2"
             )
+
+    def with_kept_positions(self) -> Dropper:
+        """Return this method with kept tokens that keep the position ids of the whole prompt, whatever its own rule is."""
+        other = copy(self)
+        object.__setattr__(other, "reindexed", False)
+        return other
 
     def cuts(self, n: int, overall_tokens: int, layers: int) -> tuple[Cut, ...]:
         """Return the cuts of an image of n tokens under options and budget; empty where every token is kept."""
