@@ -28,7 +28,7 @@ from llava.methods.before_llm import (
 )
 from llava.methods.before_llm.coverage import Coverage
 from llava.model import llava_arch, prompt_rows
-from llava.model.llava_arch import sample_key
+from llava.model.image_tokens import sample_key
 
 aten = torch.ops.aten
 # What gives the host a number, or a tensor whose size depends on numbers.

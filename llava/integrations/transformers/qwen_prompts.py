@@ -14,7 +14,7 @@ from llava.config import AdaVConfig
 from llava.constants import IGNORE_INDEX
 from llava.integrations.transformers.received_attention import QwenSaliency
 from llava.methods.before_llm import ImageTokens, Selection, select_all
-from llava.model.llava_arch import sample_key
+from llava.model.image_tokens import sample_key
 from llava.model.prompt_rows import turn_around
 
 
