@@ -135,14 +135,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python benchmarks/vllm_throughput.py", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or hub name (the demo's v1.6)")
     parser.add_argument("--tokens", type=positive, help="vision tokens per image; default: that of adav_configs.json")
-    parser.add_argument("--workers", default=",".join(WORKERS), help="which, separated by commas; the first always runs")
+    parser.add_argument(
+        "--workers", default=",".join(WORKERS), help="which, separated by commas; the first always runs"
+    )
     parser.add_argument("--pictures", type=positive, default=32)
     parser.add_argument("--each", type=positive, default=4, help="questions per picture (4)")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--output", type=Path, help="default: runs/benchmarks/vllm_throughput-<checkpoint>-<device>.csv")
+    parser.add_argument(
+        "--output", type=Path, help="default: runs/benchmarks/vllm_throughput-<checkpoint>-<device>.csv"
+    )
     parser.add_argument("--table", type=Path, nargs="+", metavar="CSV", help="measure nothing: fill --document")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: docs/serving.md")
     args = parser.parse_args(argv)
@@ -200,7 +204,9 @@ def main(argv: list[str] | None = None) -> None:
         **how(args, "vllm_throughput.py", args.device),
     }
     write_csv(output, rows, facts)
-    print(f"{columns(lines_of(rows))}\n\n{facts['device']}, {facts['threads']} threads, medians of {args.repeats}; {output}")
+    print(
+        f"{columns(lines_of(rows))}\n\n{facts['device']}, {facts['threads']} threads, medians of {args.repeats}; {output}"
+    )
 
 
 if __name__ == "__main__":

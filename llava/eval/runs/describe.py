@@ -48,7 +48,9 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
             samples = [sample for parts in pieces for sample in parts[shard]]
             images = len({sample.image for sample in samples if sample.image is not None})
             settings = worker_settings(device_of(shard, devices), shards)
-            command = shlex.join([f"{name}={value}" for name, value in settings.items()] + worker_command(orders, python))
+            command = shlex.join(
+                [f"{name}={value}" for name, value in settings.items()] + worker_command(orders, python)
+            )
             lines.append(f"shard {shard}: {len(samples):,} questions about {images:,} images\n  {command}")
     return "\n".join(lines)
 
