@@ -162,6 +162,7 @@ class Start:
             words = ["vllm.entrypoints.openai.api_server", "--model", self.folder]
             words += ["--served-model-name", self.folder.name]
             words += ["--max-model-len", self.context, "--limit-mm-per-prompt", images]
+            words += ["--chat-template-content-format", "openai"]  # the template reads parts, not one string
             if method:
                 settings = {"adav": {"method": method, "overall_tokens": self.tokens}}
                 words += ["--mm-processor-kwargs", json.dumps(settings)]
