@@ -22,7 +22,7 @@ from llava.integrations.vllm.image_request import ImageRequest
 from llava.integrations.vllm.prompt_images import layout_for, model_config_of
 from llava.integrations.vllm.settings import KEY
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
-from llava.methods.before_llm import ImageTokens, TowerStates, select_all
+from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
 from llava.model.image_tokens import project_now, projects_late, tokens_in_order
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 
@@ -61,24 +61,20 @@ class _Selects:
             tower = SimpleNamespace(config=self._ours.vision, device=self.vision_tower.device)
             self._text_tower = ClipTextTower.load(self._text_tower_name, tower)
         requests = [ImageRequest.from_tensor(one) for one in requests]
-        images = self._image_tokens(pixels, requests)
-        texts = self._questions(requests)
+        return [selection.features for selection in self._select(pixels, requests)]
+
+    def _select(self, pixels: Sequence[Tensor], requests: list[ImageRequest]) -> list[Selection]:
+        """Return the kept tokens of each request."""
+        images, texts = self._image_tokens(pixels, requests), self._questions(requests)
         # All images with one method and its options are selected together, which greedy methods make use of.
         groups: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault((request.method, request.budget, repr(request.options)), []).append(i)
-        kept: list[Tensor | None] = [None] * len(requests)
+        kept: dict[int, Selection] = {}
         for (method, budget, _), members in groups.items():
-            selections = select_all(
-                method,
-                [images[i] for i in members],
-                [texts[i] for i in members],
-                budget,
-                **requests[members[0]].options,
-            )
-            for i, selection in zip(members, selections, strict=True):
-                kept[i] = selection.features.to(texts[i].dtype)
-        return kept
+            own = ([values[i] for i in members] for values in (images, texts))
+            kept.update(zip(members, select_all(method, *own, budget, **requests[members[0]].options), strict=True))
+        return [kept[i] for i in range(len(requests))]
 
     # --- images -----------------------------------------------------------------------------------------------
 
