@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava.common.errors import UserError, first_line
 from llava.common.hub import checkpoint_folder, quiet_loading
@@ -149,6 +149,13 @@ class Checkpoint:
                 f"that config.json names, {config.vision.hidden_size}"
             )
         return config
+
+    def generation_config(self) -> GenerationConfig:
+        """Return the generation settings of the loaded model: those of generation_config.json, else of config.json."""
+        try:
+            return GenerationConfig.from_pretrained(self.base or self.folder)
+        except OSError:
+            return GenerationConfig.from_model_config(self.model_config())
 
     def _refuse(self, value, allowed, name: str) -> None:
         """Raise UserError unless the setting `name` has one of the allowed values."""

@@ -44,7 +44,7 @@ class DivPrune(GreedySelector):
     [P, P] cosine matrix and K passes over one of its rows.
     """
 
-    reads_question = False
+    reads_text = False
 
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         patches = image.patches

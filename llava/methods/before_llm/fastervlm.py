@@ -18,8 +18,8 @@ class FasterVLM(Selector):
     budget is per tile.
     """
 
-    reads_question = False
     reads_features = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         members, real, sizes = members_of_tiles(image)

@@ -11,9 +11,9 @@ from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 class NoImage(Selector):
     """Keeps none of the N tokens, whatever the budget. The vision tower does not run."""
 
-    reads_question = False
     needs_image = False
     uses_budget = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return take(image, image.patches[:0])

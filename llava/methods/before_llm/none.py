@@ -11,8 +11,8 @@ from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 class KeepAll(Selector):
     """Keeps all N tokens, whatever the budget."""
 
-    reads_question = False
     uses_budget = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return take_all(image)

@@ -42,8 +42,8 @@ class Scope(GreedySelector):
     alpha  >= 0, exponent of saliency; with 0 only coverage counts
     """
 
-    reads_question = False
     reads_features = False
+    reads_text = False
     tower_states = ("hidden",)
 
     alpha: float = 1.0

@@ -58,8 +58,8 @@ class VisionZip(Selector):
                           counts, and the requested budget is kept.
     """
 
-    reads_question = False
     reads_features = False
+    reads_text = False
     makes_tokens = True
     tower_states = ("hidden", "keys")
 

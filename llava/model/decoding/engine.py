@@ -97,7 +97,7 @@ class Engine:
         if (graphs or rank_beside) and not one_gpu:
             raise UserError("graphs and rank_beside need a model that is on one CUDA device as a whole")
         self.graphs = one_gpu if graphs is None else graphs
-        self.ends = end_tokens(model, tokenizer)
+        self.ends = end_tokens(model.generation_config, tokenizer)
         self.pad = pad_token(model, tokenizer)
         self._stepper = Stepper.for_model(model)
         self._seen: OrderedDict[tuple, None] = OrderedDict()
@@ -475,9 +475,9 @@ def capacity_multiple(batch: int) -> int:
     return {1: CAPACITY_MULTIPLE, 2: CAPACITY_MULTIPLE // 2}.get(batch, CAPACITY_MULTIPLE // 4)
 
 
-def end_tokens(model, tokenizer=None) -> set[int]:
+def end_tokens(generation_config, tokenizer=None) -> set[int]:
     """Return the tokens that end an answer: those of the generation configuration and that of the tokenizer."""
-    ends = model.generation_config.eos_token_id
+    ends = generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return {end for end in [*ends, getattr(tokenizer, "eos_token_id", None)] if end is not None}
 
@@ -485,4 +485,4 @@ def end_tokens(model, tokenizer=None) -> set[int]:
 def pad_token(model, tokenizer=None) -> int:
     """Return the token that ended rows are fed while others continue; any valid id would do."""
     pad = getattr(tokenizer, "pad_token_id", None)
-    return pad if pad is not None else min(end_tokens(model, tokenizer), default=0)
+    return pad if pad is not None else min(end_tokens(model.generation_config, tokenizer), default=0)
