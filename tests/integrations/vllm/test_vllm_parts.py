@@ -173,7 +173,11 @@ def test_pixels_are_those_of_load_pretrained_model(checkpoint):
     for size in ((1, 1), (300, 7), (57, 57)):
         picture = make_image(*size)
         (expected,) = process_images([picture], processor, model.config)
-        assert torch.equal(images.pixels(picture, AdaVConfig()).flatten(), expected.flatten())
+        request = ImageRequest(str(size), size, "cls", 5, {}, "official")
+        for _ in range(2):  # the second time from memory
+            pixels = images.pixels(picture, request, torch.float32)
+            assert torch.equal(pixels.flatten(), expected.flatten())
+            picture = None
 
 
 # ----------------------------------------------------------------------------------------------------------- tower store
