@@ -23,7 +23,7 @@ from llava.model.image_tokens import Layout, layout_of, sample_key, tokens_kept
 from llava.model.processors import adopt_padding, image_processor_of
 from llava.model.prompt_rows import image_places, question_of
 
-PIXEL_BYTES = 128 << 20  # 38 images of five tiles of 336 pixels in half precision
+PIXEL_BYTES = 128 << 20  # 39 images of five tiles of 336 pixels in half precision
 
 
 def model_config_of(hf_config, name: str):
