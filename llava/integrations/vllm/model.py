@@ -20,13 +20,11 @@ from llava.common.transfer import to_device
 from llava.integrations.vllm import processor
 from llava.integrations.vllm.image_request import ImageRequest
 from llava.integrations.vllm.prompt_images import layout_for, model_config_of
-from llava.integrations.vllm.settings import KEY
+from llava.integrations.vllm.settings import store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
 from llava.model.image_tokens import project_now, projects_late, tokens_in_order
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
-
-STORE_BYTES = 256 << 20  # 190 tiles of CLIP ViT-L/14 at 336 pixels in half precision
 
 
 class _Selects:
@@ -39,12 +37,12 @@ class _Selects:
             self._ours = model_config_of(self.config, model_config.model)
         except UserError:  # another tower; the processor refuses requests with settings
             return
-        vision, capacity = self._ours.vision, vllm_config.additional_config.get(KEY, {}).get("tower_bytes", STORE_BYTES)
+        vision = self._ours.vision
         self._store = TowerStore(
             patches=(vision.image_size // vision.patch_size) ** 2,
             width=vision.hidden_size,
             head_size=vision.hidden_size // vision.num_attention_heads,
-            capacity=capacity,
+            capacity=store_bytes(vllm_config.additional_config),
             dtype=model_config.dtype,
             device=self.vision_tower.device,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,12 @@ from llava.conversation import default_conv_mode, turn_markers
 from llava.integrations.vllm.image_request import ImageRequest
 from llava.mm_utils import process_images, tile_plan
 from llava.model.checkpoint import Checkpoint
+from llava.model.encoded_images import RecentImages
 from llava.model.image_tokens import Layout, layout_of, sample_key, tokens_kept
 from llava.model.processors import adopt_padding, image_processor_of
 from llava.model.prompt_rows import image_places, question_of
+
+PIXEL_BYTES = 128 << 20  # 39 images of five tiles of 336 pixels in half precision
 
 
 def model_config_of(hf_config, name: str):
@@ -51,6 +55,7 @@ class PromptImages:
         self._processor = image_processor_of(image_processor, name)
         adopt_padding(self.config, self._processor)
         self._markers = turn_markers(default_conv_mode(self.config, tokenizer), tokenizer)
+        self._recent, self._lock = RecentImages(PIXEL_BYTES), threading.Lock()  # vLLM has several threads here
         self._words = partial(tokenizer.decode, skip_special_tokens=True)
 
     def requests(
@@ -91,7 +96,15 @@ class PromptImages:
         layout = layout_for(size, settings.option("anyres"), self.config)
         return tokens_kept(settings.make_method(), layout, settings.overall_tokens)
 
-    def pixels(self, image: Image.Image, settings: AdaVConfig) -> Tensor:
+    def pixels(self, image: Image.Image, request: ImageRequest, dtype: torch.dtype) -> Tensor:
         """Return the pixels [T, 3, H, W] of an image, for the tower."""
-        (pixels,) = process_images([image], self._processor, self.config, settings.option("anyres"))
-        return pixels if pixels.dim() == 4 else pixels[None]
+        # vLLM's own cache has them once per question where the method reads questions.
+        key = request.tiles_key
+        with self._lock:
+            pixels = self._recent.get(key)
+        if pixels is None:
+            (pixels,) = process_images([image], self._processor, self.config, request.anyres)
+            pixels = (pixels if pixels.dim() == 4 else pixels[None]).to(dtype)
+            with self._lock:
+                self._recent.put(key, pixels)
+        return pixels
