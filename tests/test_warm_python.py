@@ -158,6 +158,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from eval_data import environment
+from warm_python import WarmPython
 print(WarmPython(Path(sys.argv[1]), environment()).server.pid, flush=True)
 time.sleep(60)
 """
