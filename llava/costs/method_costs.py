@@ -156,6 +156,17 @@ def _visionzip(case: SelectorCase) -> MethodCost:
     return MethodCost(flops, {"sort": case.image.candidates, "greedy": compared})
 
 
+def _hiprune(case: SelectorCase) -> MethodCost:
+    """hiprune: in two layers of the tower, the attention rows of all tokens of each tile; three sorts of the patches.
+
+    A tower of one layer has them once.
+    """
+    tiles, tokens, layers = len(case.image.patches), case.shape.tile_patches + 1, min(2, case.shape.tower_layers)
+    maps = layers * tiles * product(tokens, case.shape.tower_width, tokens)
+    softmax = layers * tiles * case.shape.tower_heads * tokens**2
+    return MethodCost(maps, {"softmax": softmax, "sort": 3 * case.image.candidates})
+
+
 SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "none": _nothing,
     "no_image": _nothing,
@@ -166,6 +177,7 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "fastervlm": _saliency,
     "visionzip": _visionzip,
     "divprune": _divprune,
+    "hiprune": _hiprune,
     "cdpruner": _cdpruner,
     "scope": _scope,
     "adav": _adav,

@@ -573,7 +573,13 @@ def test_members_of_tiles(grid, layout):
 
 
 @pytest.mark.parametrize(
-    "name, states", [("visionzip", ["hidden", "keys"]), ("scope", ["hidden"]), ("cdpruner", ["text_cosine"])]
+    "name, states",
+    [
+        ("visionzip", ["hidden", "keys"]),
+        ("scope", ["hidden"]),
+        ("cdpruner", ["text_cosine"]),
+        ("hiprune", ["received"]),
+    ],
 )
 def test_missing_tower_states_are_a_sentence(name, states):
     image = make_image()

@@ -34,6 +34,7 @@ _CLASSES = {
     "fastervlm": "fastervlm:FasterVLM",
     "visionzip": "visionzip:VisionZip",
     "divprune": "divprune:DivPrune",
+    "hiprune": "hiprune:HiPrune",
     "cdpruner": "cdpruner:CDPruner",
     "scope": "scope:Scope",
     "adav": "adav:AdaV",
