@@ -21,6 +21,7 @@ from llava.costs.model_shape import ImageCounts, ModelShape, product
 from llava.methods.before_llm.similarity import BLOCK
 from llava.methods.before_llm.tiles import split_evenly
 from llava.methods.before_llm.visionzip import PUBLISHED
+from llava.methods.inside_llm.dart import PIVOTS
 from llava.methods.kv_cache.base import CachePolicy, Counts
 
 
@@ -278,11 +279,25 @@ def _sparsevlm(case: DropperCase) -> MethodCost:
     return together(costs)
 
 
+def _dart(case: DropperCase) -> MethodCost:
+    """dart: cosines of the pivots with the vision tokens, and a sort of these for each pivot and for the norms.
+
+    An image that ends the prompt has no text pivot. It is counted with one, as an image with no text behind it.
+    """
+    costs = []
+    for image, cuts in enumerate(case.cuts):
+        for _, kept, _ in cuts:
+            before, pivots = case.tokens[image], min(PIVOTS, kept) + min(PIVOTS, max(1, case.words[image]))
+            costs.append(MethodCost(product(pivots, case.shape.width, before), {"sort": (pivots + 2) * before}))
+    return together(costs)
+
+
 DROPPER_COSTS: dict[str, Callable[[DropperCase], MethodCost]] = {
     "fastv": _fastv,
     "fitprune": _fitprune,
     "sparsevlm": _sparsevlm,
     "pyramiddrop": _pyramiddrop,
+    "dart": _dart,
 }
 
 

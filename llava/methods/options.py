@@ -92,6 +92,11 @@ OPTION_RULES: dict[str, Rule] = {
 }
 
 
+# Methods whose compat "public" leaves the tiles to the option anyres. Under any other method it implies "fastervlm",
+# the tile path of the published numbers.
+PUBLIC_IN_ANY_TILES = frozenset({"dart"})
+
+
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.
 COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
 

@@ -248,7 +248,8 @@ class DroppingDecoder:
                 continue
             flow.hidden = layer(flow.hidden, **call)
             if cut and place == AFTER:
-                flow.keep(*dropping.cut(number, seen.query, seen.key, seen.scaling, flow.hidden))
+                states = self.norm(flow.hidden) if dropping.dropper.reads_normed else flow.hidden
+                flow.keep(*dropping.cut(number, seen.query, seen.key, seen.scaling, states))
         return flow.hidden
 
     def _decode(self, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
