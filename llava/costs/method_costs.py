@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llava.costs.model_shape import ImageCounts, ModelShape, product
+from llava.methods.before_llm.apet import basis_size
 from llava.methods.before_llm.similarity import BLOCK
 from llava.methods.before_llm.tiles import split_evenly
 from llava.methods.before_llm.visionzip import PUBLISHED
@@ -168,6 +169,25 @@ def _hiprune(case: SelectorCase) -> MethodCost:
     return MethodCost(maps, {"softmax": softmax, "sort": 3 * case.image.candidates})
 
 
+def _apet(case: SelectorCase) -> MethodCost:
+    """apet: per tile, distances to b basis patches, errors by products of b with all patches, and merging.
+
+    The solution of b equations, at most 10, is not counted.
+    """
+    width, flops, compared, distances = case.shape.tower_width, 0, 0, 0
+    for patches, quota in zip(case.image.patches, case.quotas, strict=True):
+        if quota:
+            basis = basis_size(quota)
+            absorbing, absorbed = quota - basis, patches - quota
+            flops += product(basis, width, basis) + 2 * product(basis, width, patches)
+            distances += basis * patches * width
+            if absorbing:
+                flops += 2 * product(absorbing, absorbed, width)
+                compared += absorbing * absorbed
+    elements = {"sort": 2 * case.image.candidates, "greedy": compared, "distance": distances}
+    return MethodCost(flops, elements)
+
+
 SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "none": _nothing,
     "no_image": _nothing,
@@ -179,6 +199,7 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "visionzip": _visionzip,
     "divprune": _divprune,
     "hiprune": _hiprune,
+    "apet": _apet,
     "cdpruner": _cdpruner,
     "scope": _scope,
     "adav": _adav,

@@ -76,6 +76,7 @@ OPTION_RULES: dict[str, Rule] = {
     "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
     "theta": RATE,
     "anchor_share": SHARE,
+    "start": whole(0),
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "positions": one_of("reindexed", "original"),
@@ -94,7 +95,7 @@ OPTION_RULES: dict[str, Rule] = {
 
 # Methods whose compat "public" leaves the tiles to the option anyres. Under any other method it implies "fastervlm",
 # the tile path of the published numbers.
-PUBLIC_IN_ANY_TILES = frozenset({"dart"})
+PUBLIC_IN_ANY_TILES = frozenset({"apet", "dart"})
 
 
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.

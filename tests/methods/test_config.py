@@ -187,10 +187,11 @@ def test_command_tells_of_options_that_do_not_fit(tmp_path, given, code, words):
     assert done.returncode == code and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
 
 
-def test_compat_public_leaves_the_tiles_of_dart():
-    """Its public code runs on the checkpoint's own tiles, newline tokens included."""
+def test_compat_public_leaves_the_tiles_of_apet_and_dart():
+    """Their public code runs on the checkpoint's own tiles, newline tokens included."""
     for anyres in ("official", "fastervlm"):
         chosen = AdaVConfig(method="dart", options={"compat": "public", "anyres": anyres})
         assert chosen.option("anyres") == anyres
-    assert AdaVConfig(method="dart", options={"compat": "public"}).option("anyres") == "official"
+    for method in ("apet", "dart"):
+        assert AdaVConfig(method=method, options={"compat": "public"}).option("anyres") == "official"
     assert AdaVConfig(method="hiprune", options={"compat": "public"}).option("anyres") == "fastervlm"

@@ -35,6 +35,7 @@ _CLASSES = {
     "visionzip": "visionzip:VisionZip",
     "divprune": "divprune:DivPrune",
     "hiprune": "hiprune:HiPrune",
+    "apet": "apet:ApET",
     "cdpruner": "cdpruner:CDPruner",
     "scope": "scope:Scope",
     "adav": "adav:AdaV",
