@@ -191,6 +191,7 @@ def _apet(case: SelectorCase) -> MethodCost:
 SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "none": _nothing,
     "no_image": _nothing,
+    "downsample": _nothing,
     "random": _random,
     "cls": _saliency,
     "t2i": _words,

@@ -81,6 +81,11 @@ class QwenCompression(Compression):
                 f'the configuration asks for the KV cache policy "{config.cache_policy}", allowed for {NAME} are methods '
                 "before the LLM alone"
             )
+        if config.make_method().resizes:
+            raise UserError(
+                f'method "{name}" makes the image smaller before a CLIP tower, which {NAME} does not have; its processor has '
+                "max_pixels for that"
+            )
         needed = config.make_method().tower_states
         if needed:
             raise UserError(

@@ -31,6 +31,7 @@ _CLASSES = {
     "cls": "cls:Cls",
     "t2i": "t2i:T2I",
     "mix": "mix:Mix",
+    "downsample": "downsample:Downsample",
     "fastervlm": "fastervlm:FasterVLM",
     "visionzip": "visionzip:VisionZip",
     "divprune": "divprune:DivPrune",

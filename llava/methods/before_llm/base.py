@@ -218,8 +218,9 @@ class Selector(ABC):
     """
 
     needs_image = True  # False: the vision tower does not run
-    uses_budget = True  # False: the kept tokens do not depend on the budget, and `keep` is always called
+    uses_budget = True  # False: `keep` does not depend on the budget, and is always called
     reads_features = True  # False: `keep` does not read ImageTokens.features, so only kept tokens are projected
+    resizes = False  # True: the image is made smaller before the tower; `keep` gets what it has then
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
     tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
 

@@ -71,6 +71,7 @@ class Dropper(ABC):
     reindexed: ClassVar[bool] = False
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
+    resizes: ClassVar[bool] = False
     tower_states: ClassVar[tuple[str, ...]] = ()
     reads_features: ClassVar[bool] = True  # every token enters the LLM, so all of them go through the projector
     # `positions` has no effect on droppers: the published rule of each method fixes its position ids.

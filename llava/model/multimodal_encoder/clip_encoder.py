@@ -148,7 +148,7 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.embeddings.class_embedding.dtype
 
     def forward(self, pixel_values: Tensor, wanted: tuple[str, ...] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Encode tiles [T, 3, H, W]. Returns (features [T, P, W], saliency [T, P], the `wanted` states by name).
+        """Encode tiles [T, 3, H, W], which may be smaller than the tower's: positions are then interpolated. Returns (features [T, P, W], saliency [T, P], the `wanted` states by name).
 
         saliency: attention from [CLS] to each patch, mean over heads, in float32. A row sums to 1 minus the attention
             of [CLS] to itself.
@@ -161,7 +161,7 @@ class CLIPVisionTower(nn.Module):
         store = None if self._store is None else self._store()
         if store is None or len(pixels) > MAX_CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
             return self._run(pixels, wanted)
-        shape = "tower", len(pixels), wanted
+        shape = "tower", len(pixels), pixels.shape[-1], wanted
         kept = store.get(shape)
         if kept is None:
             kept = StaticTower(self._run, pixels, wanted, self._pool)
@@ -175,7 +175,9 @@ class CLIPVisionTower(nn.Module):
     def _run(self, pixels: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run the tower without a graph; arguments and result as in `forward`."""
         tower = self.vision_tower
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        hidden = tower.pre_layrnorm(
+            tower.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != self.config.image_size)
+        )
         *layers, last = tower.encoder.layers
         received: list[Tensor] | None = [] if "received" in wanted else None
         for number, layer in enumerate(layers, start=1):
