@@ -157,7 +157,12 @@ def test_questions_are_split_by_what_downsampling_answers(bench):
     (comparison,) = compare(judged(*folders)[0])
     shares = {kind.name: [share.value for share in kind.shares] for kind in comparison.kinds}
     counts = {kind.name: kind.questions for kind in comparison.kinds}
-    assert [run.title for run in comparison.runs] == ["none", "adav, 9 tokens", "downsample, 9 tokens", "downsample, 4 tokens"]
+    assert [run.title for run in comparison.runs] == [
+        "none",
+        "adav, 9 tokens",
+        "downsample, 9 tokens",
+        "downsample, 4 tokens",
+    ]
     assert list(shares)[:2] == ["query", "verify"] and "downsample, 4 tokens: wrong" not in shares
     assert shares["downsample, 9 tokens: wrong"] == [100, 50, 0, 100] and counts["downsample, 9 tokens: wrong"] == 4
     right = shares["downsample, 9 tokens: right"]
