@@ -75,6 +75,8 @@ OPTION_RULES: dict[str, Rule] = {
     "relevance": one_of("clip", "embeddings"),
     "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
     "theta": RATE,
+    "anchor_share": SHARE,
+    "start": whole(0),
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "positions": one_of("reindexed", "original"),
@@ -90,6 +92,11 @@ OPTION_RULES: dict[str, Rule] = {
     "table": Rule("the path of a FitPrune table file", lambda v: isinstance(v, str) and v != ""),
     "budget": one_of("last", "mean"),
 }
+
+
+# Methods whose compat "public" leaves the tiles to the option anyres. Under any other method it implies "fastervlm",
+# the tile path of the published numbers.
+PUBLIC_IN_ANY_TILES = frozenset({"apet", "dart"})
 
 
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.

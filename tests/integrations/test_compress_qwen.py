@@ -506,6 +506,8 @@ REFUSED = {
     "h2o": (dict(all_use_h2o=True), 'policy "h2o"'),
     "visionzip": (dict(method="visionzip"), r"hidden and keys .*\[CLS\]"),
     "scope": (dict(method="scope"), r"hidden .*\[CLS\]"),
+    "hiprune": (dict(method="hiprune"), r"received .*\[CLS\]"),
+    "downsample": (dict(method="downsample"), "max_pixels"),
     "text tower": (dict(method="cdpruner", options={"text_tower": "x"}), "text_cosine"),
     "compat": (dict(options={"compat": "public"}), "options.compat"),
     "anyres": (dict(options={"anyres": "fastervlm"}), "options.anyres"),

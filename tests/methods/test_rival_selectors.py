@@ -153,7 +153,7 @@ def test_divprune_equals_the_naive_rule(grid, layout, budget):
     assert kept.indices.tolist() == expected.sort().values.tolist()
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover", "visionzip"])
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover", "visionzip", "apet"])
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_equal_patches_are_not_chosen_twice(name, kinds):
     image = make_image((2, 2))
@@ -573,7 +573,14 @@ def test_members_of_tiles(grid, layout):
 
 
 @pytest.mark.parametrize(
-    "name, states", [("visionzip", ["hidden", "keys"]), ("scope", ["hidden"]), ("cdpruner", ["text_cosine"])]
+    "name, states",
+    [
+        ("visionzip", ["hidden", "keys"]),
+        ("scope", ["hidden"]),
+        ("cdpruner", ["text_cosine"]),
+        ("hiprune", ["received"]),
+        ("apet", ["hidden"]),
+    ],
 )
 def test_missing_tower_states_are_a_sentence(name, states):
     image = make_image()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dropping_cases import BY_BUDGET, CASES, GREEDY, IDS, IMAGE, LAYERS, K, config, greedy
+from dropping_cases import BY_BUDGET, CASES, GREEDY, IDS, IMAGE, LAYERS, OTHER_COUNTS, K, config, greedy
 from dropping_reference import recompute
 from eval_data import make_vqav2
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
@@ -188,7 +188,7 @@ def test_what_is_kept_is_what_the_schedule_says(vicuna, name, options):
             real = after[-1][after[-1] >= 0]
             assert (real[1:] > real[:-1]).all(), "in order and distinct"
             assert len(after[-1]) == dropping.left(row, image) <= schedule[-1].attention
-            if not {"keep", "ratio"} & set(options):
+            if not OTHER_COUNTS & set(options):
                 assert len(after[-1]) == K, "requested is kept"
             ends = row == 3
             assert not ends or after[-1][-1] == selection.total - 1, "the slot that the answer is read from stays"
@@ -258,6 +258,51 @@ def test_steps_by_hand(vicuna, name, options):
         tokens = [5 + b, 9, 10, 11]
         want, _ = recompute(model, prepared.inputs_embeds[b, -length:], prepared.dropping, b, tokens)
         torch.testing.assert_close(torch.cat(logits, dim=1)[b], want[1:], atol=1e-4, rtol=0)
+
+
+def naive_dart(norms, states, start, count, text, keep, last_stays):
+    """DART with plain loops: the slots [keep] of an image that stay."""
+    image, words = list(range(start, start + count - last_stays)), list(text)
+    own = sorted(image, key=lambda slot: -norms[slot])[: min(4, keep - last_stays)]
+    pivots = own + sorted(words, key=lambda slot: -norms[slot])[:4]
+    kept, rest = [*own, *([start + count - 1] if last_stays else [])], keep - last_stays - len(own)
+    for nth, pivot in enumerate(pivots):
+        share = rest // len(pivots) + (nth < rest % len(pivots))
+        left = [slot for slot in image if slot not in kept]
+        cosine = {slot: torch.cosine_similarity(states[pivot], states[slot], dim=0) for slot in left}
+        kept += sorted(left, key=lambda slot: float(cosine[slot]))[:share]
+    return sorted(slot - start for slot in kept)
+
+
+def output_of(model, layer, embeds):
+    """Hidden states [1, S, D] after a layer, in transformers' own loop."""
+    found = []
+    hook = model.model.layers[layer].register_forward_hook(lambda *args: found.append(args[2]))
+    model.model(inputs_embeds=embeds, use_cache=False)
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("layer", [2, 5])
+def test_dart_reads_the_keys_and_normed_states_of_its_layer(loaded, layer):
+    """Its choice in the batch, against keys and states that transformers' own loop gives for each row alone."""
+    model, processor = loaded
+    prepared = model.prepare(**batch(model, processor), config=config("dart", 13, layer=layer))
+    prefill(model, prepared)
+    for row, length in enumerate(prepared.lengths):
+        with torch.no_grad():
+            out = model.model(
+                inputs_embeds=prepared.inputs_embeds[row : row + 1, -length:], use_cache=True
+            ).past_key_values
+            normed = model.model.norm(output_of(model, layer - 1, prepared.inputs_embeds[row : row + 1, -length:]))[0]
+        heads = model.config.num_attention_heads
+        keys = out.layers[layer - 1].keys[0]
+        norms = keys.repeat_interleave(heads // len(keys), dim=0).abs().sum(dim=(0, 2)).tolist()
+        prompt = prepared.dropping.prompts[row]
+        for image, (start, count) in enumerate(prompt.images):
+            ends = start + count == length
+            want = naive_dart(norms, normed, start, count, prompt.text[image].tolist(), 13, ends)
+            assert prepared.dropping.records[row][image][0].kept.tolist() == want
 
 
 # --- recorded logits -------------------------------------------------------------------------------------------------
@@ -414,7 +459,7 @@ def test_offloaded_layers(tmp_path, name):
     want, _, _ = greedy(model, prepared)
     for layer in model.model.layers:
         cpu_offload(layer, execution_device="cpu")
-    if name in ("fastv", "sparsevlm"):
+    if name in ("fastv", "sparsevlm", "dart"):
         assert torch.equal(greedy(model, prepared)[0], want)
     else:
         with pytest.raises(UserError, match="need its weights in memory"):

@@ -100,6 +100,11 @@ class FamilyCompression(Compression):
                 "before the LLM alone"
             )
         method = config.make_method()
+        if getattr(method, "resizes", False):
+            raise UserError(
+                f'method "{name}" makes the image smaller before a CLIP tower, which {family} does not have; its processor has '
+                "max_pixels for that"
+            )
         needed = method.tower_states
         if needed:
             raise UserError(

@@ -289,7 +289,8 @@ def prefill_layers(
         if number < len(added):
             flow.hidden = flow.hidden + added[number].to(flow.hidden)
         if cut and place == AFTER:
-            added = flow.keep(*dropping.cut(number, seen.query, seen.key, seen.scaling, flow.hidden), *added)
+            states = llm.norm(flow.hidden) if dropping.dropper.reads_normed else flow.hidden
+            added = flow.keep(*dropping.cut(number, seen.query, seen.key, seen.scaling, states), *added)
     return flow.hidden
 
 
