@@ -136,7 +136,7 @@ class AdaVConfig:
                 f'{where}: "prefill_filter_flag" is true, but method "{self.method}" drops tokens inside the LLM itself; '
                 "allowed beside the filter are methods before the LLM"
             )
-        if self.options.get("compat") == "public" and self.options.get("anyres", "fastervlm") != "fastervlm":
+        if self._fastervlm_tiles and self.options.get("anyres", "fastervlm") != "fastervlm":
             raise ConfigError(
                 f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
                 f'but "options.anyres" is "{self.options["anyres"]}"'
@@ -194,10 +194,14 @@ class AdaVConfig:
 
     def option(self, name: str):
         """The value of an option that every method takes (positions, text_scope, anyres), or its default."""
-        # compat "public" reproduces published numbers, which were measured with FasterVLM's tiles.
-        if name == "anyres" and self.options.get("compat") == "public":
+        if name == "anyres" and self._fastervlm_tiles:
             return "fastervlm"
         return self.options.get(name, COMMON_OPTIONS[name])
+
+    @property
+    def _fastervlm_tiles(self) -> bool:
+        """Whether AdaV's compat "public" is set: its published numbers were measured with FasterVLM's tiles."""
+        return self.method == "adav" and self.options.get("compat") == "public"
 
     @property
     def method_class(self) -> type:
@@ -235,7 +239,7 @@ class AdaVConfig:
 
     def check_method_options(self) -> None:
         """Raise ConfigError if an option of the image path asks for something that the method cannot give."""
-        if self.option("positions") == "original" and getattr(self.method_class, "makes_tokens", False):
+        if self.option("positions") == "original" and getattr(self.make_method(), "makes_tokens", False):
             raise ConfigError(
                 f'"options.positions" is "original", but method "{self.method}" makes tokens that stood nowhere in the '
                 'image; allowed is "reindexed"'

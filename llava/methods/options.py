@@ -75,6 +75,7 @@ OPTION_RULES: dict[str, Rule] = {
     "relevance": one_of("clip", "embeddings"),
     "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
     "theta": RATE,
+    "salient_share": SHARE,
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "positions": one_of("reindexed", "original"),

@@ -25,7 +25,7 @@ from llava.methods.before_llm.base import TokenPlaces
 from llava.methods.inside_llm import dropper_names
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import RowSpans
-from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order, tile_plan
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
@@ -65,7 +65,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     adav_config     AdaVConfig of the model; without one from the builder it is the plain model
     turn_markers    token ids of the conversation template's turn markers, for text_scope="turn"
-    question_words  function from token ids to a string, for methods that read the question with another tokenizer
+    question_words  function from token ids to a string, for methods that read the words of a question
+    word_ids        function from words to token ids, each word tokenised by itself
     last_selection  the Selection of each image of the last batch, a convenience for notebooks. Under a dropper,
                     report["survivors"] has the slots that are left after each cut, and report["cuts"] the places of
                     cuts.
@@ -83,6 +84,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     adav_config = AdaVConfig(method="none")
     turn_markers: tuple[tuple[int, ...], ...] = ()
     question_words: Callable[[list[int]], str] | None = None
+    word_ids: Callable[[list[str]], list[int]] | None = None
     _text_tower: ClipTextTower | None = None
     last_selection: list[Selection] | None = None
 
@@ -296,7 +298,21 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
         # A dropper removes tokens inside the LLM, so every token enters it.
         name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
-        return select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
+        if method.words is not None and self.word_ids is not None:
+            texts = self._embedded_words(rows, words.device, method)
+        else:
+            texts = question_embeddings(rows, words)
+        return select_all(name, images, texts, config.overall_tokens, **own)
+
+    def _embedded_words(self, rows: list[Row], device: torch.device, method) -> list[Tensor]:
+        """Return the embeddings [m, D] of the words that a method reads of each image's turn (Selector.words)."""
+        ids = []
+        for row in rows:
+            for place in row.places:
+                turn = question_of(row.ids, place, "turn", self.turn_markers, row.labels)
+                ids.append(self.word_ids(method.words(self.question_words(row.ids[turn].tolist()))))
+        flat = torch.tensor([number for own in ids for number in own], dtype=torch.long)
+        return list(self.get_input_embeddings()(to_device(flat, device)).split([len(own) for own in ids]))
 
     def prepare(
         self,
@@ -466,9 +482,10 @@ class _Layout(TokenPlaces):
     """The places of the tokens of one tile plan.
 
     source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
+    blank: patches that show only padding, as TokenPlaces has them; None for an image without padding
     """
 
-    def __init__(self, order: Tensor, side: int):
+    def __init__(self, order: Tensor, side: int, blank: Tensor | None):
         per_tile = side * side
         self.newline, self.source = order == NEWLINE, order.clamp(min=0)
         self.newlines = int(self.newline.sum())
@@ -476,13 +493,15 @@ class _Layout(TokenPlaces):
         # A newline token ends a row of the merged crops, so its row is the number of newlines before it.
         row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
         super().__init__(tile.masked_fill(self.newline, -1), row, (self.source % side).masked_fill(self.newline, -1))
+        if blank is not None:
+            self.blank = blank
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
 def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
     """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles."""
-    return _Layout(merge_order(plan, side, tiles), side)
+    return _Layout(merge_order(plan, side, tiles), side, blank_patches(plan, side))
 
 
 def _no_tokens(words: Tensor) -> Selection:

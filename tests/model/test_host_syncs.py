@@ -20,11 +20,14 @@ from llava.methods.before_llm import (
     adav_public,
     base,
     greedy,
+    holov,
+    prunesid,
     random,
     selector_names,
     tiles,
     two_lists,
     visionzip,
+    vispruner,
 )
 from llava.methods.before_llm.coverage import Coverage
 from llava.model import llava_arch, prompt_rows
@@ -126,10 +129,13 @@ def counted(model, monkeypatch):
             adav_public,
             base,
             greedy,
+            holov,
+            prunesid,
             random,
             tiles,
             two_lists,
             visionzip,
+            vispruner,
         ):
             for name, function in (("to_device", to_device), ("to_host", to_host)):
                 if hasattr(module, name):
@@ -169,8 +175,9 @@ def test_waits_before_the_llm(model, monkeypatch, method, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_waits_of_the_public_code(model, monkeypatch, batch):
-    waits = waits_of(model, monkeypatch, "adav", batch, compat="public", anyres="fastervlm")
+@pytest.mark.parametrize("method, options", [("adav", {"anyres": "fastervlm"}), ("holov", {})])
+def test_waits_of_the_public_code(model, monkeypatch, method, options, batch):
+    waits = waits_of(model, monkeypatch, method, batch, compat="public", **options)
     assert waits == ["to_host"]
 
 

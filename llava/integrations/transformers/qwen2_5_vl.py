@@ -31,8 +31,8 @@ class QwenCompression(Compression):
     """Compression of a Qwen2_5_VLForConditionalGeneration: its generate(), and its forward() on whole prompts.
 
     Selectors that read features, saliency and words are supported: adav, adav_cover, t2i, cls, mix, fastervlm (an image
-    is one tile), divprune, cdpruner (by embeddings), random, none, no_image, and a user's own. The words of a question
-    are the text after its image, without the markers around images. text_scope "turn" needs `processor`.
+    is one tile), divprune, cdpruner (by embeddings), holov, random, none, no_image, and a user's own. The words of a
+    question are the text after its image, without the markers around images. text_scope "turn" needs `processor`.
     options.positions is always "original" here. Videos, methods inside the LLM, adaptive KV caches, and methods that
     need [CLS] or square tiles are refused with a UserError.
     """

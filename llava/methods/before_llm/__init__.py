@@ -36,6 +36,10 @@ _CLASSES = {
     "divprune": "divprune:DivPrune",
     "cdpruner": "cdpruner:CDPruner",
     "scope": "scope:Scope",
+    "mmtok": "mmtok:MMTok",
+    "vispruner": "vispruner:VisPruner",
+    "holov": "holov:HoloV",
+    "prunesid": "prunesid:PruneSID",
     "adav": "adav:AdaV",
     "adav_cover": "adav_cover:AdaVCover",
 }

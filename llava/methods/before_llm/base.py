@@ -29,6 +29,7 @@ class TokenPlaces:
     sizes              patches of each tile, up to the last tile that has one
     members            [T, M] the patches of each tile in raster order, as indices into `patches`; 0 in the padding
     real               [T, M] False in the padding. Unpadding leaves tiles of different size; M is that of the largest.
+    blank              [P] True for patches that show only padding of a square; by default nowhere
     """
 
     # Tensors are made outside inference mode: autograd refuses others, and a training step may read them next.
@@ -59,6 +60,11 @@ class TokenPlaces:
     @torch.inference_mode(False)
     def real(self) -> Tensor:
         return torch.arange(max(self.sizes)) < torch.tensor(self.sizes)[:, None]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def blank(self) -> Tensor:
+        return torch.zeros(len(self.patches), dtype=torch.bool)
 
     def in_whole_tiles(self, side: int) -> Tensor:
         """Return each patch's index [P] in the tower's output: all tiles of side x side patches one after another."""
@@ -186,7 +192,8 @@ class Selection:
     """The vision tokens that are kept of one image.
 
     indices   [K]     rows of ImageTokens.features, ascending and distinct. -1 is a merged token, which may stand
-                      anywhere in the order. Only AdaV's compat="public" gives duplicates.
+                      anywhere in the order. Under compat="public", AdaV gives duplicates, and HoloV gives the order of
+                      its authors' code.
     features  [K, D]  embeddings that the LLM reads
     tile, row, column [K]  places of the kept tokens (-1 for merged tokens), filled in by `select`
     saliency  [K]     [CLS] attention of the kept tokens (NaN for merged and newline tokens), filled in by `select`
@@ -215,8 +222,13 @@ class Selector(ABC):
     needs_image = True  # False: the vision tower does not run
     uses_budget = True  # False: the kept tokens do not depend on the budget, and `keep` is always called
     reads_features = True  # False: `keep` does not read ImageTokens.features, so only kept tokens are projected
-    makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
+    # True: some tokens (index -1) are no patch, so they have no original position. Where an option decides, the instance
+    # has the attribute.
+    makes_tokens = False
     tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
+    # A method question -> words, for a method that reads some words of the user's turn in place of all question tokens.
+    # Each word is tokenised by itself. It has an effect where the checkpoint has a tokenizer.
+    words: Callable[[str], list[str]] | None = None
 
     def __post_init__(self):
         check_options(self)

@@ -74,10 +74,10 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
     # 3. The choices. In training the chosen features have a gradient, so they are read again with one; merged tokens
     # carry it through the merging.
     learns = torch.is_grad_enabled()
-    with torch.set_grad_enabled(learns and method.makes_tokens):
+    with torch.set_grad_enabled(learns and selector.makes_tokens):
         of_chosen = ([values[i] for i in chosen] for values in (images, texts, budgets))
         kept = selector.keep_all(*of_chosen) if chosen else []
-    if learns and not method.makes_tokens:
+    if learns and not selector.makes_tokens:
         for i, selection in zip(chosen, kept, strict=True):
             selection.features = images[i].read(selection.indices)
     selections = iter(kept)

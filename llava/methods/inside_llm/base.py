@@ -72,6 +72,7 @@ class Dropper(ABC):
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
     tower_states: ClassVar[tuple[str, ...]] = ()
+    words: ClassVar[None] = None  # droppers read the tokens of the prompt, see Selector.words
     reads_features: ClassVar[bool] = True  # every token enters the LLM, so all of them go through the projector
     # `positions` has no effect on droppers: the published rule of each method fixes its position ids.
     ignored_options: ClassVar[tuple[str, ...]] = ("positions",)
