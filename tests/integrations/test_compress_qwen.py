@@ -518,6 +518,7 @@ REFUSED = {
     "h2o": (dict(all_use_h2o=True), 'policy "h2o"'),
     "visionzip": (dict(method="visionzip"), r"hidden and keys .*\[CLS\]"),
     "scope": (dict(method="scope"), r"hidden .*\[CLS\]"),
+    "mmtok": (dict(method="mmtok"), r"hidden .*\[CLS\]"),
     "text tower": (dict(method="cdpruner", options={"text_tower": "x"}), "text_cosine"),
     "compat": (dict(options={"compat": "public"}), "options.compat"),
     "anyres": (dict(options={"anyres": "fastervlm"}), "options.anyres"),

@@ -154,7 +154,9 @@ def test_divprune_equals_the_naive_rule(grid, layout, budget):
     assert kept.indices.tolist() == expected.sort().values.tolist()
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover", "visionzip"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "cdpruner", "scope", "mmtok", "vispruner", "prunesid", "adav_cover", "visionzip"]
+)
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_equal_patches_are_not_chosen_twice(name, kinds):
     image = make_image((2, 2))
@@ -578,7 +580,12 @@ def test_members_of_tiles(grid, layout):
 
 
 @pytest.mark.parametrize(
-    "name, states", [("visionzip", ["hidden", "keys"]), ("scope", ["hidden"]), ("cdpruner", ["text_cosine"])]
+    "name, states",
+    [
+        ("visionzip", ["hidden", "keys"]),
+        *((name, ["hidden"]) for name in ("scope", "mmtok", "vispruner", "prunesid")),
+        ("cdpruner", ["text_cosine"]),
+    ],
 )
 def test_missing_tower_states_are_a_sentence(name, states):
     image = make_image()
@@ -609,6 +616,10 @@ def test_missing_tower_states_are_a_sentence(name, states):
         ("adav_cover", {"min_share": 0.6}, ["min_share", "0.6"]),
         ("adav_cover", {"temperature": 0}, ["temperature", "0"]),
         ("divprune", {"alpha": 1}, ["'alpha'", "it has none"]),
+        ("mmtok", {"compat": "public"}, ["'compat'", "it has none"]),
+        ("vispruner", {"salient_share": 1.5}, ["salient_share", "1.5", "0 to 1"]),
+        ("holov", {"compat": "publik"}, ["compat", "'publik'", '"public"']),
+        ("prunesid", {"compat": True}, ["compat", "True", '"public"']),
     ],
 )
 def test_bad_options_are_sentences(name, options, words):
@@ -632,7 +643,7 @@ def test_a_batch_chooses_as_each_image_alone(name, budget):
         assert kept.report.keys() == alone.report.keys() and kept.sources == alone.sources
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover"])
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "mmtok", "vispruner", "prunesid", "adav_cover"])
 def test_images_of_a_batch_choose_together(name, monkeypatch):
     """The rule runs once for the whole batch, or once for each part of it that fits into memory."""
     rule, runs = SELECTORS[name].rule, []
