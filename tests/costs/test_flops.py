@@ -304,9 +304,7 @@ def test_both_formats_have_one_shape(tmp_path):
     hf = save_llava_hf(source, tmp_path / "hf")
     original = save_original(source, tmp_path / "original", save_clip_tower(source, tmp_path / "tower"))
     shapes = {ModelShape.from_config(read_config(folder)) for folder in (hf, original)}
-    shapes |= {
-        ModelShape.from_config(load_pretrained_model(folder, device_map="cpu")[1].config) for folder in (hf, original)
-    }
+    shapes |= {ModelShape.from_config(load_pretrained_model(folder, device_map="cpu")[1].config) for folder in (hf, original)}
     assert len(shapes) == 1 and shapes.pop().kv_heads == 2
 
 

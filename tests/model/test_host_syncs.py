@@ -163,6 +163,7 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
     return waits.found
 
 
+# PruneSID also waits inside torch.linalg.eigh, once per image on a GPU, which a CPU does not show.
 # One wait for what both lists hold, or for what VisionZip merged; two for the fill and the report of adav_cover.
 ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "adav_cover": 2}
 

@@ -182,8 +182,6 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
         image, place = missing[0]
         more = ""
         if len(missing) > 1:
-            others = ", ".join(f'"{other}"' for other, _ in missing[1:SHOWN]) + (
-                ", ..." if len(missing) > SHOWN else ""
-            )
+            others = ", ".join(f'"{other}"' for other, _ in missing[1:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
             more = f" ({len(missing)} of {len(where)} images are missing), and neither is {others}"
         raise UserError(f'{source}, {place}: image "{image}" is not in {folder}{more}')

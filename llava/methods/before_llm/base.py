@@ -192,8 +192,8 @@ class Selection:
     """The vision tokens that are kept of one image.
 
     indices   [K]     rows of ImageTokens.features, ascending and distinct. -1 is a merged token, which may stand
-                      anywhere in the order. Under compat="public", AdaV gives duplicates, and HoloV gives the order of
-                      its authors' code.
+                      anywhere in the order. Under compat="public", AdaV gives duplicates, and HoloV and PruneSID give
+                      the order of their authors' code.
     features  [K, D]  embeddings that the LLM reads
     tile, row, column [K]  places of the kept tokens (-1 for merged tokens), filled in by `select`
     saliency  [K]     [CLS] attention of the kept tokens (NaN for merged and newline tokens), filled in by `select`
