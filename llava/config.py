@@ -29,7 +29,7 @@ from llava.methods.options import (
     OBJECT,
     OPTION_RULES,
     OPTIONAL_SHARE,
-    PUBLIC_IN_ANY_TILES,
+    PUBLIC_TILES,
     RATE,
     SHARE,
     Rule,
@@ -214,7 +214,7 @@ class AdaVConfig:
     @property
     def _in_public_tiles(self) -> bool:
         """Whether options.compat asks for the tile path of public code."""
-        return self.options.get("compat") == "public" and self.method not in PUBLIC_IN_ANY_TILES
+        return self.options.get("compat") == "public" and self.method in PUBLIC_TILES
 
     @property
     def method_class(self) -> type:
@@ -252,7 +252,7 @@ class AdaVConfig:
 
     def check_method_options(self) -> None:
         """Raise ConfigError if an option of the image path asks for something that the method cannot give."""
-        if self.option("positions") == "original" and getattr(self.method_class, "makes_tokens", False):
+        if self.option("positions") == "original" and getattr(self.make_method(), "makes_tokens", False):
             raise ConfigError(
                 f'"options.positions" is "original", but method "{self.method}" makes tokens that stood nowhere in the '
                 'image; allowed is "reindexed"'

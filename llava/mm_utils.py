@@ -218,6 +218,26 @@ def merge_order(plan: TilePlan, side: int, tiles: int | None = None) -> Tensor:
     return torch.cat([whole, raster.flatten()])
 
 
+def blank_patches(plan: TilePlan, side: int) -> Tensor | None:
+    """Which patches of a square tile show only padding of the image: bool [side**2]; None for an image without padding.
+
+    side: patches per tile side. Patches that show a part of the image, however small, are not blank.
+    """
+    if plan.grid is not None or max(plan.offset) <= 0:
+        return None
+    patch = plan.tile_size // side
+    inside = []
+    for length, square in zip(plan.resized, plan.canvas, strict=True):
+        # The size of the image in the tile, and the padding before and behind it; an odd pixel of padding goes last.
+        scaled = round(length * plan.tile_size / square)
+        before = (plan.tile_size - scaled) // 2
+        behind = plan.tile_size - scaled - before
+        place = torch.arange(side)
+        inside.append((place >= before // patch) & (place < side - behind // patch))
+    columns, rows = inside
+    return ~(rows[:, None] & columns).flatten()
+
+
 def expand_to_square(image: Image.Image, color) -> Image.Image:
     """The image in the middle of a square of one colour (LLaVA-1.5's `pad`). An odd pixel of padding goes last."""
     side = max(image.size)

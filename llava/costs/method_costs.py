@@ -10,6 +10,7 @@ Work that is not a matrix product has no agreed price in FLOPs. It is listed sep
   sort        a sort or top-k
   greedy      rounds of a greedy choice x candidates per round (an argmax and an update)
   distance    pairs x width of states whose distances are summed without a matrix product
+  eigen       rows ** 3 of symmetric matrices whose eigenvectors are found
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from llava.common.rounding import floor_share
 from llava.costs.model_shape import ImageCounts, ModelShape, product
 from llava.methods.before_llm.apet import basis_size
 from llava.methods.before_llm.similarity import BLOCK
 from llava.methods.before_llm.tiles import split_evenly
 from llava.methods.before_llm.visionzip import PUBLISHED
+from llava.methods.before_llm.vispruner import list_lengths
 from llava.methods.inside_llm.dart import PIVOTS
 from llava.methods.kv_cache.base import CachePolicy, Counts
 
@@ -64,7 +67,7 @@ def cosines_of_pairs(count: int, width: int) -> int:
 def coverage_updates(candidates: int, tiles: int, largest: int, rounds: int) -> int:
     """FLOPs of the gain updates in coverage.py: products [tiles, rows] @ [rows, 1 + largest].
 
-    candidates: P. largest: M, patches of the largest tile. rounds: rounds of the greedy choice.
+    candidates: what is covered, usually P. largest: M, patches of the largest tile. rounds: rounds of the greedy choice.
 
     `rows` are the patches whose nearest chosen patch has changed. Their number depends on the image, so this is an
     estimate. It assumes a random order of choice: the n-th chosen patch is then the nearest so far for one patch in n.
@@ -84,7 +87,7 @@ def _random(case: SelectorCase) -> MethodCost:
 
 
 def _saliency(case: SelectorCase) -> MethodCost:
-    """cls and fastervlm: a sort of the saliency. The tower's part `cls_row` has the attention row itself."""
+    """cls, fastervlm and holov: a sort of the saliency. The tower's part `cls_row` has the attention row itself."""
     return MethodCost(elements={"sort": case.image.candidates})
 
 
@@ -140,6 +143,40 @@ def _scope(case: SelectorCase) -> MethodCost:
     pairs = tiles * cosines_of_pairs(largest, case.shape.tower_width)
     updates = coverage_updates(case.image.candidates, tiles, largest, rounds)
     return MethodCost(pairs + updates, {"greedy": rounds * tiles * largest})
+
+
+def _mmtok(case: SelectorCase) -> MethodCost:
+    """mmtok: per tile, padded to the largest: cosines [M, M] of tower states and [m, M] of words, and their coverage.
+
+    The words of a question are fewer where the checkpoint has a tokenizer, because stop words are left out. All of them
+    are counted here.
+    """
+    tiles, largest, rounds = len(case.image.patches), max(case.image.patches), max(case.quotas)
+    pairs = cosines_of_pairs(largest, case.shape.tower_width) + product(case.words, case.shape.width, largest)
+    updates = coverage_updates(case.image.candidates + tiles * case.words, tiles, largest, rounds)
+    elements = {"softmax": tiles * (case.words + largest) * largest, "greedy": rounds * tiles * largest}
+    return MethodCost(tiles * pairs + updates, elements)
+
+
+def _vispruner(case: SelectorCase) -> MethodCost:
+    """vispruner: cosines [M, M] of each tile's tower states, padded to the largest tile; each round compares two halves."""
+    tiles, largest = len(case.image.patches), max(case.image.patches)
+    share, fewest = case.options.get("salient_share", 0.5), min(case.quotas)
+    salient = floor_share(share, fewest)
+    pairs = sum((n + 1) // 2 * (n // 2) for n in list_lengths(largest - salient, max(1, fewest - salient)))
+    flops = tiles * cosines_of_pairs(largest, case.shape.tower_width)
+    return MethodCost(flops, {"sort": case.image.candidates, "greedy": tiles * pairs})
+
+
+def _prunesid(case: SelectorCase) -> MethodCost:
+    """prunesid: per tile, padded to the largest: cosines and a Gram matrix of the tower states, both [M, M].
+
+    The eigenvectors of the Gram matrix are listed as elements. M steps find the near duplicates of M patches.
+    """
+    tiles, largest, width = len(case.image.patches), max(case.image.patches), case.shape.tower_width
+    flops = tiles * (cosines_of_pairs(largest, width) + product(largest, width, largest))
+    elements = {"sort": case.image.candidates, "greedy": tiles * largest**2, "eigen": tiles * largest**3}
+    return MethodCost(flops, elements)
 
 
 def _visionzip(case: SelectorCase) -> MethodCost:
@@ -203,6 +240,10 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "apet": _apet,
     "cdpruner": _cdpruner,
     "scope": _scope,
+    "mmtok": _mmtok,
+    "vispruner": _vispruner,
+    "holov": _saliency,
+    "prunesid": _prunesid,
     "adav": _adav,
     "adav_cover": _adav_cover,
 }

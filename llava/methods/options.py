@@ -77,6 +77,7 @@ OPTION_RULES: dict[str, Rule] = {
     "theta": RATE,
     "anchor_share": SHARE,
     "start": whole(0),
+    "salient_share": SHARE,
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "positions": one_of("reindexed", "original"),
@@ -94,9 +95,8 @@ OPTION_RULES: dict[str, Rule] = {
 }
 
 
-# Methods whose compat "public" leaves the tiles to the option anyres. Under any other method it implies "fastervlm",
-# the tile path of the published numbers.
-PUBLIC_IN_ANY_TILES = frozenset({"apet", "dart"})
+# Methods whose compat "public" implies anyres "fastervlm", the tile path of their published numbers.
+PUBLIC_TILES = frozenset({"adav", "hiprune"})
 
 
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.

@@ -15,6 +15,15 @@ def lowest_index_topk(scores: Tensor, k: int) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def first_true(chosen: Tensor, count: int) -> Tensor:
+    """Return the indices [count] at which `chosen` [n] is True, ascending; exactly `count` entries are True.
+
+    For chosen [..., n] with `count` True entries in each row, the result is [..., count].
+    """
+    # Not nonzero, which waits for the device to learn the number of results. The stable sort keeps the order.
+    return torch.sort((~chosen).to(torch.int8), dim=-1, stable=True).indices[..., :count]
+
+
 def keep_best(scores: Tensor, keep: int, keep_last: bool = False) -> Tensor:
     """Return the indices [keep] of the highest of `scores` [n], ascending; ties go to the lowest index.
 

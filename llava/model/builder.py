@@ -163,10 +163,21 @@ def configure(model, config: AdaVConfig, tokenizer=None) -> None:
     model.config.mm_anyres = config.option("anyres")
     config.warn_of_unused_options()
     if tokenizer is not None:
-        model.turn_markers = turn_markers(default_conv_mode(model.config, tokenizer), tokenizer)
-        model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
+        give_words(model, default_conv_mode(model.config, tokenizer), tokenizer)
     if "text_cosine" in config.make_method().tower_states:
         model.text_tower(config.options["text_tower"])
+
+
+def give_words(model, template: str, tokenizer) -> None:
+    """Give the model what methods need to read the words of a question. template: name of the conversation template."""
+    model.turn_markers = turn_markers(template, tokenizer)
+    model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
+    model.word_ids = partial(_word_ids, tokenizer)
+
+
+def _word_ids(tokenizer, words: list[str]) -> list[int]:
+    """Return the ids of `words`, each tokenised by itself and without special tokens."""
+    return [number for word in words for number in tokenizer(word, add_special_tokens=False).input_ids]
 
 
 def _dtype(torch_dtype, on_gpu: bool):

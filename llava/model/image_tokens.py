@@ -16,16 +16,17 @@ from torch import Tensor
 from llava.common.transfer import to_host
 from llava.methods.before_llm import ImageTokens, Selector, TowerStates
 from llava.methods.before_llm.base import TokenPlaces
-from llava.mm_utils import NEWLINE, TilePlan, merge_order
+from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order
 
 
 class Layout(TokenPlaces):
     """The places of the tokens of one tile plan.
 
     source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
+    blank: patches that show only padding, as TokenPlaces has them; None for an image without padding
     """
 
-    def __init__(self, order: Tensor, side: int):
+    def __init__(self, order: Tensor, side: int, blank: Tensor | None):
         per_tile = side * side
         self.newline, self.source = order == NEWLINE, order.clamp(min=0)
         self.newlines = int(self.newline.sum())
@@ -33,13 +34,15 @@ class Layout(TokenPlaces):
         # A newline token ends a row of the merged crops, so its row is the number of newlines before it.
         row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
         super().__init__(tile.masked_fill(self.newline, -1), row, (self.source % side).masked_fill(self.newline, -1))
+        if blank is not None:
+            self.blank = blank
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
 def layout_of(plan: TilePlan, side: int, tiles: int) -> Layout:
     """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles that the tower got."""
-    return Layout(merge_order(plan, side, tiles), side)
+    return Layout(merge_order(plan, side, tiles), side, blank_patches(plan, side))
 
 
 def tokens_in_order(

@@ -72,7 +72,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     adav_config     AdaVConfig of the model; without one from the builder it is the plain model
     turn_markers    token ids of the conversation template's turn markers, for text_scope="turn"
-    question_words  function from token ids to a string, for methods that read the question with another tokenizer
+    question_words  function from token ids to a string, for methods that read the words of a question
+    word_ids        function from words to token ids, each word tokenised by itself
     last_selection  the Selection of each image of the last batch, a convenience for notebooks. Under a dropper,
                     report["survivors"] has the slots that are left after each cut, and report["cuts"] the places of
                     cuts.
@@ -90,6 +91,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     adav_config = AdaVConfig(method="none")
     turn_markers: tuple[tuple[int, ...], ...] = ()
     question_words: Callable[[list[int]], str] | None = None
+    word_ids: Callable[[list[str]], list[int]] | None = None
     _text_tower: ClipTextTower | None = None
     last_selection: list[Selection] | None = None
 
@@ -316,11 +318,25 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
         # A dropper removes tokens inside the LLM, so every token enters it.
         name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
-        selections = select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
+        if method.words is not None and self.word_ids is not None:
+            texts = self._embedded_words(rows, words.device, method)
+        else:
+            texts = question_embeddings(rows, words)
+        selections = select_all(name, images, texts, config.overall_tokens, **own)
         for one, selection in zip(encoded, selections, strict=True):
             if one.total is not None:
                 _describe_smaller(selection, one.total, self.get_vision_tower().num_patches_per_side)
         return selections
+
+    def _embedded_words(self, rows: list[Row], device: torch.device, method) -> list[Tensor]:
+        """Return the embeddings [m, D] of the words that a method reads of each image's turn (Selector.words)."""
+        ids = []
+        for row in rows:
+            for place in row.places:
+                turn = question_of(row.ids, place, "turn", self.turn_markers, row.labels)
+                ids.append(self.word_ids(method.words(self.question_words(row.ids[turn].tolist()))))
+        flat = torch.tensor([number for own in ids for number in own], dtype=torch.long)
+        return list(self.get_input_embeddings()(to_device(flat, device)).split([len(own) for own in ids]))
 
     def prepare(
         self,

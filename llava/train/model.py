@@ -11,9 +11,9 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from llava.common.errors import UserError
 from llava.common.hub import checkpoint_folder
-from llava.conversation import default_conv_mode, turn_markers
+from llava.conversation import default_conv_mode
 from llava.mm_utils import is_hf, read_pinpoints
-from llava.model.builder import MODEL_CLASSES, load_pretrained_model
+from llava.model.builder import MODEL_CLASSES, give_words, load_pretrained_model
 from llava.model.checkpoint import Checkpoint, load_extra
 from llava.model.processors import load_tokenizer
 from llava.train.arguments import RunArguments
@@ -64,7 +64,7 @@ def build(run: RunArguments):
     if model_args.version is None:
         model_args.version = default_conv_mode(model.config, tokenizer)
     tokenizer.padding_side = "right"
-    model.turn_markers = turn_markers(model_args.version, tokenizer)
+    give_words(model, model_args.version, tokenizer)
     model.config.tokenizer_model_max_length = training.model_max_length
     model.config.tokenizer_padding_side = "right"
     model.config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter

@@ -99,6 +99,8 @@ def test_answers_do_not_depend_on_the_batch(checkpoints, data, tmp_path, kind, m
         ("adav", {"compat": "public", "anyres": "fastervlm"}),
         ("visionzip", {}),
         ("scope", {}),
+        ("mmtok", {}),
+        ("prunesid", {"compat": "public"}),
         ("random", {}),
         ("fastv", {}),
         ("no_image", {}),

@@ -180,7 +180,8 @@ def traces(model):
 @pytest.mark.parametrize("method", sorted(SELECTORS))
 @pytest.mark.parametrize("name", MODELS)
 def test_every_selector(pairs, name, method, rows):
-    tokens, kept = pairs(name).check(rows, config(method))
+    words = SELECTORS[method].words is not None
+    tokens, kept = pairs(name).check(rows, config(method), processor=pairs(name).processor if words else None)
     assert len(kept) == sum(len(images) for _, images in rows)
     if method == "downsample":
         assert all(0 < len(one.indices) <= K for one in kept)
@@ -461,6 +462,7 @@ def test_ways_to_say_what_is_wanted(pair, tmp_path, monkeypatch):
         ({"options": {"positions": "original"}, "method": "visionzip"}, "makes tokens that stood nowhere"),
         ({"options": {"text_scope": "turn"}}, 'options.text_scope is "turn", which needs words: pass'),
         ({"method": "cdpruner", "options": {"text_tower": "clip"}}, 'options.text_tower is "clip", which needs words'),
+        ({"method": "mmtok"}, 'method "mmtok" reads the words of a question: pass'),
         ({"method": "fastv", "options": {"layer": 3}}, "options.layer"),
     ],
 )

@@ -21,7 +21,19 @@ from llava.methods.before_llm.base import take
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 PATCH = 3 * 2 * 14 * 14
-METHODS = ("adav", "t2i", "cls", "mix", "fastervlm", "divprune", "cdpruner", "adav_cover", "random", "no_image")
+METHODS = (
+    "adav",
+    "t2i",
+    "cls",
+    "mix",
+    "fastervlm",
+    "divprune",
+    "cdpruner",
+    "holov",
+    "adav_cover",
+    "random",
+    "no_image",
+)
 LARGE, TALL, SMALL = (1, 6, 10), (1, 10, 6), (1, 4, 4)  # patches; merged: 3 x 5, 5 x 3, 2 x 2, and windows are 2 x 2
 
 
@@ -508,6 +520,7 @@ REFUSED = {
     "scope": (dict(method="scope"), r"hidden .*\[CLS\]"),
     "hiprune": (dict(method="hiprune"), r"received .*\[CLS\]"),
     "downsample": (dict(method="downsample"), "max_pixels"),
+    "mmtok": (dict(method="mmtok"), r"hidden .*\[CLS\]"),
     "text tower": (dict(method="cdpruner", options={"text_tower": "x"}), "text_cosine"),
     "compat": (dict(options={"compat": "public"}), "options.compat"),
     "anyres": (dict(options={"anyres": "fastervlm"}), "options.anyres"),

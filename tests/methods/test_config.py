@@ -178,6 +178,11 @@ def test_command_prints_the_configuration_and_imports_no_torch(tmp_path):
     [
         ({"options": {"min_shre": 0.2}}, 0, ["warning: options.min_shre is set", '"adav" does not use it']),
         ({"method": "visionzip", "options": {"positions": "original"}}, 2, ["error:", "makes tokens"]),
+        (
+            {"method": "prunesid", "options": {"positions": "original", "compat": "public"}},
+            2,
+            ["error:", "makes tokens"],
+        ),
     ],
 )
 def test_command_tells_of_options_that_do_not_fit(tmp_path, given, code, words):

@@ -153,7 +153,9 @@ def test_divprune_equals_the_naive_rule(grid, layout, budget):
     assert kept.indices.tolist() == expected.sort().values.tolist()
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover", "visionzip", "apet"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "cdpruner", "scope", "mmtok", "vispruner", "prunesid", "adav_cover", "visionzip", "apet"]
+)
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_equal_patches_are_not_chosen_twice(name, kinds):
     image = make_image((2, 2))
@@ -576,10 +578,9 @@ def test_members_of_tiles(grid, layout):
     "name, states",
     [
         ("visionzip", ["hidden", "keys"]),
-        ("scope", ["hidden"]),
+        *((name, ["hidden"]) for name in ("scope", "apet", "mmtok", "vispruner", "prunesid")),
         ("cdpruner", ["text_cosine"]),
         ("hiprune", ["received"]),
-        ("apet", ["hidden"]),
     ],
 )
 def test_missing_tower_states_are_a_sentence(name, states):
@@ -611,6 +612,10 @@ def test_missing_tower_states_are_a_sentence(name, states):
         ("adav_cover", {"min_share": 0.6}, ["min_share", "0.6"]),
         ("adav_cover", {"temperature": 0}, ["temperature", "0"]),
         ("divprune", {"alpha": 1}, ["'alpha'", "it has none"]),
+        ("mmtok", {"compat": "public"}, ["'compat'", "it has none"]),
+        ("vispruner", {"salient_share": 1.5}, ["salient_share", "1.5", "0 to 1"]),
+        ("holov", {"compat": "publik"}, ["compat", "'publik'", '"public"']),
+        ("prunesid", {"compat": True}, ["compat", "True", '"public"']),
     ],
 )
 def test_bad_options_are_sentences(name, options, words):
@@ -642,7 +647,7 @@ def test_methods_that_do_not_read_the_question(name):
     assert torch.equal(first.indices, second.indices) != (SELECTORS[name].reads_text or SELECTORS[name].reads_key)
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover"])
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "mmtok", "vispruner", "prunesid", "adav_cover"])
 def test_images_of_a_batch_choose_together(name, monkeypatch):
     """The rule runs once for the whole batch, or once for each part of it that fits into memory."""
     rule, runs = SELECTORS[name].rule, []

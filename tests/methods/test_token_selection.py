@@ -128,7 +128,8 @@ def test_a_choice_does_not_depend_on_other_images(name):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("name", [name for name in CHOOSERS if name != "random"])
+# random draws places, and the chunks of HoloV are runs of tokens in LLM order.
+@pytest.mark.parametrize("name", [name for name in CHOOSERS if name not in ("random", "holov")])
 def test_shuffled_tokens_and_words_give_the_same_patches(name, grid):
     def places(kept):
         return {(int(t), int(r), int(c)) for t, r, c in zip(kept.tile, kept.row, kept.column, strict=True)}

@@ -22,11 +22,14 @@ from llava.methods.before_llm import (
     base,
     greedy,
     hiprune,
+    holov,
+    prunesid,
     random,
     selector_names,
     tiles,
     two_lists,
     visionzip,
+    vispruner,
 )
 from llava.methods.before_llm.coverage import Coverage
 from llava.model import image_tokens, llava_arch, prompt_rows
@@ -131,10 +134,13 @@ def counted(model, monkeypatch):
             base,
             greedy,
             hiprune,
+            holov,
+            prunesid,
             random,
             tiles,
             two_lists,
             visionzip,
+            vispruner,
         ):
             for name, function in (("to_device", to_device), ("to_host", to_host)):
                 if hasattr(module, name):
@@ -162,6 +168,7 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
     return waits.found
 
 
+# PruneSID also waits inside torch.linalg.eigh, once per image on a GPU, which a CPU does not show.
 # One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover.
 ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2}
 
@@ -174,8 +181,9 @@ def test_waits_before_the_llm(model, monkeypatch, method, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_waits_of_the_public_code(model, monkeypatch, batch):
-    waits = waits_of(model, monkeypatch, "adav", batch, compat="public", anyres="fastervlm")
+@pytest.mark.parametrize("method, options", [("adav", {"anyres": "fastervlm"}), ("holov", {})])
+def test_waits_of_the_public_code(model, monkeypatch, method, options, batch):
+    waits = waits_of(model, monkeypatch, method, batch, compat="public", **options)
     assert waits == ["to_host"]
 
 

@@ -41,7 +41,7 @@ def compress(
     model: a model whose config.model_type is a key of FAMILIES, alone or in the wrapper of torch.compile or PEFT.
     config: an AdaVConfig, or a configuration file as AdaVConfig.load takes it. overrides: keys that override it.
     processor: the model's processor or tokenizer, for settings that need words and not token ids (text_scope "turn",
-        text_tower).
+        text_tower, mmtok).
     Raises UserError, here or when the block is entered, for a model or a configuration that cannot be used.
     """
     given = isinstance(config, AdaVConfig)

@@ -47,7 +47,12 @@ class OwnModel(Compression):
             )
         self._twin = on_weights_of(self.model, self.config)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        states = self.config.make_method().tower_states
+        method = self.config.make_method()
+        states = method.tower_states
+        if method.words is not None and tokenizer is None:
+            raise UserError(
+                f'method "{self.config.method}" reads the words of a question: pass compress(..., processor=processor)'
+            )
         for name, needed in (
             ("text_scope", self.config.option("text_scope") == "turn"),
             ("text_tower", "text_cosine" in states),

@@ -39,6 +39,10 @@ _CLASSES = {
     "apet": "apet:ApET",
     "cdpruner": "cdpruner:CDPruner",
     "scope": "scope:Scope",
+    "mmtok": "mmtok:MMTok",
+    "vispruner": "vispruner:VisPruner",
+    "holov": "holov:HoloV",
+    "prunesid": "prunesid:PruneSID",
     "adav": "adav:AdaV",
     "adav_cover": "adav_cover:AdaVCover",
 }

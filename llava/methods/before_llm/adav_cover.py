@@ -14,6 +14,7 @@ from llava.methods.before_llm.coverage import Coverage
 from llava.methods.before_llm.greedy import GreedyInputs, GreedySelector
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.similarity import cosine_matrix
+from llava.methods.ranking import first_true
 
 # The strength with the best mean accuracy: both demo checkpoints, 25, 10 and 5 % of the tokens, 600 validation
 # questions each. The gain over AdaV is within the noise: 0.8414, against 0.8408 at 0 (AdaV), 0.8397 at 0.5 and 0.8253
@@ -109,7 +110,7 @@ class AdaVCover(GreedySelector):
             real,
             (first[None], saliency[None], k_text),
             [budget],
-            lambda chosen: take(image, patches[_first_true(chosen[0, : len(patches)], budget)], **report),
+            lambda chosen: take(image, patches[first_true(chosen[0, : len(patches)], budget)], **report),
         )
 
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
@@ -128,13 +129,8 @@ class AdaVCover(GreedySelector):
         k_first: Tensor,
         *,
         counts: Tensor,
+        fewest: int,
         most: int,
     ) -> Tensor:
         scores = torch.stack([first, second], dim=1)
         return covering_union(similarity, real, scores, k_first, counts, most, self.strength)
-
-
-def _first_true(chosen: Tensor, count: int) -> Tensor:
-    """Return the indices [count] at which `chosen` [P] is True, ascending; exactly `count` entries are True."""
-    # Not nonzero, which waits for the device to learn the number of results. The stable sort keeps the order.
-    return torch.sort((~chosen).int(), stable=True).indices[:count]

@@ -31,6 +31,7 @@ class TokenPlaces:
     sizes              patches of each tile, up to the last tile that has one
     members            [T, M] the patches of each tile in raster order, as indices into `patches`; 0 in the padding
     real               [T, M] False in the padding. Unpadding leaves tiles of different size; M is that of the largest.
+    blank              [P] True for patches that show only padding of a square; by default nowhere
     """
 
     # Tensors are made outside inference mode: autograd refuses others, and a training step may read them next.
@@ -61,6 +62,11 @@ class TokenPlaces:
     @torch.inference_mode(False)
     def real(self) -> Tensor:
         return torch.arange(max(self.sizes)) < torch.tensor(self.sizes)[:, None]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def blank(self) -> Tensor:
+        return torch.zeros(len(self.patches), dtype=torch.bool)
 
     def in_whole_tiles(self, side: int) -> Tensor:
         """Return each patch's index [P] in the tower's output: all tiles of side x side patches one after another."""
@@ -191,7 +197,8 @@ class Selection:
     """The vision tokens that are kept of one image.
 
     indices   [K]     rows of ImageTokens.features, ascending and distinct. -1 is a merged token, which may stand
-                      anywhere in the order. Only compat="public" gives duplicates (AdaV).
+                      anywhere in the order. Under compat="public", AdaV gives duplicates, and HoloV and PruneSID give
+                      the order of their authors' code.
     features  [K, D]  embeddings that the LLM reads
     tile, row, column [K]  places of the kept tokens (-1 for merged tokens), filled in by `select`
     saliency  [K]     [CLS] attention of the kept tokens (NaN for merged and newline tokens), filled in by `select`
@@ -223,8 +230,13 @@ class Selector(ABC):
     reads_text = True  # False: `keep` does not read the question, so questions about an image share its kept tokens
     reads_key = False  # True: `keep` reads ImageTokens.key
     resizes = False  # True: the image is made smaller before the tower; `keep` gets what it has then
-    makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
+    # True: some tokens (index -1) are no patch, so they have no original position. Where an option decides, the instance
+    # has the attribute.
+    makes_tokens = False
     tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
+    # A method question -> words, for a method that reads some words of the user's turn in place of all question tokens.
+    # Each word is tokenised by itself. It has an effect where the checkpoint has a tokenizer.
+    words: Callable[[str], list[str]] | None = None
 
     def __post_init__(self):
         check_options(self)

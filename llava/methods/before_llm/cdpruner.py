@@ -100,7 +100,9 @@ class CDPruner(GreedySelector):
             lambda picks: take(image, image.patches[first_picks(members, picks, quota)], relevance=relevance),
         )
 
-    def rule(self, similarity: Tensor, real: Tensor, relevance: Tensor, *, counts: Tensor, most: int) -> Tensor:
+    def rule(
+        self, similarity: Tensor, real: Tensor, relevance: Tensor, *, counts: Tensor, fewest: int, most: int
+    ) -> Tensor:
         return most_diverse(similarity, relevance, real, most)
 
     def _relevance(self, image: ImageTokens, text: Tensor) -> Tensor:

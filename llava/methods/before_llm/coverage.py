@@ -15,8 +15,9 @@ BLOCK = 1 << 18  # similarities per block, few enough that a block stays in the 
 class Coverage:
     """Coverage and gains of all patches, tile by tile, updated while patches are chosen.
 
-    similarity  [T, M, M] float32, symmetric; rows of zeros for padding
-    covered     [T, M]    m_u
+    similarity  [T, R, M] float32: S(u, v) of what is covered, u, and patch v; zeros for padding
+    symmetric   whether patches cover each other: R is M, and S(u, v) = S(v, u)
+    covered     [T, R]    m_u
     gain        [T, M]    coverage that each patch would add, float64
 
     A choice changes m_u only where the new patch is nearer than all earlier ones. On the CPU only those rows are read:
@@ -25,27 +26,28 @@ class Coverage:
     Sums of float32 numbers in double precision are exact up to the last digits, so both ways give the recomputed gains.
     """
 
-    def __init__(self, similarity: Tensor):
-        self.similarity, self._flat = similarity, similarity.flatten(0, 1)
+    def __init__(self, similarity: Tensor, symmetric: bool = True):
+        self._flat = similarity.flatten(0, 1)
+        # Row v: what patch v covers. The sum over u runs along it; a GPU sums a contiguous row many times faster than a
+        # column.
+        self.by_patch = similarity if symmetric else similarity.mT.contiguous()
         self.covered = similarity.new_zeros(similarity.shape[:-1])
-        self.rows = max(1, BLOCK // similarity.shape[-1])
-        parts = [rows.clamp_min(0).double().sum(dim=-1) for rows in similarity.split(self.rows, dim=1)]
+        self.rows = max(1, BLOCK // max(similarity.shape[1:]))
+        parts = [rows.clamp_min(0).double().sum(dim=-1) for rows in self.by_patch.split(self.rows, dim=1)]
         self.gain = torch.cat(parts, dim=1)
 
     @property
     def all_rows(self) -> bool:
         """Whether a choice reads all rows, so that the host never waits for the device."""
-        return self.similarity.is_cuda
+        return self.by_patch.is_cuda
 
     def add(self, chosen: Tensor) -> None:
         """Choose patch chosen[t] of each tile t; `chosen` [T]."""
         tiles = torch.arange(len(chosen), device=chosen.device)
-        nearest = torch.maximum(self.covered, self.similarity[tiles, chosen])
+        nearest = torch.maximum(self.covered, self.by_patch[tiles, chosen])
         # For before <= after: max(0, S - before) - max(0, S - after) = clamp(S, before, after) - before.
         if self.all_rows:
-            # Similarities are symmetric, so the sum over u can run along a row. A GPU sums a contiguous row many times
-            # faster than a column.
-            between = torch.clamp(self.similarity, self.covered[:, None], nearest[:, None])
+            between = torch.clamp(self.by_patch, self.covered[:, None], nearest[:, None])
             before = self.covered.sum(dim=1, keepdim=True, dtype=torch.float64)
             self.gain += before - between.sum(dim=2, dtype=torch.float64)
         else:

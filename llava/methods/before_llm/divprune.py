@@ -58,5 +58,7 @@ class DivPrune(GreedySelector):
             lambda picks: take(image, patches[picks[0, :budget]]),
         )
 
-    def rule(self, similarity: Tensor, real: Tensor, finite: Tensor, *, counts: Tensor, most: int) -> Tensor:
+    def rule(
+        self, similarity: Tensor, real: Tensor, finite: Tensor, *, counts: Tensor, fewest: int, most: int
+    ) -> Tensor:
         return farthest_points(similarity, real, finite, most)

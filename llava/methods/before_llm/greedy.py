@@ -19,7 +19,7 @@ ENTRIES = 1 << 26  # most similarities of the images that choose together: 256 M
 class GreedyInputs:
     """Input of a greedy rule for one image: T tiles of M patches. Each tile chooses on its own.
 
-    similarity    [T, M, M] float32
+    similarity    [T, R, M] float32, of R things with M patches; where the things are the patches, R is M
     real          [T, M]  False in the padding
     extra_inputs  further tensors that the rule reads, [T, M] or [T] each
     counts        how many patches of each tile to choose, at most the real ones
@@ -46,11 +46,11 @@ class GreedySelector(Selector):
         """Return the input of the rule for one image; the arguments are those of `keep`."""
 
     @abstractmethod
-    def rule(self, similarity: Tensor, real: Tensor, *others: Tensor, counts: Tensor, most: int) -> Tensor:
+    def rule(self, similarity: Tensor, real: Tensor, *others: Tensor, counts: Tensor, fewest: int, most: int) -> Tensor:
         """Return the choice in T tiles, [T, ...] as GreedyInputs.to_selection reads it.
 
-        The usual result is `most` picks per tile, in the order of choice. counts [T]: patches to choose; most: the
-        largest count. M is the size of the largest tile of the batch. A tile with a smaller count may choose more than
+        The usual result is `most` picks per tile, in the order of choice. counts [T]: patches to choose; fewest, most:
+        the smallest and the largest count, known to the host. M is the size of the largest tile of the batch. A tile with a smaller count may choose more than
         its count.
         """
 
@@ -60,13 +60,17 @@ class GreedySelector(Selector):
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
         selections = []
         for group in _groups(map(self.problem, images, texts, budgets)):
-            largest = max(problem.similarity.shape[-1] for problem in group)
-            similarity = torch.cat([_filled(problem.similarity, (largest, largest)) for problem in group])
+            rows, largest = _padded_sizes(group)
+            similarity = torch.cat([_filled(problem.similarity, (rows, largest)) for problem in group])
             columns = zip(*((problem.real, *problem.extra_inputs) for problem in group), strict=True)
             rest = [torch.cat([_filled(part, (largest,)[: part.dim() - 1]) for part in column]) for column in columns]
             counts = torch.tensor([count for problem in group for count in problem.counts])
             picks = self.rule(
-                similarity, *rest, counts=to_device(counts, similarity.device), most=int(counts.max())
+                similarity,
+                *rest,
+                counts=to_device(counts, similarity.device),
+                fewest=int(counts.min()),
+                most=int(counts.max()),
             ).split([len(problem.counts) for problem in group])
             selections += [problem.to_selection(picked) for problem, picked in zip(group, picks, strict=True)]
         return selections
@@ -77,14 +81,19 @@ def _groups(problems: Iterable[GreedyInputs]) -> Iterator[list[GreedyInputs]]:
     group: list[GreedyInputs] = []
     for problem in problems:
         tiles = sum(len(member.similarity) for member in [*group, problem])
-        largest = max(member.similarity.shape[-1] for member in [*group, problem])
+        rows, largest = _padded_sizes([*group, problem])
         # Counted after padding: one large tile makes all tiles of its group as large.
-        if group and tiles * largest**2 > ENTRIES:
+        if group and tiles * rows * largest > ENTRIES:
             yield group
             group = []
         group.append(problem)
     if group:
         yield group
+
+
+def _padded_sizes(group: list[GreedyInputs]) -> tuple[int, int]:
+    """Return (R, M) of the largest similarities of a group."""
+    return max(one.similarity.shape[1] for one in group), max(one.similarity.shape[2] for one in group)
 
 
 def _filled(values: Tensor, sizes: tuple[int, ...]) -> Tensor:

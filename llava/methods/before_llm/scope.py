@@ -62,5 +62,7 @@ class Scope(GreedySelector):
             lambda picks: take(image, image.patches[first_picks(members, picks, quota)]),
         )
 
-    def rule(self, similarity: Tensor, real: Tensor, weight: Tensor, *, counts: Tensor, most: int) -> Tensor:
+    def rule(
+        self, similarity: Tensor, real: Tensor, weight: Tensor, *, counts: Tensor, fewest: int, most: int
+    ) -> Tensor:
         return cover_greedily(similarity, weight, real, most)

@@ -37,9 +37,10 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
              text_scope, anyres.
 
     K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K tokens are kept:
-    patches or merged tokens, and no newline token. There are three exceptions. compat="public" rounds K down to
-    a multiple of twice the number of tiles (adav) or of the number of tiles (hiprune). `none` and `no_image` keep all
-    and nothing, whatever K is, and `downsample` all of the image that was made smaller for it. VisionZip's published counts, where they are given, replace K. Raises UserError for an
+    patches or merged tokens, and no newline token. There are four exceptions. compat="public" rounds K down to a multiple
+    of twice the number of tiles (adav) or of the number of tiles (hiprune), and HoloV's may have zero vectors among the K.
+    `none` and `no_image` keep all and nothing, whatever K is, and `downsample` all of the image that was made smaller for it.
+    VisionZip's published counts, where they are given, replace K. Raises UserError for an
     unknown name or option, an option out of its range, a budget that is no count, and an image without the tower states
     that the method reads.
     """
@@ -75,10 +76,10 @@ def select_all(name: str, images: list[ImageTokens], texts: list[Tensor], budget
     # 3. The choices. In training the chosen features have a gradient, so they are read again with one; merged tokens
     # carry it through the merging.
     learns = torch.is_grad_enabled()
-    with torch.set_grad_enabled(learns and method.makes_tokens):
+    with torch.set_grad_enabled(learns and selector.makes_tokens):
         of_chosen = ([values[i] for i in chosen] for values in (images, texts, budgets))
         kept = selector.keep_all(*of_chosen) if chosen else []
-    if learns and not method.makes_tokens:
+    if learns and not selector.makes_tokens:
         for i, selection in zip(chosen, kept, strict=True):
             selection.features = images[i].read(selection.indices)
     selections = iter(kept)

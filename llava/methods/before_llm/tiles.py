@@ -57,9 +57,10 @@ def places_in_whole_tiles(image: ImageTokens) -> tuple[Tensor, int]:
 def first_picks(members: Tensor, picks: Tensor, quota: list[int]) -> Tensor:
     """Return the first quota[t] picks of each tile t as indices [sum(quota)] into `image.patches`.
 
-    picks [T, >= max(quota)]. A greedy method may choose more patches than a tile's quota; its first picks stay valid.
+    picks [T, >= max(quota)]. A greedy method may choose more patches than a tile's quota; its first picks stay valid, and
+    the others may even be padding of a larger tile.
     """
     # The mask depends on host numbers only, so its indices are found on the host and nothing waits for the device.
     taken = torch.arange(picks.shape[1]) < torch.tensor(quota)[:, None]
     taken = to_device(torch.nonzero(taken.flatten()).flatten(), picks.device)
-    return members.gather(1, picks).flatten()[taken]
+    return members.gather(1, picks.clamp(max=members.shape[1] - 1)).flatten()[taken]

@@ -74,6 +74,7 @@ class Dropper(ABC):
     uses_budget: ClassVar[bool] = True
     resizes: ClassVar[bool] = False
     tower_states: ClassVar[tuple[str, ...]] = ()
+    words: ClassVar[None] = None  # droppers read the tokens of the prompt, see Selector.words
     reads_features: ClassVar[bool] = True  # every token enters the LLM, so all of them go through the projector
     # `positions` has no effect on droppers: the published rule of each method fixes its position ids.
     # True: `select` reads hidden states after the model's final norm, and makes no tokens of them.
