@@ -97,7 +97,7 @@ def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
             category = QUESTION_TYPES[n % len(QUESTION_TYPES)]
             rng = scene_rng(FAMILY, "test", index, stream=1 + n // len(QUESTION_TYPES))
             question = ask(scene, category, rng) or ask(scene, "exists", rng)
-            samples.append(OrderedSample((index, n), name, question.text))
+            samples.append(OrderedSample((index, n), (name,), question.text))
     return samples
 
 

@@ -19,6 +19,7 @@ and RoPE are not counted, because they are not matrix products. Such work of a m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,15 @@ from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.text_table import columns
 from llava.config import AdaVConfig, add_config_flags, config_of_flags
-from llava.costs.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, SelectorCase, cache_cost, together
+from llava.costs.method_costs import (
+    DROPPER_COSTS,
+    SELECTOR_COSTS,
+    DropperCase,
+    MethodCost,
+    SelectorCase,
+    cache_cost,
+    together,
+)
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.methods.inside_llm import DROPPERS, Dropper
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
@@ -170,13 +179,13 @@ def predict(
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
     if drops:
-        dropper, price, costs = method, _listed(DROPPER_COSTS, "DROPPER_COSTS", config.method), []
+        dropper, price, costs = method, _listed(DROPPER_COSTS, "DROPPER_COSTS", config), []
     else:
         dropper, price = PrefillFilter.from_config(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
-        cost = _listed(SELECTOR_COSTS, "SELECTOR_COSTS", config.method)
+        cost = _listed(SELECTOR_COSTS, "SELECTOR_COSTS", config)
         costs = [cost(case) for case in asked]
     # 3. What each layer sees, and what dropping inside the LLM costs.
     seen = [(sum(kept), sum(kept))] * shape.layers
@@ -207,11 +216,24 @@ def predict(
     )
 
 
-def _listed(costs: dict, name: str, method: str):
-    """The entry of a method. UserError for a new method whose line is still missing."""
-    if method not in costs:
+def _listed(costs: dict, name: str, config: AdaVConfig):
+    """The cost of a method's choice. UserError for a new method of the package whose line is still missing.
+
+    A method from outside the package states its cost itself, as a static method `cost` that takes the same case. Without
+    it, the choice counts as nothing, with a warning.
+    """
+    method, kind = config.method, config.method_class
+    if method in costs:
+        return costs[method]
+    if kind.__module__.partition(".")[0] == "llava":
         raise UserError(f'method "{method}" has no cost: it needs a line in {name} of llava/costs/method_costs.py')
-    return costs[method]
+    if not hasattr(kind, "cost"):
+        warnings.warn(
+            f'predicted FLOPs leave out what method "{method}" needs to choose: {kind.__name__} defines no static method cost',
+            stacklevel=3,
+        )
+        return lambda case: MethodCost()
+    return kind.cost
 
 
 def _kept(method: type, budget: int, image: ImageCounts) -> int:
