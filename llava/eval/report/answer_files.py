@@ -17,6 +17,7 @@ from llava.eval.benchmarks.answer_file import match, read_answers
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.report.comparison import Interval
 from llava.eval.report.runs import Questions, find
+from llava.eval.results.compare_table import shown_headline
 from llava.eval.scoring.bootstrap import cluster_intervals, ratio_intervals
 from llava.eval.scoring.metrics import normal_form
 from llava.eval.scoring.verdicts import Verdict
@@ -52,7 +53,9 @@ class AnswerComparison:
             named = [*zip("AB", self.scored.scores, strict=True), ("B minus A", self.scored.difference)]
             for name, found in named:
                 value = "{:+.2f}" if " " in name else "{:.2f}"
-                rows.append((name, value.format(found.value), f"[{found.low:.2f}, {found.high:.2f}]"))
+                # + 0.0 makes 0 of -0, which a sum of differences may round to.
+                shown = [value.format(round(number, 2) + 0.0) for number in (found.value, found.low, found.high)]
+                rows.append((name, shown[0], f"[{shown[1]}, {shown[2]}]"))
             lines += ["", markdown_table(rows), ""]
             lines.append(", ".join(f"{name}: {count:,}" for name, count in self.scored.right.items()))
             if self.scored.asked:
@@ -127,7 +130,7 @@ def _scored(benchmark: Benchmark, files: tuple[Path, Path], answers: tuple[list[
     pairs = [(x.right, y.right) for x, y in zip(*verdicts, strict=True)]
     counts = {"both right": (True, True), "only A": (True, False), "only B": (False, True), "neither": (False, False)}
     right = {name: pairs.count(pair) for name, pair in counts.items()}
-    headline = (benchmark.headline or "score").replace("_", " ")
+    headline = shown_headline(benchmark.headline or "score")
     return Scored(
         headline, "points" if benchmark.points else "%", (first, second), difference, right, benchmark.partial
     )

@@ -118,10 +118,14 @@ def markdown(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def shown_headline(name: str) -> str:
+    """Return the name of a score as tables and plots print it: accuracy, mean F1, ANLS."""
+    return name.upper() if name == "anls" else name.replace("_", " ")
+
+
 def headline_of(row: dict) -> str:
-    """Return the name of the score in a table or plot: accuracy or ANLS."""
-    name = row.get("headline") or "accuracy"
-    return name.upper() if name == "anls" else name
+    """Return the name of the score of a row."""
+    return shown_headline(row.get("headline") or "accuracy")
 
 
 def _head(row: dict) -> tuple[str, ...]:
