@@ -1,8 +1,9 @@
 """What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
 
-    python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672]
+    python -m llava.costs.flops CHECKPOINT|PRESET [--method adav --overall-tokens 144] [--image-size 672 672]
 
-prints the parts for one image. A config.json is enough; no weights are read.
+prints the parts for one image. A config.json is enough; no weights are read. A preset (llava.costs.presets) is the name of
+a model whose sizes are known, and needs no file at all.
 
 The count has matrix products and the patch convolution, at 2 FLOPs per multiply-add, for one sample without the padding
 of a batch. Attention counts queries x keys in full, S x S, although it is causal: papers quote this number, and torch's
@@ -22,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
@@ -37,6 +39,7 @@ from llava.costs.method_costs import (
     together,
 )
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
+from llava.costs.presets import PRESETS
 from llava.methods.inside_llm import DROPPERS, Dropper
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import Counts, LayerPlan, rounded_up
@@ -276,10 +279,20 @@ def table(cost: Cost, plain: Cost) -> str:
     return columns(lines)
 
 
+def config_of(name: str):
+    """Return the model configuration of a checkpoint, or of a preset where no folder has its name."""
+    if name in PRESETS and not Path(name).is_dir():
+        return PRESETS[name].model_config(newline=True)
+    return read_config(name)
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m llava.costs.flops", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="folder or hub name; of a folder, config.json is enough")
+    parser.add_argument(
+        "checkpoint",
+        help=f"folder or hub name; of a folder, config.json is enough; or a preset: {', '.join(PRESETS)}",
+    )
     parser.add_argument("--image-size", type=int, nargs=2, default=(672, 672), metavar=("W", "H"), help="in pixels")
     parser.add_argument("--text-tokens", type=int, default=80, help="tokens of the prompt beside the image (80)")
     parser.add_argument("--question-tokens", type=int, help="how many of them follow the image (half)")
@@ -292,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= words <= args.text_tokens:
         raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
     config = config_of_flags(args)
-    model_config = read_config(args.checkpoint)
+    model_config = config_of(args.checkpoint)
     shape = ModelShape.from_config(model_config)
     plan = tile_plan(args.image_size, model_config, config.option("anyres"))
     image = ImageCounts.from_plan(plan, shape.side)
