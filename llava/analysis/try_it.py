@@ -214,6 +214,7 @@ class TryOut:
         lengths = (torch.tensor([35]), torch.tensor([200]), torch.full((1, groups), 60))
         prefix_len, core_len, text_len = (length.int().to(device) for length in lengths)
         listed = (prefix_len, core, core_len, text, text_len)
+        # On a CPU the reference itself runs, and the check says nothing; the JSON file names the implementation.
         ours = decode_attention(q, k, v, *listed).out.float()
         right = decode_attention(q.float(), k.float(), v.float(), *listed, backend="reference").out
         error = float((ours - right).abs().max() / right.abs().max())

@@ -52,7 +52,6 @@ def test_the_prediction_goes_through_the_measured_points():
         cost = preset_cost(row["preset"], AdaVConfig(**config), 80)
         # A batch of 8: an eighth of its time to the first token, and of two further steps.
         measured = (float(row["ttft_ms"]) + 2 * float(row["step_ms"])) / 8000
-        # The LLM's presets have newline tokens: 2,928 vision tokens.
         assert speed.seconds(cost, 80, 3) == pytest.approx(measured, rel=1e-6)
     with pytest.raises(UserError, match="two are needed"):
         MeasuredSpeed.read(reproduce.SPEED, batch=3)
@@ -65,7 +64,7 @@ def test_flops_of_a_preset_need_no_file(tmp_path, monkeypatch, capsys):
     assert text.startswith("llava-v1.5-7b, method adav: 576 vision tokens of 1 tiles -> 58.0 in the mean layer")
     flops.main(["llava-v1.6-vicuna-7b", "--method", "none", "--image-size", "1008", "336"])
     # A row of three tiles and the whole image, as LLaVA-1.6's own grids have it: 4 x 576 patches and 24 newlines.
-    assert "2328 vision tokens of 4 tiles" in capsys.readouterr().out
+    assert "2,328 vision tokens of 4 tiles" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_a_whole_run_on_made_data(tmp_path, capsys):
     command = ["v1_5", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     reproduce.main(command)
     shown = capsys.readouterr()
-    assert "warning: mmvet is left out" in shown.err and "(2/7)" in shown.out
+    assert "warning: mmvet is left out" in shown.err and "2/2 cls 4: done" in shown.err
     names = ("table.md", "table.csv", "table.tex", "intervals.csv", "report.html")
     first = {name: (tmp_path / "out" / name).read_text() for name in names}
     assert "none, published" in first["table.md"] and "95 % bootstrap" in first["table.md"]
