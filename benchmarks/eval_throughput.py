@@ -108,7 +108,7 @@ class Upstream:
         conversation = default_conv_mode(shard.model.config, shard.tokenizer)
         with self._eager(), open(file, "w") as out:
             for sample in self.spec.samples:
-                image = Image.open(self.spec.image_folder / sample.image).convert("RGB")
+                image = Image.open(self.spec.image_folder / sample.images[0]).convert("RGB")
                 pixels = process_images([image], shard.image_processor, shard.model.config)
                 pixels = [one.to(shard.device, shard.model.dtype) for one in pixels]
                 prompt = single_turn(conversation, "<image>\n" + sample.prompt)

@@ -26,5 +26,5 @@ def make_questions(folder: Path, family: str, pictures: int, each: int, first: i
             category = QUESTION_TYPES[n % len(QUESTION_TYPES)]
             rng = scene_rng(family, "test", index, stream=1 + n // len(QUESTION_TYPES))
             question = ask(scene, category, rng) or ask(scene, "exists", rng)
-            samples.append(OrderedSample((index, n), name, question.text))
+            samples.append(OrderedSample((index, n), (name,), question.text))
     return samples

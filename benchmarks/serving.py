@@ -308,7 +308,7 @@ class Pictures:
         pictures = -(-count // each)
         samples = make_questions(self.folder, self.family, pictures, each, self._next)[:count]
         self._next += pictures
-        return [body(self.model, self._bytes(sample.image), sample.prompt, new_tokens) for sample in samples]
+        return [body(self.model, self._bytes(sample.images[0]), sample.prompt, new_tokens) for sample in samples]
 
     def _bytes(self, name: str) -> bytes:
         if self.size is None:

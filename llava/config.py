@@ -36,6 +36,7 @@ from llava.methods.options import (
     one_of,
     whole,
 )
+from llava.methods.plugins import register
 
 if TYPE_CHECKING:
     from llava.methods.kv_cache.base import CachePolicy
@@ -291,7 +292,19 @@ def add_config_flags(parser: argparse.ArgumentParser, default: str = "") -> None
     _add_key_flags(parser)
 
 
+def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --plugin. A named file becomes a method while the command line is read, so that --method may name it."""
+    parser.add_argument(
+        "--plugin",
+        type=register,
+        action="append",
+        metavar="FILE.py",
+        help="a method of your own: one Selector or Dropper, called as the file; may be repeated",
+    )
+
+
 def _add_key_flags(parser: argparse.ArgumentParser) -> None:
+    add_plugin_flag(parser)
     group = parser.add_argument_group("keys of adav_configs.json")
     for f in fields(AdaVConfig):
         flag = "--" + f.name.replace("_", "-")

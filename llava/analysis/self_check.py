@@ -24,7 +24,7 @@ from torch import Tensor
 from llava.common.command_line import Parser, add_checkpoint_flags
 from llava.common.errors import UserError, exits_cleanly, first_line
 from llava.common.pictures import rgb
-from llava.config import AdaVConfig
+from llava.config import AdaVConfig, add_plugin_flag
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import single_turn
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
@@ -262,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser)
     parser.add_argument("--image", help="default: a built-in picture of 640 x 480")
     parser.add_argument("--question", default=QUESTION, help="default: %(default)r")
+    add_plugin_flag(parser)
     parser.add_argument("--method", help="also show what this token selection keeps")
     parser.add_argument("--tokens", type=int, help="vision tokens that --method keeps per image (default: 144)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -31,7 +31,9 @@ def as_user_error_on_write(path):
     except OSError as error:
         why = _FULL.get(error.errno, error.strerror or str(error))
         kept = (
-            "; what is answered so far is kept, and the same command continues from there" if error.errno in _FULL else ""
+            "; what is answered so far is kept, and the same command continues from there"
+            if error.errno in _FULL
+            else ""
         )
         raise UserError(f"{path}: cannot be written, {why}{kept}") from None
 

@@ -1,8 +1,9 @@
 """Costs of a sample: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
 
-    python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672]
+    python -m llava.costs.flops CHECKPOINT|PRESET [--method adav --overall-tokens 144] [--image-size 672 672]
 
-prints the parts for one image. A config.json is enough; no weights are read.
+prints the parts for one image. A config.json is enough; no weights are read. A preset (llava.costs.presets) is the name of
+a model whose sizes are known, and needs no file at all.
 
 The count has matrix products and the patch convolution, at 2 FLOPs per multiply-add, for one sample without the padding
 of a batch. Attention counts queries x keys in full, S x S, although it is causal: papers quote this number, and torch's
@@ -20,15 +21,26 @@ and RoPE are not counted, because they are not matrix products. Such work of a m
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.text_table import columns
 from llava.config import AdaVConfig, add_config_flags, config_of_flags
-from llava.costs.method_costs import DROPPER_COSTS, SELECTOR_COSTS, DropperCase, SelectorCase, cache_cost, together
+from llava.costs.method_costs import (
+    DROPPER_COSTS,
+    SELECTOR_COSTS,
+    DropperCase,
+    MethodCost,
+    SelectorCase,
+    cache_cost,
+    together,
+)
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
+from llava.costs.presets import PRESETS
 from llava.methods.inside_llm import DROPPERS, Dropper
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import Counts, LayerPlan, rounded_up
@@ -173,13 +185,13 @@ def predict(
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
     if drops:
-        dropper, price, costs = method, _listed(DROPPER_COSTS, "DROPPER_COSTS", config.method), []
+        dropper, price, costs = method, _listed(DROPPER_COSTS, "DROPPER_COSTS", config), []
     else:
         dropper, price = PrefillFilter.from_config(config), DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
-        cost = _listed(SELECTOR_COSTS, "SELECTOR_COSTS", config.method)
+        cost = _listed(SELECTOR_COSTS, "SELECTOR_COSTS", config)
         costs = [cost(case) for case in asked]
     # 3. What each layer sees, and what dropping inside the LLM costs.
     seen = [(sum(kept), sum(kept))] * shape.layers
@@ -221,11 +233,24 @@ def _vision(shape: ModelShape, tiles: Sequence[tuple[int, int]], projected: int)
     return _sum([vision(shape, 0, projected), *parts])
 
 
-def _listed(costs: dict, name: str, method: str):
-    """The entry of a method. UserError for a new method whose line is still missing."""
-    if method not in costs:
+def _listed(costs: dict, name: str, config: AdaVConfig):
+    """The cost of a method's choice. UserError for a new method of the package whose line is still missing.
+
+    A method from outside the package states its cost itself, as a static method `cost` that takes the same case. Without
+    it, the choice counts as nothing, with a warning.
+    """
+    method, kind = config.method, config.method_class
+    if method in costs:
+        return costs[method]
+    if kind.__module__.partition(".")[0] == "llava":
         raise UserError(f'method "{method}" has no cost: it needs a line in {name} of llava/costs/method_costs.py')
-    return costs[method]
+    if not hasattr(kind, "cost"):
+        warnings.warn(
+            f'predicted FLOPs leave out what method "{method}" needs to choose: {kind.__name__} defines no static method cost',
+            stacklevel=3,
+        )
+        return lambda case: MethodCost()
+    return kind.cost
 
 
 def _kept(method: type, budget: int, image: ImageCounts) -> int:
@@ -268,10 +293,20 @@ def table(cost: Cost, plain: Cost) -> str:
     return columns(lines)
 
 
+def config_of(name: str):
+    """Return the model configuration of a checkpoint, or of a preset where no folder has its name."""
+    if name in PRESETS and not Path(name).is_dir():
+        return PRESETS[name].model_config(newline=True)
+    return read_config(name)
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m llava.costs.flops", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="folder or hub name; of a folder, config.json is enough")
+    parser.add_argument(
+        "checkpoint",
+        help=f"folder or hub name; of a folder, config.json is enough; or a preset: {', '.join(PRESETS)}",
+    )
     parser.add_argument("--image-size", type=int, nargs=2, default=(672, 672), metavar=("W", "H"), help="in pixels")
     parser.add_argument("--text-tokens", type=int, default=80, help="tokens of the prompt beside the image (80)")
     parser.add_argument("--question-tokens", type=int, help="how many of them follow the image (half)")
@@ -284,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= words <= args.text_tokens:
         raise UserError(f"--question-tokens is {words}, allowed is 0 to the {args.text_tokens} of --text-tokens")
     config = config_of_flags(args)
-    model_config = read_config(args.checkpoint)
+    model_config = config_of(args.checkpoint)
     shape = ModelShape.from_config(model_config)
     plan = tile_plan(args.image_size, model_config, config.option("anyres"))
     image = ImageCounts.from_plan(plan, shape.side)

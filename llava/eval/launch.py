@@ -1,9 +1,10 @@
 """Evaluate a checkpoint on a benchmark: shards over the devices, resumes, merges, scores.
 
     python -m llava.eval.launch BENCHMARK|all [TOKENS] --family demo|v1_5|v1_6|v1_6_34B [--shards N] [flags]
+    python -m llava.eval.launch mydata [TOKENS] --questions q.jsonl --images DIR [--answers a.jsonl] --checkpoint DIR
 
 The scripts in scripts/ call this command with a family. "all" means the seven benchmarks of the published table: the
-same processes answer them, and the result is printed as that table. Under torchrun each rank takes its share
+same processes answer them, and the result is printed as that table. "mydata" means questions of the user's own. Under torchrun each rank takes its share
 (llava.eval.runs.machines). The same command continues after any interruption, also with another number of shards or
 ranks. A single process imports no torch, so errors of the input show before a model is loaded.
 Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
@@ -19,10 +20,11 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, add_checkpoint_flags, existing_folder, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.common.find_checkpoint import find_checkpoint
+from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.config import add_config_flags, config_of_flags
 from llava.conversation import get_conversation
-from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.benchmarks import BENCHMARKS, Benchmark
+from llava.eval.benchmarks.own_data import NAME, OwnData, add_own_data_flags, refuse_own_data_flags
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
 from llava.eval.runs.describe import describe_plan, describe_run
@@ -38,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     env = os.environ
     parser = Parser(prog="python -m llava.eval.launch", description=__doc__.split("\n")[0])
     # 1. What is evaluated.
-    parser.add_argument("benchmark", help=", ".join([*BENCHMARKS, f"or all, which is {', '.join(TABLE)}"]))
+    parser.add_argument("benchmark", help=", ".join([*BENCHMARKS, NAME, f"or all, which is {', '.join(TABLE)}"]))
     parser.add_argument("tokens", nargs="?", help="vision tokens per image; overrides overall_tokens")
     parser.add_argument("--family", choices=FAMILIES, help="whose checkpoint to evaluate where CKPT names none")
     parser.add_argument(
@@ -84,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="forget what this very run has answered already")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
+    add_own_data_flags(parser, ("--answers", "--labels"))
     add_config_flags(parser)
     # Intermixed, because the scripts put --family between the benchmark and the tokens. Plain parse_args would match
     # the optional tokens with nothing before it reads the flag, and then refuse them.
@@ -104,8 +107,10 @@ def plan(args: argparse.Namespace, shards: int, devices: list[str]) -> list[Run]
     shards: number of processes on this machine.
     """
     # 1. Arguments that exclude each other.
-    if args.benchmark not in (*BENCHMARKS, "all"):
-        raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join([*BENCHMARKS, "all"])}')
+    if args.benchmark not in (*BENCHMARKS, NAME, "all"):
+        raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join([*BENCHMARKS, NAME, "all"])}')
+    if args.benchmark != NAME:
+        refuse_own_data_flags(args)
     names = TABLE if args.benchmark == "all" else [args.benchmark]
     if args.split and len(names) > 1:
         raise UserError("--split goes with one benchmark, not with all")
@@ -129,7 +134,7 @@ def plan(args: argparse.Namespace, shards: int, devices: list[str]) -> list[Run]
     subset = Subset(args.subset, args.subset_seed) if args.subset else None
     runs, refused = [], []
     for each in names:
-        benchmark = BENCHMARKS[each](args.data_root or DATA_ROOT, checkpoint, args.split)
+        benchmark = _benchmark(each, args, checkpoint)
         generation = Generation(
             max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
             conversation=conversation,
@@ -144,6 +149,12 @@ def plan(args: argparse.Namespace, shards: int, devices: list[str]) -> list[Run]
     if refused:
         raise UserError("; ".join(refused))
     return runs
+
+
+def _benchmark(name: str, args: argparse.Namespace, checkpoint: EvalCheckpoint) -> Benchmark:
+    if name == NAME:
+        return OwnData.of_flags(args, checkpoint)
+    return BENCHMARKS[name](args.data_root or DATA_ROOT, checkpoint, args.split)
 
 
 @exits_cleanly

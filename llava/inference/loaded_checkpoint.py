@@ -45,15 +45,15 @@ class Pixels:
 
 
 def question_ids(
-    tokenizer, conversation: str, prompt: str, has_image: bool, image_id: int = IMAGE_TOKEN_INDEX
+    tokenizer, conversation: str, prompt: str, images: int, image_id: int = IMAGE_TOKEN_INDEX
 ) -> list[int]:
     """Return the token ids of a conversation of one turn under the template `conversation`.
 
-    image_id: stands for the image, which comes first.
+    images: number of images, which come first; image_id stands for each of them.
     """
     # Placeholder and line break before the question: the order that LLaVA's checkpoints were trained with.
-    placeholder = DEFAULT_IMAGE_TOKEN + "\n" if has_image else ""
-    return tokenizer_image_token(single_turn(conversation, placeholder + prompt), tokenizer, image_id)
+    placeholders = (DEFAULT_IMAGE_TOKEN + "\n") * images
+    return tokenizer_image_token(single_turn(conversation, placeholders + prompt), tokenizer, image_id)
 
 
 class LoadedCheckpoint:
@@ -107,12 +107,13 @@ class LoadedCheckpoint:
         (tiles,) = process_images([image], self.image_processor, self.model.config, config.option("anyres"))
         return Pixels(tiles, image.size)
 
-    def token_ids(self, prompt: str, has_image: bool, conversation: str | None = None) -> Tensor:
+    def token_ids(self, prompt: str, images: int, conversation: str | None = None) -> Tensor:
         """Return the token ids [S] of a conversation of one turn.
 
-        conversation: name of a template; None takes the checkpoint's. With an image, its placeholder comes first.
+        images: number of images; their placeholders come first. conversation: name of a template; None takes the
+        checkpoint's.
         """
-        return torch.tensor(question_ids(self.tokenizer, conversation or self.conversation, prompt, has_image))
+        return torch.tensor(question_ids(self.tokenizer, conversation or self.conversation, prompt, images))
 
     @torch.inference_mode()
     def encode(
@@ -130,19 +131,18 @@ class LoadedCheckpoint:
     def splice(
         self,
         prompts: Sequence[str],
-        images: Sequence[EncodedImage | None],
+        images: Sequence[Sequence[EncodedImage]],
         config: AdaVConfig,
         conversation: str | None = None,
     ) -> PreparedPrompt:
         """Prepare a batch of questions about encoded images.
 
-        images: one entry per prompt; None for a prompt without image.
+        images: one entry per prompt, with the images of the prompt; empty for a prompt without image.
         """
         rows = [
-            self.token_ids(prompt, image is not None, conversation)
-            for prompt, image in zip(prompts, images, strict=True)
+            self.token_ids(prompt, len(several), conversation) for prompt, several in zip(prompts, images, strict=True)
         ]
-        return self.prepare_ids(rows, [image for image in images if image is not None], config)
+        return self.prepare_ids(rows, [image for several in images for image in several], config)
 
     @torch.inference_mode()
     def prepare_ids(self, rows: Sequence[Tensor], images: list[EncodedImage], config: AdaVConfig) -> PreparedPrompt:
@@ -167,5 +167,5 @@ class LoadedCheckpoint:
         """
         encoded = iter(self.encode([self.pixels(image, config) for image in images if image is not None], config))
         return self.splice(
-            prompts, [None if image is None else next(encoded) for image in images], config, conversation
+            prompts, [[] if image is None else [next(encoded)] for image in images], config, conversation
         )

@@ -96,7 +96,7 @@ class MethodMeasurer:
         self.tokenizer = loaded.tokenizer
         self.plan: TilePlan = tile_plan(image.size, self.model.config, config.option("anyres"))
         self.side: int = self.model.get_vision_tower().num_patches_per_side
-        self._ids = loaded.token_ids(question, has_image=True, conversation=conversation)[None]
+        self._ids = loaded.token_ids(question, images=1, conversation=conversation)[None]
         self._pixels = loaded.pixels(image, config).pixels.to(loaded.device, self.model.dtype)
 
     def looks(

@@ -110,8 +110,8 @@ def test_an_image_is_encoded_once_for_all_of_its_questions(checkpoints, data, tm
     """Seven questions about three images, in batches that an image straddles: the same as each for itself."""
     config = {"method": method, "overall_tokens": 12, "options": options}
     spec = order(checkpoints["original"], data, tmp_path, 4, **config)
-    names = [sample.image for sample in spec.samples[:3]]
-    samples = tuple(sample._replace(image=names[n * 3 // 7]) for n, sample in enumerate(spec.samples))
+    names = [sample.images for sample in spec.samples[:3]]
+    samples = tuple(sample._replace(images=names[n * 3 // 7]) for n, sample in enumerate(spec.samples))
     spec = replace(spec, samples=samples)
     alone = replace(spec, batch_size=1, answers=tmp_path / "alone.jsonl")
     shard = ShardAnswerer(spec)
@@ -149,7 +149,7 @@ def test_embedded_prompts_do_not_depend_on_sharing(checkpoints, data, tmp_path):
     prompts = [sample.prompt for sample in spec.samples]
     picture = Image.effect_noise((60, 90), 80).convert("RGB")
     (encoded,) = shard.encode([shard.pixels(picture, config)], config)
-    shared = shard.splice(prompts, [encoded] * len(prompts), config)
+    shared = shard.splice(prompts, [[encoded]] * len(prompts), config)
     apart = shard.prepare(prompts, [picture] * len(prompts), config)
     assert torch.equal(shared.attention_mask, apart.attention_mask)
     torch.testing.assert_close(shared.inputs_embeds, apart.inputs_embeds, rtol=0, atol=1e-6)
@@ -184,7 +184,7 @@ def test_a_picture_that_changed_is_encoded_anew(checkpoints, data, tmp_path):
     folder.mkdir()
 
     def encode(config):
-        order = replace(spec, image_folder=folder, config=config, samples=(OrderedSample(("a",), "a.png", ""),))
+        order = replace(spec, image_folder=folder, config=config, samples=(OrderedSample(("a",), ("a.png",), ""),))
         reader = ImageReader(ImageFiles.from_order(order, shard), 0)
         return shard._encoded(["a.png"], folder, reader, config, StageClock(shard.device))
 

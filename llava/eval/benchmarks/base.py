@@ -81,6 +81,10 @@ class Benchmark(ABC):
             return None
         return score[self.headline] * (1 if self.points else 100)
 
+    def arguments(self) -> dict[str, str | None]:
+        """Return what run.json needs beside the question file and the split to make this object again."""
+        return {}
+
     def make_data(self) -> None:  # noqa: B027 (nothing to make is the usual case)
         """Build files that need no download. Does nothing if they exist."""
 

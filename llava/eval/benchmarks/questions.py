@@ -25,6 +25,7 @@ class Sample:
 
     row: the whole line of the question file. prompt: the text that goes into the conversation template.
     line, unit: number and kind of its place in the file; the unit is "line", "entry" or "row".
+    more_images: further images after `image`, of a question about several.
     """
 
     line: int
@@ -35,6 +36,12 @@ class Sample:
     key: tuple
     row: dict
     unit: str = "line"
+    more_images: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All images of the question, in the order in which the prompt has them."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def place(self) -> str:
@@ -157,8 +164,8 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
         raise UserError(f"{folder}: no such image folder")
     where = {}
     for sample in samples:
-        if sample.image is not None:
-            where.setdefault(sample.image, sample.place)
+        for image in sample.images:
+            where.setdefault(image, sample.place)
     # realpath asks the file system for each part of a path. With the folders resolved once, each image needs two calls,
     # which matters for 100,000 images on a network file system.
     parents: dict[str, str] = {}
@@ -182,6 +189,8 @@ def check_images(samples: list[Sample], folder: Path, source: Path) -> None:
         image, place = missing[0]
         more = ""
         if len(missing) > 1:
-            others = ", ".join(f'"{other}"' for other, _ in missing[1:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+            others = ", ".join(f'"{other}"' for other, _ in missing[1:SHOWN]) + (
+                ", ..." if len(missing) > SHOWN else ""
+            )
             more = f" ({len(missing)} of {len(where)} images are missing), and neither is {others}"
         raise UserError(f'{source}, {place}: image "{image}" is not in {folder}{more}')

@@ -12,6 +12,7 @@ from llava.common.files import digest_of, read_json
 from llava.common.scatter import BATCH_LIMIT, scatters
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.benchmarks.answer_file import match, read_answers
+from llava.eval.benchmarks.own_data import NAME, OwnData
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
@@ -208,7 +209,7 @@ class Questions:
         # 1. Join the answers with the questions as they were asked.
         if run.score is None:
             raise UserError(run.state)
-        benchmark = self._benchmark(run)
+        benchmark = self.benchmark_of(run)
         samples = self._samples(run, benchmark)
         path = run.folder / "merge.jsonl"
         answered, rows = match(samples, read_answers(path), path, partial=True)
@@ -230,8 +231,10 @@ class Questions:
             for sample, row, verdict in zip(answered, rows, verdicts, strict=True)
         }
 
-    def _benchmark(self, run: RecordedRun) -> Benchmark:
-        """Return the benchmark as it was for the run. The run's question file tells its folder."""
+    def benchmark_of(self, run: RecordedRun) -> Benchmark:
+        """Return the benchmark as it was for the run. The run's question file tells its folder. UserError if it is not there."""
+        if run.name == NAME and run.report.get("benchmark_arguments"):
+            return OwnData(**run.report["benchmark_arguments"])
         if run.name not in BENCHMARKS:
             raise UserError(f'benchmark "{run.name}" is not known, so its answers are not judged')
         kind, split, file = BENCHMARKS[run.name], run.report["split"], Path(run.report["question_file"])
@@ -245,7 +248,7 @@ class Questions:
     def _samples(self, run: RecordedRun, benchmark: Benchmark) -> list[Sample]:
         """Return the samples of a run. Raises UserError if the question file has changed since."""
         asked = run.report["asked"]
-        known = (benchmark.name, benchmark.split, *asked.values(), str(benchmark.data_root))
+        known = (benchmark.name, benchmark.split, *asked.values(), str(benchmark.question_file))
         if known not in self._known:
             subset = asked["subset"] and Subset(asked["subset"], asked["seed"])
             self._known[known] = benchmark.chosen(benchmark.load_questions(), asked["limit"], subset)

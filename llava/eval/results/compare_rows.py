@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llava.common.errors import UserError
+from llava.eval.benchmarks import Benchmark
 from llava.eval.benchmarks.questions import read_lines
-from llava.eval.benchmarks.shapes import Shapes
+from llava.eval.results.compare_table import column_of
 from llava.eval.runs.run import Run
 from llava.eval.scoring.bootstrap import cluster_intervals, ratio_intervals
+from llava.eval.scoring.verdicts import Verdict
 
 SPLIT = "downsample"  # the method whose answers split the questions into two groups (arXiv 2510.07143)
 _PACKAGES = ("torch", "transformers", "numpy")
@@ -40,7 +42,7 @@ class Cell:
 
 
 def costs(report: dict) -> dict[str, float]:
-    """Return the costs of a run per question, from its run.json. Each question has one image.
+    """Return the costs of a run per question, from its run.json.
 
     tokens_before, tokens_after: vision tokens per image, before and after selection. layer_mean: vision tokens that a
     layer of the LLM reads, mean over layers. prefill_flops: FLOPs from pixels to the first token (llava.costs.flops).
@@ -66,7 +68,7 @@ def costs(report: dict) -> dict[str, float]:
 class _Line:
     """A row before its intervals are known.
 
-    facts: other columns. right: [Q], 1 for a right answer, 0 for a wrong one; a mean over seeds has shares.
+    facts: other columns. right: [Q], 0 (wrong) to 1 (right); a mean over seeds has shares, a soft metric has any value.
     percent: the budget. seeds: accuracy of each seed, for a mean over seeds only.
     """
 
@@ -76,18 +78,20 @@ class _Line:
     seeds: list[float] = field(default_factory=list)
 
 
-def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict], reference: str) -> list[dict]:
+def rows_of(benchmark: Benchmark, runs: dict[Cell, Run], reports: dict[Cell, dict], reference: str) -> list[dict]:
     """Return the rows of one checkpoint, in the order of `runs`.
 
-    reference: the method that the others of the same budget are compared with, question by question.
+    benchmark: one whose headline is the mean over its questions. reference: the method that the others of the same
+    budget are compared with, question by question.
     """
     # 1. Right or wrong per question, for each run and for means over seeds.
     samples = next(iter(runs.values())).samples
-    pictures = [sample.image for sample in samples]
-    categories = benchmark.categories(samples)
+    pictures = [sample.image or sample.key for sample in samples]
+    judged = {cell: _judged(benchmark, run) for cell, run in runs.items()}
+    kinds = [verdict.kinds for verdict in next(iter(judged.values()))]
     lines: list[_Line] = []
     for cells in _by_seed(list(runs)):
-        several = [_Line(_facts(c, runs[c], reports[c]), _right(benchmark, runs[c]), c.percent) for c in cells]
+        several = [_Line(_facts(c, runs[c], reports[c]), _right(judged[c]), c.percent) for c in cells]
         lines += several
         if len(several) > 1:
             lines.append(_mean_line(several))
@@ -99,7 +103,8 @@ def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict],
     # 3. The rows. `difference` is the column of the next difference; these follow the accuracies.
     rows, difference = [], len(lines)
     for n, line in enumerate(lines):
-        row = line.facts | {"questions": len(samples), "pictures": len(set(pictures))}
+        row = line.facts | {"benchmark": benchmark.name, "headline": benchmark.headline}
+        row |= {"questions": len(samples), "pictures": len({name for sample in samples for name in sample.images})}
         row |= {"accuracy": mean[n], "accuracy_low": low[n], "accuracy_high": high[n]}
         if line.seeds:
             row |= {"accuracy_worst_seed": min(line.seeds), "accuracy_best_seed": max(line.seeds)}
@@ -107,8 +112,8 @@ def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict],
             row |= {"difference": mean[difference]}
             row |= {"difference_low": low[difference], "difference_high": high[difference]}
             difference += 1
-        for category in sorted(set(categories)):
-            row[f"accuracy_{category}"] = line.right[[c == category for c in categories]].mean()
+        for kind in sorted({kind for several in kinds for kind in several}):
+            row[column_of(kind)] = line.right[[kind in several for several in kinds]].mean()
         rows.append(row)
     _split(lines, rows, pictures)
     return rows
@@ -143,10 +148,14 @@ def _by_seed(cells: list[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def _right(benchmark: Shapes, run: Run) -> np.ndarray:
-    """Return [Q], in question order: 1 for a right answer, 0 for a wrong one."""
-    rows = [row for _, row in read_lines(run.folder / "merge.jsonl")]
-    return np.array(benchmark.right(run.samples, rows), dtype=np.float64)
+def _judged(benchmark: Benchmark, run: Run) -> list[Verdict]:
+    """Return the verdicts of a run, in question order."""
+    return benchmark.verdicts(run.samples, [row for _, row in read_lines(run.merged)], run.folder)
+
+
+def _right(verdicts: list[Verdict]) -> np.ndarray:
+    """Return [Q]: the value of each verdict."""
+    return np.array([verdict.value for verdict in verdicts], dtype=np.float64)
 
 
 def _facts(cell: Cell, run: Run, report: dict) -> dict:

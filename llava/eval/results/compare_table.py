@@ -11,6 +11,10 @@ from llava.common.files import write_atomically
 from llava.common.text_table import markdown_table
 from llava.eval.results.compare_rows import SPLIT
 
+OWN_CAVEAT = """\
+How to read it: intervals are 95 % bootstrap intervals over images: questions about one image are drawn together. They cover
+the draw of the questions. They do not cover other questions, other prompts, or the training of the checkpoint."""
+
 CAVEAT = """\
 How to read it: the demo favours methods that read the question (t2i, mix, adav, adav_cover). The demo checkpoints were
 trained with a loss on the cosine between patches and words, which these methods read. No real LLaVA was trained with such a
@@ -21,7 +25,7 @@ describe this checkpoint and this task only."""
 # Columns with text. All other columns of compare.csv are numbers.
 _TEXT = (
     *("checkpoint", "method", "seed", "options", "configuration", "run", "commit", "code"),
-    *("python", "torch", "transformers", "numpy"),
+    *("python", "torch", "transformers", "numpy", "benchmark", "headline"),
 )
 # Columns before and after those of the kinds of questions.
 _FIRST = (
@@ -54,6 +58,22 @@ def write_rows(rows: list[dict], path: Path) -> None:
     for row in rows:
         writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
     write_atomically(path, text.getvalue())
+
+
+def column_of(kind: str) -> str:
+    """Return the column of the accuracy of one kind of questions."""
+    name = f"accuracy_{kind}"
+    return f"accuracy_of_{kind}" if name in _FIRST else name
+
+
+def caveat(rows: list[dict]) -> str:
+    """Return what a reader of the table has to know."""
+    return CAVEAT if on_demo(rows) else OWN_CAVEAT
+
+
+def on_demo(rows: list[dict]) -> bool:
+    """Return whether the rows are of the demo task. Files from before there was another task do not name theirs."""
+    return rows[0].get("benchmark") in (None, "shapes")
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -95,7 +115,7 @@ def markdown(rows: list[dict]) -> str:
         flops = next((row["prefill_flops"] for row in here if row["method"] == "none"), float("nan"))
         parts.append(
             f"**{checkpoint}**, {here[0]['questions']:.0f} questions about {here[0]['pictures']:.0f} pictures\n\n"
-            + markdown_table([_HEAD, *(_line(row, flops) for row in here)])
+            + markdown_table([_head(here[0]), *(_line(row, flops) for row in here)])
         )
         split = [row for row in here if row.get(f"{SPLIT}_right_questions") is not None]
         if split:
@@ -103,10 +123,21 @@ def markdown(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-_HEAD = (
-    *("budget", "method", "accuracy [95 %]", "minus adav [95 %]"),
-    *("tokens into the LLM", "layer mean", "prefill FLOPs", "KV cache"),
-)
+def shown_headline(name: str) -> str:
+    """Return the name of a score as tables and plots print it: accuracy, mean F1, ANLS."""
+    return name.upper() if name == "anls" else name.replace("_", " ")
+
+
+def headline_of(row: dict) -> str:
+    """Return the name of the score of a row."""
+    return shown_headline(row.get("headline") or "accuracy")
+
+
+def _head(row: dict) -> tuple[str, ...]:
+    return (
+        *("budget", "method", f"{headline_of(row)} [95 %]", "minus adav [95 %]"),
+        *("tokens into the LLM", "layer mean", "prefill FLOPs", "KV cache"),
+    )
 
 
 _SPLIT_TEXT = (

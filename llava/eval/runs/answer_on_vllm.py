@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 # Before vLLM is imported, which reads these once. What the user has set is kept. An evaluation sends nothing anywhere.
@@ -70,17 +71,17 @@ class VllmAnswerer(Answerer):
         generation, batch = order.generation, samples[: order.batch_size]
         conversation = generation.conversation or self.conversation
         # 1. Read each image of the batch once.
-        images, errors = _read({sample.image for sample in batch if sample.image is not None}, order.image_folder)
-        rows = [{"key": list(s.key), "error": errors[s.image]} for s in batch if s.image in errors]
-        readable = [sample for sample in batch if sample.image not in errors]
+        images, errors = _read({name for sample in batch for name in sample.images}, order.image_folder)
+        failed = {sample.key: errors[name] for sample in batch for name in sample.images if name in errors}
+        rows = [{"key": list(key), "error": error} for key, error in failed.items()]
+        readable = [sample for sample in batch if sample.key not in failed]
         # 2. One request per sample.
         prompts = []
         for sample in readable:
-            has_image = sample.image is not None
-            ids = question_ids(self.tokenizer, conversation, sample.prompt, has_image, self.image_id)
+            ids = question_ids(self.tokenizer, conversation, sample.prompt, len(sample.images), self.image_id)
             request = {"prompt_token_ids": ids}
-            if has_image:
-                request["multi_modal_data"] = {"image": images[sample.image]}
+            if sample.images:
+                request["multi_modal_data"] = {"image": [images[name] for name in sample.images]}
             prompts.append(request)
         # The launcher's orders are greedy. Answers are decoded below, as this repository's engine decodes them.
         greedy = SamplingParams(
@@ -92,20 +93,23 @@ class VllmAnswerer(Answerer):
             raise UserError(f"vLLM refuses a question ({first_line(error)})") from error
         # 3. One row per sample.
         for sample, output in zip(readable, outputs, strict=True):
-            image = images.get(sample.image)
-            rows.append(self._row(sample, output, image and image.size, order.config, conversation))
+            sizes = [images[name].size for name in sample.images]
+            rows.append(self._row(sample, output, sizes, order.config, conversation))
         return rows
 
-    def _row(self, sample: OrderedSample, output, size: tuple[int, int] | None, config: AdaVConfig, conversation: str):
-        """Return the row of one sample. output: vLLM's RequestOutput. size: that of the image, None without one."""
+    def _row(
+        self, sample: OrderedSample, output, sizes: list[tuple[int, int]], config: AdaVConfig, conversation: str
+    ) -> dict:
+        """Return the row of one sample. output: vLLM's RequestOutput. sizes: those of its images."""
         prompt, tokens, metrics = output.prompt_token_ids, output.outputs[0].token_ids, output.metrics
-        images, kept, words = [], [], []
-        if size is not None:
-            plan = tile_plan(size, self.config, config.option("anyres"))
-            images.append(ImageCounts.from_plan(plan, self.shape.side))
-            # Counted in the prompt that vLLM ran: every vision token has its place there.
-            kept.append(prompt.count(self.image_id))
-            words.append(len(prompt) - prompt.index(self.image_id) - kept[0])
+        plans = [tile_plan(size, self.config, config.option("anyres")) for size in sizes]
+        images = [ImageCounts.from_plan(plan, self.shape.side) for plan in plans]
+        # Counted in the prompt that vLLM ran: every vision token has its place there. A line break parts two images.
+        kept = [len(list(run)) for is_image, run in groupby(prompt, key=self.image_id.__eq__) if is_image]
+        starts = [
+            at for at, number in enumerate(prompt) if number == self.image_id and prompt[at - 1] != self.image_id
+        ]
+        words = [len(prompt) - start - sum(kept[i:]) for i, start in enumerate(starts)]
         cost = predict(self.shape, config, images, len(prompt) - sum(kept), words, kept)
         return {
             "key": list(sample.key),
@@ -161,7 +165,7 @@ def _start(order: WorkOrder, shape: ModelShape, context: int):
             model=order.for_vllm,
             dtype=_dtype(order, cpu),
             tensor_parallel_size=1 if cpu else len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")),
-            limit_mm_per_prompt={"image": 1},
+            limit_mm_per_prompt={"image": max([len(sample.images) for sample in order.samples], default=1) or 1},
             mm_processor_kwargs={"adav": order.config.to_dict()},
             disable_log_stats=False,  # each output then has its times
             **settings,

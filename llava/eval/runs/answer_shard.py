@@ -87,14 +87,15 @@ class ShardAnswerer(LoadedCheckpoint, Answerer):
         clock, config = StageClock(self.device), order.config
         conversation = order.generation.conversation or self.conversation
         # 1. Encode each image of the batch once.
-        names = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
+        names = list(dict.fromkeys(name for sample in samples for name in sample.images))
         encoded, errors = self._encoded(names, order.image_folder, reader, config, clock)
-        rows = [{"key": list(s.key), "error": errors[s.image]} for s in samples if s.image in errors]
-        readable = [sample for sample in samples if sample.image not in errors]
+        bad = {s.key: next((errors[name] for name in s.images if name in errors), None) for s in samples}
+        rows = [{"key": list(key), "error": error} for key, error in bad.items() if error is not None]
+        readable = [sample for sample in samples if bad[sample.key] is None]
         if not readable:
             return rows
         # 2. Answer the questions with a readable image as one batch.
-        images = [None if sample.image is None else encoded[sample.image] for sample in readable]
+        images = [[encoded[name] for name in sample.images] for sample in readable]
         prepared = self.splice([sample.prompt for sample in readable], images, config, conversation)
         generated = self.engine.generate(prepared, [_sampling(order.generation, sample) for sample in readable])
         # 3. Collect measured times and predicted costs.
@@ -102,7 +103,7 @@ class ShardAnswerer(LoadedCheckpoint, Answerer):
         seconds.update(clock.seconds)
         seconds.update(prepared.seconds)
         new_tokens = [len(answer.tokens) for answer in generated.answers]
-        counts = [ImageCounts.from_plan(image.plan, self.shape.side) for image in images if image is not None]
+        counts = [ImageCounts.from_plan(image.plan, self.shape.side) for each in images for image in each]
         costs = predicted(prepared, counts, self.shape, config)
         memory = kv_bytes(generated.cache, costs, new_tokens)
         # 4. One row per sample.

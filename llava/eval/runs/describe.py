@@ -26,7 +26,7 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
             f"{benchmark.name} ({benchmark.split}), {run.checkpoint.name}, method {run.config.method}{budget}:"
         )
         part = f" ({benchmark.partial})" if benchmark.partial else ""
-        images = len({sample.image for sample in run.samples if sample.image is not None})
+        images = len({name for sample in run.samples for name in sample.images})
         lines.append(f"  {len(run.samples):,} questions{part} of {benchmark.question_file}")
         lines.append(f"  {images:,} images in {benchmark.image_folder}")
         conversation = generation.conversation or "the checkpoint's own"
@@ -46,7 +46,7 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
         orders = [run.order_of(shard) for run, parts in zip(runs, pieces, strict=True) if parts[shard]]
         if orders:
             samples = [sample for parts in pieces for sample in parts[shard]]
-            images = len({sample.image for sample in samples if sample.image is not None})
+            images = len({name for sample in samples for name in sample.images})
             settings = worker_settings(device_of(shard, devices), shards)
             command = shlex.join(
                 [f"{name}={value}" for name, value in settings.items()] + worker_command(orders, python)

@@ -1,4 +1,4 @@
-"""Division of the questions among shards: no image is used by two shards."""
+"""Division of the questions among shards: no image is used by two shards. Of several images, the first one counts."""
 
 from __future__ import annotations
 

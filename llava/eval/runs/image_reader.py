@@ -71,7 +71,7 @@ class ImageFiles(Dataset):
         """Return the images of a work order, each once, in the order in which the samples need them."""
         # Only the image processor and the model's config are kept: the items of this class are made in worker
         # processes, and the model itself must not be copied into them.
-        names = list(dict.fromkeys(sample.image for sample in order.samples if sample.image is not None))
+        names = list(dict.fromkeys(name for sample in order.samples for name in sample.images))
         anyres = order.config.option("anyres")
         return cls(order.image_folder, names, loaded.image_processor, loaded.model.config, anyres)
 

@@ -40,6 +40,8 @@ from llava.eval.runs.locks import hold_folder
 from llava.eval.runs.run_summary import summarise
 from llava.eval.runs.shard_answers import collect, merge, remove_answers
 from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
+from llava.methods.installed import origin
+from llava.methods.plugins import plugin_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ BATCH_SIZES = {"llava": BATCH_SIZE, "vllm": 128}
 
 OWN_ENGINE = RunEngine()
 
+# What stands for the budget of the methods that have none.
+_NO_BUDGET = {"none": "all", "no_image": "0"}
+
 
 class Run:
     """One benchmark under one configuration of one checkpoint.
@@ -96,6 +101,9 @@ class Run:
         engine: RunEngine = OWN_ENGINE,
     ):
         """partial: some of the questions may have no label (`Benchmark.scorable`). They are asked all the same."""
+        # A budget has no effect on these methods, so it must not make two runs of one.
+        if config.method in _NO_BUDGET:
+            config = config.replaced(overall_tokens=AdaVConfig.overall_tokens)
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
         self.generation, self.model_base, self.engine = generation, model_base, engine
         self.exported = Exported(checkpoint, model_base, output)
@@ -117,11 +125,17 @@ class Run:
         # FitPrune's table is a file. Its content counts, because the configuration has only its path.
         if "table" in config.options:
             self.identity["table"] = digest_of(read_json(config.options["table"]))
+        # A method from outside the package changes while its name and options stay: the file or the version counts.
+        self.plugin = plugin_of(config.method)
+        if self.plugin:
+            self.identity["plugin"] = self.plugin.digest
+        elif origin(config.method):
+            self.identity["installed"] = origin(config.method)
         self.asked = {"limit": limit, "subset": subset and subset.size, "seed": subset and subset.seed}
         # A limit above the number of questions asks all of them, which is the same run as no limit.
         if not benchmark.partial:
             self.asked = dict.fromkeys(self.asked)
-        self.tokens = {"none": "all", "no_image": "0"}.get(config.method, str(config.overall_tokens))
+        self.tokens = _NO_BUDGET.get(config.method, str(config.overall_tokens))
         # 2. The name of the folder: the facts that a reader looks for, then the digest.
         parts = [config.method, self.tokens]
         if benchmark.split != benchmark.splits[0]:
@@ -186,8 +200,9 @@ class Run:
             batch_size=batch_size,
             image_folder=Path(self.benchmark.image_folder).resolve(),
             answers=self.answers_of(shard).resolve(),
-            samples=tuple(OrderedSample(sample.key, sample.image, sample.prompt) for sample in samples),
+            samples=tuple(OrderedSample(sample.key, sample.images, sample.prompt) for sample in samples),
             for_vllm=str(self.exported.folder.resolve()) if self.engine.name == "vllm" else None,
+            plugin=self.plugin,
         )
 
     def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
@@ -235,10 +250,11 @@ class Run:
             return self.samples
         if not partial:
             sample = bad[0]
-            others = list(dict.fromkeys(s.image for s in bad if s.image != sample.image))
+            named = ", ".join(f'"{name}"' for name in sample.images)
+            others = [name for name in dict.fromkeys(n for s in bad for n in s.images) if name not in sample.images]
             more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
             raise UserError(
-                f'{self.benchmark.question_file}, {sample.place}: image "{sample.image}" cannot be read '
+                f"{self.benchmark.question_file}, {sample.place}: image {named} cannot be read "
                 f"({self.errors[sample.key]}){more}; {len(self.answered)} of {len(self.samples)} questions are answered, "
                 "nothing is scored (--partial scores those)"
             )
@@ -279,6 +295,7 @@ class Run:
             "generation": asdict(self.generation),
             "engine": {"name": self.engine.name, "version": self.engine.version},
             "question_file": str(self.benchmark.question_file),
+            "benchmark_arguments": self.benchmark.arguments(),
             "questions": len(self.samples),
             "commit": commit(),
             "environment": environment(),

@@ -104,6 +104,8 @@ def merge(samples: list[Sample], answered: dict[tuple, dict], path: Path, model_
         metadata = {"vision_tokens": sum(done["kept"]), "vision_tokens_before": sum(done["total"])}
         if sample.image is not None:
             metadata["image"] = sample.image
+        if sample.more_images:
+            metadata["images"] = sample.images
         # answer_id is a function of sample and salt: an interrupted run ends with the same file as an undisturbed one.
         rows.append(
             {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from llava.common.files import read_json, write_atomically
 from llava.config import AdaVConfig
+from llava.methods.plugins import Plugin, register
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Generation:
 class OrderedSample(NamedTuple):
     """A question of a work order.
 
-    key: that of the sample (llava.eval.benchmarks.questions). image: file name in the image folder, or None.
+    key: that of the sample (llava.eval.benchmarks.questions). images: file names in the image folder, in the order in
+    which the prompt has them.
     """
 
     key: tuple
-    image: str | None
+    images: tuple[str, ...]
     prompt: str
 
 
@@ -44,7 +46,8 @@ class WorkOrder:
     """The questions of one shard, and everything that a worker needs to answer them.
 
     checkpoint, model_base: folders. answers: the file that answers are appended to. for_vllm: the folder of the checkpoint
-    in transformers' format, if vLLM answers; None if this repository's engine does.
+    in transformers' format, if vLLM answers; None if this repository's engine does. plugin: the file that the method
+    comes from, if it is a method of the user's own.
     """
 
     checkpoint: str
@@ -56,6 +59,7 @@ class WorkOrder:
     answers: Path
     samples: tuple[OrderedSample, ...]
     for_vllm: str | None = None
+    plugin: Plugin | None = None
 
     def write(self, path: Path) -> None:
         """Write the order as a JSON file."""
@@ -66,9 +70,16 @@ class WorkOrder:
 
     @classmethod
     def read(cls, path: Path) -> WorkOrder:
-        """Read an order that `write` wrote."""
+        """Read an order that `write` wrote. Its plugin becomes a method of this process.
+
+        Raises UserError if the plugin has changed since the order was written.
+        """
         record = read_json(path)
-        samples = (OrderedSample(tuple(one["key"]), one["image"], one["prompt"]) for one in record["samples"])
+        samples = (OrderedSample(tuple(one["key"]), tuple(one["images"]), one["prompt"]) for one in record["samples"])
+        plugin = record["plugin"] and Plugin(**record["plugin"])
+        # Before the configuration, which refuses an unknown method.
+        if plugin:
+            register(plugin.file, plugin.digest)
         return cls(
             **record
             | {
@@ -77,5 +88,6 @@ class WorkOrder:
                 "image_folder": Path(record["image_folder"]),
                 "answers": Path(record["answers"]),
                 "samples": tuple(samples),
+                "plugin": plugin,
             }
         )

@@ -50,7 +50,7 @@ _CLASSES = {
 
 _OTHERS = {name: f"base:{name}" for name in ("ImageTokens", "Selection", "Selector", "TowerStates")}
 _OTHERS |= {name: f"selection:{name}" for name in ("option_names", "select", "select_all")}
-__getattr__ = _names = LazyNames(__name__, "SELECTORS", _CLASSES, _OTHERS)
+__getattr__ = _names = LazyNames(__name__, "SELECTORS", _CLASSES, _OTHERS, base="Selector")
 
 
 def selector_names() -> tuple[str, ...]:

@@ -31,7 +31,7 @@ _CLASSES = {
 }
 
 
-__getattr__ = _names = LazyNames(__name__, "DROPPERS", _CLASSES, {"Dropper": "base:Dropper"})
+__getattr__ = _names = LazyNames(__name__, "DROPPERS", _CLASSES, {"Dropper": "base:Dropper"}, base="Dropper")
 
 
 def dropper_names() -> tuple[str, ...]:

@@ -47,7 +47,9 @@ class StaticPrefill:
 
     busy = False
 
-    def __init__(self, model, batch: int, length: int, stepper: Stepper | None = None, captures=True, pool: Pool | None = None):
+    def __init__(
+        self, model, batch: int, length: int, stepper: Stepper | None = None, captures=True, pool: Pool | None = None
+    ):
         self._stepper = stepper
         embedding = model.get_input_embeddings().weight
         self.model, self._captures, self._pool, self._calls = model, captures, pool, 0
@@ -98,7 +100,9 @@ class StaticPrefill:
 class StaticPrefills:
     """A StaticPrefill for every shape, in a Store that limits their bytes."""
 
-    def __init__(self, model, store: Store, stepper: Stepper | None = None, captures: bool = True, pool: Pool | None = None):
+    def __init__(
+        self, model, store: Store, stepper: Stepper | None = None, captures: bool = True, pool: Pool | None = None
+    ):
         self._model, self._store, self._how = model, store, (stepper, captures, pool)
 
     def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor | None:
