@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from questions import make_questions
 from record import RESULTS, how, pick, write_csv
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import logging as transformers_logging
@@ -46,12 +47,9 @@ from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
 from llava.eval.runs.answer_shard import ShardAnswerer
 from llava.eval.runs.run import BATCH_SIZE
-from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
+from llava.eval.runs.work_order import Generation, WorkOrder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.shapes.questions import ask
-from llava.shapes.scenes import draw_scene, scene_rng
-from llava.shapes.vocabulary import QUESTION_TYPES
 
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
 FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2
@@ -85,20 +83,6 @@ class EagerTower(torch.nn.Module):
         assert len(out.attentions) == self.model.config.num_hidden_layers
         rows = out.attentions[self.layer - 1][:, :, 0, 1:].float()
         return out.hidden_states[self.layer][:, 1:], rows.mean(dim=1), {}
-
-
-def make_questions(folder: Path, pictures: int) -> list[OrderedSample]:
-    """Samples in the launcher's order, PER_PICTURE questions per picture. Draws the pictures into `folder`."""
-    samples = []
-    for index in progress_bar("drawing", range(pictures), unit=" pictures"):
-        scene, name = draw_scene(FAMILY, "test", index), f"{index:04d}.png"
-        Image.fromarray(scene.pixels).save(folder / name)
-        for n in range(PER_PICTURE):
-            category = QUESTION_TYPES[n % len(QUESTION_TYPES)]
-            rng = scene_rng(FAMILY, "test", index, stream=1 + n // len(QUESTION_TYPES))
-            question = ask(scene, category, rng) or ask(scene, "exists", rng)
-            samples.append(OrderedSample((index, n), name, question.text))
-    return samples
 
 
 class Upstream:
@@ -223,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Pictures, model and both loops, in a folder that is removed afterwards.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        samples = make_questions(folder, args.pictures)
+        samples = make_questions(folder, FAMILY, args.pictures, PER_PICTURE)
         budget = {"overall_tokens": args.tokens} if args.tokens else {}
         config = AdaVConfig.load(REPOSITORY / "adav_configs.json", **budget)
         generation = Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,12 +170,22 @@ class AdaVConfig:
         values = read_json_object(Path(path), ConfigError) if path else {}
         _refuse_unknown(values, where)
         _refuse_unknown(overrides, "the overrides")
-        # Without __init__: its check would not know the file, and the message must name it.
+        changed = " with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""
+        return cls.from_keys(values | overrides, where + changed)
+
+    @classmethod
+    def from_keys(cls, values: Mapping[str, object], where: str) -> AdaVConfig:
+        """Return the configuration that has `values`, with the default of every other key.
+
+        where: how the message of an error begins. ConfigError for an unknown key and a value that cannot be used.
+        """
+        _refuse_unknown(values, where)
+        # Without __init__: its check would not know `where`, and the message must name it.
         config = object.__new__(cls)
         for f in fields(cls):
             default = f.default_factory() if f.default is MISSING else f.default
-            object.__setattr__(config, f.name, overrides.get(f.name, values.get(f.name, default)))
-        config._check(where + (" with " + ", ".join(sorted(overrides)) + " overridden" if overrides else ""))
+            object.__setattr__(config, f.name, values.get(f.name, default))
+        config._check(where)
         return config
 
     def replaced(self, **overrides) -> AdaVConfig:
@@ -255,7 +266,7 @@ class AdaVConfig:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def _refuse_unknown(values: dict, where: str) -> None:
+def _refuse_unknown(values: Mapping[str, object], where: str) -> None:
     """Raise ConfigError for a key that is no field: a mistyped key would otherwise be ignored silently."""
     known = [f.name for f in fields(AdaVConfig)]
     for key in values:

@@ -2,7 +2,7 @@
 
 uv resolves the requirements of pyproject.toml (with all extras) and of scripts/lmms_eval/requirements.txt for Python 3.10 and
 later, on Linux and macOS. A version that constraints.txt has stays where it still fits; --upgrade takes the newest.
-Lines of `APART` are not resolved. torch is one of them: each of its builds has the same version number and other
+`APART` and `OWN_ENVIRONMENT` are not resolved. torch is one of them: each of its builds has the same version number and other
 dependencies, so the lock holds what all builds accept and none of their CUDA packages.
 """
 
@@ -29,6 +29,8 @@ HEADER = """\
 """
 # lmms_eval's own requirements would replace torch and transformers: it is installed without them.
 APART = {"lmms-eval": "0.7.3", "torch": "2.13.0"}
+# It is in an environment of its own (make vllm), because it holds back transformers.
+OWN_ENVIRONMENT = ("vllm",)
 LIMITS = """\
 # The version that CUDA builds of torch 2.13.0 demand; a CPU build works with it too.
 triton==3.7.1 ; sys_platform == "linux"
@@ -63,7 +65,7 @@ def resolve(uv: list[str], upgrade: bool) -> list[str]:
         files = {
             "torch.txt": "\n".join(torch_requirements()),
             "limits.txt": LIMITS,
-            "apart.txt": "\n".join(APART),
+            "apart.txt": "\n".join([*APART, *OWN_ENVIRONMENT]),
             "lock.txt": LOCK.read_text(encoding="utf-8") if LOCK.is_file() else "",
         }
         paths = {name: Path(folder, name) for name in files}

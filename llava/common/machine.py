@@ -60,16 +60,19 @@ def commit() -> str | None:
     return head + ("+" if changed.strip() else "") if head else None
 
 
-def code_digest() -> str:
+def code_digest(engine: str = "llava") -> str:
     """Ten hex digits that identify the source which answers depend on.
 
-    That is configuration, prompts, images, methods, model and kernels. A resumed run warns if the digest has changed.
+    That is configuration, prompts, images, methods, model and kernels, and with the engine "vllm" its plugin. A resumed run
+    warns if the digest has changed.
     """
     seen = hashlib.sha256()
-    folders = ("common", "methods", "model", "inference", "kernels")
+    folders = ["common", "methods", "model", "inference", "kernels"]
+    files = ["image_reader.py", "answer_on_vllm.py" if engine == "vllm" else "answer_shard.py"]
+    if engine == "vllm":
+        folders.append("integrations/vllm")
     paths = [*PACKAGE.glob("*.py"), *(path for folder in folders for path in PACKAGE.glob(f"{folder}/**/*.py"))]
-    runs = PACKAGE / "eval" / "runs"
-    for path in sorted([*paths, runs / "answer_shard.py", runs / "image_reader.py"]):
+    for path in sorted([*paths, *(PACKAGE / "eval" / "runs" / name for name in files)]):
         seen.update(path.read_bytes())
     return seen.hexdigest()[:10]
 

@@ -1,4 +1,4 @@
-"""What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
+"""Costs of a sample: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
 
     python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672]
 

@@ -1,4 +1,4 @@
-"""What each method costs: its matrix products in FLOPs, and the rest of its work in elements.
+"""Costs of each method: its matrix products in FLOPs, and the rest of its work in elements.
 
 The costs stand in one table and not in the classes of the methods. This keeps the rules free of bookkeeping, and the
 entries can be compared. A test runs every method under torch's flop counter, so an entry cannot drift from its rule
@@ -34,7 +34,7 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class SelectorCase:
-    """What the cost of a selector depends on.
+    """The numbers that the cost of a selector depends on.
 
     image: one image before selection. words: m, text tokens that the method may read. kept: K. options: the method's.
     """
@@ -176,7 +176,7 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
 # ------------------------------------------------------------------------------------------- methods inside the LLM
 @dataclass(frozen=True)
 class DropperCase:
-    """What the cost of dropping inside the LLM depends on: one sample with its images.
+    """The numbers that the cost of dropping inside the LLM depends on: one sample with its images.
 
     text_tokens     text tokens of the prompt
     words           per image, how many text tokens the method may read; 0: it reads the prompt's last token

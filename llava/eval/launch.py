@@ -26,9 +26,10 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.results.published import TABLE
 from llava.eval.runs.describe import describe_plan, describe_run
+from llava.eval.runs.engines import ENGINES, RunEngine, worker_python
 from llava.eval.runs.evaluate import evaluate_or_exit, follow_rank_zero
 from llava.eval.runs.machines import Ranks
-from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, FAMILIES, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZES, DATA_ROOT, FAMILIES, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
 
@@ -52,16 +53,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="default: $DATA_ROOT, else playground/data/eval",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="llava",
+        help="llava is this repository's engine (default); vllm runs in .venv-vllm, or under $VLLM_PYTHON",
+    )
     parser.add_argument("--shards", type=positive, help="processes (default: one per device or device group)")
     parser.add_argument(
         "--gpus-per-model",
         type=positive,
         default=env.get("GPUS_PER_MODEL", "1"),
-        help="devices per shard (default: $GPUS_PER_MODEL, else 1)",
+        help="devices per shard, with vllm its tensor parallelism (default: $GPUS_PER_MODEL, else 1)",
     )
-    parser.add_argument(
-        "--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch (default {BATCH_SIZE})"
-    )
+    defaults = ", ".join(f"{size} with {name}" for name, size in BATCH_SIZES.items())
+    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {defaults})")
     # 2. Questions and answers.
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--split", help="of the benchmark (default: its first)")
@@ -92,8 +98,11 @@ def budget(text: str | None) -> int | None:
         raise UserError(f"<tokens> is {error} (vision tokens per image, all tiles together)") from None
 
 
-def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
-    """Return the runs that the command line asks for. All input is checked: raises UserError."""
+def plan(args: argparse.Namespace, shards: int, devices: list[str]) -> list[Run]:
+    """Return the runs that the command line asks for. All input is checked: raises UserError.
+
+    shards: number of processes on this machine.
+    """
     # 1. Arguments that exclude each other.
     if args.benchmark not in (*BENCHMARKS, "all"):
         raise UserError(f'unknown benchmark "{args.benchmark}", allowed are {", ".join([*BENCHMARKS, "all"])}')
@@ -103,6 +112,8 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
     if args.limit and args.subset:
         raise UserError("--limit takes the first questions and --subset draws them; give one of them")
     config = config_of_flags(args, budget(args.tokens), "<tokens>")
+    engine = RunEngine.named(args.engine)
+    engine.check(config, shards, devices)
     family = FAMILIES.get(args.family)
     name = args.checkpoint or (family and family.checkpoint)
     if not name:
@@ -127,7 +138,7 @@ def plan(args: argparse.Namespace, devices: list[str]) -> list[Run]:
         )
         part = (args.limit, subset, args.partial)
         try:
-            runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, *part))
+            runs.append(Run(benchmark, config, checkpoint, generation, args.output, model_base, *part, engine))
         except UserError as error:  # what the other benchmarks lack is told at the same time
             refused.append(str(error))
     if refused:
@@ -144,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         run_as_rank_zero(args, args.shards or max(1, len(devices)), devices)
         return
     devices = ranks.share(devices)
+    ranks.python = worker_python(args.engine)
     with ranks.joined(args.shards or max(1, len(devices)), devices):
         if ranks.rank == 0:
             run_as_rank_zero(args, sum(ranks.shards), devices, ranks)
@@ -157,7 +169,7 @@ def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], 
     shards: number of shards of all ranks. devices: those of this process.
     """
     try:
-        runs = plan(args, devices)
+        runs = plan(args, ranks.shards[ranks.rank] if ranks else shards, devices)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if args.plan:
@@ -168,7 +180,8 @@ def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], 
             told = f"{run.benchmark.name}: {len(run.samples):,} questions; {run.benchmark.duration}; --limit N asks the first N"
             print(told, file=sys.stderr, flush=True)
     title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
-    reports = evaluate_or_exit(runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks)
+    batch_size = args.batch_size or BATCH_SIZES[args.engine]
+    reports = evaluate_or_exit(runs, shards, devices, batch_size, args.fresh, title, args.partial, ranks)
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))
     if len(runs) > 1:

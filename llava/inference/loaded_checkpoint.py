@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import default_conv_mode, single_turn
 from llava.costs.model_shape import ModelShape
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
@@ -42,6 +42,18 @@ class Pixels:
         """Return a copy in pinned memory."""
         # DataLoader pins tensors and containers by itself. For any other object it calls this method.
         return Pixels(self.pixels.pin_memory(), self.size)
+
+
+def question_ids(
+    tokenizer, conversation: str, prompt: str, has_image: bool, image_id: int = IMAGE_TOKEN_INDEX
+) -> list[int]:
+    """Return the token ids of a conversation of one turn under the template `conversation`.
+
+    image_id: stands for the image, which comes first.
+    """
+    # Placeholder and line break before the question: the order that LLaVA's checkpoints were trained with.
+    placeholder = DEFAULT_IMAGE_TOKEN + "\n" if has_image else ""
+    return tokenizer_image_token(single_turn(conversation, placeholder + prompt), tokenizer, image_id)
 
 
 class LoadedCheckpoint:
@@ -100,10 +112,7 @@ class LoadedCheckpoint:
 
         conversation: name of a template; None takes the checkpoint's. With an image, its placeholder comes first.
         """
-        # Placeholder and line break before the question: the order that LLaVA's checkpoints were trained with.
-        placeholder = DEFAULT_IMAGE_TOKEN + "\n" if has_image else ""
-        text = single_turn(conversation or self.conversation, placeholder + prompt)
-        return tokenizer_image_token(text, self.tokenizer, return_tensors="pt")
+        return torch.tensor(question_ids(self.tokenizer, conversation or self.conversation, prompt, has_image))
 
     @torch.inference_mode()
     def encode(

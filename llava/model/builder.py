@@ -23,7 +23,7 @@ from llava.model.checkpoint import Checkpoint
 from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.processors import load_tokenizer
+from llava.model.processors import adopt_padding, load_tokenizer
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -76,8 +76,7 @@ def load_pretrained_model(
     # 3. Tokenizer and image processor. Projector-only and LoRA checkpoints often leave them to the base or the tower.
     tokenizer = load_tokenizer([source.folder, source.base])
     image_processor = source.image_processor()
-    if model.config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
-        model.config.image_aspect_ratio = "pad"  # do_pad makes transformers' LlavaImageProcessor pad by itself
+    adopt_padding(model.config, image_processor)
     # 4. The methods.
     configure(model, config, tokenizer)
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava.common.errors import UserError, first_line
 from llava.common.hub import checkpoint_folder, quiet_loading
@@ -87,7 +87,7 @@ class Checkpoint:
 
     @staticmethod
     def is_llava(folder: Path) -> bool:
-        """Whether config.json is that of a LLaVA, in either format, and not that of a plain LLM."""
+        """Whether config.json is that of a LLaVA in either format. A plain LLM gives False."""
         settings = _config_file(folder)
         return settings.get("model_type") not in CONFIG_CLASSES
 
@@ -110,12 +110,12 @@ class Checkpoint:
         return TowerFiles(tuple(names), tuple(filter(None, (self.folder, self.base))))
 
     def image_processor(self):
-        """That of the checkpoint, of its model_base, or of the tower that they name; None where none of them has one."""
+        """Return the image processor of the checkpoint, of its model_base, or of the tower that they name; None if none has one."""
         own = load_image_processor([self.folder, self.base])
         return load_image_processor([self.tower.image_processor_folder()]) if own is None else own
 
     def _vision_config(self) -> dict:
-        """The tower's configuration: the checkpoint's own, that of its model_base, or that of the tower they name."""
+        """The configuration of the tower, from the checkpoint, from its model_base, or from the tower that they name."""
         stated = self.settings.get("mm_vision_config")
         if stated:
             return CLIPVisionConfig.from_dict(stated).to_dict()
@@ -149,6 +149,13 @@ class Checkpoint:
                 f"that config.json names, {config.vision.hidden_size}"
             )
         return config
+
+    def generation_config(self) -> GenerationConfig:
+        """Return the generation settings of the loaded model: those of generation_config.json, else of config.json."""
+        try:
+            return GenerationConfig.from_pretrained(self.base or self.folder)
+        except OSError:
+            return GenerationConfig.from_model_config(self.model_config())
 
     def _refuse(self, value, allowed, name: str) -> None:
         """Raise UserError unless the setting `name` has one of the allowed values."""
@@ -345,9 +352,9 @@ def _config_file(folder: Path) -> dict:
 
 
 def _check_llava(folder: Path, settings: dict, of_base: dict) -> bool:
-    """Whether a config.json is in transformers' format; UserError where it is no LLaVA's.
+    """Return whether a config.json is in transformers' format. UserError if it is not that of a LLaVA.
 
-    of_base: the settings of its model_base, whose tower may be its own; {} where there is none.
+    of_base: the settings of its model_base, which may name the tower; {} without one.
     """
     hf = _is_hf(settings)
     original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
@@ -364,5 +371,5 @@ def _check_llava(folder: Path, settings: dict, of_base: dict) -> bool:
 
 
 def _is_hf(settings: dict) -> bool:
-    """Whether a config.json is that of a LLaVA in transformers' format."""
+    """Return whether a config.json is that of a LLaVA in transformers' format."""
     return settings.get("model_type") in HF_CLASSES and "text_config" in settings

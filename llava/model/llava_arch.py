@@ -8,30 +8,35 @@ request is in its PreparedPrompt.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.common.errors import UserError
-from llava.common.transfer import to_device, to_host, to_host_together
+from llava.common.transfer import to_device, to_host_together
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
-from llava.methods.before_llm.base import TokenPlaces
 from llava.methods.inside_llm import dropper_names
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import RowSpans
-from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.mm_utils import TilePlan, merge_order, tile_plan
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.generation import LlavaGeneration, check_cache
-from llava.model.decoding.prepared import PreparedPrompt, StageClock
+from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock
 from llava.model.encoded_images import EncodedImage
+from llava.model.image_tokens import (
+    layout_of,
+    project_now,
+    projects_late,
+    sample_key,
+    tokens_in_order,
+    with_newlines,
+)
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -166,7 +171,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
     def encoding(self, config: AdaVConfig) -> tuple:
         """Return the part of a configuration that `encode` depends on; results are shared where it is equal."""
         method = config.make_method()
-        # Whether all patches go through the projector depends on the number of kept ones (_defers_projection).
+        # Whether all patches go through the projector depends on the number of kept ones (projects_late).
         kept = None if method.reads_features else (repr(method), config.overall_tokens)
         return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept
 
@@ -192,33 +197,22 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 for plan, (features, saliency, tower) in zip(plans, towers, strict=True)
             ]
             # A choice that does not read features can come first; then only kept tokens go through the projector.
-            late = [self._defers_projection(one, config) for one in tokens]
+            method = config.make_method()
+            now = [i for i, one in enumerate(tokens) if not projects_late(method, one, config.overall_tokens)]
         # 3. The patches of all other images through the projector, in one call.
         with clock.stage("projector"):
-            now = [one.features[one.patches] for one, later in zip(tokens, late, strict=True) if not later]
-            features = iter(self._project_to_llm(torch.cat(now)).split([len(part) for part in now]) if now else ())
-            for one, later in zip(tokens, late, strict=True):
-                if not later:
-                    one.features = self._with_newlines(next(features), one.patches, len(one.tile))
-                    one.unprojected = None
+            for i, one in zip(now, project_now([tokens[i] for i in now], self._newline()), strict=True):
+                tokens[i] = one
         return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
 
-    def _defers_projection(self, image: ImageTokens, config: AdaVConfig) -> bool:
-        """Return whether only the kept tokens of an image go through the projector, after selection."""
-        method = config.make_method()
-        return not method.reads_features and method.num_kept(image, config.overall_tokens) < len(image.patches)
+    def _newline(self) -> Tensor | None:
+        """Return the embedding [D] of a newline token; None where images have none."""
+        return getattr(self.model, "image_newline", None)
 
     def _project_to_llm(self, hidden: Tensor) -> Tensor:
         """Project tower states [n, W] to LLM embeddings [n, D], with device and dtype of the word embeddings."""
         words = self.get_input_embeddings().weight
         return self._project(hidden).to(words.device, words.dtype)
-
-    def _with_newlines(self, features: Tensor, patches: Tensor, tokens: int) -> Tensor:
-        """Return the features [N, D] of N tokens: features [P, D] at `patches` [P], the newline embedding elsewhere."""
-        if len(patches) == tokens:
-            return features
-        newlines = self.model.image_newline.to(features).expand(tokens, -1)
-        return newlines.index_copy(0, patches.to(features.device), features)
 
     def _project(self, hidden: Tensor) -> Tensor:
         """Project tower states [..., W] to [..., D], on the device and in the dtype of the projector."""
@@ -252,22 +246,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         features [T, P, D], saliency [T, P]: tile by tile
         projected: False for states of the tower, [T, P, W]. Tokens that are read then go through the projector.
         """
-        tiles, _, width = features.shape
-        layout = _layout(plan, self.get_vision_tower().num_patches_per_side, tiles)
-        source, newline, tile, row, column = (
-            layout.on(features.device, name) for name in ("source", "newline", "tile", "row", "column")
-        )
-        merged = features.reshape(-1, width)[source]
-        scores = saliency.reshape(-1).to(features.device)[source]
-        if layout.newlines:
-            # The index of a newline token was clamped to patch 0, whose score it must not inherit.
-            scores = scores.masked_fill(newline, float("nan"))
+        layout = layout_of(plan, self.get_vision_tower().num_patches_per_side, len(features))
+        image = tokens_in_order(features, saliency, layout, self._project_to_llm, key, tower)
         if not projected:
-            merged = merged.masked_fill(newline[:, None], 0)
-            return ImageTokens(merged, scores, tile, row, column, key, tower, self._project_to_llm, layout)
-        patches = layout.on(features.device, "patches")
-        merged = self._with_newlines(merged[patches], patches, len(tile))
-        return ImageTokens(merged, scores, tile, row, column, key, tower, places=layout)
+            return image
+        merged = with_newlines(image.features[image.patches], image.patches, len(image.tile), self._newline())
+        return replace(image, features=merged, unprojected=None)
 
     # --- prompt -----------------------------------------------------------------------------------------------
 
@@ -368,6 +352,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             numbering=None if dropping is None else dropping.numbering(),
             one_device=self.one_device,
         )
+        if dropping is None and labels is None and not (method.reads_text or method.reads_key) and self.one_device:
+            prepared.prefixes = None if prepared.caching.adaptive else _prefixes(rows, encoded)
         prepared.clock = clock
         return prepared
 
@@ -439,6 +425,21 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return super().loss_function(logits=logits, labels=labels, **kwargs)
 
 
+def _prefixes(rows: list[Row], encoded: Sequence[EncodedImage]) -> SharedPrefixes | None:
+    """Return the prefixes that rows share, up to the end of their first image; None where sharing saves too little."""
+    keys, lengths, at = [], [], 0
+    for number, row in enumerate(rows):
+        if row.places:
+            # Rows share an image only as one object: two encodings may differ in rounding.
+            keys.append((row.ids[: row.places[0]].numpy().tobytes(), id(encoded[at])))
+            lengths.append(sum(row.spans[0]))
+        else:
+            keys.append(number)
+            lengths.append(0)
+        at += len(row.places)
+    return SharedPrefixes.of_rows(keys, lengths, [row.length for row in rows])
+
+
 def _images_of(images) -> Sequence[Tensor]:
     """The images of a batch one by one; a tensor [3, H, W] is one of them."""
     if images is None:
@@ -450,39 +451,6 @@ def _images_of(images) -> Sequence[Tensor]:
             f"images is of type {type(images).__name__}, allowed is a tensor or a list of tensors as process_images gives them"
         )
     return images
-
-
-def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
-    """Return a key for an image of a sample, from prompt, image size and place among its images.
-
-    It does not depend on the batch. Python's hash would, in part: it is salted per process for strings.
-    """
-    # "<i8" fixes the byte order, so that all machines get the same key. 7 bytes fit a signed 64-bit integer.
-    material = to_host(ids).numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
-    return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")
-
-
-class _Layout(TokenPlaces):
-    """The places of the tokens of one tile plan.
-
-    source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
-    """
-
-    def __init__(self, order: Tensor, side: int):
-        per_tile = side * side
-        self.newline, self.source = order == NEWLINE, order.clamp(min=0)
-        self.newlines = int(self.newline.sum())
-        tile, row = self.source // per_tile, self.source % per_tile // side
-        # A newline token ends a row of the merged crops, so its row is the number of newlines before it.
-        row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
-        super().__init__(tile.masked_fill(self.newline, -1), row, (self.source % side).masked_fill(self.newline, -1))
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
-def _layout(plan: TilePlan, side: int, tiles: int) -> _Layout:
-    """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles."""
-    return _Layout(merge_order(plan, side, tiles), side)
 
 
 def _no_tokens(words: Tensor) -> Selection:

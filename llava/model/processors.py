@@ -41,16 +41,30 @@ def load_image_processor(folders):
         settings = _processor_settings(Path(folder))
         if settings is None:
             continue
-        name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
-        name = name.removesuffix("Fast").removesuffix("Pil")
-        if name not in _IMAGE_PROCESSORS:
-            raise UserError(f'{folder}: image processor "{name}", allowed are {", ".join(_IMAGE_PROCESSORS)}')
-        return getattr(transformers, _IMAGE_PROCESSORS[name]).from_dict(settings)
+        return image_processor_of(settings, str(folder))
     return None
 
 
+def image_processor_of(settings: dict, where: str):
+    """Return the image processor with `settings`, which are those of any class of the same kind.
+
+    where: how the message of an error begins. UserError for settings of another kind.
+    """
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    if name not in _IMAGE_PROCESSORS:
+        raise UserError(f'{where}: image processor "{name}", allowed are {", ".join(_IMAGE_PROCESSORS)}')
+    return getattr(transformers, _IMAGE_PROCESSORS[name]).from_dict(settings)
+
+
+def adopt_padding(config, image_processor) -> None:
+    """Make a model's `config` say "pad" where transformers' LlavaImageProcessor pads by itself."""
+    if config.image_aspect_ratio == "crop" and getattr(image_processor, "do_pad", False):
+        config.image_aspect_ratio = "pad"
+
+
 def has_image_processor(folder: Path) -> bool:
-    """Whether a folder has the settings of an image processor."""
+    """Return whether a folder has the settings of an image processor."""
     return _processor_settings(folder) is not None
 
 

@@ -11,9 +11,9 @@ import torch
 from tiny_checkpoints import make_image
 
 import llava.mm_utils
-import llava.model.llava_arch
 from llava.analysis import self_check
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.model import image_tokens, llava_arch
 from llava.model.builder import load_pretrained_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,9 +153,9 @@ def test_fails_where_patches_are_out_of_order(capsys, folders, monkeypatch):
         order[[3, 4]] = order[[4, 3]]
         return order
 
-    arch = llava.model.llava_arch
-    monkeypatch.setattr(arch, "merge_order", swapped)
-    monkeypatch.setattr(arch, "_layout", arch._layout.__wrapped__)  # nothing of it is kept, before or after
+    monkeypatch.setattr(image_tokens, "merge_order", swapped)
+    uncached = image_tokens.layout_of.__wrapped__  # nothing of it is kept, before or after
+    monkeypatch.setattr(llava_arch, "layout_of", uncached)
     for name in ("hf-1.5", "hf-1.6", "original-1.6"):
         assert failed(run(capsys, folders / name)), name
 

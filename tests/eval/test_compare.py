@@ -16,6 +16,8 @@ from llava.eval.results.compare_rows import Cell
 from llava.eval.results.compare_table import markdown, read_rows, summary
 from llava.eval.scoring.bootstrap import cluster_intervals
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 # ---------------------------------------------------------------------------------------------------- bootstrap
 def test_intervals_equal_the_enumeration_of_all_resamples():

@@ -1,8 +1,10 @@
 """A-VL's command line for lmms-eval, translated; nothing of lmms-eval is needed for that."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,7 +147,7 @@ TASKS = {
 def test_the_scripts_are_this_command(tmp_path):
     """With a python that shows what it is asked to run."""
     scripts = REPOSITORY / "scripts" / "lmms_eval"
-    assert {path.stem for path in scripts.glob("*.sh")} == {*TASKS, "run"}
+    assert {path.stem for path in scripts.glob("*.sh")} == {*TASKS, "run", "vllm"}
     checkout = tmp_path / "checkout"
     (checkout / ".venv" / "bin").mkdir(parents=True)
     python = checkout / ".venv" / "bin" / "python"
@@ -174,3 +176,42 @@ def test_the_scripts_are_this_command(tmp_path):
         "llava.integrations.lmms_eval.command",
     ]
     assert done.stdout.splitlines()[:7] == ranks and "overall_tokens" not in done.stdout
+
+
+def test_the_script_of_vllm_names_a_file_with_the_configuration(tmp_path):
+    """Model arguments are split at commas, so the configuration goes through a file, which is gone afterwards."""
+    python = tmp_path / "python"
+    # It writes the configuration as our own Python does, and shows what lmms-eval is asked and what the file has.
+    python.write_text(
+        f"""#!/bin/sh
+if [ "$2" = llava.config ]; then exec {sys.executable} "$@"; fi
+printf "%s\\n" "$@"
+cat "$(printf "%s" "$6" | sed 's/.*adav": "//; s/"}}.*//')"
+"""
+    )
+    python.chmod(0o755)
+    script = REPOSITORY / "scripts" / "lmms_eval" / "vllm.sh"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CKPT": "some/where",
+        "VLLM_PYTHON": str(python),
+        "TMPDIR": str(tmp_path),
+    }
+    environment |= {"BATCH_SIZE": "4", "MODEL_ARGS": "dtype=float32,enforce_eager=True"}
+    done = subprocess.run(
+        ["bash", str(script), "docvqa_val", "58", "--limit", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[:5] == ["-m", "lmms_eval", "--model", "vllm", "--model_args"]
+    model, settings, *more = split_model_args(lines[5])
+    assert model == "model=some/where" and more == ["dtype=float32", "enforce_eager=True"]
+    path = Path(json.loads(settings.removeprefix("mm_processor_kwargs="))["adav"])
+    rest = ["--tasks", "docvqa_val", "--batch_size", "4", "--log_samples"]
+    assert lines[6:11] == rest and lines[13:15] == ["--limit", "2"]
+    written = json.loads("".join(lines[15:]))
+    assert written["overall_tokens"] == 58 and written["method"] == "adav"
+    assert path.parent == tmp_path and not path.exists()

@@ -627,6 +627,14 @@ def test_a_batch_chooses_as_each_image_alone(name, budget):
         assert kept.report.keys() == alone.report.keys() and kept.sources == alone.sources
 
 
+@pytest.mark.parametrize("name", SELECTORS)
+def test_methods_that_do_not_read_the_question(name):
+    """reads_text and reads_key tell whether the choice changes with the question or with the sample."""
+    images = [make_image((2, 2), key=key) for key in (1, 2)]
+    first, second = (select(name, image, make_text(seed=image.key), 29) for image in images)
+    assert torch.equal(first.indices, second.indices) != (SELECTORS[name].reads_text or SELECTORS[name].reads_key)
+
+
 @pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover"])
 def test_images_of_a_batch_choose_together(name, monkeypatch):
     """The rule runs once for the whole batch, or once for each part of it that fits into memory."""

@@ -27,8 +27,8 @@ from llava.methods.before_llm import (
     visionzip,
 )
 from llava.methods.before_llm.coverage import Coverage
-from llava.model import llava_arch, prompt_rows
-from llava.model.llava_arch import sample_key
+from llava.model import image_tokens, llava_arch, prompt_rows
+from llava.model.image_tokens import sample_key
 
 aten = torch.ops.aten
 # What gives the host a number, or a tensor whose size depends on numbers.
@@ -118,6 +118,7 @@ def counted(model, monkeypatch):
 
     with monkeypatch.context() as patch:
         for module in (
+            image_tokens,
             llava_arch,
             prompt_rows,
             transfer,
@@ -149,7 +150,7 @@ def model():
 def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, batch, seed=batch)
     config = AdaVConfig(method=method, overall_tokens=tokens, options=options)
-    llava_arch._layout.cache_clear()
+    image_tokens.layout_of.cache_clear()
     monkeypatch.setattr(Coverage, "all_rows", True)  # as on a GPU
     with torch.inference_mode(), counted(model, monkeypatch) as waits:
         waits.mark(prompts.ids, "host")
@@ -187,7 +188,7 @@ def test_training_after_inference(model, method):
     """What a layout keeps for the next request of its tile plan serves autograd, too."""
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, 1, seed=0)
     config = AdaVConfig(method=method, overall_tokens=12)
-    llava_arch._layout.cache_clear()
+    image_tokens.layout_of.cache_clear()
     with torch.inference_mode():
         expected = model.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=config).inputs_embeds
     found = model.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=config).inputs_embeds

@@ -12,10 +12,10 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import single_turn
 from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import left_pad, process_images, tile_plan, tokenizer_image_token
-from llava.model import llava_arch
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.prepared import StageClock
+from llava.model.image_tokens import layout_of
 
 IMAGE = IMAGE_TOKEN_INDEX
 SIZES = [(40, 30), (100, 50), (31, 90), (57, 57)]
@@ -75,7 +75,7 @@ def test_training_after_an_answer(loaded, method):
     _, model, processor = loaded
     images, sizes = pixels(model, processor, SIZES[:1])
     ids = torch.tensor([[1, 9, IMAGE, 10, 11]])
-    llava_arch._layout.cache_clear()
+    layout_of.cache_clear()
     with torch.inference_mode():
         model.prepare(ids, images, sizes, config=config(method))
     prepared = model.prepare(ids, images, sizes, config=config(method))

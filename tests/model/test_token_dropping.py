@@ -4,6 +4,7 @@ A new method gets the whole matrix by adding its rows to CASES (dropping_cases.p
 """
 
 import copy
+import functools
 import json
 import threading
 from dataclasses import replace
@@ -69,10 +70,16 @@ def vicuna(tmp_path_factory):
     return model, processor
 
 
+@functools.cache
+def pixels_of(model, processor):
+    """The four images, as the vision tower reads them."""
+    images = [make_image(*size, seed=i) for i, size in enumerate(SIZES)]
+    return list(process_images(images, processor, model.config))
+
+
 def batch(model, processor, rows=range(4)):
     """prepare()'s arguments for some of the four rows."""
-    images = [make_image(*size, seed=i) for i, size in enumerate(SIZES)]
-    pixels = list(process_images(images, processor, model.config))
+    pixels = pixels_of(model, processor)
     ids, mask = left_pad([torch.tensor(PROMPTS[row]) for row in rows], 3)
     chosen = [i for row in rows for i in range(4)[IMAGES_OF_ROW[row]]]
     return {
@@ -94,6 +101,22 @@ def prefill(model, prepared):
         )
 
 
+@functools.cache
+def generated(model, processor, rows, case):
+    """Greedy decoding of some of the four rows (a tuple) under a case by its id: what was prepared, tokens and logits."""
+    name, options = CASES[IDS.index(case)]
+    prepared = model.prepare(**batch(model, processor, rows), config=config(name, **options))
+    return prepared, *greedy(model, prepared)[:2]
+
+
+@functools.cache
+def plain(model, processor, rows):
+    """Greedy tokens and logits of some of the four rows (a tuple) without a method, and the tokens of the largest image."""
+    prepared = model.prepare(**batch(model, processor, rows), config=config("none"))
+    tokens, logits, _ = greedy(model, prepared)
+    return tokens, logits, max(selection.total for row in prepared.selections for selection in row)
+
+
 # --- the matrix ------------------------------------------------------------------------------------------------------
 
 
@@ -103,14 +126,11 @@ def test_every_method_has_its_rows():
 
 
 @pytest.mark.parametrize("name, options", BY_BUDGET, ids=str)
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2, 3)], ids=["batch 1", "batch 4"])
 def test_keep_all_is_the_plain_model(loaded, name, options, rows):
     model, processor = loaded
     inputs = batch(model, processor, rows)
-    want, logits, _ = greedy(model, model.prepare(**inputs, config=config("none")))
-    largest = max(
-        selection.total for row in model.prepare(**inputs, config=config("none")).selections for selection in row
-    )
+    want, logits, largest = plain(model, processor, rows)
     for tokens in (largest, largest + 5):
         prepared = model.prepare(**inputs, config=config(name, tokens, **options))
         got, ours, _ = greedy(model, prepared)
@@ -118,13 +138,12 @@ def test_keep_all_is_the_plain_model(loaded, name, options, rows):
         torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name, options", CASES, ids=IDS)
-def test_cached_decoding_equals_recomputation(loaded, name, options):
+@pytest.mark.parametrize("case", IDS)
+def test_cached_decoding_equals_recomputation(loaded, case):
     """Batch of 1 and batch of 4: tokens, logits, and what lies in every layer's cache after prefill."""
     model, processor = loaded
-    for rows in ([0], [1], [0, 1, 2, 3]):
-        prepared = model.prepare(**batch(model, processor, rows), config=config(name, **options))
-        tokens, logits, _ = greedy(model, prepared)
+    for rows in ((0,), (1,), (0, 1, 2, 3)):
+        prepared, tokens, logits = generated(model, processor, rows, case)
         cache = prefill(model, prepared).past_key_values  # the same prompt again: nothing of the first run is left
         for b, length in enumerate(prepared.lengths):
             prompt = prepared.inputs_embeds[b, -length:]
@@ -138,14 +157,12 @@ def test_cached_decoding_equals_recomputation(loaded, name, options):
         assert [layer.get_seq_length() for layer in cache.layers] == longest, "no layer holds more than its longest row"
 
 
-@pytest.mark.parametrize("name, options", CASES, ids=IDS)
-def test_batch_of_four_is_four_batches_of_one(loaded, name, options):
+@pytest.mark.parametrize("case", IDS)
+def test_batch_of_four_is_four_batches_of_one(loaded, case):
     model, processor = loaded
-    together = model.prepare(**batch(model, processor), config=config(name, **options))
-    tokens, logits, _ = greedy(model, together)
+    together, tokens, logits = generated(model, processor, (0, 1, 2, 3), case)
     for row in range(4):
-        alone = model.prepare(**batch(model, processor, [row]), config=config(name, **options))
-        own, own_logits, _ = greedy(model, alone)
+        alone, own, own_logits = generated(model, processor, (row,), case)
         assert torch.equal(own[0], tokens[row])
         torch.testing.assert_close(own_logits[0], logits[row], atol=1e-4, rtol=0)
         assert len(alone.dropping.records[0]) == len(together.dropping.records[row]) == len(alone.selections[0])

@@ -28,7 +28,7 @@ class Interval:
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval of a difference excludes zero."""
+        """Return whether the interval of a difference excludes zero."""
         return self.low > 0 or self.high < 0
 
 

@@ -1,12 +1,8 @@
-"""ShardAnswerer: a loaded checkpoint that answers work orders in batches.
-
-Each finished batch is appended to the answer file at once, so an interruption loses one batch at most.
-"""
+"""ShardAnswerer: a checkpoint loaded into this repository's engine, which answers work orders in batches."""
 
 from __future__ import annotations
 
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,8 +16,8 @@ from llava.common.files import digest_of
 from llava.config import AdaVConfig
 from llava.costs.measure import kv_bytes, peak_memory, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts
+from llava.eval.runs.answerer import Answerer
 from llava.eval.runs.image_reader import ImageFiles, ImageReader, UnreadableImage
-from llava.eval.runs.shard_answers import AnswerFile
 from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.model.decoding.prepared import StageClock
@@ -33,7 +29,7 @@ from llava.model.encoded_images import EncodedImage, RecentImages
 RECENT_BYTES = 256 << 20
 
 
-class ShardAnswerer(LoadedCheckpoint):
+class ShardAnswerer(LoadedCheckpoint, Answerer):
     """A loaded checkpoint that answers the samples of one work order after another.
 
     Questions about one image share the decoded file, the tiles and the pass through the vision tower. This holds within
@@ -58,33 +54,29 @@ class ShardAnswerer(LoadedCheckpoint):
         self.recent = RecentImages(RECENT_BYTES)
         self.image_workers = (2 if self.device.type == "cuda" else 0) if image_workers is None else image_workers
 
-    def run(self, order: WorkOrder, stopping: threading.Event) -> None:
-        """Answer the samples of `order` and append the rows to its answer file, until done or `stopping` is set.
-
-        If the GPU is out of memory, the batch size is halved. Raises UserError if one sample does not fit.
-        """
-        # An empty store for each run: times of runs are compared, so no run may use images that another run encoded.
+    def begin(self, order: WorkOrder) -> None:
+        """Open the images of `order`, with an empty store of encoded ones."""
+        # Times of runs are compared, so no run may use images that another run encoded.
         self.recent = RecentImages(RECENT_BYTES)
-        answers, samples, size = AnswerFile(order.answers), order.samples, order.batch_size
-        reader = ImageReader(ImageFiles.from_order(order, self), self.image_workers)
-        while samples and not stopping.is_set():
-            rows = None
+        self.reader, self.size = ImageReader(ImageFiles.from_order(order, self), self.image_workers), order.batch_size
+
+    def answer_next(self, samples: Sequence[OrderedSample], order: WorkOrder) -> list[dict]:
+        """Answer the next batch. If the GPU is out of memory, the batch size is halved.
+
+        Raises UserError if one sample does not fit.
+        """
+        while True:
             with suppress(torch.OutOfMemoryError):
-                rows = self.answer(samples[:size], order, reader)
-            if rows is None:
-                # Outside of `with`, the error is gone. Its traceback holds the tensors of the batch, so memory can
-                # only be freed here.
-                if size == 1:
-                    raise UserError("the GPU has too little memory for one sample; use fewer tokens or --dtype float16")
-                # min(): the failed batch may be the short last one, and half of the full size would be no smaller.
-                size = (min(size, len(samples)) + 1) // 2
-                self.recent = RecentImages(RECENT_BYTES)
-                self.engine.release()
-                print(f"out of GPU memory, going on with batches of {size}", file=sys.stderr)
-                continue
-            answers.append(rows)
-            samples = samples[size:]
-        answers.close()
+                return self.answer(samples[: self.size], order, self.reader)
+            # Outside of `with`, the error is gone. Its traceback holds the tensors of the batch, so memory can only be
+            # freed here.
+            if self.size == 1:
+                raise UserError("the GPU has too little memory for one sample; use fewer tokens or --dtype float16")
+            # min(): the failed batch may be the short last one, and half of the full size would be no smaller.
+            self.size = (min(self.size, len(samples)) + 1) // 2
+            self.recent = RecentImages(RECENT_BYTES)
+            self.engine.release()
+            print(f"out of GPU memory, going on with batches of {self.size}", file=sys.stderr)
 
     @torch.inference_mode()
     def answer(self, samples: Sequence[OrderedSample], order: WorkOrder, reader: ImageReader) -> list[dict]:

@@ -33,11 +33,13 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
         lines.append(
             f"  conversation template: {conversation}; at most {generation.max_new_tokens} new tokens; dtype {generation.dtype}"
         )
+        if run.engine.version:
+            lines.append(f"  engine: {run.engine.name} {run.engine.version}, which loads {run.exported.folder}")
         lines.append(f"  {len(run.answered):,} answered already, {len(run.todo()):,} to do")
         fetched = "" if run.checkpoint.folder else " (DIGEST is known once the checkpoint is fetched)"
         lines.append(f"  {run.folder}{fetched}")
     # 2. The shards. The division must be the one of evaluate_runs, or the printed commands are not those that run.
-    missing = [run.todo() for run in runs]
+    missing, python = [run.todo() for run in runs], runs[0].engine.python
     shards = useful_shards(missing, shards)
     pieces = [divide(samples, shards) for samples in missing]
     for shard in range(shards):
@@ -46,7 +48,9 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
             samples = [sample for parts in pieces for sample in parts[shard]]
             images = len({sample.image for sample in samples if sample.image is not None})
             settings = worker_settings(device_of(shard, devices), shards)
-            command = shlex.join([f"{name}={value}" for name, value in settings.items()] + worker_command(orders))
+            command = shlex.join(
+                [f"{name}={value}" for name, value in settings.items()] + worker_command(orders, python)
+            )
             lines.append(f"shard {shard}: {len(samples):,} questions about {images:,} images\n  {command}")
     return "\n".join(lines)
 
@@ -67,12 +71,20 @@ def describe_run(run: Run, report: dict) -> str:
         lines.append(
             f"  vision tokens per image: {tokens['before']:.1f} -> {tokens['after']:.1f}{layers} (mean of {tokens['images']})"
         )
-    lines.append(
-        f"  KV cache per sample: {report['kv_bytes_live']['mean']:,.0f} bytes live, {report['kv_bytes_allocated']['mean']:,.0f} allocated"
-    )
+    if "kv_bytes_live" in report:  # vLLM's cache is one pool for all requests
+        lines.append(
+            f"  KV cache per sample: {report['kv_bytes_live']['mean']:,.0f} bytes live, {report['kv_bytes_allocated']['mean']:,.0f} allocated"
+        )
     flops = report["prefill_flops_predicted"]["mean"]
     if flops is not None:
         lines.append(f"  predicted prefill per question: {flops / 1e9:,.3f} GFLOPs")
+    if "vllm" in report:
+        measured = report["vllm"]
+        lines.append(
+            f"  vLLM: {measured['seconds_to_first_token']['mean']:.3f} s to the first token, "
+            f"{measured['seconds_queued']['mean']:.3f} s of them in the queue; {measured['cached_prompt_tokens']['share']:.0%} of the "
+            "prompt tokens came from its prefix cache"
+        )
     reused = f", {session['reused']} from before" if session["reused"] else ""
     lines.append(f"  {session['answered']} questions answered in {session['wall_seconds']:.1f} s{reused}")
     if scatters(report["prefill_spread"], BATCH_LIMIT):

@@ -28,7 +28,7 @@ def evaluate_runs(
 ) -> list[dict]:
     """Answer, merge and score runs of one checkpoint; return the report of each run.
 
-    All runs share the worker processes, so the checkpoint is loaded once per shard.
+    All runs have the same engine and share its worker processes, so the checkpoint is loaded once per shard.
     devices: one entry per device or device group; [] is the CPU. title: shown in the line of progress.
     partial: if images are unreadable, score the other questions and say so in the score.
     ranks: the ranks that have joined, of which this process is rank 0; `shards` then counts the shards of all ranks.
@@ -45,7 +45,7 @@ def evaluate_runs(
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "commit": commit(),
-            "code": code_digest(),
+            "code": code_digest(runs[0].engine.name),
             "shards": shards,
             "devices": devices or ["cpu"],
             "batch_size": batch_size,
@@ -114,6 +114,9 @@ def _answer(
     ranks: Ranks | None,
 ) -> None:
     """Write the work orders of all shards, and run the shards here or over all ranks."""
+    engine = runs[0].engine
+    if engine.name == "vllm":
+        runs[0].exported.write()
     # A shard gets one order per run, and answers them one after another with the same loaded checkpoint.
     orders: list[list[Path]] = [[] for _ in range(shards)]
     for run, samples in zip(runs, missing, strict=True):
@@ -131,7 +134,7 @@ def _answer(
     if ranks:
         ranks.lead(**work, folders=[run.folder for run in runs])
     else:
-        run_shards(**work, devices=devices)
+        run_shards(**work, devices=devices, python=engine.python)
 
 
 def follow_rank_zero(ranks: Ranks) -> None:

@@ -29,13 +29,14 @@ class Ranks:
     """The ranks of one start of a run, as this process sees them.
 
     rank, size: number of this process, and of all processes. local_rank, local_size: the same on this machine.
-    hosts, devices, shards: one entry per rank; filled by `joined`.
+    python: the interpreter of this rank's workers. hosts, devices, shards: one entry per rank; filled by `joined`.
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    python: str = sys.executable
     hosts: list[str] = field(default_factory=list)
     devices: list[list[str]] = field(default_factory=list)
     shards: list[int] = field(default_factory=list)
@@ -163,6 +164,7 @@ class Ranks:
             logs=logs[mine],
             title=title,
             todo=todo,
+            python=self.python,
             first=first,
             everywhere=len(orders),
             place=f" of rank {self.rank} on {self.hosts[self.rank]}",

@@ -34,6 +34,8 @@ from llava.eval.benchmarks import Benchmark
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.runs.division import by_image
+from llava.eval.runs.engines import RunEngine
+from llava.eval.runs.exported import Exported
 from llava.eval.runs.locks import hold_folder
 from llava.eval.runs.run_summary import summarise
 from llava.eval.runs.shard_answers import collect, merge, remove_answers
@@ -66,6 +68,11 @@ OUTPUT = BASE / "runs"
 
 
 BATCH_SIZE = 8
+# By engine. vLLM takes a batch as its queue: it starts the next request where one ends.
+BATCH_SIZES = {"llava": BATCH_SIZE, "vllm": 128}
+
+
+OWN_ENGINE = RunEngine()
 
 
 class Run:
@@ -86,10 +93,12 @@ class Run:
         limit: int | None = None,
         subset: Subset | None = None,
         partial: bool = False,
+        engine: RunEngine = OWN_ENGINE,
     ):
         """partial: some of the questions may have no label (`Benchmark.scorable`). They are asked all the same."""
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
-        self.generation, self.model_base = generation, model_base
+        self.generation, self.model_base, self.engine = generation, model_base, engine
+        self.exported = Exported(checkpoint, model_base, output)
         self.samples = benchmark.load(limit, subset, partial)
         self.identity = {
             "benchmark": benchmark.name,
@@ -102,6 +111,9 @@ class Run:
             "questions": digest_of([[list(sample.key), sample.prompt] for sample in self.samples]),
             "images": str(Path(benchmark.image_folder).resolve()),
         }
+        # Another engine, or another version of it, may round otherwise.
+        if engine.identity is not None:
+            self.identity["engine"] = engine.identity
         # FitPrune's table is a file. Its content counts, because the configuration has only its path.
         if "table" in config.options:
             self.identity["table"] = digest_of(read_json(config.options["table"]))
@@ -175,6 +187,7 @@ class Run:
             image_folder=Path(self.benchmark.image_folder).resolve(),
             answers=self.answers_of(shard).resolve(),
             samples=tuple(OrderedSample(sample.key, sample.image, sample.prompt) for sample in samples),
+            for_vllm=str(self.exported.folder.resolve()) if self.engine.name == "vllm" else None,
         )
 
     def write_order(self, shard: int, samples: list[Sample], batch_size: int) -> Path:
@@ -264,6 +277,7 @@ class Run:
             "configuration": self.config.to_dict(),
             "configuration_digest": self.config.digest,
             "generation": asdict(self.generation),
+            "engine": {"name": self.engine.name, "version": self.engine.version},
             "question_file": str(self.benchmark.question_file),
             "questions": len(self.samples),
             "commit": commit(),

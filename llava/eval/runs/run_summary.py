@@ -17,7 +17,7 @@ def summarise(rows: list[dict]) -> dict:
     Tokens are means per image: before, after (left after the last cut, where a method cuts inside the LLM), and seen by a
     layer in the mean over layers; seconds are summed over all shards; KV bytes are per sample at the end of generation;
     FLOPs are predicted (llava.costs.flops), per sample. prefill_spread says whether times can be quoted
-    (llava.common.scatter).
+    (llava.common.scatter). Rows of vLLM have what vLLM measures of a request in place of seconds, KV bytes and memory.
     """
     if not rows:
         return {}
@@ -29,7 +29,7 @@ def summarise(rows: list[dict]) -> dict:
     counted = [row for row in rows if "prefill_flops" in row]
     seconds: dict[str, float] = defaultdict(float)
     for row in rows:
-        for stage, value in row["seconds"].items():
+        for stage, value in row.get("seconds", {}).items():
             seconds[stage] += value
     # 2. Means, sums and maxima.
     order = [*STAGES, *sorted(seconds.keys() - set(STAGES))]
@@ -50,12 +50,14 @@ def summarise(rows: list[dict]) -> dict:
             "mean": _mean([row["new_tokens"] for row in rows]),
             "total": sum(row["new_tokens"] for row in rows),
         },
-        "prefill_spread": _prefill_spread(counted),
+        "prefill_spread": _prefill_spread([row for row in counted if "seconds" in row]),
         "seconds_per_stage": {stage: round(seconds[stage], 4) for stage in order if stage in seconds},
     }
     for name in ("kv_bytes_live", "kv_bytes_allocated", "kv_bytes_predicted"):
-        values = [row[name] for row in rows]
-        report[name] = {"mean": _mean(values), "max": max(values)}
+        if values := [row[name] for row in rows if name in row]:
+            report[name] = {"mean": _mean(values), "max": max(values)}
+    if measured := [row["vllm"] for row in rows if "vllm" in row]:
+        report["vllm"] = _requests(measured)
     # The maximum over rows: each row has the peak of its process so far. On the CPU there is no peak_cuda.
     report["peak_memory_bytes_per_shard"] = {
         name.removeprefix("peak_"): max(row[name] for row in rows if name in row)
@@ -72,6 +74,21 @@ def _prefill_spread(rows: list[dict]) -> float | None:
         batch = list(batch)
         repeats.append(seconds.get("prefill", 0.0) * len(batch) / sum(row["prefill_flops"] for row in batch))
     return round(spread(repeats), 4) if len(repeats) >= _FEWEST_BATCHES else None
+
+
+def _requests(measured: list[dict]) -> dict:
+    """Return what vLLM measured of its requests: seconds, and prompt tokens that were in its prefix cache.
+
+    Requests overlap, so their seconds add up to more than the run took.
+    """
+    report = {}
+    for name in ("seconds_queued", "seconds_prefill", "seconds_to_first_token", "seconds_decode"):
+        values = sorted(one[name] for one in measured)
+        report[name] = {"mean": _mean(values), "median": values[len(values) // 2], "max": values[-1]}
+    prompt, cached = (sum(one[name] for one in measured) for name in ("prompt_tokens", "cached_prompt_tokens"))
+    report["prompt_tokens"] = {"mean": round(prompt / len(measured), 3), "total": prompt}
+    report["cached_prompt_tokens"] = {"total": cached, "share": round(cached / prompt, 4)}
+    return report
 
 
 def _mean(values: list) -> float | None:

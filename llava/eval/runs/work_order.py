@@ -43,7 +43,8 @@ class OrderedSample(NamedTuple):
 class WorkOrder:
     """The questions of one shard, and everything that a worker needs to answer them.
 
-    checkpoint, model_base: folders. answers: the file that answers are appended to.
+    checkpoint, model_base: folders. answers: the file that answers are appended to. for_vllm: the folder of the checkpoint
+    in transformers' format, if vLLM answers; None if this repository's engine does.
     """
 
     checkpoint: str
@@ -54,6 +55,7 @@ class WorkOrder:
     image_folder: Path
     answers: Path
     samples: tuple[OrderedSample, ...]
+    for_vllm: str | None = None
 
     def write(self, path: Path) -> None:
         """Write the order as a JSON file."""

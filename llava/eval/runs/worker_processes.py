@@ -73,9 +73,9 @@ def device_of(shard: int, devices: list[str]) -> str | None:
     return devices[shard % len(devices)] if devices else None
 
 
-def worker_command(orders: list[Path]) -> list[str]:
-    """Return the command of a worker with these work orders."""
-    return [sys.executable, "-m", "llava.eval.worker", "--watch-stdin", *map(str, orders)]
+def worker_command(orders: list[Path], python: str) -> list[str]:
+    """Return the command of a worker with these work orders. python: the interpreter that it runs under."""
+    return [python, "-m", "llava.eval.worker", "--watch-stdin", *map(str, orders)]
 
 
 def worker_settings(device: str | None, shards: int) -> dict[str, str]:
@@ -90,10 +90,19 @@ class Shard:
     """A running worker process.
 
     device: value of CUDA_VISIBLE_DEVICES, None for the CPU. shards: workers on this machine. locks: file descriptors
-    that the worker inherits. log: file that its output is appended to.
+    that the worker inherits. log: file that its output is appended to. python: the interpreter that it runs under.
     """
 
-    def __init__(self, name: str, device: str | None, orders: list[Path], shards: int, locks: list[int], log: Path):
+    def __init__(
+        self,
+        name: str,
+        device: str | None,
+        orders: list[Path],
+        shards: int,
+        locks: list[int],
+        log: Path,
+        python: str,
+    ):
         self.name = f"{name} ({'CPU' if device is None else 'GPU ' + device})"
         self.last_lines: deque[str] = deque(maxlen=12)
         self.warnings: list[str] = []
@@ -104,7 +113,7 @@ class Shard:
         if REPOSITORY is not None:  # the launcher's own code, also where it was not installed
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            worker_command(orders),
+            worker_command(orders, python),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -150,6 +159,10 @@ class Shard:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        # Processes that the worker started (vLLM's engine, readers of images) may have outlived it. The worker leads
+        # their process group.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def failure(self) -> Exception | None:
         """Return the error of a failed shard: UserError for bad input, ShardFailure for a crash; None if it is well."""
@@ -179,6 +192,7 @@ def run_shards(
     logs: list[Path],
     title: str | None,
     todo: int,
+    python: str = sys.executable,
     first: int = 0,
     place: str = "",
     everywhere: int = 0,
@@ -188,7 +202,7 @@ def run_shards(
 
     orders: the work orders of each shard. answers: all files that they append to. devices: see device_groups.
     locks: file descriptors that the workers inherit. logs: one file per shard. title: begins the line of progress;
-    None shows no such line. todo: number of samples that will be appended.
+    None shows no such line. todo: number of samples that will be appended. python: the interpreter of the workers.
 
     For a run with shards on other machines: first is the number of the first of these shards; place says where they
     are; everywhere is the number of shards of the whole run; others() is called again and again when these shards are
@@ -203,7 +217,7 @@ def run_shards(
         try:
             for i, (order, log) in enumerate(zip(orders, logs, strict=True)):
                 name = f"shard {first + i}{place}"
-                shards.append(Shard(name, device_of(i, devices), order, len(orders), locks, log))
+                shards.append(Shard(name, device_of(i, devices), order, len(orders), locks, log, python))
             # 2. Watch, until one fails (a non-zero exit code) or all are done.
             while not any(shard.process.poll() for shard in shards):
                 running = any(shard.process.poll() is None for shard in shards)

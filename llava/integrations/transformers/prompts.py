@@ -18,7 +18,7 @@ from llava.methods.before_llm import ImageTokens, Selection, select_all
 from llava.methods.before_llm.scores import distance_from_mean
 from llava.methods.inside_llm.base import Dropper
 from llava.model.decoding.dropping import Dropping, PromptRow
-from llava.model.llava_arch import sample_key
+from llava.model.image_tokens import sample_key
 from llava.model.prompt_rows import turn_around
 
 

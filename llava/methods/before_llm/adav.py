@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.common.rounding import floor_share
 from llava.common.transfer import to_host
-from llava.methods.before_llm.adav_public import keep_public
+from llava.methods.before_llm.adav_public import keep_public, rounded_budget
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
 from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
 from llava.methods.before_llm.two_lists import TwoLists, unions_of_best
@@ -61,6 +61,11 @@ class AdaV(Selector):
     min_share: float = 0.25
     temperature: float = 0.01
     compat: str | None = None
+
+    def num_kept(self, image: ImageTokens, budget: int) -> int:
+        if self.compat != "public" or budget >= len(image.patches):
+            return budget
+        return rounded_budget(budget, len(image.on_host.sizes))
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return self.keep_all([image], [text], [budget])[0]

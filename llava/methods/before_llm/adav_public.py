@@ -23,6 +23,20 @@ from llava.methods.before_llm.base import ImageTokens
 from llava.methods.ranking import lowest_index_topk
 
 
+def rounded_budget(budget: int, tiles: int) -> int:
+    """Return how many tokens the public code keeps of an image of `tiles` tiles (departure 4).
+
+    UserError for a budget that it would round down to nothing.
+    """
+    each = budget // 2 // tiles
+    if each == 0:
+        raise UserError(
+            f"compat='public' rounds a budget of {budget} over {tiles} tiles down to nothing, "
+            f"allowed is at least {2 * tiles}"
+        )
+    return 2 * each * tiles
+
+
 def keep_public(
     image: ImageTokens, text_score: Tensor | None, saliency: Tensor, budget: int, min_share: float
 ) -> tuple[Tensor, Tensor]:
@@ -36,13 +50,8 @@ def keep_public(
     # 1. The budget, rounded down as the public code rounds it (departure 4).
     per_tile = _saliency_by_tile(image, saliency)
     tiles = len(per_tile)
-    each = budget // 2 // tiles
-    total = 2 * each * tiles
-    if total == 0:
-        raise UserError(
-            f"compat='public' rounds a budget of {budget} over {tiles} tiles down to nothing, "
-            f"allowed is at least {2 * tiles}"
-        )
+    total = rounded_budget(budget, tiles)
+    each = total // 2 // tiles
     share = int(min_share * total)
 
     # 2. The order by saliency: first the guaranteed share (departure 3), then one ranking of the rest.

@@ -215,6 +215,8 @@ class Selector(ABC):
     needs_image = True  # False: the vision tower does not run
     uses_budget = True  # False: the kept tokens do not depend on the budget, and `keep` is always called
     reads_features = True  # False: `keep` does not read ImageTokens.features, so only kept tokens are projected
+    reads_text = True  # False: `keep` does not read the question, so questions about an image share its kept tokens
+    reads_key = False  # True: `keep` reads ImageTokens.key
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
     tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
 

@@ -14,6 +14,7 @@ class Cls(Selector):
     """Top K patches by [CLS] saliency. The question is not read."""
 
     reads_features = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return take(image, image.patches[lowest_index_topk(patch_saliency(image), budget)])

@@ -44,6 +44,8 @@ class DivPrune(GreedySelector):
     [P, P] cosine matrix and K passes over one of its rows.
     """
 
+    reads_text = False
+
     def problem(self, image: ImageTokens, text: Tensor, budget: int) -> GreedyInputs:
         patches = image.patches
         vectors = image.features[patches]

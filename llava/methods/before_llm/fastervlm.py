@@ -19,6 +19,7 @@ class FasterVLM(Selector):
     """
 
     reads_features = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         members, real, sizes = members_of_tiles(image)

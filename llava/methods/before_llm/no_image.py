@@ -13,6 +13,7 @@ class NoImage(Selector):
 
     needs_image = False
     uses_budget = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return take(image, image.patches[:0])

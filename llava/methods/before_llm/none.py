@@ -12,6 +12,7 @@ class KeepAll(Selector):
     """Keeps all N tokens, whatever the budget."""
 
     uses_budget = False
+    reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return take_all(image)

@@ -21,6 +21,8 @@ class Random(Selector):
     """
 
     reads_features = False
+    reads_text = False
+    reads_key = True
 
     seed: int = 0
 

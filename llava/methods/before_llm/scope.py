@@ -43,6 +43,7 @@ class Scope(GreedySelector):
     """
 
     reads_features = False
+    reads_text = False
     tower_states = ("hidden",)
 
     alpha: float = 1.0

@@ -59,6 +59,7 @@ class VisionZip(Selector):
     """
 
     reads_features = False
+    reads_text = False
     makes_tokens = True
     tower_states = ("hidden", "keys")
 

@@ -30,6 +30,7 @@ from llava.model.decoding.decode_step import Stepper
 from llava.model.decoding.prefill import StaticPrefills, prefill
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.decoding.sampling import Chooser, Sampling
+from llava.model.decoding.shared_prefill import prefill_shared
 from llava.model.decoding.text_stream import TextStream
 from llava.model.graphs import Pool, Store, capture
 
@@ -96,7 +97,7 @@ class Engine:
         if (graphs or rank_beside) and not one_gpu:
             raise UserError("graphs and rank_beside need a model that is on one CUDA device as a whole")
         self.graphs = one_gpu if graphs is None else graphs
-        self.ends = end_tokens(model, tokenizer)
+        self.ends = end_tokens(model.generation_config, tokenizer)
         self.pad = pad_token(model, tokenizer)
         self._stepper = Stepper.for_model(model)
         self._seen: OrderedDict[tuple, None] = OrderedDict()
@@ -159,8 +160,11 @@ class Engine:
 
     def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
         """Prefill the prompts into an empty cache and return the logits [B, V] of the first new token."""
-        # From the fastest way to the most general one: a captured prefill, fused layers, the loop that drops tokens.
+        # From the fastest way to the most general one: a captured prefill, shared prefixes, fused layers, the loop that
+        # drops tokens.
         logits = None if self._prefills is None else self._prefills(prepared, cache)
+        if logits is None and prepared.prefixes is not None:
+            logits = prefill_shared(self.model, prepared, cache, self._stepper)
         if logits is None and prepared.dropping is None:
             logits = prefill(self.model, prepared, cache, self._stepper)
         return self.model.prefill(prepared, cache) if logits is None else logits
@@ -471,9 +475,9 @@ def capacity_multiple(batch: int) -> int:
     return {1: CAPACITY_MULTIPLE, 2: CAPACITY_MULTIPLE // 2}.get(batch, CAPACITY_MULTIPLE // 4)
 
 
-def end_tokens(model, tokenizer=None) -> set[int]:
+def end_tokens(generation_config, tokenizer=None) -> set[int]:
     """Return the tokens that end an answer: those of the generation configuration and that of the tokenizer."""
-    ends = model.generation_config.eos_token_id
+    ends = generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return {end for end in [*ends, getattr(tokenizer, "eos_token_id", None)] if end is not None}
 
@@ -481,4 +485,4 @@ def end_tokens(model, tokenizer=None) -> set[int]:
 def pad_token(model, tokenizer=None) -> int:
     """Return the token that ended rows are fed while others continue; any valid id would do."""
     pad = getattr(tokenizer, "pad_token_id", None)
-    return pad if pad is not None else min(end_tokens(model, tokenizer), default=0)
+    return pad if pad is not None else min(end_tokens(model.generation_config, tokenizer), default=0)

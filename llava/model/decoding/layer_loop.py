@@ -136,7 +136,9 @@ class DroppingDecoder:
         dropping: Dropping | None = None,
         **kwargs,
     ):
-        """As transformers' forward, whose name of the cache is either (cache_argument.py); with `dropping`, its prompts are prefilled with their image tokens cut per layer.
+        """Run transformers' forward. With `dropping`, prompts are prefilled with their vision tokens cut per layer.
+
+        The KV cache may have either name (cache_argument.py).
 
         dropping: drops vision tokens in the prefill of its prompts. Every later call on that cache needs the same
             object. It knows the padding, so attention_mask is not read.

@@ -16,14 +16,14 @@ from llava.config import AdaVConfig
 from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts
 from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
-from llava.methods.before_llm import ImageTokens
 from llava.methods.inside_llm import dropper_names
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
-from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan, tokenizer_image_token
+from llava.mm_utils import TilePlan, tile_plan, tokenizer_image_token
 from llava.model.decoding.engine import BatchGeneration
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.decoding.sampling import Sampling
 from llava.model.encoded_images import EncodedImage, RecentImages
+from llava.model.image_tokens import layout_of, tokens_kept
 from llava.serve.service.reply import Answered, KeptTokens, Reply
 from llava.serve.service.request import PromptTooLong, Request, chat_prompt
 
@@ -114,17 +114,12 @@ class BatchAnswerer(LoadedCheckpoint):
 
     def longest(self, plan: TilePlan, config: AdaVConfig) -> int:
         """Upper limit of the positions that an image takes in the LLM."""
-        order = merge_order(plan, self.shape.side)
+        layout = layout_of(plan, self.shape.side, plan.tiles)
         method = config.make_method()
-        if not method.needs_image:
-            return 0
         # All tokens enter the LLM, or kept tokens have positions up to that of the last token.
-        if config.method in dropper_names() or not method.uses_budget or config.option("positions") == "original":
-            return len(order)
-        tile = order.div(self.shape.tile_patches, rounding_mode="floor").masked_fill(order == NEWLINE, -1)
-        outline = ImageTokens(order.new_empty((len(order), 0)), order, tile, order, order)
-        budget = method.num_kept(outline, config.overall_tokens)
-        return budget if budget < len(outline.patches) else len(order)
+        if config.method in dropper_names() or (method.needs_image and config.option("positions") == "original"):
+            return len(layout.tile)
+        return tokens_kept(method, layout, config.overall_tokens)
 
     def _picture(self, image: Image.Image, config: AdaVConfig) -> Picture:
         """The Picture of a PIL image."""

@@ -1,0 +1,110 @@
+"""The images of one prompt before the tower: their tiles and pixels, their number of tokens, and their questions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.common.errors import UserError
+from llava.config import AdaVConfig
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import default_conv_mode, turn_markers
+from llava.integrations.vllm.image_request import ImageRequest
+from llava.mm_utils import process_images, tile_plan
+from llava.model.checkpoint import Checkpoint
+from llava.model.encoded_images import RecentImages
+from llava.model.image_tokens import Layout, layout_of, sample_key, tokens_kept
+from llava.model.processors import adopt_padding, image_processor_of
+from llava.model.prompt_rows import image_places, question_of
+
+PIXEL_BYTES = 128 << 20  # 39 images of five tiles of 336 pixels in half precision
+
+
+def model_config_of(hf_config, name: str):
+    """Return our configuration of a LLaVA whose configuration is `hf_config`, in transformers' form.
+
+    UserError for an architecture that this code does not know, such as another tower than CLIP.
+    """
+    return Checkpoint(Path(name), None, hf_config.to_dict(), "full", hf=True).model_config()
+
+
+def layout_for(size: tuple[int, int], anyres: str, model_config) -> Layout:
+    """Return the places of the tokens of an image of `size` (width, height)."""
+    plan = tile_plan(size, model_config, anyres)
+    return layout_of(plan, model_config.mm_tile_size // model_config.vision.patch_size, plan.tiles)
+
+
+class PromptImages:
+    """Turns images and prompts into what the model gets, for one checkpoint.
+
+    hf_config: the checkpoint's configuration in transformers' form. image_processor: settings of its image processor.
+    tokenizer: its tokenizer. name: the checkpoint's name, for messages. UserError for an architecture that this code
+    does not know.
+    """
+
+    def __init__(self, hf_config, image_processor: dict, tokenizer, name: str):
+        self.config = model_config_of(hf_config, name)
+        self._image_id = hf_config.image_token_index
+        # transformers' default processors give other last digits where torchvision is installed, so these are PIL's.
+        self._processor = image_processor_of(image_processor, name)
+        adopt_padding(self.config, self._processor)
+        self._markers = turn_markers(default_conv_mode(self.config, tokenizer), tokenizer)
+        self._recent, self._lock = RecentImages(PIXEL_BYTES), threading.Lock()  # vLLM has several threads here
+        self._words = partial(tokenizer.decode, skip_special_tokens=True)
+
+    def requests(
+        self, prompt: Sequence[int], sizes: Sequence[tuple[int, int]], hashes: Sequence[str], settings: AdaVConfig
+    ) -> list[ImageRequest]:
+        """Return the ImageRequest of each image of a prompt.
+
+        prompt: token ids with one image id per image. sizes: (width, height) of each image; hashes: of each image.
+        UserError where images and image ids do not match, and for a budget that the method cannot have.
+        """
+        ids = torch.tensor(prompt, dtype=torch.long)
+        ids = ids.masked_fill(ids == self._image_id, IMAGE_TOKEN_INDEX)
+        places = image_places(ids)
+        if len(places) != len(sizes):
+            raise UserError(f"the prompt has {len(places)} image placeholders, but {len(sizes)} images came with it")
+        method = settings.make_method()
+        scope = settings.option("text_scope")
+        requests = []
+        for nth, (place, size, image) in enumerate(zip(places, sizes, hashes, strict=True)):
+            question = ids[question_of(ids, place, scope, self._markers)].tolist() if method.reads_text else None
+            requests.append(
+                ImageRequest(
+                    image=image,
+                    size=size,
+                    method=settings.method,
+                    budget=settings.overall_tokens if method.uses_budget else 1,
+                    options=settings.method_options,
+                    anyres=settings.option("anyres"),
+                    question=None if question is None else tuple(question),
+                    words=self._words(question) if "text_cosine" in method.tower_states else None,
+                    key=sample_key(ids, size, nth) if method.reads_key else None,
+                )
+            )
+        return requests
+
+    def tokens(self, size: tuple[int, int], settings: AdaVConfig) -> int:
+        """Return how many tokens the LLM reads of an image of `size` (width, height)."""
+        layout = layout_for(size, settings.option("anyres"), self.config)
+        return tokens_kept(settings.make_method(), layout, settings.overall_tokens)
+
+    def pixels(self, image: Image.Image, request: ImageRequest, dtype: torch.dtype) -> Tensor:
+        """Return the pixels [T, 3, H, W] of an image, for the tower."""
+        # vLLM's own cache has them once per question where the method reads questions.
+        key = request.tiles_key
+        with self._lock:
+            pixels = self._recent.get(key)
+        if pixels is None:
+            (pixels,) = process_images([image], self._processor, self.config, request.anyres)
+            pixels = (pixels if pixels.dim() == 4 else pixels[None]).to(dtype)
+            with self._lock:
+                self._recent.put(key, pixels)
+        return pixels

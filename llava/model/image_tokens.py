@@ -1,0 +1,121 @@
+"""From states of the vision tower to the ImageTokens of an image, in the order in which the LLM reads them.
+
+The steps are apart from the model, because other engines run the tower and the projector themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from llava.common.transfer import to_host
+from llava.methods.before_llm import ImageTokens, Selector, TowerStates
+from llava.methods.before_llm.base import TokenPlaces
+from llava.mm_utils import NEWLINE, TilePlan, merge_order
+
+
+class Layout(TokenPlaces):
+    """The places of the tokens of one tile plan.
+
+    source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
+    """
+
+    def __init__(self, order: Tensor, side: int):
+        per_tile = side * side
+        self.newline, self.source = order == NEWLINE, order.clamp(min=0)
+        self.newlines = int(self.newline.sum())
+        tile, row = self.source // per_tile, self.source % per_tile // side
+        # A newline token ends a row of the merged crops, so its row is the number of newlines before it.
+        row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
+        super().__init__(tile.masked_fill(self.newline, -1), row, (self.source % side).masked_fill(self.newline, -1))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
+def layout_of(plan: TilePlan, side: int, tiles: int) -> Layout:
+    """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles that the tower got."""
+    return Layout(merge_order(plan, side, tiles), side)
+
+
+def tokens_in_order(
+    states: Tensor,
+    saliency: Tensor,
+    layout: Layout,
+    project: Callable[[Tensor], Tensor],
+    key: int = 0,
+    tower: TowerStates | None = None,
+) -> ImageTokens:
+    """Return the ImageTokens of one image, not yet projected.
+
+    states [T, P, W], saliency [T, P]: of the tower, tile by tile
+    project: function from states [n, W] to LLM embeddings [n, D]
+    """
+    names = ("source", "newline", "tile", "row", "column")
+    source, newline, tile, row, column = (layout.on(states.device, name) for name in names)
+    merged = states.reshape(-1, states.shape[-1])[source]
+    scores = saliency.reshape(-1).to(states.device)[source]
+    if layout.newlines:
+        # The index of a newline token was clamped to patch 0, whose states and score it must not inherit.
+        scores = scores.masked_fill(newline, float("nan"))
+        merged = merged.masked_fill(newline[:, None], 0)
+    return ImageTokens(merged, scores, tile, row, column, key, tower, project, layout)
+
+
+def projects_late(method: Selector, image: ImageTokens, budget: int) -> bool:
+    """Return whether only the kept tokens of an image go through the projector, after selection."""
+    return not method.reads_features and method.num_kept(image, budget) < len(image.patches)
+
+
+def project_now(images: Sequence[ImageTokens], newline: Tensor | None) -> list[ImageTokens]:
+    """Return copies of `images` whose patches went through the projector, all of them in one call.
+
+    newline: embedding [D] of a newline token; None where no image has one
+    """
+    if not images:
+        return []
+    states = [image.features[image.patches] for image in images]
+    features = images[0].unprojected(torch.cat(states)).split([len(part) for part in states])
+    return [
+        replace(image, features=with_newlines(own, image.patches, len(image.tile), newline), unprojected=None)
+        for image, own in zip(images, features, strict=True)
+    ]
+
+
+def with_newlines(features: Tensor, patches: Tensor, tokens: int, newline: Tensor | None) -> Tensor:
+    """Return the features [N, D] of N tokens: features [P, D] at `patches` [P], the newline embedding elsewhere."""
+    if len(patches) == tokens:
+        return features
+    newlines = newline.to(features).expand(tokens, -1)
+    return newlines.index_copy(0, patches.to(features.device), features)
+
+
+def tokens_kept(method: Selector, layout: Layout, budget: int) -> int:
+    """Return how many tokens `method` keeps of an image under `budget`. The tile plan alone tells it.
+
+    UserError for a budget that the method rounds down to nothing.
+    """
+    if not method.needs_image:
+        return 0
+    total = len(layout.tile)
+    if not method.uses_budget:
+        return total
+    # Only the places count here, so the features have no columns.
+    blank = layout.tile.new_empty((total, 0))
+    outline = ImageTokens(blank, layout.tile, layout.tile, layout.row, layout.column)
+    kept = method.num_kept(outline, budget)
+    return kept if kept < len(outline.patches) else total
+
+
+def sample_key(ids: Tensor, image_size: tuple[int, int], place: int) -> int:
+    """Return a key for an image of a sample, from prompt, image size and place among its images.
+
+    It does not depend on the batch. Python's hash would, in part: it is salted per process for strings.
+    """
+    # "<i8" fixes the byte order, so that all machines get the same key. 7 bytes fit a signed 64-bit integer.
+    material = to_host(ids).numpy().astype("<i8").tobytes() + repr((tuple(image_size), place)).encode()
+    return int.from_bytes(hashlib.blake2b(material, digest_size=7).digest(), "little")

@@ -1,0 +1,325 @@
+"""The plugin inside vLLM's engine: kept patches and greedy tokens are those of load_pretrained_model, in any batch."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import QUESTIONS, build_reference, make_image, save_llava_hf
+
+pytest.importorskip("vllm.version", reason="vLLM is not installed here; make vllm makes an environment that has it")
+# The engine runs in this process, so that its model can be looked into.
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+
+from llava.config import AdaVConfig  # noqa: E402
+from llava.conversation import single_turn  # noqa: E402
+from llava.inference.loaded_checkpoint import LoadedCheckpoint  # noqa: E402
+from llava.integrations.vllm import model as plugin  # noqa: E402
+from llava.integrations.vllm.prompt_images import PromptImages  # noqa: E402
+from llava.methods.before_llm import SELECTORS  # noqa: E402
+from llava.mm_utils import tokenizer_image_token  # noqa: E402
+from llava.model.decoding.sampling import Sampling  # noqa: E402
+from llava.model.export import load_and_save  # noqa: E402
+
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).resolve().parents[3]
+METHODS = sorted(set(SELECTORS) - {"no_image"})
+NEW = 12  # tokens per answer
+COMMON = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
+
+
+class Pair:
+    """One checkpoint in vLLM and in our own engine. kept: what vLLM kept of each ImageRequest, its hash left out."""
+
+    def __init__(self, folder, **options):
+        self.loaded = LoadedCheckpoint(folder, config=AdaVConfig(method="none"))
+        self.llm = LLM(str(folder), **COMMON, **options)
+        tokenizer, processor = self.loaded.tokenizer, self.loaded.image_processor
+        config = self.llm.llm_engine.model_config.hf_config
+        self.images = PromptImages(config, processor.to_dict(), tokenizer, "tiny")
+        self.kept, self.tower_runs, self.selected = {}, 0, 0
+
+    def ids(self, text):
+        return tokenizer_image_token(text, self.loaded.tokenizer, return_tensors="pt")
+
+    def ask(self, prompts):
+        """Token ids of the greedy answers to (text, images, keys or None for plain vLLM)."""
+        requests = [{"prompt": text, "multi_modal_data": {"image": images}} for text, images, _ in prompts]
+        for request, (_, _, keys) in zip(requests, prompts, strict=True):
+            if keys is not None:
+                request["mm_processor_kwargs"] = {"adav": keys}
+        outputs = self.llm.generate(requests, SamplingParams(temperature=0, max_tokens=NEW), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def expected(self, text, images, keys):
+        """(Selection of each image, token ids of the answer) of our own engine."""
+        config = AdaVConfig(**keys)
+        encoded = self.loaded.encode([self.loaded.pixels(image, config) for image in images], config)
+        prepared = self.loaded.prepare_ids([self.ids(text)], encoded, config)
+        return prepared.selections[0], list(self.loaded.engine.generate(prepared, Sampling(NEW)).answers[0].tokens)
+
+    def check(self, prompts):
+        answers = self.ask(prompts)
+        image_id = self.loaded.tokenizer.convert_tokens_to_ids("<image>")
+        for (text, images, keys), answer in zip(prompts, answers, strict=True):
+            selections, tokens = self.expected(text, images, keys)
+            ids = self.ids(text)
+            ids = ids.masked_fill(ids < 0, image_id).tolist()
+            sizes = [image.size for image in images]
+            asked = self.images.requests(ids, sizes, [""] * len(images), AdaVConfig(**keys))
+            for request, selection in zip(asked, selections, strict=True):
+                assert torch.equal(self.kept[request.to_bytes()], selection.indices), (request.method, request.size)
+            # vLLM's answer ends with the end token, ours before it.
+            assert answer[: len(tokens)] == tokens and len(answer) - len(tokens) in (0, 1), keys
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Makes a Pair see what the plugin does."""
+
+    def watch(pair):
+        select, run = plugin._Selects._select, plugin._Selects._run_tower
+
+        def selecting(model, pixels, requests):
+            found = select(model, pixels, requests)
+            pair.selected += len(requests)
+            pair.kept |= {
+                replace(request, image="").to_bytes(): selection.indices
+                for request, selection in zip(requests, found, strict=True)
+            }
+            return found
+
+        def running(model, pixels):
+            pair.tower_runs += 1
+            return run(model, pixels)
+
+        monkeypatch.setattr(plugin._Selects, "_select", selecting)
+        monkeypatch.setattr(plugin._Selects, "_run_tower", running)
+        return pair
+
+    return watch
+
+
+# Small steps, so that prompts and images are cut; and without shared prefixes.
+CUT = {"enable_prefix_caching": False, "max_num_batched_tokens": 128, "max_num_seqs": 8}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("llava", {}), ("llava_next", {}), ("llava", CUT), ("llava_next", CUT)],
+    ids=["v1.5", "v1.6", "v1.5-cut", "v1.6-cut"],
+)
+def pair(request, tmp_path_factory):
+    kind, options = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    save_llava_hf(build_reference(kind, text="mistral" if options else "llama", hidden_size=128), folder, "published")
+    pair = Pair(folder, **options)
+    yield pair
+    del pair.llm
+
+
+def question(pair, text):
+    return single_turn(pair.loaded.conversation, text)
+
+
+def test_every_method_keeps_the_same_patches_and_answers_the_same(pair, watched):
+    watched(pair)
+    prompts = []
+    for nth, method in enumerate(METHODS):
+        for width, tokens in ((40, 5), (110, 11)):
+            image = make_image(width + nth, 60)
+            text = question(pair, "<image>\n" + QUESTIONS[nth % 2])
+            prompts.append((text, [image], {"method": method, "overall_tokens": tokens}))
+    pair.check(prompts)
+
+
+def mixed(pair):
+    """64 prompts of all kinds. Images of one size are one image: their size identifies them in `kept`."""
+    sizes = [(1, 1), (3000, 70), (70, 3000), (57, 57), (31, 90), (2, 300), (120, 110), (56, 56)]
+    images = [make_image(*size) for size in sizes]
+    settings = [{"method": method, "overall_tokens": tokens} for method in METHODS for tokens in (1, 6, 12)]
+    settings += [
+        {"method": "adav", "overall_tokens": 8, "options": {"min_share": 0.0, "temperature": 0.1}},
+        {"method": "adav", "overall_tokens": 12, "options": {"compat": "public"}},
+        {"method": "adav", "overall_tokens": 5, "options": {"text_scope": "turn"}},
+        {"method": "visionzip", "overall_tokens": 5, "options": {"dominant": 2, "contextual": 1}},
+        {"method": "random", "overall_tokens": 5, "options": {"seed": 7}},
+        {"method": "fastervlm", "overall_tokens": 5, "options": {"anyres": "fastervlm"}},
+    ]
+    drawn = random.Random(0)
+    prompts = []
+    for nth in range(64):
+        own = drawn.sample(images, 2 if nth % 4 == 0 else 1)
+        text = "".join(f"<image>\n{drawn.choice(QUESTIONS)}\n" for _ in own)
+        if nth % 8 == 1:  # a second turn
+            text = question(pair, text) + " No</s>" + question(pair, drawn.choice(QUESTIONS)).removeprefix("<s>")
+        else:
+            text = question(pair, text)
+        prompts.append((text, own, settings[nth % len(settings)]))
+    return prompts
+
+
+def test_64_mixed_requests_at_once_in_any_order(pair, watched):
+    watched(pair)
+    prompts = mixed(pair)
+    for seed in range(2):
+        random.Random(seed).shuffle(prompts)
+        pair.check(prompts)
+
+
+def test_the_same_image_twice_in_one_prompt(pair, watched):
+    watched(pair)
+    image, text = make_image(61, 47), question(pair, f"<image>\n{QUESTIONS[0]}<image>\n{QUESTIONS[2]}")
+    pair.check([(text, [image, image], {"method": method, "overall_tokens": 4}) for method in METHODS])
+
+
+def test_questions_and_methods_share_the_tower(pair, watched):
+    watched(pair)
+    image, runs = make_image(77, 78), pair.tower_runs
+    for method in METHODS:
+        for text in QUESTIONS:
+            pair.ask([(question(pair, "<image>\n" + text), [image], {"method": method, "overall_tokens": 4})])
+    assert pair.tower_runs == runs + 1
+
+
+def test_questions_share_tokens_exactly_where_the_method_does_not_read_them(pair, watched):
+    watched(pair)
+    cached = pair.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+    for nth, method in enumerate(METHODS):
+        image, before = make_image(80 + nth, 81), pair.selected
+        for text in QUESTIONS:
+            pair.ask([(question(pair, "<image>\n" + text), [image], {"method": method, "overall_tokens": 4})])
+        shared = not SELECTORS[method].reads_text and not SELECTORS[method].reads_key
+        if cached:
+            assert pair.selected - before == (1 if shared else len(QUESTIONS)), method
+
+
+def test_wrong_settings_end_a_request_and_not_the_engine(pair):
+    image, text = make_image(40, 40), question(pair, "<image>\nYes?")
+    good = (text, [image], {"method": "cls", "overall_tokens": 3})
+    for keys in ({"method": "fastv"}, {"overall_tokens": 0}, {"bogus": 1}, "adav_configs.json", {"method": "no_image"}):
+        with pytest.raises(VLLMValidationError):
+            pair.ask([(text, [image], keys)])
+    with pytest.raises(VLLMValidationError, match="2 image placeholders, but 1 images"):
+        pair.ask([("<image><image>", [image], good[2])])
+    assert pair.ask([good]) == pair.ask([good])
+
+
+# ----------------------------------------------------------------------------------------------------- without settings
+PLAIN = """
+import json, sys
+sys.path.insert(0, "tests/support")
+from tiny_checkpoints import make_image
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
+images = [make_image(40, 60), make_image(300, 20)]
+prompts = [{"prompt": "USER: <image>\\n Yes? ASSISTANT:", "multi_modal_data": {"image": image}} for image in images]
+outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=6, logprobs=5), use_tqdm=False)
+rows = [[sorted((i, p.logprob) for i, p in step.items()) for step in o.outputs[0].logprobs] for o in outputs]
+print("rows", json.dumps([type(llm.llm_engine.model_executor.driver_worker.get_model()).__module__, rows]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_without_settings_nothing_changes_bit_for_bit(kind, tmp_path):
+    save_llava_hf(build_reference(kind, hidden_size=128), tmp_path, "published")
+    found = []
+    for plugins in ("adav", "none"):
+        environment = os.environ | {"VLLM_PLUGINS": plugins, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", PLAIN, str(tmp_path), json.dumps(COMMON)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("rows ")]
+        assert lines, done.stderr[-2000:]
+        found.append(json.loads(lines[0].removeprefix("rows ")))
+    (ours, rows), (theirs, plain) = found
+    assert ours == "llava.integrations.vllm.model" and theirs.startswith("vllm.")
+    assert rows == plain
+
+
+# --------------------------------------------------------------------------------------------------- demo checkpoints
+@pytest.mark.parametrize("version, tokens", [("1.5", 14), ("1.6", 58)])
+def test_demo_checkpoints_answer_the_same(version, tokens, tmp_path, watched):
+    load_and_save(str(ROOT / f"playground/llava-shapes-v{version}"), None, str(tmp_path), "llava-hf", "float32")
+    pair = watched(Pair(tmp_path))
+    prompts = []
+    for nth, method in enumerate(METHODS):
+        image = make_image(100 + nth, 90)
+        for text in ("What color is the circle?", "How many squares are there?"):
+            text = question(pair, "<image>\n" + text)
+            prompts.append((text, [image], {"method": method, "overall_tokens": tokens}))
+    pair.check(prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------- long runs
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_is_stable_over_1000_requests(tmp_path):
+    save_llava_hf(build_reference("llava_next", hidden_size=128), tmp_path, "published")
+    # Small caches, so that they are full long before the end.
+    pair = Pair(tmp_path, mm_processor_cache_gb=0.01, additional_config={"adav": {"tower_bytes": 1 << 20}})
+    drawn, seen = random.Random(1), []
+    for _ in range(20):
+        prompts = []
+        for nth in range(50):
+            image = make_image(drawn.randint(1, 200), drawn.randint(1, 200), seed=nth % 3)
+            keys = {"method": drawn.choice(METHODS), "overall_tokens": drawn.randint(1, 30)}
+            prompts.append((question(pair, "<image>\n" + drawn.choice(QUESTIONS)), [image], keys))
+        assert all(pair.ask(prompts))
+        seen.append(resident())
+    assert max(seen[8:]) <= 1.05 * seen[7], [size >> 20 for size in seen]
+
+
+RANKS = """
+import json, sys
+sys.path.insert(0, "tests/support")
+from tiny_checkpoints import make_image
+from vllm import LLM, SamplingParams
+
+def main():
+    llm = LLM(sys.argv[1], tensor_parallel_size=int(sys.argv[3]), **json.loads(sys.argv[2]))
+    prompts = [
+        {
+            "prompt": f"USER: <image>\\n {question} ASSISTANT:",
+            "multi_modal_data": {"image": make_image(90 + nth, 70)},
+            "mm_processor_kwargs": {"adav": {"method": method, "overall_tokens": 7}},
+        }
+        for method in ("none", "cls", "adav", "fastervlm", "visionzip")
+        for nth, question in enumerate(("Yes?", "What colour is the shape on the left?"))
+    ]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    print("rows", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_two_tensor_parallel_ranks_answer_as_one(kind, tmp_path):
+    save_llava_hf(build_reference(kind, hidden_size=128), tmp_path / "model", "published")
+    script = tmp_path / "ranks.py"  # workers are spawned, which needs a file
+    script.write_text(RANKS)
+    found = []
+    for ranks in ("1", "2"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        command = [sys.executable, str(script), str(tmp_path / "model"), json.dumps(COMMON), ranks]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("rows ")]
+        assert lines, done.stderr[-2000:]
+        found.append(json.loads(lines[0].removeprefix("rows ")))
+    assert found[0] == found[1]
