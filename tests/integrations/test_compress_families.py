@@ -318,6 +318,17 @@ def test_a_batch_inside_the_llm(models, name, method):
     assert torch.equal(whole.sequences, stock.sequences)
 
 
+def test_a_sliding_window_ends_cuts():
+    """The loop masks no window, so a prompt that is longer than it is refused; selection before the LLM is not."""
+    case = CASES["internvl"]
+    model, inputs = case.model(), case.prompt([4, "large", 5])
+    model.config.text_config.sliding_window = 20
+    with pytest.raises(UserError, match="at most 20 are allowed"), compress(model, config("fastv", layer=1)):
+        answer(model, inputs)
+    with compress(model, config("adav")):
+        answer(model, inputs)
+
+
 # --- the order of tokens -----------------------------------------------------------------------------------------------
 
 
