@@ -182,6 +182,7 @@ CASES = {
         Qwen("qwen3_vl", "Qwen3VL", _HEADS, _DEEP, _QWEN),
         Qwen("qwen3_vl_moe", "Qwen3VLMoe", _HEADS | MOE, _DEEP, _QWEN),
         Qwen("qwen3_5", "Qwen3_5", _LINEAR, _QWEN3, _QWEN),
+        Qwen("qwen3_5_moe", "Qwen3_5Moe", _LINEAR | MOE | {"shared_expert_intermediate_size": 32}, _QWEN3, _QWEN),
         InternVL(
             "internvl",
             "InternVL",

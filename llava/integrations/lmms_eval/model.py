@@ -1,7 +1,9 @@
-"""AdaV as a model of lmms-eval: `--model adav_llava`, found through the entry-point group `lmms_eval.models`.
+"""AdaV as models of lmms-eval, found through the entry-point group `lmms_eval.models`.
 
     python -m lmms_eval --model adav_llava --tasks docvqa_val --batch_size 8 \
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,config=adav_configs.json,overall_tokens=144
+
+`adav_llava` is this repository's model. `adav_transformers` (transformers_model.py) is any model that `compress()` takes.
 
 Every key of adav_configs.json is a model argument and overrides the file. Under `accelerate launch` or torchrun each
 rank answers its share of the requests on its own GPU, or in its own CPU process. Tasks that generate text from images
@@ -14,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -42,42 +45,29 @@ MAX_NEW_TOKENS = 1024  # for tasks that state no limit; lmms-eval uses this valu
 def manifest() -> list[ModelManifest]:
     """Return the manifest of the model for lmms-eval's entry point."""
     classes = {"adav_llava": AdaVLlava, "llava": LlavaOfLmmsEval}
-    return [ModelManifest(name, simple_class_path=f"{__name__}.{cls.__name__}") for name, cls in classes.items()]
+    paths = {name: f"{__name__}.{cls.__name__}" for name, cls in classes.items()}
+    # By name: this model needs no part of the other.
+    paths["adav_transformers"] = "llava.integrations.lmms_eval.transformers_model.AdaVTransformers"
+    return [ModelManifest(name, simple_class_path=path) for name, path in paths.items()]
 
 
-class AdaVLlava(lmms):
-    """A LLaVA model of lmms-eval whose vision tokens are selected by AdaV or another method.
+class Asked(NamedTuple):
+    """A request as text and pictures. The text has one "<image>" per picture."""
 
-    pretrained: checkpoint folder or hub name, of either format. model_base: the LLM under a LoRA checkpoint.
-    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). keys: its keys, which override it.
-    conv_mode: conversation template; the default is the checkpoint's own.
-    batch_size: prompts per call.
-    dtype: "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU.
-    device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
-        each.
-    attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
+    text: str
+    images: list[Image.Image]
 
-    Bad input ends the process with one sentence and exit code 2.
+
+class AdaVModel(lmms):
+    """Base of both models: batches of requests, odd documents, counts of vision tokens, and what is refused.
+
+    name: as --model takes it. config: the configuration. batch_size: prompts per call.
     """
 
-    # lmms-eval reports an exception and then ends with exit code 0. `exits_cleanly` ends the process before that, here
-    # and in the other methods that lmms-eval calls.
-    @exits_cleanly
-    def __init__(
-        self,
-        pretrained: str,
-        config: str | None = None,
-        model_base: str | None = None,
-        conv_mode: str | None = None,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        device_map: str | None = None,
-        attn_implementation: str | None = None,
-        **keys,
-    ):
-        super().__init__()
+    name: str
+
+    def _start(self, batch_size: int | str, max_batch_size, attn_implementation, config, keys: dict) -> None:
+        """Read the arguments that both models have. UserError for those that cannot be used."""
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -90,15 +80,7 @@ class AdaVLlava(lmms):
                 f"attn_implementation={attn_implementation} is not needed: SDPA runs, and the attention rows that a "
                 "method reads are computed from queries and keys"
             )
-        if conv_mode is not None:
-            get_conversation(conv_mode)
         self.config = AdaVConfig.load(config, **typed(keys))
-        loaded = LoadedCheckpoint(
-            pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
-        )
-        self.tokenizer, self.model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
-        self.device, self.ends, self.pad = loaded.device, loaded.engine.ends, loaded.engine.pad
-        self.conv_mode = conv_mode or loaded.conversation
 
     def _placement(self, device: str | None, device_map: str | None):
         """The device_map with which the checkpoint is loaded. UserError for a GPU where there is none."""
@@ -138,14 +120,12 @@ class AdaVLlava(lmms):
                         print(f"note: {odd[-1]}; its answer is empty", file=sys.stderr)
                         answers[i] = GenerationResult("", TokenCounts(input_tokens=0, output_tokens=0))
                 if documents:
-                    prepared = self._prepare(list(documents.values()))
-                    generated = self._generate(prepared, requests[batch[0]].args[1])
+                    generated, counts = self._answer(list(documents.values()), requests[batch[0]].args[1])
                     for i, answer in zip(documents, generated, strict=True):
                         answers[i] = answer
-                    for row, selections in enumerate(prepared.selections):
-                        before += sum(selection.total for selection in selections)
-                        after += sum(vision_tokens(prepared, row)["kept"])
-                        images += len(selections)
+                    before += sum(total for total, _ in counts)
+                    after += sum(kept for _, kept in counts)
+                    images += len(counts)
                 progress.update(len(batch))
         if len(odd) == len(requests) > 1:
             raise UserError(f"none of {len(requests)} documents can be asked; the first: {odd[0]}")
@@ -165,8 +145,8 @@ class AdaVLlava(lmms):
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
 
-    def _document(self, request: Instance) -> _Document:
-        """A request as the model reads it. Raises whatever is wrong with the document or with its task's code."""
+    def _asked(self, request: Instance) -> Asked:
+        """A request as text and pictures. Raises whatever is wrong with the document or with its task's code."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         for visual in shown:
@@ -179,12 +159,106 @@ class AdaVLlava(lmms):
             raise UserError(
                 f"its prompt has {placeholders} times {DEFAULT_IMAGE_TOKEN}, but {len(shown)} images come with it"
             )
-        ids = tokenizer_image_token(single_turn(self.conv_mode, context), self.tokenizer, return_tensors="pt")
-        images = [visual.convert("RGB") for visual in shown]
+        return Asked(context, [visual.convert("RGB") for visual in shown])
+
+    @abstractmethod
+    def _document(self, request: Instance):
+        """A request as the model reads it, from `_asked`."""
+
+    @abstractmethod
+    def _answer(self, documents: list, settings: dict) -> tuple[list[GenerationResult], list[tuple[int, int]]]:
+        """Answers to a batch, and (all, kept) vision tokens of each image. settings: those of the task."""
+
+    def _sampling(self, settings: dict) -> dict:
+        """Arguments of generate() for a task's settings, which have lmms-eval's names."""
+        # Tasks write temperature 0 for greedy decoding, with or without do_sample.
+        sample = bool(settings.get("temperature")) and settings.get("do_sample", True)
+        return {
+            "do_sample": sample,
+            "temperature": settings["temperature"] if sample else None,
+            "top_p": settings.get("top_p") if sample else None,
+            "num_beams": settings.get("num_beams") or 1,
+            "max_new_tokens": settings.get("max_new_tokens") or MAX_NEW_TOKENS,
+        }
+
+    def _results(self, output, lengths: list[int], ends, tokenizer, settings: dict) -> list[GenerationResult]:
+        """GenerationResult per row. output: new token ids of each row; lengths: tokens that the LLM read."""
+        stops = settings.get("until") or []
+        answers = []
+        for ids, length in zip(output.tolist(), lengths, strict=True):
+            # The first end token counts; what follows it in the row is padding.
+            end = next((i for i, token in enumerate(ids, 1) if token in ends), len(ids))
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            for stop in [stops] if isinstance(stops, str) else stops:
+                text = text.split(stop)[0] if stop else text
+            answers.append(GenerationResult(text.strip(), TokenCounts(input_tokens=length, output_tokens=end)))
+        return answers
+
+    @exits_cleanly
+    def loglikelihood(self, requests):
+        raise UserError(f"{self.name} answers tasks that generate text; this one compares likelihoods")
+
+    @exits_cleanly
+    def generate_until_multi_round(self, requests):
+        raise UserError(f"{self.name} answers tasks of one turn; this one has several")
+
+    def _note(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"note: {text}", file=sys.stderr)
+
+
+class AdaVLlava(AdaVModel):
+    """A LLaVA model of lmms-eval whose vision tokens are selected by AdaV or another method.
+
+    pretrained: checkpoint folder or hub name, of either format. model_base: the LLM under a LoRA checkpoint.
+    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). keys: its keys, which override it.
+    conv_mode: conversation template; the default is the checkpoint's own.
+    batch_size: prompts per call.
+    dtype: "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU.
+    device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
+        each.
+    attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
+
+    Bad input ends the process with one sentence and exit code 2.
+    """
+
+    name = "adav_llava"
+
+    # lmms-eval reports an exception and then ends with exit code 0. `exits_cleanly` ends the process before that, here
+    # and in the other methods that lmms-eval calls.
+    @exits_cleanly
+    def __init__(
+        self,
+        pretrained: str,
+        config: str | None = None,
+        model_base: str | None = None,
+        conv_mode: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        **keys,
+    ):
+        super().__init__()
+        if conv_mode is not None:
+            get_conversation(conv_mode)
+        self._start(batch_size, max_batch_size, attn_implementation, config, keys)
+        loaded = LoadedCheckpoint(
+            pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
+        )
+        self.tokenizer, self.model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
+        self.device, self.ends, self.pad = loaded.device, loaded.engine.ends, loaded.engine.pad
+        self.conv_mode = conv_mode or loaded.conversation
+
+    def _document(self, request: Instance) -> _Document:
+        asked = self._asked(request)
+        ids = tokenizer_image_token(single_turn(self.conv_mode, asked.text), self.tokenizer, return_tensors="pt")
         pixels = []
-        if images:
-            pixels = process_images(images, self.image_processor, self.model.config, self.config.option("anyres"))
-        return _Document(ids, list(pixels), [image.size for image in images])
+        if asked.images:
+            pixels = process_images(asked.images, self.image_processor, self.model.config, self.config.option("anyres"))
+        return _Document(ids, list(pixels), [image.size for image in asked.images])
 
     @torch.inference_mode()
     def _prepare(self, documents: list[_Document]):
@@ -197,41 +271,14 @@ class AdaVLlava(lmms):
         )
 
     @torch.inference_mode()
-    def _generate(self, prepared, settings: dict) -> list[GenerationResult]:
-        """Answers to a batch. settings: generation settings of the task, under lmms-eval's names."""
-        # Tasks write temperature 0 for greedy decoding, with or without do_sample.
-        sample = bool(settings.get("temperature")) and settings.get("do_sample", True)
-        output = self.model.generate(
-            prepared=prepared,
-            do_sample=sample,
-            temperature=settings["temperature"] if sample else None,
-            top_p=settings.get("top_p") if sample else None,
-            num_beams=settings.get("num_beams") or 1,
-            max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
-            pad_token_id=self.pad,
-        )
-        stops = settings.get("until") or []
-        answers = []
-        for ids, length in zip(output.tolist(), prepared.lengths, strict=True):
-            # The first end token counts; what follows it in the row is padding.
-            end = next((i for i, token in enumerate(ids, 1) if token in self.ends), len(ids))
-            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-            for stop in [stops] if isinstance(stops, str) else stops:
-                text = text.split(stop)[0] if stop else text
-            answers.append(GenerationResult(text.strip(), TokenCounts(input_tokens=length, output_tokens=end)))
-        return answers
-
-    @exits_cleanly
-    def loglikelihood(self, requests):
-        raise UserError("adav_llava answers tasks that generate text; this one compares likelihoods")
-
-    @exits_cleanly
-    def generate_until_multi_round(self, requests):
-        raise UserError("adav_llava answers tasks of one turn; this one has several")
-
-    def _note(self, text: str) -> None:
-        if self.rank == 0:
-            print(f"note: {text}", file=sys.stderr)
+    def _answer(self, documents: list, settings: dict) -> tuple[list[GenerationResult], list[tuple[int, int]]]:
+        prepared = self._prepare(documents)
+        output = self.model.generate(prepared=prepared, pad_token_id=self.pad, **self._sampling(settings))
+        counts = []
+        for row, selections in enumerate(prepared.selections):
+            kept = vision_tokens(prepared, row)["kept"]
+            counts += zip((selection.total for selection in selections), kept, strict=True)
+        return self._results(output, prepared.lengths, self.ends, self.tokenizer, settings), counts
 
 
 class LlavaOfLmmsEval(AdaVLlava):

@@ -17,7 +17,13 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from llava.common.errors import UserError
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
-from llava.model.decoding.layer_loop import ATTENTION, decode_layers, prefill_layers, refuse_settings
+from llava.model.decoding.layer_loop import (
+    ATTENTION,
+    decode_layers,
+    prefill_layers,
+    refuse_beyond_window,
+    refuse_settings,
+)
 
 
 @contextmanager
@@ -48,6 +54,7 @@ def cutting(llm, dropping: Dropping | None) -> Iterator[None]:
         if position_ids.dim() == 3 and len(position_ids) == 4:
             position_ids = position_ids[1:]  # the first row numbers the text, for packed rows
         past = 0 if cache is None else cache.get_seq_length()
+        refuse_beyond_window(llm.config, past + inputs_embeds.shape[1])
         if past:
             hidden = decode_layers(llm, inputs_embeds, position_ids, cache, dropping)
         else:

@@ -163,7 +163,7 @@ class DroppingDecoder:
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         past = cache.get_seq_length() if cache is not None else 0
-        self._refuse_beyond_window(past + hidden.shape[1])
+        refuse_beyond_window(self.config, past + hidden.shape[1])
         if past and dropping is not None and not dropping.stage_of:
             raise UserError(f"the cache holds {past} tokens already, but the prompt has not been prefilled with them")
         # 3. A cached step, or prefill.
@@ -197,16 +197,7 @@ class DroppingDecoder:
     def refuse_attention(self, tokens: int) -> None:
         """Raise UserError where a prompt of `tokens` tokens cannot be prefilled in one piece (prefill.py)."""
         self._refuse(None, {})
-        self._refuse_beyond_window(tokens)
-
-    def _refuse_beyond_window(self, tokens: int) -> None:
-        """Raise UserError for a sequence that is longer than the sliding window, which this loop does not apply."""
-        window = getattr(self.config, "sliding_window", None)
-        if window is not None and tokens > window:
-            raise UserError(
-                f"the sequence has reached {tokens} tokens, but methods inside the LLM and adaptive KV caches run within "
-                f"this checkpoint's attention window only, so at most {window} are allowed"
-            )
+        refuse_beyond_window(self.config, tokens)
 
     def step(self, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
         """Run one new token per row, hidden [B, 1, D], on an adaptive cache; return [B, 1, D], not normalised.
@@ -245,6 +236,16 @@ def refuse_settings(config, cache, kwargs: dict) -> None:
             raise UserError(
                 f"{name} does not go with methods inside the LLM and adaptive KV caches: layers differ in their tokens"
             )
+
+
+def refuse_beyond_window(config, tokens: int) -> None:
+    """Raise UserError for a sequence that is longer than the sliding window, which this loop does not apply."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and tokens > window:
+        raise UserError(
+            f"the sequence has reached {tokens} tokens, but methods inside the LLM and adaptive KV caches run within "
+            f"this checkpoint's attention window only, so at most {window} are allowed"
+        )
 
 
 def prefill_layers(
