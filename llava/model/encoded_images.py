@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
 
+from torch import Tensor
+
 from llava.methods.before_llm.base import ImageTokens
 from llava.mm_utils import TilePlan
 
@@ -38,7 +40,7 @@ def _tensors(record) -> list:
 
 
 class RecentImages:
-    """Encoded images by key, up to `capacity` bytes; the least recently used ones are dropped.
+    """Encoded images, or tensors of their pixels, by key, up to `capacity` bytes; the least recently used are dropped.
 
     It belongs to one worker and one checkpoint. The key must contain everything else that the encoding depends on: the
     image file, and the part of the configuration that LlavaMetaForCausalLM.encoding returns.
@@ -47,18 +49,18 @@ class RecentImages:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.nbytes = 0
-        self._held: OrderedDict[Hashable, EncodedImage] = OrderedDict()
+        self._held: OrderedDict[Hashable, EncodedImage | Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def get(self, key: Hashable) -> EncodedImage | None:
+    def get(self, key: Hashable) -> EncodedImage | Tensor | None:
         """Return the image of `key` and mark it as used; None where it is not stored."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
-    def put(self, key: Hashable, image: EncodedImage) -> None:
+    def put(self, key: Hashable, image: EncodedImage | Tensor) -> None:
         """Store `image`, unless it alone exceeds the capacity."""
         if key in self._held:
             self.nbytes -= self._held.pop(key).nbytes

@@ -157,11 +157,12 @@ class _Processor:
         prompt = _PROMPT.get()
         if prompt is None:
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        items = mm_items.get("image") or ()
-        dtype = self.info.ctx.model_config.dtype
-        pixels = [self.info.images.pixels(_picture(items.get(i)), prompt.settings).to(dtype) for i in range(len(items))]
-        requests = [prompt.images[index].to_tensor() for index in prompt.missing]
-        return BatchFeature({PIXELS: pixels, REQUEST: requests} if pixels else {})
+        items, dtype = mm_items.get("image") or (), self.info.ctx.model_config.dtype
+        requests = [prompt.images[index] for index in prompt.missing]
+        pixels = [
+            self.info.images.pixels(_picture(items.get(nth)), request, dtype) for nth, request in enumerate(requests)
+        ]
+        return BatchFeature({PIXELS: pixels, REQUEST: [one.to_tensor() for one in requests]} if requests else {})
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         if _PROMPT.get() is None:

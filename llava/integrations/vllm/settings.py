@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.methods.inside_llm import dropper_names
+from llava.methods.options import iswhole
 
 KEY = "adav"  # in mm_processor_kwargs
+STORE_BYTES = 256 << 20  # 201 tiles of CLIP ViT-L/14 at 336 pixels in half precision
 #: Options whose value is a path or a hub name. A client must not make a server open files.
 _PATHS = ("text_tower", "table")
 
@@ -50,6 +52,22 @@ def of_request(given: object, server: Mapping[str, object]) -> AdaVConfig:
     if unused:
         raise UserError(f'{where}: "options.{unused[0]}" is set, but method "{config.method}" does not use it')
     return config
+
+
+def store_bytes(additional_config: object) -> int:
+    """Return the size of the store of tower outputs. UserError for a value that is no size.
+
+    additional_config: vLLM's --additional-config, of which {"adav": {"tower_bytes": N}} is ours.
+    """
+    given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping) or given.keys() - {"tower_bytes"}:
+        raise UserError(f'--additional-config: "{KEY}" is {given!r}, allowed is an object with the key tower_bytes')
+    size = given.get("tower_bytes", STORE_BYTES)
+    if not iswhole(size) or size < 0:
+        raise UserError(
+            f'--additional-config: "{KEY}.tower_bytes" is {size!r}, allowed is a whole number of at least 0'
+        )
+    return size
 
 
 def check(config: AdaVConfig) -> None:

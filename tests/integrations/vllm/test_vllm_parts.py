@@ -13,7 +13,7 @@ from llava.config import AdaVConfig, ConfigError
 from llava.conversation import single_turn
 from llava.integrations.vllm.image_request import ImageRequest
 from llava.integrations.vllm.prompt_images import PromptImages
-from llava.integrations.vllm.settings import of_request, server_keys
+from llava.integrations.vllm.settings import STORE_BYTES, of_request, server_keys, store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
 from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -77,6 +77,14 @@ def test_a_server_is_checked_as_a_request_is():
     # A file may hold options of several methods, and the path of a text tower.
     keys = {"method": "cls", "options": {"seed": 3, "text_tower": "clip"}}
     assert of_request({}, server_keys(keys)).method == "cls"
+
+
+def test_the_size_of_the_store_is_a_setting_of_the_server():
+    assert store_bytes({}) == store_bytes({"other": 3}) == store_bytes(object()) == STORE_BYTES
+    assert store_bytes({"adav": {"tower_bytes": 0}}) == 0
+    for wrong in (3, {"bytes": 3}, {"tower_bytes": -1}, {"tower_bytes": "1"}, {"tower_bytes": True}):
+        with pytest.raises(UserError, match="allowed is"):
+            store_bytes({"adav": wrong})
 
 
 # ---------------------------------------------------------------------------------------------------- what methods read
@@ -173,7 +181,11 @@ def test_pixels_are_those_of_load_pretrained_model(checkpoint):
     for size in ((1, 1), (300, 7), (57, 57)):
         picture = make_image(*size)
         (expected,) = process_images([picture], processor, model.config)
-        assert torch.equal(images.pixels(picture, AdaVConfig()).flatten(), expected.flatten())
+        request = ImageRequest(str(size), size, "cls", 5, {}, "official")
+        for _ in range(2):  # the second time from memory
+            pixels = images.pixels(picture, request, torch.float32)
+            assert torch.equal(pixels.flatten(), expected.flatten())
+            picture = None
 
 
 # ----------------------------------------------------------------------------------------------------------- tower store
