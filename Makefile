@@ -66,7 +66,7 @@ test-fast: lint
 
 # Training (DeepSpeed) and serving (page, API) are tested with the long tests; nothing else needs them.
 .venv/extras: .venv/installed
-	$(BIN)/pip install $(QUIET) --constraint constraints.txt --editable ".[dev,train,serve,test-all]"
+	$(BIN)/pip install $(QUIET) --constraint constraints.txt --editable ".[dev,train,serve,quantised,test-all]"
 	@touch $@
 
 test-all: lint .venv/extras lmms-eval vllm

@@ -177,7 +177,7 @@ def read_config(text: str) -> tuple[str, AdaVConfig]:
 
 def _name(config: AdaVConfig) -> str:
     parts = [config.method]
-    if config.method_class.uses_budget:
+    if config.method_class.uses_budget or config.method_class.resizes:
         parts.append(str(config.overall_tokens))
     parts += [f"+ {config.cache_policy}"] * (config.cache_policy != "full") + ["+ filter"] * config.prefill_filter_flag
     return " ".join(parts)

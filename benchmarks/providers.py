@@ -212,7 +212,8 @@ class Upstream(Provider):
         """True if this way can do a configuration's prefill: selection before the LLM, by saliency and words."""
         if config.prefill_filter_flag or config.method in ("none", "no_image", "random", *DROPPERS):
             return False
-        return not config.make_method().tower_states
+        method = config.make_method()
+        return not (method.tower_states or method.resizes)
 
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         return _one_after_another([self._one(prompts, row, new_tokens, logits) for row in range(len(prompts.ids))])

@@ -39,7 +39,7 @@ def add_rms_norm(
 
 def _check(hidden: Tensor, delta: Tensor | None, weight: Tensor) -> None:
     if not hidden.dim():
-        raise ValueError("hidden has no dimension, where [..., D] is due")
+        raise ValueError("hidden has no dimension, expected is [..., D]")
     check_contiguous(hidden=hidden, weight=weight)
     check_tensor("weight", weight, hidden.shape[-1:], hidden.dtype)
     if delta is not None:

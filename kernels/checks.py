@@ -12,7 +12,7 @@ from torch import Tensor
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ValueError unless `tensor` has this shape and dtype."""
     if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, where {dtype} {[*shape]} is due")
+        raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, expected is {dtype} {[*shape]}")
 
 
 def check_contiguous(**tensors: Tensor) -> None:

@@ -124,13 +124,13 @@ def _check(q, k, v, prefix_len, core, core_len, text, text_len, scores) -> None:
         raise ValueError(f"scores is {scores!r}, allowed are {', '.join(map(repr, SCORES))}")
     if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
-            f"q is {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}, where [B, H, D], [B, G, C, D] and the same are due"
+            f"q is {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}, expected are [B, H, D], [B, G, C, D] and the same"
         )
     (batch, heads, width), groups = q.shape, k.shape[1]
     if k.shape[0] != batch or k.shape[3] != width or heads % groups:
         raise ValueError(f"q {[*q.shape]} does not fit k {[*k.shape]}: rows and head size agree, and G divides H")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, where one dtype is due")
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected is one dtype")
     expected = {
         "prefix_len": (prefix_len, (batch,)),
         "core": (core, (batch, core.shape[-1])),

@@ -351,7 +351,7 @@ def launch(
     if workspace.partial.shape != (batch, heads, splits, width) or workspace.logits.shape[-1] < core_width + text_width:
         raise ValueError(
             f"the workspace is for partial outputs {[*workspace.partial.shape]} and {workspace.logits.shape[-1]} listed "
-            f"entries, where {[batch, heads, splits, width]} and {core_width + text_width} are due"
+            f"entries, expected are {[batch, heads, splits, width]} and {core_width + text_width}"
         )
     # 2. Constants that both kernels share.
     tuning = workspace.tuning or tuning_for(heads // groups, q.dtype)

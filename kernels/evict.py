@@ -66,7 +66,7 @@ def _check(scores, paid, text, text_len, total, recent, step, rule, quantile) ->
         raise ValueError(f"quantile is {quantile}, allowed is 0 to 1")
     if scores.dim() != 3 or total.dim() != 2:
         raise ValueError(
-            f"scores is {[*scores.shape]} and total {[*total.shape]}, where [B, G, T] and [B, steps + 1] are due"
+            f"scores is {[*scores.shape]} and total {[*total.shape]}, expected are [B, G, T] and [B, steps + 1]"
         )
     check_tensor("scores", scores, scores.shape, torch.float32)
     check_tensor("paid", paid, scores.shape, torch.float32)

@@ -37,7 +37,7 @@ def matvec(
 
 def _check(states: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None) -> None:
     if weight.dim() != 2:
-        raise ValueError(f"weight is {[*weight.shape]}, where [N, K] is due")
+        raise ValueError(f"weight is {[*weight.shape]}, expected is [N, K]")
     check_tensor("states", states, (1, weight.shape[1]), weight.dtype)
     check_contiguous(states=states, weight=weight)
     if up is not None:

@@ -37,7 +37,7 @@ def rank_core(
 def _check(scores: Tensor, image: Tensor, image_len: Tensor, core: Tensor, core_len: Tensor) -> None:
     if scores.dim() != 2 or core.dim() != 2 or core.shape[1] > scores.shape[1]:
         raise ValueError(
-            f"scores is {[*scores.shape]} and core {[*core.shape]}, where [B, N] and [B, M] with M at most N are due"
+            f"scores is {[*scores.shape]} and core {[*core.shape]}, expected are [B, N] and [B, M] with M at most N"
         )
     rows = scores.shape[:1]
     check_tensor("scores", scores, scores.shape, torch.float32)

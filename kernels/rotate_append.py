@@ -60,7 +60,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tens
     if q.dim() != 4 or k.dim() != 4 or keys.dim() != 4:
         raise ValueError(
             f"q is {[*q.shape]}, k {[*k.shape]} and keys {[*keys.shape]}, "
-            "where [B, S, H, d], [B, S, G, d] and [B, G, C, d] are due"
+            "expected are [B, S, H, d], [B, S, G, d] and [B, G, C, d]"
         )
     (batch, tokens, heads, size), groups, slots = q.shape, k.shape[2], keys.shape[2]
     if not groups or heads % groups or size % 2:
@@ -80,7 +80,7 @@ def _check_places(k: Tensor, keys: Tensor, slots: Tensor | None, counts: Tensor 
         raise ValueError(f"{tokens} tokens do not fit into {keys.shape[2]} slots")
     if slots is not None:
         if counts is None:
-            raise ValueError("slots are given without counts, where both are due")
+            raise ValueError("slots are given without counts, expected are both")
         check_tensor("slots", slots, (batch, groups, slots.shape[-1]), torch.int32)
         check_last_dimension(slots=slots)
     if counts is not None:

@@ -20,7 +20,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """
     check_tensor("up", up, gate.shape, gate.dtype)
     if gate.dim() < 2:
-        raise ValueError(f"gate is {[*gate.shape]}, where [..., M] with at least one dimension of rows is due")
+        raise ValueError(f"gate is {[*gate.shape]}, expected is [..., M] with at least one dimension of rows")
     check_last_dimension(gate=gate, up=up)
     if backends.backend_for(gate, backend) == "triton":
         from llava.kernels import silu_mul_triton

@@ -29,6 +29,7 @@ from llava.methods.options import (
     OBJECT,
     OPTION_RULES,
     OPTIONAL_SHARE,
+    PUBLIC_IN_ANY_TILES,
     RATE,
     SHARE,
     Rule,
@@ -137,7 +138,7 @@ class AdaVConfig:
                 f'{where}: "prefill_filter_flag" is true, but method "{self.method}" drops tokens inside the LLM itself; '
                 "allowed beside the filter are methods before the LLM"
             )
-        if self.options.get("compat") == "public" and self.options.get("anyres", "fastervlm") != "fastervlm":
+        if self._in_public_tiles and self.options.get("anyres", "fastervlm") != "fastervlm":
             raise ConfigError(
                 f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
                 f'but "options.anyres" is "{self.options["anyres"]}"'
@@ -204,11 +205,16 @@ class AdaVConfig:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
 
     def option(self, name: str):
-        """The value of an option that every method takes (positions, text_scope, anyres), or its default."""
+        """The value of an option that every method takes (positions, text_scope, anyres, saliency), or its default."""
         # compat "public" reproduces published numbers, which were measured with FasterVLM's tiles.
-        if name == "anyres" and self.options.get("compat") == "public":
+        if name == "anyres" and self._in_public_tiles:
             return "fastervlm"
         return self.options.get(name, COMMON_OPTIONS[name])
+
+    @property
+    def _in_public_tiles(self) -> bool:
+        """Whether options.compat asks for the tile path of public code."""
+        return self.options.get("compat") == "public" and self.method not in PUBLIC_IN_ANY_TILES
 
     @property
     def method_class(self) -> type:

@@ -284,10 +284,10 @@ def _one_tile(image: Image.Image, image_processor, model_config) -> Tensor:
 
 
 def _axes(size: tuple[int, int], image_processor, pad: bool) -> tuple[Axis, Axis] | None:
-    """What is left of an image's width and height once it is padded or resized, and cropped, as Axis has it.
+    """Return the parts of an image's width and height that padding or resizing and cropping leave, as two Axis.
 
-    None where the padded or resized picture is not much larger than it has to be, or the processor does not resize to a
-    shorter side with a bicubic filter and crop: the processor then does all of it.
+    The result is None where the processor does all of the work. This is so if the padded or resized picture is not much
+    larger than needed, or if the processor does not resize the shorter side with a bicubic filter and crop.
     """
     settings = image_processor.to_dict()
     side, crop = (settings.get(key) or {} for key in ("size", "crop_size"))

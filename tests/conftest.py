@@ -3,9 +3,12 @@ no GPU to run them on."""
 
 import gc
 import os
+import sys
 
 import pytest
 import torch
+from eval_data import environment
+from warm_python import WarmPython
 
 # Read once, when triton is first imported (which transformers does). Only tests that ask for the Triton backend meet it.
 if not torch.cuda.is_available():
@@ -16,6 +19,33 @@ if not torch.cuda.is_available():
 def triton_cache(request):
     """Folder for kernels compiled ahead of time. It stays, so that a second run compiles only what has changed."""
     return request.config.cache.mkdir("triton")
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    with WarmPython(tmp_path_factory.mktemp("warm"), environment()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def warm(warm_python):
+    """Let sys.executable be a Python that has imported torch and transformers already (warm_python.py).
+
+    Commands of the module's tests, and the workers that they start, then take no seconds to start. Each kind of command
+    has one test with the fixture `cold`, which sees a start that is broken.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python.executable)
+        yield warm_python
+
+
+COLD = sys.executable
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Undo `warm` for one test."""
+    monkeypatch.setattr(sys, "executable", COLD)
 
 
 def pytest_collection_finish():

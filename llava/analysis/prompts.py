@@ -1,4 +1,4 @@
-"""What the attention analyses share: arguments, prompts one at a time, measures of a row, and CSV files.
+"""Shared parts of the attention analyses: arguments, prompts one at a time, measures of a row, and CSV files.
 
 Prompts keep all vision tokens (method none), because the analyses ask where attention goes without any selection.
 """

@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, conversation: bool = True) -> None:
-    """What every command that loads a checkpoint takes beside its path: --model-base, --dtype and, unless `conversation`
-    is False, --conv-mode. A command may set another default with set_defaults."""
+    """Add the flags of a command that loads a checkpoint: --model-base, --dtype and, unless `conversation` is False,
+    --conv-mode. A command may set another default with set_defaults."""
     parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="auto: float32 on a CPU, the checkpoint's own dtype on a GPU"

@@ -1,4 +1,4 @@
-"""What the launcher knows about a checkpoint: its folder, its config.json and its identity.
+"""The launcher's view of a checkpoint: its folder, its config.json and its identity.
 
 Imports no torch. The worker reports errors of the weights themselves (llava.model.checkpoint).
 """

@@ -7,13 +7,14 @@ from PIL import Image, ImageOps
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """As LLaVA reads it: transparency and EXIF orientation are ignored. 16-bit greys are scaled to 8 bits, where Pillow
-    would clip them to white."""
+    """Return a picture in RGB as LLaVA reads it: transparency and EXIF orientation are ignored.
+
+    16-bit greys are scaled to 8 bits. Pillow would clip them to white."""
     return (_eight_bits(image) if _has_16_bits(image) else image).convert("RGB")
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """As a person sees it: upright as its EXIF orientation says, and on white where it is transparent."""
+    """Return a picture as a person sees it: upright by its EXIF orientation, and on white where it is transparent."""
     image = _upright(image)
     if not image.has_transparency_data:
         return rgb(image)

@@ -24,5 +24,7 @@ def spread(repeats: Sequence[float]) -> float:
 
 
 def scatters(share: float | None, limit: float = LIMIT) -> bool:
-    """Whether a figure whose repeats have this `spread` must be marked. None: there were too few repeats to tell."""
+    """Return whether a figure whose repeats have this `spread` must be marked.
+
+    spread None: there were too few repeats to know."""
     return share is not None and share > limit

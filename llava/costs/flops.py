@@ -1,4 +1,4 @@
-"""What a sample costs: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
+"""Costs of a sample: FLOPs of prefill and of a decode step, and bytes of KV cache, for every method.
 
     python -m llava.costs.flops CHECKPOINT [--method adav --overall-tokens 144] [--image-size 672 672]
 
@@ -19,8 +19,9 @@ and RoPE are not counted, because they are not matrix products. Such work of a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
@@ -166,6 +167,8 @@ def predict(
     # 1. How many vision tokens enter the LLM.
     drops = config.method in DROPPERS
     method, options = config.make_method(), config.method_options
+    if method.resizes:
+        images = [image.smaller(shape.side, config.overall_tokens) for image in images]
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
@@ -186,7 +189,7 @@ def predict(
         costs.append(price(DropperCase(shape, text_tokens, words, kept, cuts, seen)))
     # 4. Tiles of the tower, and tower states that are projected: only the kept ones, if the method reads no features.
     extra = together(costs)
-    tiles = sum(len(image.patches) for image in images) if method.needs_image else 0
+    tiles = [(len(image.patches), _side(image, shape, method)) for image in images] if method.needs_image else []
     late = not method.reads_features
     rows = [n if late and n < image.candidates else image.candidates for image, n in zip(images, kept, strict=True)]
     projected = sum(rows) if method.needs_image else 0
@@ -198,13 +201,24 @@ def predict(
     both = together([extra, choosing])
     return Cost(
         shape,
-        vision(shape, tiles, projected)
+        _vision(shape, tiles, projected)
         | {"method": extra.flops, "cache": choosing.flops}
         | language_model(shape, text_tokens, seen, logits),
         plans=tuple(policy.plan(counts) for counts in held),
         layer_mean=sum(attended for attended, _ in seen) / shape.layers,
         elements=both.elements,
     )
+
+
+def _side(image: ImageCounts, shape: ModelShape, method) -> int:
+    """Patches per side of the image's tiles as the tower gets them. Unpadding comes after the tower."""
+    return min(shape.side, math.isqrt(image.patches[0])) if method.resizes else shape.side
+
+
+def _vision(shape: ModelShape, tiles: Sequence[tuple[int, int]], projected: int) -> dict[str, int]:
+    """As `vision`, for tiles of several sizes: (how many, patches per side)."""
+    parts = [vision(replace(shape, side=side), count, 0) for count, side in tiles]
+    return _sum([vision(shape, 0, projected), *parts])
 
 
 def _listed(costs: dict, name: str, method: str):

@@ -1,4 +1,4 @@
-"""What a worker measures beside its answers: bytes of the KV cache, peak memory, and the predicted cost of a batch."""
+"""Measurements of a worker: bytes of the KV cache, peak memory, and the predicted cost of a batch."""
 
 from __future__ import annotations
 

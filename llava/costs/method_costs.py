@@ -1,4 +1,4 @@
-"""What each method costs: its matrix products in FLOPs, and the rest of its work in elements.
+"""Costs of each method: its matrix products in FLOPs, and the rest of its work in elements.
 
 The costs stand in one table and not in the classes of the methods. This keeps the rules free of bookkeeping, and the
 entries can be compared. A test runs every method under torch's flop counter, so an entry cannot drift from its rule
@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llava.costs.model_shape import ImageCounts, ModelShape, product
+from llava.methods.before_llm.apet import basis_size
 from llava.methods.before_llm.similarity import BLOCK
 from llava.methods.before_llm.tiles import split_evenly
 from llava.methods.before_llm.visionzip import PUBLISHED
+from llava.methods.inside_llm.dart import PIVOTS
 from llava.methods.kv_cache.base import CachePolicy, Counts
 
 
@@ -34,7 +36,7 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class SelectorCase:
-    """What the cost of a selector depends on.
+    """The numbers that the cost of a selector depends on.
 
     image: one image before selection. words: m, text tokens that the method may read. kept: K. options: the method's.
     """
@@ -156,9 +158,40 @@ def _visionzip(case: SelectorCase) -> MethodCost:
     return MethodCost(flops, {"sort": case.image.candidates, "greedy": compared})
 
 
+def _hiprune(case: SelectorCase) -> MethodCost:
+    """hiprune: in two layers of the tower, the attention rows of all tokens of each tile; three sorts of the patches.
+
+    A tower of one layer has them once.
+    """
+    tiles, tokens, layers = len(case.image.patches), case.shape.tile_patches + 1, min(2, case.shape.tower_layers)
+    maps = layers * tiles * product(tokens, case.shape.tower_width, tokens)
+    softmax = layers * tiles * case.shape.tower_heads * tokens**2
+    return MethodCost(maps, {"softmax": softmax, "sort": 3 * case.image.candidates})
+
+
+def _apet(case: SelectorCase) -> MethodCost:
+    """apet: per tile, distances to b basis patches, errors by products of b with all patches, and merging.
+
+    The solution of b equations, at most 10, is not counted.
+    """
+    width, flops, compared, distances = case.shape.tower_width, 0, 0, 0
+    for patches, quota in zip(case.image.patches, case.quotas, strict=True):
+        if quota:
+            basis = basis_size(quota)
+            absorbing, absorbed = quota - basis, patches - quota
+            flops += product(basis, width, basis) + 2 * product(basis, width, patches)
+            distances += basis * patches * width
+            if absorbing:
+                flops += 2 * product(absorbing, absorbed, width)
+                compared += absorbing * absorbed
+    elements = {"sort": 2 * case.image.candidates, "greedy": compared, "distance": distances}
+    return MethodCost(flops, elements)
+
+
 SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "none": _nothing,
     "no_image": _nothing,
+    "downsample": _nothing,
     "random": _random,
     "cls": _saliency,
     "t2i": _words,
@@ -166,6 +199,8 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "fastervlm": _saliency,
     "visionzip": _visionzip,
     "divprune": _divprune,
+    "hiprune": _hiprune,
+    "apet": _apet,
     "cdpruner": _cdpruner,
     "scope": _scope,
     "adav": _adav,
@@ -176,7 +211,7 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
 # ------------------------------------------------------------------------------------------- methods inside the LLM
 @dataclass(frozen=True)
 class DropperCase:
-    """What the cost of dropping inside the LLM depends on: one sample with its images.
+    """The numbers that the cost of dropping inside the LLM depends on: one sample with its images.
 
     text_tokens     text tokens of the prompt
     words           per image, how many text tokens the method may read; 0: it reads the prompt's last token
@@ -266,11 +301,25 @@ def _sparsevlm(case: DropperCase) -> MethodCost:
     return together(costs)
 
 
+def _dart(case: DropperCase) -> MethodCost:
+    """dart: cosines of the pivots with the vision tokens, and a sort of these for each pivot and for the norms.
+
+    An image that ends the prompt has no text pivot. It is counted with one, as an image with no text behind it.
+    """
+    costs = []
+    for image, cuts in enumerate(case.cuts):
+        for _, kept, _ in cuts:
+            before, pivots = case.tokens[image], min(PIVOTS, kept) + min(PIVOTS, max(1, case.words[image]))
+            costs.append(MethodCost(product(pivots, case.shape.width, before), {"sort": (pivots + 2) * before}))
+    return together(costs)
+
+
 DROPPER_COSTS: dict[str, Callable[[DropperCase], MethodCost]] = {
     "fastv": _fastv,
     "fitprune": _fitprune,
     "sparsevlm": _sparsevlm,
     "pyramiddrop": _pyramiddrop,
+    "dart": _dart,
 }
 
 

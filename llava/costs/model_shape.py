@@ -8,6 +8,7 @@ import torch
 
 from llava.common.errors import UserError
 from llava.common.hub import checkpoint_folder
+from llava.methods.before_llm.downsample import smaller_side
 from llava.mm_utils import NEWLINE, TilePlan, merge_order
 from llava.model.checkpoint import Checkpoint
 from llava.model.multimodal_encoder.clip_encoder import layers_used
@@ -138,6 +139,13 @@ class ImageCounts:
     def tokens(self) -> int:
         """N: vision tokens that the LLM reads without selection."""
         return self.candidates + self.newlines
+
+    def smaller(self, side: int, budget: int) -> ImageCounts:
+        """Counts of the image as method `downsample` makes it smaller. side: patches per side of a whole tile."""
+        if self.candidates <= budget:
+            return self
+        newlines = min(1, self.newlines)  # of a picture of one tile
+        return ImageCounts((smaller_side(side, budget, newlines) ** 2,), newlines)
 
     def kept(self, budget: int) -> int:
         """Vision tokens after selection under a budget K. UserError for a budget below 1."""

@@ -57,6 +57,10 @@ class RowAttention:
         # torch.full fills on the device. A tensor made from a Python number is copied there, which waits for the GPU.
         return torch.full((1,), self.length - 1, device=self._query.device)
 
+    def key_norms(self) -> Tensor:
+        """Return the L1 norm of each slot's keys, summed over the query heads, [S]."""
+        return self._key.abs().sum(dim=(0, 2)) * (self._query.shape[0] // self._key.shape[0])
+
     def mean(self, slots: Tensor) -> Tensor:
         """Return the attention that each slot receives, [S]: mean over heads and over the queries of `slots` [R]."""
         total = sum(rows.mean(dim=0).sum(dim=0) for _, rows in self.chunks(slots))

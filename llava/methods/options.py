@@ -75,11 +75,14 @@ OPTION_RULES: dict[str, Rule] = {
     "relevance": one_of("clip", "embeddings"),
     "text_tower": Rule("the folder or hub name of a CLIP checkpoint", lambda v: isinstance(v, str) and v.strip() != ""),
     "theta": RATE,
+    "anchor_share": SHARE,
+    "start": whole(0),
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "positions": one_of("reindexed", "original"),
     "text_scope": one_of("after", "turn"),
     "anyres": one_of("official", "fastervlm"),
+    "saliency": one_of("attention", "distance"),
     "layer": whole(1),
     "ratio": Rule("a percentage above 0 and below 100", lambda v: is_number(v) and 0 < v < 100),
     "keep": Rule(
@@ -91,8 +94,13 @@ OPTION_RULES: dict[str, Rule] = {
 }
 
 
+# Methods whose compat "public" leaves the tiles to the option anyres. Under any other method it implies "fastervlm",
+# the tile path of the published numbers.
+PUBLIC_IN_ANY_TILES = frozenset({"apet", "dart"})
+
+
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.
-COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official"}
+COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official", "saliency": "attention"}
 
 
 def check_options(method) -> None:

@@ -11,6 +11,8 @@ import os
 from functools import partial
 
 import torch
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from llava.common.errors import UserError, first_line
 from llava.config import AdaVConfig
@@ -43,7 +45,8 @@ def load_pretrained_model(
     model_path: folder or hub name
     model_base: the LLM (or LLaVA) under a projector-only or LoRA checkpoint
     model_name: accepted because callers of LLaVA pass it, and ignored
-    load_8bit, load_4bit: refused, because quantised weights are not supported yet
+    load_8bit, load_4bit: the linear layers of the LLM in 8 or 4 bits (bitsandbytes; 4 bits are NF4). The vision tower, the
+        projector and the head keep their dtype. For full checkpoints, without model_base.
     device_map: as transformers takes it; "auto" is the CPU where there is no GPU
     device: as in LLaVA, the device of the whole model, with priority over device_map; None and "cuda" leave the choice to
         device_map
@@ -53,10 +56,6 @@ def load_pretrained_model(
     anything that is wrong with the checkpoint or does not fit `config`.
     """
     # 1. Configuration and checks. They come before the weights, which take minutes to load.
-    if load_8bit or load_4bit:
-        raise UserError(
-            f"{'load_8bit' if load_8bit else 'load_4bit'} is true, but quantised weights are not supported yet: leave it out"
-        )
     config = config or AdaVConfig(method="none")
     config.check_method_options()
     device_map = _device_map(device_map, device)
@@ -64,10 +63,14 @@ def load_pretrained_model(
     if device_map == "auto" and not on_gpu:
         device_map = None
     source = Checkpoint.open(model_path, model_base)
+    dtype = _dtype(torch_dtype, on_gpu)
+    quantisation = quantisation_config(source, load_8bit, load_4bit, dtype)
+    if quantisation is not None and device_map is None:
+        device_map = {"": "cpu"}
     model_config = source.model_config()
     check_config(config, model_config)
     # 2. The model.
-    model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, _dtype(torch_dtype, on_gpu))
+    model = source.load(MODEL_CLASSES[model_config.model_type], model_config, device_map, dtype, quantisation)
     model.eval()
     make_fast(model)
     # 3. Tokenizer and image processor. Projector-only and LoRA checkpoints often leave them to the base or the tower.
@@ -78,6 +81,32 @@ def load_pretrained_model(
     configure(model, config, tokenizer)
     context_len = getattr(model_config, "max_sequence_length", None) or model_config.max_position_embeddings
     return tokenizer, model, image_processor, context_len
+
+
+def quantisation_config(source: Checkpoint, load_8bit: bool, load_4bit: bool, dtype):
+    """BitsAndBytesConfig for from_pretrained, or None where neither is asked for.
+
+    UserError for both at a time, for a checkpoint with a model_base, and where bitsandbytes is not installed.
+    """
+    if not (load_8bit or load_4bit):
+        return None
+    asked = "load_8bit" if load_8bit else "load_4bit"
+    if load_8bit and load_4bit:
+        raise UserError("load_8bit and load_4bit are both true, allowed is one of them")
+    if source.base is not None:
+        raise UserError(
+            f"{asked} is true, but {source.folder} needs a model_base: merge both first, because weights in few bits cannot "
+            "be added to"
+        )
+    if not is_bitsandbytes_available():
+        raise UserError(f"{asked} is true, but bitsandbytes is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_8bit=load_8bit,
+        load_in_4bit=load_4bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.float16,
+        llm_int8_skip_modules=["model.vision_tower", "model.mm_projector", "lm_head"],
+    )
 
 
 def _device_map(device_map, device):
@@ -117,6 +146,10 @@ def prefer_flash_attention() -> None:
 
 def check_config(config: AdaVConfig, model_config) -> None:
     """Raise UserError where a model of `model_config` cannot run `config`; called before weights are loaded."""
+    if config.option("saliency") != "attention":
+        raise UserError(
+            f'"options.saliency" is "{config.option("saliency")}", allowed for LLaVA is "attention": its tower has [CLS]'
+        )
     if config.method in dropper_names():
         config.make_method().check(model_config)
     prefill_filter = PrefillFilter.from_config(config)

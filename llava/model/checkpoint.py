@@ -87,7 +87,7 @@ class Checkpoint:
 
     @staticmethod
     def is_llava(folder: Path) -> bool:
-        """Whether config.json is that of a LLaVA, in either format, and not that of a plain LLM."""
+        """Whether config.json is that of a LLaVA in either format. A plain LLM gives False."""
         settings = _config_file(folder)
         return settings.get("model_type") not in CONFIG_CLASSES
 
@@ -110,12 +110,12 @@ class Checkpoint:
         return TowerFiles(tuple(names), tuple(filter(None, (self.folder, self.base))))
 
     def image_processor(self):
-        """That of the checkpoint, of its model_base, or of the tower that they name; None where none of them has one."""
+        """Return the image processor of the checkpoint, of its model_base, or of the tower that they name; None if none has one."""
         own = load_image_processor([self.folder, self.base])
         return load_image_processor([self.tower.image_processor_folder()]) if own is None else own
 
     def _vision_config(self) -> dict:
-        """The tower's configuration: the checkpoint's own, that of its model_base, or that of the tower they name."""
+        """The configuration of the tower, from the checkpoint, from its model_base, or from the tower that they name."""
         stated = self.settings.get("mm_vision_config")
         if stated:
             return CLIPVisionConfig.from_dict(stated).to_dict()
@@ -222,14 +222,17 @@ class Checkpoint:
 
     # --- weights ----------------------------------------------------------------------------------------------
 
-    def load(self, model_class, config, device_map, dtype):
-        """The model with all its weights. UserError where they are missing, damaged or of another shape."""
+    def load(self, model_class, config, device_map, dtype, quantisation=None):
+        """The model with all its weights. UserError where they are missing, damaged or of another shape.
+
+        quantisation: quantization_config of from_pretrained, or None
+        """
         adapter = Adapter.read(self.folder) if self.kind == "lora" else None
         extra = self._beside_base(adapter)
         rows = next((extra[name].shape[0] for name in _BY_WORD if name in extra), config.vocab_size)
         if self.base is not None:
             config.vocab_size = self._base_vocabulary()  # until the checkpoint's own embeddings arrive
-        model, missing = self._load_files(model_class, config, device_map, dtype)
+        model, missing = self._load_files(model_class, config, device_map, dtype, quantisation)
         if self.kind == "llm":
             missing -= _start_projector(model)
         if self.kind == "lora" and rows != config.vocab_size:
@@ -263,7 +266,7 @@ class Checkpoint:
             return HF_CLASSES[settings["model_type"]].from_dict(settings).text_config.vocab_size
         return settings.get("vocab_size", LlamaConfig().vocab_size)
 
-    def _load_files(self, model_class, config, device_map, dtype):
+    def _load_files(self, model_class, config, device_map, dtype, quantisation):
         """The model with the weights of the folder that has an LLM, and the names of those that are not there."""
         folder, hf = self.base or self.folder, _is_hf(self.settings if self.base is None else self.base_settings)
         for file in weight_files(folder):
@@ -275,6 +278,7 @@ class Checkpoint:
                     config=config,
                     dtype=dtype,
                     device_map=device_map,
+                    quantization_config=quantisation,
                     key_mapping=HF_KEYS if hf else ORIGINAL_KEYS,
                     output_loading_info=True,
                     weights_only=True,
@@ -348,9 +352,9 @@ def _config_file(folder: Path) -> dict:
 
 
 def _check_llava(folder: Path, settings: dict, of_base: dict) -> bool:
-    """Whether a config.json is in transformers' format; UserError where it is no LLaVA's.
+    """Return whether a config.json is in transformers' format. UserError if it is not that of a LLaVA.
 
-    of_base: the settings of its model_base, whose tower may be its own; {} where there is none.
+    of_base: the settings of its model_base, which may name the tower; {} without one.
     """
     hf = _is_hf(settings)
     original = settings.get("model_type") in ("llava", "llava_llama", "llava_mistral") and not hf
@@ -367,5 +371,5 @@ def _check_llava(folder: Path, settings: dict, of_base: dict) -> bool:
 
 
 def _is_hf(settings: dict) -> bool:
-    """Whether a config.json is that of a LLaVA in transformers' format."""
+    """Return whether a config.json is that of a LLaVA in transformers' format."""
     return settings.get("model_type") in HF_CLASSES and "text_config" in settings

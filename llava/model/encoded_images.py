@@ -19,10 +19,14 @@ RECORD_BYTES = 1024  # estimate for the Python objects of one image, so that ima
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One encoded image: its tile plan, and its vision tokens in LLM order; tokens is None under `no_image`."""
+    """One encoded image: its tile plan, and its vision tokens in LLM order; tokens is None under `no_image`.
+
+    total: where the image was made smaller (Selector.resizes), its vision tokens before that; else None
+    """
 
     plan: TilePlan
     tokens: ImageTokens | None
+    total: int | None = None
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ request is in its PreparedPrompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,15 +20,16 @@ from llava.common.transfer import to_device, to_host_together
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
+from llava.methods.before_llm.downsample import cells, smaller_side
 from llava.methods.inside_llm import dropper_names
 from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import RowSpans
-from llava.mm_utils import TilePlan, merge_order, tile_plan
+from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.generation import LlavaGeneration, check_cache
-from llava.model.decoding.prepared import PreparedPrompt, StageClock
+from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock
 from llava.model.encoded_images import EncodedImage
 from llava.model.image_tokens import (
     layout_of,
@@ -172,7 +174,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         """Return the part of a configuration that `encode` depends on; results are shared where it is equal."""
         method = config.make_method()
         # Whether all patches go through the projector depends on the number of kept ones (projects_late).
-        kept = None if method.reads_features else (repr(method), config.overall_tokens)
+        # So does the size of an image that is made smaller.
+        kept = None if method.reads_features and not method.resizes else (repr(method), config.overall_tokens)
         return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
@@ -188,8 +191,16 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         pixels, plans = self._plans(images, image_sizes, anyres)
         if not pixels or not needs_image:
             return [EncodedImage(plan, None) for plan in plans]
-        # 1. All tiles of all images through the tower as one batch.
-        towers = self.encode_images(pixels, clock, wanted, project=False)
+        # 1. All tiles of all images through the tower as one batch; of images that are made smaller, one batch per size.
+        totals: list[int | None] = [None] * len(pixels)
+        if config.make_method().resizes:
+            pixels, totals = self._made_smaller(pixels, plans, config.overall_tokens)
+        towers: list = [None] * len(pixels)
+        for size in dict.fromkeys(one.shape[-1] for one in pixels):
+            of_size = [i for i, one in enumerate(pixels) if one.shape[-1] == size]
+            found = self.encode_images([pixels[i] for i in of_size], clock, wanted, project=False)
+            for i, one in zip(of_size, found, strict=True):
+                towers[i] = one
         # 2. The tokens of each image in LLM order.
         with clock.stage("splice"):
             tokens = [
@@ -203,7 +214,32 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         with clock.stage("projector"):
             for i, one in zip(now, project_now([tokens[i] for i in now], self._newline()), strict=True):
                 tokens[i] = one
-        return [EncodedImage(plan, one) for plan, one in zip(plans, tokens, strict=True)]
+        return [EncodedImage(*one) for one in zip(plans, tokens, totals, strict=True)]
+
+    def _made_smaller(
+        self, pixels: list[Tensor], plans: list[TilePlan], budget: int
+    ) -> tuple[list[Tensor], list[int | None]]:
+        """Return (pixels, N before) of images made smaller for method `downsample`.
+
+        An image of at most `budget` patches stays as it is, with None. A smaller one has its tile 0 alone,
+        [1, 3, g * patch, g * patch].
+        """
+        tower, smaller, totals = self.get_vision_tower(), [], []
+        side, patch = tower.num_patches_per_side, tower.config.patch_size
+        for tiles, plan in zip(pixels, plans, strict=True):
+            order = merge_order(plan, side, len(tiles))
+            if int((order != NEWLINE).sum()) <= budget:
+                smaller.append(tiles)
+                totals.append(None)
+                continue
+            size = patch * smaller_side(side, budget, len(merge_order(plan, side, 1)) - side**2)
+            # In float32, on the device of the tower: half precision has no bicubic filter on a CPU.
+            picture = to_device(tiles[:1], tower.device).float()
+            if size < picture.shape[-1]:
+                picture = torch.nn.functional.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)
+            smaller.append(picture)
+            totals.append(len(order))
+        return smaller, totals
 
     def _newline(self) -> Tensor | None:
         """Return the embedding [D] of a newline token; None where images have none."""
@@ -246,7 +282,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         features [T, P, D], saliency [T, P]: tile by tile
         projected: False for states of the tower, [T, P, W]. Tokens that are read then go through the projector.
         """
-        layout = layout_of(plan, self.get_vision_tower().num_patches_per_side, len(features))
+        layout = layout_of(plan, math.isqrt(features.shape[1]), len(features))
         image = tokens_in_order(features, saliency, layout, self._project_to_llm, key, tower)
         if not projected:
             return image
@@ -280,7 +316,11 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
         # A dropper removes tokens inside the LLM, so every token enters it.
         name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
-        return select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
+        selections = select_all(name, images, question_embeddings(rows, words), config.overall_tokens, **own)
+        for one, selection in zip(encoded, selections, strict=True):
+            if one.total is not None:
+                _describe_smaller(selection, one.total, self.get_vision_tower().num_patches_per_side)
+        return selections
 
     def prepare(
         self,
@@ -352,6 +392,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             numbering=None if dropping is None else dropping.numbering(),
             one_device=self.one_device,
         )
+        if dropping is None and labels is None and not (method.reads_text or method.reads_key) and self.one_device:
+            prepared.prefixes = None if prepared.caching.adaptive else _prefixes(rows, encoded)
         prepared.clock = clock
         return prepared
 
@@ -423,6 +465,21 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         return super().loss_function(logits=logits, labels=labels, **kwargs)
 
 
+def _prefixes(rows: list[Row], encoded: Sequence[EncodedImage]) -> SharedPrefixes | None:
+    """Return the prefixes that rows share, up to the end of their first image; None where sharing saves too little."""
+    keys, lengths, at = [], [], 0
+    for number, row in enumerate(rows):
+        if row.places:
+            # Rows share an image only as one object: two encodings may differ in rounding.
+            keys.append((row.ids[: row.places[0]].numpy().tobytes(), id(encoded[at])))
+            lengths.append(sum(row.spans[0]))
+        else:
+            keys.append(number)
+            lengths.append(0)
+        at += len(row.places)
+    return SharedPrefixes.of_rows(keys, lengths, [row.length for row in rows])
+
+
 def _images_of(images) -> Sequence[Tensor]:
     """The images of a batch one by one; a tensor [3, H, W] is one of them."""
     if images is None:
@@ -434,6 +491,19 @@ def _images_of(images) -> Sequence[Tensor]:
             f"images is of type {type(images).__name__}, allowed is a tensor or a list of tensors as process_images gives them"
         )
     return images
+
+
+def _describe_smaller(selection: Selection, total: int, side: int) -> None:
+    """Describe the tokens of an image that was made smaller by the image before: as merged tokens of its patches.
+
+    total: its tokens before; side: patches per side of tile 0, whose patches are the first of them
+    """
+    patches = math.isqrt(len(selection.indices))  # a newline token may follow
+    made = torch.full_like(selection.indices, -1)
+    selection.sources = cells(side, patches) + [[] for _ in range(len(made) - patches**2)]
+    selection.indices = selection.tile = selection.row = selection.column = made
+    selection.saliency = torch.full_like(selection.saliency, float("nan"))
+    selection.total = total
 
 
 def _no_tokens(words: Tensor) -> Selection:

@@ -55,7 +55,7 @@ class Adapter:
         return cls(folder, settings, whole, parts)
 
     def splits_embeddings(self, model) -> bool:
-        """Whether word embeddings and head, one tensor in the model, are two different ones with the adapter."""
+        """Return whether word embeddings and head share one tensor in the model, but differ with the adapter."""
         if not model.config.tie_word_embeddings:
             return False
         embedding, head = (self.whole.get(f"{name}.weight") for name in (EMBEDDING, HEAD))

@@ -64,7 +64,7 @@ def adopt_padding(config, image_processor) -> None:
 
 
 def has_image_processor(folder: Path) -> bool:
-    """Whether a folder has the settings of an image processor."""
+    """Return whether a folder has the settings of an image processor."""
     return _processor_settings(folder) is not None
 
 

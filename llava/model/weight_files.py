@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def without_use(model, name: str) -> bool:
-    """Whether the model knows weights of this name and has no use for them, such as the tower's last layer."""
+    """Return whether the model knows weights of this name but does not use them, such as the tower's last layer."""
     layer = re.search(r"vision_tower\..*encoder\.layers\.(\d+)\.", name)
     if layer is not None:
         return int(layer[1]) >= model.get_vision_tower().config.num_hidden_layers

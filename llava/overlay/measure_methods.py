@@ -59,7 +59,7 @@ class MethodResult:
         ]
 
     def _scatter(self) -> str:
-        """What stands below a time that must not be quoted."""
+        """Return the text below a time that must not be quoted."""
         low, high = 1000 * min(self.repeats), 1000 * max(self.repeats)
         return f"do not quote this time: its repeats lie between {low:.1f} and {high:.1f} ms"
 

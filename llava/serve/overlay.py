@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def caveat_of(run) -> str:
-    """What the demo's answers are worth, where it was asked about a picture that is none of the demo's; "" otherwise."""
+    """Return the caveat about the demo checkpoint's answers for a picture that is not the demo's; "" otherwise."""
     from llava.eval.benchmarks.shapes import QUESTIONS
     from llava.serve.service.start import limits_of
     from llava.shapes.dataset import is_test_picture
@@ -188,7 +188,7 @@ def describe(run, config: AdaVConfig) -> str:
 
 
 def past_the_end(looks: dict, steps: int) -> str:
-    """A sentence for cache states that go on after the end of an answer, else ""."""
+    """Return a sentence if the cache states continue after the end of an answer; "" otherwise."""
     # The first token comes from prefill, so an answer of n tokens has n - 1 decode steps.
     shortest = min(look.new_tokens for look in looks.values())
     if shortest > steps:

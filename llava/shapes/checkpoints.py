@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scene:
-    """What is measured on one checkpoint.
+    """The measurement on one checkpoint.
 
     tokens: budget K, about a tenth of the vision tokens. questions, batch: chosen so that the whole demo takes about
     two minutes on two cores.

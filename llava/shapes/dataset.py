@@ -38,7 +38,7 @@ def scene_questions(family, split, index, seed_set=0):
 
 
 def is_test_picture(picture: Image.Image, questions: int) -> bool:
-    """Whether an RGB picture is one of those that the first `questions` questions of a family's test split are about."""
+    """Return whether an RGB picture belongs to the first `questions` questions of a family's test split."""
     return any(
         scene_size(family, "test", index) == picture.size
         and np.array_equal(draw_scene(family, "test", index).pixels, np.asarray(picture))

@@ -97,7 +97,7 @@ class RunArguments:
 
     @property
     def kind(self) -> str:
-        """What is trained and saved: "projector", "lora" or "full"."""
+        """The part that is trained and saved: "projector", "lora" or "full"."""
         if self.model.tune_mm_mlp_adapter:
             return "projector"
         return "lora" if self.training.lora_enable else "full"

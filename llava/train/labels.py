@@ -95,7 +95,7 @@ def _tokens_and_places(prompt: str, tokenizer) -> tuple[list[int], list[tuple[in
 
 
 def _text_tokens_and_places(prompt: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """As _tokens_and_places, of a prompt in which <image> is text, also for a tokenizer that has it as a token."""
+    """Return _tokens_and_places of a prompt in which <image> is text, also for a tokenizer that has it as a token."""
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_added_vocab():
         found = tokenizer(prompt, return_offsets_mapping=True)
         return list(found.input_ids), [tuple(place) for place in found.offset_mapping]
@@ -140,7 +140,7 @@ def turns_of(sample: dict, where: str, images: int | None = None) -> list[str]:
 
 
 def _is_turn(turn) -> bool:
-    """Whether it has its texts; an answer may be null, which is an empty one."""
+    """Return whether a turn has its texts. An answer may be null, which is an empty answer."""
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
         return False
     return isinstance(turn.get("value"), str) or (turn["from"] == ROLES[1] and turn.get("value", "") is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def inputs(model, rows, sizes):
     """A left-padded batch of `rows` whose images have `sizes`, of noise."""
     generator = torch.Generator().manual_seed(0)
     plans = [tile_plan(size, model.config) for size in sizes]
-    images = [torch.randn(plan.tiles, 3, SIDE, SIDE, generator=generator) for plan in plans]
+    images = [torch.randn(plan.tiles, 3, plan.tile_size, plan.tile_size, generator=generator) for plan in plans]
     ids, mask = left_pad([torch.tensor(row) for row in rows], 3)
     return {"input_ids": ids, "attention_mask": mask, "images": images or None, "image_sizes": sizes or None}
 
@@ -144,17 +145,30 @@ def counts(model, sizes):
     return [ImageCounts.from_plan(tile_plan(size, model.config), shape.side) for size in sizes]
 
 
-def counted(function) -> int:
-    """FLOPs by torch's counter: under the MATH backend, since it counts nothing for SDPA's fused kernel on the CPU.
+def counted(model, function) -> list[int]:
+    """FLOPs by torch's counter, one number for each forward pass of the model. What is computed between two passes counts
+    to the later one, so that the first number includes the vision tower. Nothing may be computed after the last.
 
-    Rotation angles, position times frequency, are left out: some versions of transformers make them by a matrix product,
-    which the counter sees, and some by an elementwise one, which it does not.
+    Under the MATH backend, since the counter counts nothing for SDPA's fused kernel on the CPU. Rotation angles, position
+    times frequency, are left out: some versions of transformers make them by a matrix product, which the counter sees,
+    and some by an elementwise one, which it does not.
     """
+    totals = [0]
+
+    def so_far(*_):
+        by_module = counter.get_flop_counts()
+        angles = [name for name in by_module if name.endswith(("rotary_emb", "RotaryEmbedding"))]
+        totals.append(counter.get_total_flops() - sum(sum(by_module[name].values()) for name in angles))
+
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    by_module = counter.get_flop_counts()
-    angles = [name for name in by_module if name.endswith(("rotary_emb", "RotaryEmbedding"))]
-    return counter.get_total_flops() - sum(sum(by_module[name].values()) for name in angles)
+        handle = model.register_forward_hook(so_far)
+        try:
+            function()
+        finally:
+            handle.remove()
+    so_far()
+    assert totals.pop() == totals[-1]
+    return [after - before for before, after in pairwise(totals)]
 
 
 def agrees(measured: int, cost: Cost, attention: float = 0.2, exact: bool = True) -> None:
@@ -171,7 +185,7 @@ def test_prefill_agrees_with_torchs_counter(model, method):
     config = AdaVConfig(method=method, overall_tokens=BUDGET // 5 if method in DROPPERS else BUDGET)
     batch = inputs(model, ROWS[:1], SIZES[:1])
     cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
-    measured = counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
+    (measured,) = counted(model, lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
     # How much of a coverage is brought up to date, and how many words are raters, depends on the sample.
     exact = method not in ("scope", "adav_cover", "sparsevlm")
     agrees(measured, cost, 0.0 if method == "no_image" else 0.2, exact)
@@ -182,7 +196,7 @@ def test_prefill_agrees_with_torchs_counter(model, method):
 def test_dropping_from_two_images_agrees_with_torchs_counter(model, method):
     config, batch = AdaVConfig(method=method, overall_tokens=BUDGET // 10), inputs(model, ROWS[1:2], SIZES[1:])
     cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
-    measured = counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
+    (measured,) = counted(model, lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
     agrees(measured, cost, exact=method != "sparsevlm")
 
 
@@ -191,11 +205,13 @@ def test_two_images_and_all_logits_agree_with_torchs_counter(model, monkeypatch)
     batch = inputs(model, ROWS[1:2], SIZES[1:])
     shape = ModelShape.from_config(model.config)
     cost = predict(shape, config, images, text_tokens=5, words=[4, 3])
-    agrees(counted(lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False)), cost)
+    (measured,) = counted(model, lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
+    agrees(measured, cost)
     # forward(), as in training, gives the logits of all positions.
     monkeypatch.setattr(model, "adav_config", config)
     cost = predict(shape, config, images, text_tokens=5, words=[4, 3], logits=cost.cached[0])
-    agrees(counted(lambda: model(**batch)), cost)
+    (measured,) = counted(model, lambda: model(**batch))
+    agrees(measured, cost)
 
 
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
@@ -203,17 +219,11 @@ def test_two_images_and_all_logits_agree_with_torchs_counter(model, monkeypatch)
 def test_decode_agrees_with_torchs_counter(model, method):
     config, batch = AdaVConfig(method=method, overall_tokens=BUDGET), inputs(model, ROWS[:1], SIZES[:1])
     cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[:1]), text_tokens=5, words=[3])
-    prepared = model.prepare(**batch, config=config)
-
-    def generate(tokens):
-        return lambda: model.generate(
-            prepared=prepared, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None
-        )
-
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     # The first new token comes out of prefill: three tokens are prefill and two steps.
-    one, three = counted(generate(1)), counted(generate(3))
+    _, *measured = counted(model, lambda: model.generate(**batch, config=config, **options))
     steps = [cost.decode(step) for step in (1, 2)]
-    assert three - one == sum(sum(step.values()) for step in steps)
+    assert measured == [sum(step.values()) for step in steps]
     assert steps[0]["attention"] >= 0.2 * sum(steps[0].values())
 
 
@@ -304,7 +314,9 @@ def test_both_formats_have_one_shape(tmp_path):
     hf = save_llava_hf(source, tmp_path / "hf")
     original = save_original(source, tmp_path / "original", save_clip_tower(source, tmp_path / "tower"))
     shapes = {ModelShape.from_config(read_config(folder)) for folder in (hf, original)}
-    shapes |= {ModelShape.from_config(load_pretrained_model(folder, device_map="cpu")[1].config) for folder in (hf, original)}
+    shapes |= {
+        ModelShape.from_config(load_pretrained_model(folder, device_map="cpu")[1].config) for folder in (hf, original)
+    }
     assert len(shapes) == 1 and shapes.pop().kv_heads == 2
 
 

@@ -11,7 +11,13 @@ from llava.eval.runs.shard_answers import merge
 
 SMALL = ("shortuuid", "openpyxl")
 MODULES = (
-    *("llava.eval.runs.run", "llava.eval.launch", "llava.eval.runs.answer_shard", "llava.eval.worker", "llava.serve.service.batches"),
+    *(
+        "llava.eval.runs.run",
+        "llava.eval.launch",
+        "llava.eval.runs.answer_shard",
+        "llava.eval.worker",
+        "llava.serve.service.batches",
+    ),
     *("llava.eval.benchmarks.mmbench", "llava.eval.compare", "test_engine", "test_token_dropping", "cache_policies"),
 )
 

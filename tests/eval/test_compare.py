@@ -12,9 +12,11 @@ from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval import compare
 from llava.eval.benchmarks import shapes
-from llava.eval.results.compare_rows import Cell
+from llava.eval.results.compare_rows import Cell, _Line, _split
 from llava.eval.results.compare_table import markdown, read_rows, summary
 from llava.eval.scoring.bootstrap import cluster_intervals
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 # ---------------------------------------------------------------------------------------------------- bootstrap
@@ -74,7 +76,12 @@ def done(tmp_path_factory):
     place = tmp_path_factory.mktemp("compare")
     model = build_reference("llava")
     checkpoint = save_original(model, place / "tiny-v1.5", save_clip_tower(model, place / "tower"))
-    flags = {"checkpoints": checkpoint, "methods": "random,no_image,adav-public", "budgets": "50,25", "seeds": 2}
+    flags = {
+        "checkpoints": checkpoint,
+        "methods": "random,no_image,downsample,adav-public",
+        "budgets": "50,25",
+        "seeds": 2,
+    }
     flags |= {"limit": 12, "shards": 1, "output": place / "runs", "out": place / "out"}
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     with pytest.MonkeyPatch.context() as patch:
@@ -85,6 +92,51 @@ def done(tmp_path_factory):
         yield place, arguments
 
 
+def test_split_by_hand():
+    # Four questions about four pictures. Down-sampling answers the first two at 25 %. adav is right on the first and the
+    # third: one of two in either group. At 10 % nothing was down-sampled; method none has no budget.
+    def line(method, percent, *right):
+        return _Line({"method": method}, np.array(right, dtype=float), percent)
+
+    lines = [
+        line("none", None, 1, 1, 1, 1),
+        line("downsample", 25, 1, 1, 0, 0),
+        line("adav", 25, 1, 0, 1, 0),
+        line("random", 25, 0.5, 1, 0.5, 1),
+        line("adav", 10, 1, 1, 0, 0),
+    ]
+    rows = [{} for _ in lines]
+    _split(lines, rows, list("abcd"))
+    assert rows[0] == rows[4] == {}
+    for group, shares in (("right", (1, 0.5, 0.75)), ("wrong", (0, 0.5, 0.75))):
+        name = f"downsample_{group}"
+        assert [row[f"{name}_accuracy"] for row in rows[1:4]] == pytest.approx(shares)
+        assert all(row[f"{name}_questions"] == 2 and row[f"{name}_low"] <= row[f"{name}_high"] for row in rows[1:4])
+    assert rows[1]["downsample_right_low"] == 0, "a draw without any question of the group"
+    # Everything is answered by it: the other group has no accuracy.
+    lines, rows = [line("downsample", 25, 1, 1), line("adav", 25, 0, 1)], [{}, {}]
+    _split(lines, rows, list("ab"))
+    assert rows[1]["downsample_wrong_questions"] == 0 and "downsample_wrong_accuracy" not in rows[1]
+
+
+def test_the_split_adds_up_and_is_in_the_table(done):
+    place, _ = done
+    rows = read_rows(place / "out" / "compare.csv")
+    for row in rows:
+        counts = [row[f"downsample_{group}_questions"] for group in ("right", "wrong")]
+        assert (counts == [None, None]) == (row["budget_percent"] is None)
+        if row["budget_percent"]:
+            parts = [row[f"downsample_{group}_accuracy"] or 0 for group in ("right", "wrong")]
+            assert sum(counts) == 12
+            assert sum(n * part for n, part in zip(counts, parts, strict=True)) == pytest.approx(
+                12 * row["accuracy"], abs=1e-4
+            )
+    text = (place / "out" / "compare.md").read_text()
+    assert "split by the answers of `downsample` at the same budget" in text and "downsample right [95 %]" in text
+    old = [{name: value for name, value in row.items() if not name.startswith("downsample_")} for row in rows]
+    assert "split by" not in markdown(old), "a file of an earlier version"
+
+
 def test_rows_are_complete(done):
     place, _ = done
     rows = read_rows(place / "out" / "compare.csv")
@@ -93,6 +145,7 @@ def test_rows_are_complete(done):
         ("none", None, None, None),
         ("no_image", None, None, None),
         *(("random", p, t, seed) for p, t in ((50, 8), (25, 4)) for seed in ("0", "1", "mean")),
+        *(("downsample", p, t, None) for p, t in ((50, 8), (25, 4))),
         *(("adav", p, t, None) for p, t in ((50, 8), (25, 4))),
     ], "adav is there though it was not named, its public twin is not: this checkpoint has one tile"
     by_place = dict(zip(place_of, rows, strict=True))
@@ -102,7 +155,9 @@ def test_rows_are_complete(done):
         assert {"accuracy_color", "accuracy_count"} <= row.keys() and row["torch"] and row["commit"] and row["code"]
         assert row["prefill_flops"] > 0 and row["kv_bytes"] > 0
         assert row["tokens_before"] == (0 if row["method"] == "no_image" else 16)
-        assert row["layer_mean"] == row["tokens_after"] == (row["budget_tokens"] or row["tokens_before"])
+        # The largest square grid of at most 8 patches is 2 x 2.
+        kept = 4 if row["method"] == "downsample" else row["budget_tokens"] or row["tokens_before"]
+        assert row["layer_mean"] == row["tokens_after"] == kept
         if row["budget_percent"] is None:
             assert row["difference"] is None
         else:
@@ -124,11 +179,12 @@ def test_table_and_plot_come_from_the_csv(done, capsys):
     place, arguments = done
     folder = place / "out"
     rows, text = read_rows(folder / "compare.csv"), (folder / "compare.md").read_text()
-    assert [row["seed"] for row in summary(rows)] == [None, None, "mean", "mean", None, None]
+    assert [row["seed"] for row in summary(rows)] == [None, None, "mean", "mean", *[None] * 4]
     table = markdown(rows)
     assert table in text and "does not show which method is better" in " ".join(text.split())
-    lines = table.splitlines()[2:]
-    assert len(lines) == 2 + 6 and len(set(map(len, lines))) == 1
+    lines, split = (part.splitlines() for part in table.split("\n\n")[1::2])
+    assert len(lines) == 2 + 8 and len(set(map(len, lines))) == 1
+    assert len(split) == 2 + 6 and len(set(map(len, split))) == 1
     assert "12 questions about 3 pictures" in table and "random, mean of seeds" in table
     picture = Image.open(folder / "compare.png")
     assert picture.width == 1200
@@ -151,7 +207,8 @@ def test_an_interrupted_comparison_goes_on(done):
         path.parent.name.rsplit("-", 1)[0]: json.loads(path.read_text())["sessions"][-1]["answered"]
         for path in (place / "runs").rglob("run.json")
     }
-    assert answered == {"none-all": 0, "no_image-0": 0, "random-8": 0, "random-4": 0, "adav-8": 0, "adav-4": 5}
+    others = [f"{method}-{tokens}" for method in ("random", "downsample", "adav") for tokens in (8, 4)]
+    assert answered == {"none-all": 0, "no_image-0": 0} | dict.fromkeys(others, 0) | {"adav-4": 5}
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,9 @@ def test_all_missing_files_are_named_at_once(place, capsys):
     (place / "elsewhere").mkdir()
     files = {
         "mme": ("MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version"),
-        "textvqa": tuple(f"textvqa/{n}" for n in ("llava_textvqa_val_v051_ocr.jsonl", "train_images", "TextVQA_0.5.1_val.json")),
+        "textvqa": tuple(
+            f"textvqa/{n}" for n in ("llava_textvqa_val_v051_ocr.jsonl", "train_images", "TextVQA_0.5.1_val.json")
+        ),
     }
     for name, missing in files.items():
         said = refused(place, capsys, "--plan", benchmark=name, **{"data-root": "elsewhere"})

@@ -21,6 +21,7 @@ from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, p
 from llava.model.builder import load_pretrained_model
 from llava.utils import disable_torch_init
 
+pytestmark = pytest.mark.usefixtures("warm")
 ROW = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
 
@@ -164,7 +165,7 @@ def test_bad_input(data, tmp_path, capsys, replaced, extra, says):
     assert not list(tmp_path.rglob("answers.jsonl*"))
 
 
-def test_science_and_mmbench_write_what_llavas_scorers_read(data, checkpoint, tmp_path):
+def test_science_and_mmbench_write_what_llavas_scorers_read(data, checkpoint, tmp_path, cold):
     answers = tmp_path / "science.jsonl"
     folder = data / "scienceqa"
     common = ["--single-pred-prompt", "--max_new_tokens", "3"]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from eval_data import REPOSITORY, environment, launch, make_vqav2
+from eval_data import REPOSITORY, environment, launch, make_vqav2, scripts
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.common.errors import UserError
@@ -17,6 +17,7 @@ from llava.eval.runs.locks import hold_for_rank
 from llava.eval.runs.machines import Ranks
 from llava.eval.runs.worker_processes import RANK_VARIABLES
 
+pytestmark = pytest.mark.usefixtures("warm")
 QUESTIONS = 72
 
 
@@ -32,7 +33,7 @@ def arguments(tmp_path_factory):
 
 def torchrun(ranks: int, *arguments) -> subprocess.Popen:
     """scripts/cluster/torchrun.sh on one machine, whose ranks are processes of one process group."""
-    command = ["bash", str(REPOSITORY / "scripts" / "cluster" / "torchrun.sh"), *map(str, arguments)]
+    command = ["bash", str(scripts() / "cluster" / "torchrun.sh"), *map(str, arguments)]
     variables = {**environment(), "RANKS_PER_NODE": str(ranks), "MASTER_PORT": str(free_port())}
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -43,16 +44,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launchers(agent: subprocess.Popen) -> dict[int, int]:
-    """Rank -> process id of the launchers that torchrun started."""
+def launchers(output: Path) -> dict[int, int]:
+    """Rank -> process id of the launchers that torchrun started with this --output."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            words = (folder / "cmdline").read_text().split("\0")
             variables = dict(pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair)
         except (OSError, IndexError):
             continue  # it ended while we looked
-        if parent == agent.pid and "RANK" in variables:
+        if str(output) in words and "RANK" in variables:
             found[int(variables["RANK"])] = int(folder.name)
     return found
 
@@ -82,7 +83,7 @@ def test_four_ranks_one_killed(arguments, tmp_path):
     while sum(answered(output).values()) < 8:
         assert agent.poll() is None and time.monotonic() < deadline, agent.communicate()[1]
         time.sleep(0.01)
-    pids = launchers(agent)
+    pids = launchers(output)
     assert sorted(pids) == [0, 1, 2, 3]
     os.kill(pids[2], signal.SIGKILL)
     _, said = agent.communicate(timeout=300)
@@ -104,7 +105,7 @@ def test_four_ranks_one_killed(arguments, tmp_path):
     }
 
 
-def test_bad_input_is_told_once_and_ends_every_rank(arguments, tmp_path):
+def test_bad_input_is_told_once_and_ends_every_rank(arguments, tmp_path, cold):
     agent = torchrun(2, *arguments, "--output", tmp_path, "--method", "best")
     _, said = agent.communicate(timeout=120)
     assert agent.returncode == 2

@@ -1,7 +1,4 @@
-"""The launcher as a user runs it, with a tiny random checkpoint: kills, resumes, full disks, unreadable images.
-
-Each start of a worker loads torch, which takes seconds: these tests start as few as they can.
-"""
+"""The launcher as a user runs it, with a tiny random checkpoint: kills, resumes, full disks, unreadable images."""
 
 import json
 import os
@@ -19,6 +16,7 @@ from tiny_checkpoints import build_reference, save_clip_tower, save_original
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.runs.run import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("warm")
 QUESTIONS = 72
 
 
@@ -91,28 +89,17 @@ def test_a_run_leaves_everything_behind(undisturbed, data):
 
 
 # ------------------------------------------------------------------------------------------------------- kills
-def children(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-        except (OSError, IndexError):
-            continue  # it ended while we looked
-    return found
-
-
-def workers(launcher: subprocess.Popen) -> dict[int, int]:
-    """Shard number -> process id of the launcher's running workers."""
+def workers(output: Path) -> dict[int, int]:
+    """Shard number -> process id of the running workers with orders in this folder."""
     found = {}
-    for pid in children(launcher.pid):
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            words = file.read_bytes().decode(errors="replace").split("\0")
         except OSError:
-            continue  # the launcher's shorter-lived children (git) may end while we look
-        orders = [Path(word.decode()).stem for word in words if b"order-" in word]
+            continue  # it ended while we looked
+        orders = [Path(word) for word in words if word.startswith(f"{output}/") and "order-" in word]
         if orders:
-            found[int(orders[0].removeprefix("order-"))] = pid
+            found[int(orders[0].stem.removeprefix("order-"))] = int(file.parent.name)
     return found
 
 
@@ -140,10 +127,10 @@ def test_ten_killed_shards_lose_nothing(checkpoint, data, undisturbed, tmp_path)
         shards = 2 if attempt in (1, 4) else 1
         before = answered(tmp_path)
         launcher = start(*arguments(checkpoint, data, tmp_path, "--shards", shards))
-        wait_for(lambda launcher=launcher, shards=shards: len(workers(launcher)) == shards)
-        pids = workers(launcher)
+        wait_for(lambda shards=shards: len(workers(tmp_path)) == shards)
+        pids = workers(tmp_path)
         if attempt % 2 == 0:
-            moment = time.monotonic() + chance.uniform(0, 2)
+            moment = time.monotonic() + chance.uniform(0, 0.6)  # a warm worker loads in less
             while time.monotonic() < moment and answered(tmp_path) == before:
                 time.sleep(0.01)  # not past the first answer: a fast machine would be done before the kill
         else:
@@ -168,10 +155,10 @@ def test_ten_killed_shards_lose_nothing(checkpoint, data, undisturbed, tmp_path)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_no_shard_outlives_the_launcher(checkpoint, data, tmp_path, number, code):
+def test_no_shard_outlives_the_launcher(checkpoint, data, tmp_path, cold, number, code):
     launcher = start(*arguments(checkpoint, data, tmp_path, "--shards", "2"))
-    wait_for(lambda: len(workers(launcher)) == 2)
-    pids = list(workers(launcher).values())
+    wait_for(lambda: len(workers(tmp_path)) == 2)
+    pids = list(workers(tmp_path).values())
     launcher.send_signal(number)
     _, said = launcher.communicate(timeout=60)
     assert launcher.returncode == code, said

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from benchmark_data import MAKERS, make_benchmark
-from eval_data import REPOSITORY, environment
+from eval_data import environment, scripts
 
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results.published import TABLE
 from llava.eval.runs.run import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("warm")
 CHECKPOINT = "playground/llava-shapes-v1.5"
 QUESTIONS = 8
 NAMES = tuple(MAKERS)
@@ -31,7 +32,7 @@ def data(tmp_path_factory):
 
 
 def arguments(family, name, output, *flags) -> list[str]:
-    script = REPOSITORY / "scripts" / family / "eval" / f"{name}.sh"
+    script = scripts() / family / "eval" / f"{name}.sh"
     return ["bash", str(script), "14", "--output", str(output), *map(str, flags)]
 
 
@@ -77,7 +78,7 @@ def test_a_script_runs_from_questions_to_score(data, tmp_path, name):
     assert str(folder) in plan and f"{QUESTIONS} answered already, 0 to do" in plan and "llava.eval.worker" not in plan
 
 
-def test_two_shards_share_no_image(data, tmp_path):
+def test_two_shards_share_no_image(data, tmp_path, cold):
     done = run(arguments("v1_5", "gqa", tmp_path, "--max-new-tokens", 3, "--shards", 2), settings(data))
     folder = check(tmp_path, "gqa", data)
     shards = [
@@ -117,7 +118,7 @@ def answered(output: Path) -> int:
 def test_all_of_the_published_table_on_a_subset(data, tmp_path):
     """Seven benchmarks by one worker; a seeded subset, scored on its own keys and labelled in every place."""
     env = settings(data, SUBSET="6")
-    script = ["bash", str(REPOSITORY / "scripts" / "eval_all.sh"), "v1_5", "14", "--max-new-tokens", "3"]
+    script = ["bash", str(scripts() / "eval_all.sh"), "v1_5", "14", "--max-new-tokens", "3"]
     done = run([*script, "--output", str(tmp_path)], env)
     for name in TABLE:
         folder, score = finished(tmp_path, name)
@@ -157,7 +158,7 @@ def test_the_plan_of_every_script(data, tmp_path, family):
 
 
 def test_the_plan_of_the_whole_table(data, tmp_path):
-    script = ["bash", str(REPOSITORY / "scripts" / "eval_all.sh"), "v1_6", "--plan", "--output", str(tmp_path)]
+    script = ["bash", str(scripts() / "eval_all.sh"), "v1_6", "--plan", "--output", str(tmp_path)]
     printed = run(script, settings(data)).stdout
     assert [line.split()[0] for line in printed.splitlines() if ", method adav, 144 tokens:" in line] == list(TABLE)
     (command,) = [line for line in printed.splitlines() if "llava.eval.worker" in line]

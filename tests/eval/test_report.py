@@ -146,6 +146,31 @@ def test_differences_and_flips_by_hand(bench):
     assert kinds == {"query": [87.5, 87.5, 87.5], "verify": [87.5, 62.5, 100.0]}
 
 
+def test_questions_are_split_by_what_downsampling_answers(bench):
+    """Each run of method downsample makes two groups; a group without questions is left out."""
+    folders = [
+        bench.run(),
+        bench.run(method="adav", wrong={0, 1, 4}, tokens=9),
+        bench.run(method="downsample", wrong={0, 1, 2, 3}, tokens=9),
+        bench.run(method="downsample", wrong=(), tokens=4),
+    ]
+    (comparison,) = compare(judged(*folders)[0])
+    shares = {kind.name: [share.value for share in kind.shares] for kind in comparison.kinds}
+    counts = {kind.name: kind.questions for kind in comparison.kinds}
+    assert [run.title for run in comparison.runs] == [
+        "none",
+        "adav, 9 tokens",
+        "downsample, 9 tokens",
+        "downsample, 4 tokens",
+    ]
+    assert list(shares)[:2] == ["query", "verify"] and "downsample, 4 tokens: wrong" not in shares
+    assert shares["downsample, 9 tokens: wrong"] == [100, 50, 0, 100] and counts["downsample, 9 tokens: wrong"] == 4
+    right = shares["downsample, 9 tokens: right"]
+    assert right == pytest.approx([100, 100 * 11 / 12, 100, 100]) and counts["downsample, 9 tokens: right"] == 12
+    html = report(bench)
+    assert "downsample, 9 tokens: wrong" in html
+
+
 def test_without_an_unpruned_run_most_tokens_are_the_reference(bench):
     bench.run(method="adav", tokens=4)
     bench.run(method="random", tokens=9)

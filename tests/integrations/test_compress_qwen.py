@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.transformers import compress, received_attention
-from llava.integrations.transformers.qwen_prompts import QwenPrompts
+from llava.integrations.transformers.prompts import Prompts
 from llava.integrations.transformers.received_attention import QwenSaliency, mean_received
 from llava.methods.before_llm import SELECTORS, Selector
 from llava.methods.before_llm.base import take
@@ -256,7 +256,7 @@ def test_positions_matter_to_the_test_above(model, monkeypatch):
     inputs = prompt(PROMPTS["several images"])
     with compress(model, AdaVConfig(method="cls", overall_tokens=3)):
         result = answer(model, inputs)
-        monkeypatch.setattr(QwenPrompts, "positions", lambda self, whole: self.mask.cumsum(1).expand(4, -1, -1) - 1)
+        monkeypatch.setattr(Prompts, "positions", lambda self, whole: self.mask.cumsum(1).expand(4, -1, -1) - 1)
         reindexed = answer(model, inputs)
     assert not torch.allclose(reindexed.logits[0], result.logits[0], atol=1e-2)
 
@@ -499,13 +499,15 @@ def test_only_this_model(model):
 
 
 REFUSED = {
-    "fastv": (dict(method="fastv"), "acts inside the LLM"),
+    "fitprune": (dict(method="fitprune"), "acts inside the LLM"),
     "sparsevlm": (dict(method="sparsevlm"), "acts inside the LLM"),
     "filter": (dict(prefill_filter_flag=True), "prefill_filter_flag"),
     "avl": (dict(vision_adaptive_attention=True), 'policy "avl"'),
     "h2o": (dict(all_use_h2o=True), 'policy "h2o"'),
     "visionzip": (dict(method="visionzip"), r"hidden and keys .*\[CLS\]"),
     "scope": (dict(method="scope"), r"hidden .*\[CLS\]"),
+    "hiprune": (dict(method="hiprune"), r"received .*\[CLS\]"),
+    "downsample": (dict(method="downsample"), "max_pixels"),
     "text tower": (dict(method="cdpruner", options={"text_tower": "x"}), "text_cosine"),
     "compat": (dict(options={"compat": "public"}), "options.compat"),
     "anyres": (dict(options={"anyres": "fastervlm"}), "options.anyres"),

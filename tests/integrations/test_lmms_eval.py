@@ -78,7 +78,15 @@ def test_scores_by_hand(one_rank):
 
 def test_two_ranks_answer_as_one(one_rank, tasks, tmp_path):
     """Sample for sample, in batches of different sizes: answers, tokens read and written, and every score."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llava.integrations.lmms_eval.command"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava.integrations.lmms_eval.command",
+    ]
     arguments = ("--model", "adav_llava", "--model_args", f"{MODEL_ARGS},overall_tokens=36", "--batch_size", "4")
     _, results, rows = run(launcher, tasks, tmp_path, *arguments)
     assert rows == one_rank[2]
@@ -104,7 +112,9 @@ def test_the_command_line_of_avl(tasks, tmp_path):
     options = [part for name, value in AVL.items() for part in (f"--{name}", value)]
     model_args = f"pretrained={CHECKPOINT},device_map=auto,attn_implementation=eager"
     arguments = ["--model", "llava_hf", "--model_args", model_args, *options, "--batch_size", "2"]
-    done, _, rows = run(["-m", "llava.integrations.lmms_eval.command"], tasks, tmp_path, *arguments, names=["adav_docvqa"])
+    done, _, rows = run(
+        ["-m", "llava.integrations.lmms_eval.command"], tasks, tmp_path, *arguments, names=["adav_docvqa"]
+    )
     assert "note: --model llava_hf is A-VL alone here" in done.stderr
     assert "note: attn_implementation=eager is not needed" in done.stderr
     assert "vision tokens per image: 144.0 -> " in done.stderr
@@ -137,7 +147,11 @@ def test_the_name_of_lmms_evals_own_model_says_what_to_type(tasks, tmp_path):
     arguments = ("--model", "llava", "--model_args", f"pretrained={CHECKPOINT}")
     done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, code=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and f"type --model adav_llava --model_args pretrained={CHECKPOINT}" in errors[0] and "Traceback" not in done.stderr
+    assert (
+        len(errors) == 1
+        and f"type --model adav_llava --model_args pretrained={CHECKPOINT}" in errors[0]
+        and "Traceback" not in done.stderr
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ odd documents
@@ -160,7 +174,12 @@ def asked(model, documents):
     model.task_dict = {"shapes": {"test": documents}}
     settings = {"max_new_tokens": 4}
     return [
-        Instance("generate_until", (prompt, settings, shown, i, "shapes", "test"), i, {"task": "shapes", "doc_id": i, "repeats": 1})
+        Instance(
+            "generate_until",
+            (prompt, settings, shown, i, "shapes", "test"),
+            i,
+            {"task": "shapes", "doc_id": i, "repeats": 1},
+        )
         for i, (prompt, _) in enumerate(documents)
     ]
 
@@ -183,7 +202,13 @@ def test_an_odd_document_costs_its_own_answer_and_is_named(model, tasks, capsys)
     assert [answer.text for answer in answers[::2]] == [ANSWERS[one] for one in ASKED]
     assert [answer.text for answer in answers[1::2]] == [""] * 5
     said = capsys.readouterr().err
-    for number, why in ((1, "it shows str"), (3, "has 2 times <image>, but 1 images"), (5, "'image'"), (7, ""), (9, "1 times")):
+    for number, why in (
+        (1, "it shows str"),
+        (3, "has 2 times <image>, but 1 images"),
+        (5, "'image'"),
+        (7, ""),
+        (9, "1 times"),
+    ):
         assert f"note: task shapes, document {number}: " in said and why in said
     assert said.count("its answer is empty") == 5
 
@@ -193,4 +218,6 @@ def test_a_task_whose_documents_are_all_odd_ends_the_run(model, capsys):
         model.generate_until(asked(model, [("What?", ["a.mp4"]), ("What?", ["b.mp4"])]))
     said = capsys.readouterr().err
     assert ended.value.code == 2
-    assert "none of 2 documents can be asked; the first: task shapes, document 0: it shows str, allowed are images" in said
+    assert (
+        "none of 2 documents can be asked; the first: task shapes, document 0: it shows str, allowed are images" in said
+    )

@@ -30,7 +30,10 @@ def in_copy(copy: Path, *command: str) -> str:
 def fresh_clone(folder: Path) -> Path:
     """The files of the checkout that git would clone, as they are now."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
         source, target = ROOT / name, folder / name

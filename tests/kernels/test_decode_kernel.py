@@ -153,7 +153,7 @@ def test_one_workspace_for_layers_with_different_lists():
         found = decode_attention(*o, scores=True, workspace=workspace, backend="triton")
         agree(found, rule(o))
     small = decode_workspace(narrow.q, narrow.k, narrow.core, narrow.text, 3, backend="triton")
-    with pytest.raises(ValueError, match="the workspace is for .* 49 listed entries, where .* 548 are due"):
+    with pytest.raises(ValueError, match="the workspace is for .* 49 listed entries, expected are .* 548"):
         decode_attention(*wide, workspace=small, backend="triton")
 
 
@@ -197,10 +197,10 @@ def test_shapes_and_dtypes_that_do_not_fit():
     o = operands(ROWS["63"], groups=2, group=2)
     for changes, said in (
         ({"q": o.q[:, :3]}, "does not fit k .*: rows and head size agree, and G divides H"),
-        ({"q": o.q[0]}, r"where \[B, H, D\], \[B, G, C, D\] and the same are due"),
+        ({"q": o.q[0]}, r"expected are \[B, H, D\], \[B, G, C, D\] and the same"),
         ({"q": o.q.half()}, "q, k and v are torch.float16, torch.float32"),
-        ({"core": o.core.long()}, r"core is torch.int64 .*, where torch.int32 \[1, 33\] is due"),
-        ({"text_len": o.text_len[:, :1]}, r"text_len is .* where torch.int32 \[1, 2\] is due"),
+        ({"core": o.core.long()}, r"core is torch.int64 .*, expected is torch.int32 \[1, 33\]"),
+        ({"text_len": o.text_len[:, :1]}, r"text_len is .* expected is torch.int32 \[1, 2\]"),
         ({"k": o.k.transpose(2, 3).contiguous().transpose(2, 3)}, "last dimension of k is not contiguous"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -129,11 +129,11 @@ def test_matvec_of_a_part_of_a_larger_weight():
 @pytest.mark.parametrize(
     "states, weight, options, complaint",
     [
-        ((2, 8), (4, 8), {}, r"states is torch.float32 \[2, 8\], where torch.float32 \[1, 8\] is due"),
-        ((1, 8), (4, 9), {}, r"states is .* \[1, 8\], where .* \[1, 9\] is due"),
-        ((1, 8), (8,), {}, r"weight is \[8\], where \[N, K\] is due"),
-        ((1, 8), (4, 8), {"bias": (8,)}, r"bias is .* \[8\], where .* \[4\] is due"),
-        ((1, 8), (4, 8), {"up": (3, 8)}, r"up is .* \[3, 8\], where .* \[4, 8\] is due"),
+        ((2, 8), (4, 8), {}, r"states is torch.float32 \[2, 8\], expected is torch.float32 \[1, 8\]"),
+        ((1, 8), (4, 9), {}, r"states is .* \[1, 8\], expected is .* \[1, 9\]"),
+        ((1, 8), (8,), {}, r"weight is \[8\], expected is \[N, K\]"),
+        ((1, 8), (4, 8), {"bias": (8,)}, r"bias is .* \[8\], expected is .* \[4\]"),
+        ((1, 8), (4, 8), {"up": (3, 8)}, r"up is .* \[3, 8\], expected is .* \[4, 8\]"),
         ((1, 8), (4, 8), {"bias": (4,), "up": (4, 8)}, "a gated product has no bias"),
     ],
 )
@@ -588,14 +588,14 @@ def test_operands_that_do_not_fit():
     keys, values = storage(2, 2, 9, 64)
     counts, lists = integers([3, 4]), integers([[[1, 2, 3]] * 2] * 2)
     for changes, said in (
-        ({"q": q[:, 0]}, r"q is \[2, 4, 64\], .*, where \[B, S, H, d\], \[B, S, G, d\] and \[B, G, C, d\] are due"),
+        ({"q": q[:, 0]}, r"q is \[2, 4, 64\], .*, expected are \[B, S, H, d\], \[B, S, G, d\] and \[B, G, C, d\]"),
         ({"q": q[:, :, :3]}, "does not fit k .*: G divides H, and d is even"),
-        ({"v": v.half()}, r"v is torch.float16 .*, where torch.float32 \[2, 1, 2, 64\] is due"),
-        ({"cos": cos[..., :32]}, r"cos is .* where torch.float32 \[2, 1, 64\] is due"),
-        ({"values": values[:, :, :4]}, r"values is .* where torch.float32 \[2, 2, 9, 64\] is due"),
+        ({"v": v.half()}, r"v is torch.float16 .*, expected is torch.float32 \[2, 1, 2, 64\]"),
+        ({"cos": cos[..., :32]}, r"cos is .* expected is torch.float32 \[2, 1, 64\]"),
+        ({"values": values[:, :, :4]}, r"values is .* expected is torch.float32 \[2, 2, 9, 64\]"),
         ({"keys": keys.mT.contiguous().mT}, "last dimension of keys is not contiguous"),
-        ({"counts": counts.long()}, r"counts is torch.int64 \[2\], where torch.int32 \[2\] is due"),
-        ({"slots": lists}, r"counts is torch.int32 \[2\], where torch.int32 \[2, 2\] is due"),
+        ({"counts": counts.long()}, r"counts is torch.int64 \[2\], expected is torch.int32 \[2\]"),
+        ({"slots": lists}, r"counts is torch.int32 \[2\], expected is torch.int32 \[2, 2\]"),
         ({"slots": lists, "counts": None}, "slots are given without counts"),
         ({"keys": keys[:, :, :0], "values": values[:, :, :0]}, "1 tokens do not fit into 0 slots"),
     ):
@@ -604,15 +604,15 @@ def test_operands_that_do_not_fit():
             rotate_append(**given | changes)
     hidden, weight = normal(2, 64), normal(64)
     for arguments, said in (
-        ((hidden, hidden, weight.half()), r"weight is torch.float16 \[64\], where torch.float32 \[64\] is due"),
-        ((hidden, hidden[:1], weight), r"delta is .* \[1, 64\], where torch.float32 \[2, 64\] is due"),
+        ((hidden, hidden, weight.half()), r"weight is torch.float16 \[64\], expected is torch.float32 \[64\]"),
+        ((hidden, hidden[:1], weight), r"delta is .* \[1, 64\], expected is torch.float32 \[2, 64\]"),
         ((hidden.mT, None, normal(2)), "hidden is not contiguous"),
         ((normal(), None, weight), "hidden has no dimension"),
     ):
         with pytest.raises(ValueError, match=said):
             add_rms_norm(*arguments, 1e-5)
     for arguments, said in (
-        ((hidden, hidden[:, :3]), r"up is .* \[2, 3\], where torch.float32 \[2, 64\] is due"),
+        ((hidden, hidden[:, :3]), r"up is .* \[2, 3\], expected is torch.float32 \[2, 64\]"),
         ((weight, weight), r"gate is \[64\], where \[..., M\]"),
         ((hidden.mT, hidden.mT), "last dimension of gate is not contiguous"),
     ):
@@ -627,21 +627,21 @@ def test_operands_that_do_not_fit():
     for changes, said in (
         ({"rule": "oldest"}, "rule is 'oldest', allowed are 'summed', 'latest', 'centred'"),
         ({"quantile": 1.5}, "quantile is 1.5, allowed is 0 to 1"),
-        ({"scores": region.scores[0]}, r"scores is \[2, 8\] .*, where \[B, G, T\] and \[B, steps \+ 1\] are due"),
+        ({"scores": region.scores[0]}, r"scores is \[2, 8\] .*, expected are \[B, G, T\] and \[B, steps \+ 1\]"),
         ({"paid": region.scores.half()}, "paid is torch.float16 .*, where torch.float32"),
-        ({"text": region.text[..., :4]}, r"text is .* \[1, 2, 4\], where torch.int32 \[1, 2, 8\] is due"),
-        ({"text_len": region.text_len[:, :1]}, r"text_len is .* where torch.int32 \[1, 2\] is due"),
-        ({"recent": region.recent[:, :1]}, r"recent is .* where torch.int32 \[1, 2\] is due"),
-        ({"step": region.step.float()}, r"step is torch.float32 \[1\], where torch.int64 \[1\] is due"),
+        ({"text": region.text[..., :4]}, r"text is .* \[1, 2, 4\], expected is torch.int32 \[1, 2, 8\]"),
+        ({"text_len": region.text_len[:, :1]}, r"text_len is .* expected is torch.int32 \[1, 2\]"),
+        ({"recent": region.recent[:, :1]}, r"recent is .* expected is torch.int32 \[1, 2\]"),
+        ({"step": region.step.float()}, r"step is torch.float32 \[1\], expected is torch.int64 \[1\]"),
         ({"text": region.text.mT.contiguous().mT}, "text is not contiguous"),
     ):
         with pytest.raises(ValueError, match=said):
             evict(**{"scores": region.scores, "rule": "summed"} | given | changes)
     scores, image, length = normal(1, 8), integers([list(range(8))]), integers([4])
     for changes, said in (
-        ({"core": integers([list(range(9))])}, r"core \[1, 9\], where \[B, N\] and \[B, M\] with M at most N are due"),
+        ({"core": integers([list(range(9))])}, r"core \[1, 9\], expected are \[B, N\] and \[B, M\] with M at most N"),
         ({"scores": scores.double()}, "scores is torch.float64 .*, where torch.float32"),
-        ({"image": image[:, :5]}, r"image is .* \[1, 5\], where torch.int32 \[1, 8\] is due"),
+        ({"image": image[:, :5]}, r"image is .* \[1, 5\], expected is torch.int32 \[1, 8\]"),
         ({"core_len": length.long()}, "core_len is torch.int64 .*, where torch.int32"),
     ):
         operands = {"scores": scores, "image": image, "image_len": length, "core": image[:, :4].clone()}

@@ -89,6 +89,7 @@ BAD = [
     ({"options": {"text_scope": "all"}}, ["options.text_scope", "after", "turn"]),
     ({"options": {"anyres": "fast"}}, ["options.anyres", "official", "fastervlm"]),
     ({"options": {"compat": "public", "anyres": "official"}}, ["compat", "anyres"]),
+    ({"method": "hiprune", "options": {"compat": "public", "anyres": "official"}}, ["compat", "anyres"]),
     ({"options": {"dominant": 0, "contextual": 10}}, ["options.dominant", "0", "at least 1"]),
     ({"options": {"dominant": 54, "contextual": 10.0}}, ["options.contextual", "10.0", "whole number"]),
     ({"options": {"dominant": 54}}, ["options.dominant", "options.contextual", "together"]),
@@ -184,3 +185,13 @@ def test_command_tells_of_options_that_do_not_fit(tmp_path, given, code, words):
         [sys.executable, "-m", "llava.config", str(write(tmp_path, given))], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == code and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
+
+
+def test_compat_public_leaves_the_tiles_of_apet_and_dart():
+    """Their public code runs on the checkpoint's own tiles, newline tokens included."""
+    for anyres in ("official", "fastervlm"):
+        chosen = AdaVConfig(method="dart", options={"compat": "public", "anyres": anyres})
+        assert chosen.option("anyres") == anyres
+    for method in ("apet", "dart"):
+        assert AdaVConfig(method=method, options={"compat": "public"}).option("anyres") == "official"
+    assert AdaVConfig(method="hiprune", options={"compat": "public"}).option("anyres") == "fastervlm"

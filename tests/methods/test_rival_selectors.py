@@ -153,7 +153,7 @@ def test_divprune_equals_the_naive_rule(grid, layout, budget):
     assert kept.indices.tolist() == expected.sort().values.tolist()
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover", "visionzip"])
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover", "visionzip", "apet"])
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_equal_patches_are_not_chosen_twice(name, kinds):
     image = make_image((2, 2))
@@ -573,7 +573,14 @@ def test_members_of_tiles(grid, layout):
 
 
 @pytest.mark.parametrize(
-    "name, states", [("visionzip", ["hidden", "keys"]), ("scope", ["hidden"]), ("cdpruner", ["text_cosine"])]
+    "name, states",
+    [
+        ("visionzip", ["hidden", "keys"]),
+        ("scope", ["hidden"]),
+        ("cdpruner", ["text_cosine"]),
+        ("hiprune", ["received"]),
+        ("apet", ["hidden"]),
+    ],
 )
 def test_missing_tower_states_are_a_sentence(name, states):
     image = make_image()
@@ -625,6 +632,14 @@ def test_a_batch_chooses_as_each_image_alone(name, budget):
         alone = select(name, image, text, budget)
         assert torch.equal(kept.indices, alone.indices) and torch.equal(kept.features, alone.features)
         assert kept.report.keys() == alone.report.keys() and kept.sources == alone.sources
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_methods_that_do_not_read_the_question(name):
+    """reads_text and reads_key tell whether the choice changes with the question or with the sample."""
+    images = [make_image((2, 2), key=key) for key in (1, 2)]
+    first, second = (select(name, image, make_text(seed=image.key), 29) for image in images)
+    assert torch.equal(first.indices, second.indices) != (SELECTORS[name].reads_text or SELECTORS[name].reads_key)
 
 
 @pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "adav_cover"])

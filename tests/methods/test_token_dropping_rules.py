@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from dropping_cases import BY_BUDGET
@@ -16,6 +17,7 @@ from llava.methods.attention_rows import RowAttention
 from llava.methods.inside_llm import make_dropper
 from llava.methods.inside_llm.base import ImageSlots
 from llava.methods.inside_llm.clustering import density_peaks
+from llava.methods.inside_llm.dart import in_set_order, quotas
 from llava.methods.inside_llm.fitprune import shares
 from llava.methods.inside_llm.fitprune_tables import Table, read_tables, write_table
 from llava.methods.inside_llm.plan import Cut, LayerTokens, largest_remainder, layer_mean
@@ -44,6 +46,16 @@ def test_schedule_of_fastv():
     assert seen("fastv", 2880, 144, layer=3) == [(3, 2880, 2880), (29, 144, 144)]
     for k, mean in ((144, 171), (58, 90.375), (29, 63.1875)):
         assert layer_mean(make_dropper("fastv").schedule(576, k, 32)) == mean
+
+
+def test_schedule_of_dart():
+    # One cut after layer 1, as FastV's. Public: 4 + 8 * (K // 8), so 64 asked are 68 kept; 7 asked are the 4 pivots.
+    assert seen("dart", 576, 144) == [(2, 576, 576), (30, 144, 144)]
+    for k, kept in ((192, 196), (128, 132), (64, 68), (63, 60), (7, 4), (570, 572), (575, 572)):
+        assert seen("dart", 576, k, compat="public") == [(2, 576, 576), (30, kept, kept)]
+    # 2880 of LLaVA-1.6: 320 asked are the authors' 324. An image of 3 tokens has fewer than the pivots: all stay.
+    assert seen("dart", 2880, 320, compat="public")[-1] == (30, 324, 324)
+    assert seen("dart", 3, 1, compat="public") == [(32, 3, 3)] and seen("dart", 3, 1)[-1] == (30, 1, 1)
 
 
 def test_schedule_of_pyramiddrop():
@@ -92,7 +104,7 @@ def test_schedule_of_fitprune():
 @pytest.mark.parametrize("name, options", BY_BUDGET, ids=str)
 @pytest.mark.parametrize("layers", [2, 3, 8, 32, 40, 60])
 def test_a_schedule_never_rises_and_ends_at_the_budget(name, options, layers):
-    if options.get("layer", 0) >= layers or (name == "fastv" and layers == 2 and "layer" not in options):
+    if options.get("layer", 0) >= layers or (name in ("fastv", "dart") and layers == 2 and "layer" not in options):
         with pytest.raises(UserError, match=f"at most {layers - 1} is allowed"):
             make_dropper(name, **options).check(_sizes(layers))
         return
@@ -222,6 +234,68 @@ def test_fitprune_by_hand():
     assert keep_best(scores, 2).tolist() == [0, 1]
 
 
+# Slots: BOS, eight image tokens, two words. Keys are L1 norms, in two heads of one number each.
+NORMS = torch.tensor([9.0, 1, 2, 3, 4, 5, 6, 7, 8, 2, 3])
+ANGLES = torch.tensor([0.0, 0, 10, 20, 30, 40, 50, 60, 70, 180, 90])
+
+
+def dart_inputs(norms=NORMS, angles=ANGLES):
+    """A RowAttention with keys of these norms, half in each head and one of them negative, and states at these angles."""
+    key = torch.stack([norms / 2, -norms / 2])[..., None]
+    radians = angles.deg2rad()
+    return RowAttention(key[:, -1:], key, 1.0), torch.stack([radians.cos(), radians.sin()], dim=1) * norms[:, None]
+
+
+def test_dart_by_hand():
+    attention, states = dart_inputs()
+    assert attention.key_norms().tolist() == NORMS.tolist()
+    # Image pivots by norm: 7, 6, 5, 4 (of 0 .. 7), at 70, 60, 50 and 40 degrees; text pivots: slots 10 and 9, at 90 and
+    # 180. Left are 0 .. 3, at 0, 10, 20 and 30. Six stay: pivots 7 and 6 add one each: 0, which is farthest from 7, and
+    # then 1 of what is left.
+    dart = make_dropper("dart")
+    kept = [dart.select(attention, Cut(1, keep), slots(1, 8, [9, 10]), states).kept.tolist() for keep in range(1, 8)]
+    assert kept == [[7], [6, 7], [5, 6, 7], [4, 5, 6, 7], [0, 4, 5, 6, 7], [0, 1, 4, 5, 6, 7], [0, 1, 2, 4, 5, 6, 7]]
+    # A pivot opposite to what was farthest so far: the first image pivot, token 7, now at -60 degrees, adds 3.
+    angles = ANGLES.clone()
+    angles[8] = -60
+    turned, turned_states = dart_inputs(NORMS, angles)
+    kept = dart.select(turned, Cut(1, 5), slots(1, 8, [9, 10]), turned_states).kept
+    assert kept.tolist() == [3, 4, 5, 6, 7]
+    # Equal cosines: the lowest index.
+    same, same_states = dart_inputs(NORMS, ANGLES * 0)
+    kept = dart.select(same, Cut(1, 6), slots(1, 8, [9, 10]), same_states).kept
+    assert kept.tolist() == [0, 1, 4, 5, 6, 7]
+    # The answer is read from the image's last slot: it stays and is no pivot, and there is no text pivot. Pivots are
+    # then 6, 5, 4 and 3.
+    ends = slots(1, 8, [8], ends_prompt=True)
+    kept = [dart.select(attention, Cut(1, keep), ends, states).kept.tolist() for keep in (1, 2, 5, 6)]
+    assert kept == [[7], [6, 7], [3, 4, 5, 6, 7], [0, 3, 4, 5, 6, 7]]
+
+
+def test_pivots_share_what_is_left():
+    assert quotas(60, 8) == [8, 8, 8, 8, 7, 7, 7, 7] and quotas(64, 8) == [8] * 8 and quotas(2, 5) == [1, 1, 0, 0, 0]
+
+
+DART_CHOICES = np.load(ROOT / "tests" / "data" / "dart_choices.npz")
+
+
+@pytest.mark.parametrize("case, asked", [(1, 64), (2, 128), (3, 192)])
+def test_recorded_choices_of_dart(case, asked):
+    keys, states = (torch.tensor(DART_CHOICES[f"{case}_dart_{name}"]) for name in ("keys", "states"))
+    attention, image = RowAttention(keys[:, -1:], keys, 1.0), slots(35, 576, range(611, 632))
+    public, ours = make_dropper("dart", compat="public"), make_dropper("dart")
+    (cut,) = public.cuts(576, asked, 32)
+    kept = public.select(attention, cut, image, states).kept
+    assert kept.tolist() == sorted(DART_CHOICES[f"{case}_dart_{asked}"].tolist()) and len(kept) == asked + 4
+    pivots = DART_CHOICES[f"{case}_dart_{asked}_pivots"].tolist()
+    by_norm = sorted(pivots, key=lambda slot: (slot >= 611, -float(attention.key_norms()[slot])))
+    assert in_set_order(torch.tensor(by_norm)).tolist() == pivots != by_norm
+    # Ours keeps the pivots, too, and exactly K.
+    (cut,) = ours.cuts(576, asked, 32)
+    mine = ours.select(attention, cut, image, states).kept.tolist()
+    assert len(mine) == asked and {slot - 35 for slot in pivots if slot < 611} <= set(mine)
+
+
 def test_sparsevlm_raters_by_hand():
     # Two image tokens and three words; raw products V X^T are [[ln 2, 0, ln 1], [ln 4, 0, ln 3]]: softmax over words
     # [.5, .25, .25] and [.5, .125, .375], means .5, .1875, .3125. Above the mean of 1/3 is the first word alone.
@@ -288,7 +362,7 @@ def test_rows_in_chunks_equal_plain_attention(heads, groups):
 def test_names_need_no_torch():
     code = (
         "import sys; from llava.config import AdaVConfig; from llava.methods.inside_llm import dropper_names;"
-        "assert set(dropper_names()) == {'fastv', 'fitprune', 'sparsevlm', 'pyramiddrop'};"
+        "assert set(dropper_names()) == {'fastv', 'fitprune', 'sparsevlm', 'pyramiddrop', 'dart'};"
         "AdaVConfig(method='fastv', options={'layer': 3}); assert 'torch' not in sys.modules;"
         "import llava.methods.inside_llm as d; d.DROPPERS; assert 'torch' in sys.modules"
     )
@@ -326,7 +400,7 @@ def test_bad_options_are_one_sentence(options, key, words):
 
 def test_options_that_do_not_go_together():
     for name, options, words in (
-        ("fastw", {}, "allowed are fastv, fitprune, sparsevlm, pyramiddrop"),
+        ("fastw", {}, "allowed are fastv, fitprune, sparsevlm, pyramiddrop, dart"),
         ("fastv", {"keep": [3, 2, 1]}, "allowed are budget, layer"),
         ("fitprune", {"ratio": 65}, "options.ratio is 65, but the shipped tables are for 10, 20, 30, 40"),
         ("pyramiddrop", {"keep": [3, 2, 1], "budget": "mean"}, "states what is kept"),

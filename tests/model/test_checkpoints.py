@@ -15,6 +15,7 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model import builder
 from llava.model.builder import load_pretrained_model
 
 PROMPT = "USER: <image>\nWhat colour is the shape? ASSISTANT:"
@@ -564,7 +565,7 @@ def test_generation_config_of_old_checkpoints(sources, tmp_path):
     assert first.tolist() == model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12).tolist()
 
 
-def test_arguments_in_llavas_order(sources, tmp_path):
+def test_arguments_in_llavas_order(sources, tmp_path, monkeypatch):
     folder = str(tiny.save_llava_hf(sources("1.5")[0], tmp_path))
     name = get_model_name_from_path(folder)
     same_answer(load_pretrained_model(folder, None, name, False, False, "auto", "cpu"), sources("1.5")[0])
@@ -572,11 +573,12 @@ def test_arguments_in_llavas_order(sources, tmp_path):
         folder, None, name, load_8bit=False, load_4bit=False, device_map="auto", device="cpu"
     )[1]
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-    for quantised in ({"load_8bit": True}, {"load_4bit": True}):
-        with pytest.raises(
-            UserError, match=f"{next(iter(quantised))} is true, but quantised weights are not supported yet"
-        ):
-            load_pretrained_model(folder, None, name, **quantised)
+    with pytest.raises(UserError, match="load_8bit and load_4bit are both true"):
+        load_pretrained_model(folder, None, name, True, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "is_bitsandbytes_available", lambda: False)
+        with pytest.raises(UserError, match="load_4bit is true, but bitsandbytes is not installed"):
+            load_pretrained_model(folder, None, name, load_4bit=True)
     with pytest.raises(UserError, match='device is "gpu", allowed are cpu, cuda'):
         load_pretrained_model(folder, device="gpu")
     if not torch.cuda.is_available():

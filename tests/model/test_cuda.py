@@ -515,7 +515,7 @@ def test_a_tower_whose_capture_runs_out_of_memory(captures):
 # and the choice of the next tokens.
 PLACES = {
     "storage": (CacheTensors, "begin"),
-    "layers": (prefill_module, "_run"),
+    "layers": (prefill_module, "run_layers"),
     "step": (Stepper, "__call__"),
     "choice": (Chooser, "__call__"),
 }

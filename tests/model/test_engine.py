@@ -20,7 +20,6 @@ from llava.model.decoding.sampling import Chooser, Sampling
 from llava.model.decoding.text_stream import TextStream
 from llava.model.graphs import Store
 
-NEW = 128
 # Half as deep as the dropping tests need: a policy is the same in every layer.
 SHAPES = {name: shape | {"num_hidden_layers": 4} for name, shape in DEEP.items()}
 AVL = {"vision_adaptive_attention": True, "vision_adaptive_attention_rate": 0.3}
@@ -59,15 +58,16 @@ def tokens_of(generated):
     return [answer.tokens for answer in generated.answers]
 
 
+@pytest.mark.parametrize("new", [40, pytest.param(128, marks=pytest.mark.long)])
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_engine_is_generate(loaded, name, rows):
+def test_engine_is_generate(loaded, name, rows, new):
     model, _ = loaded
     prepared = prepared_for(loaded, rows, **SETTINGS[name])
-    expected = model.generate(prepared=prepared, max_new_tokens=NEW, do_sample=False, pad_token_id=3).tolist()
-    generated = Engine(model).generate(prepared, Sampling(max_new_tokens=NEW))
+    expected = model.generate(prepared=prepared, max_new_tokens=new, do_sample=False, pad_token_id=3).tolist()
+    generated = Engine(model).generate(prepared, Sampling(max_new_tokens=new))
     assert tokens_of(generated) == expected
-    assert all(answer.finish == "length" and len(answer.tokens) == NEW for answer in generated.answers)
+    assert all(answer.finish == "length" and len(answer.tokens) == new for answer in generated.answers)
     assert generated.seconds["prefill"] > 0 and generated.seconds["decode"] > 0
 
 
@@ -224,7 +224,7 @@ def test_one_token_needs_no_step(loaded):
 
 
 def test_nothing_is_left_over(loaded):
-    """After 100 requests as many tensors live, and as many bytes, as after 10."""
+    """After four requests of each setting as many tensors live, and as many bytes, as after one of each."""
     engine = Engine(loaded[0])
 
     def live():
@@ -233,14 +233,13 @@ def test_nothing_is_left_over(loaded):
         return len(tensors), sum(tensor.nbytes for tensor in tensors)
 
     counts = []
-    names = list(SETTINGS)
-    for n in range(100):
-        prepared = prepared_for(loaded, [n % 4], **SETTINGS[names[n % len(names)]])
-        engine.generate(prepared, Sampling(max_new_tokens=3))
-        del prepared
-        if n in (9, 99):
-            counts.append(live())
-    assert counts[0] == counts[1]
+    for row in range(4):
+        for setting in SETTINGS.values():
+            prepared = prepared_for(loaded, [row], **setting)
+            engine.generate(prepared, Sampling(max_new_tokens=3))
+            del prepared
+        counts.append(live())
+    assert counts[0] == counts[-1]
 
 
 def test_draws_do_not_depend_on_the_batch(loaded):

@@ -18,8 +18,10 @@ from llava.methods.before_llm import (
     adav,
     adav_cover,
     adav_public,
+    apet,
     base,
     greedy,
+    hiprune,
     random,
     selector_names,
     tiles,
@@ -125,8 +127,10 @@ def counted(model, monkeypatch):
             adav,
             adav_cover,
             adav_public,
+            apet,
             base,
             greedy,
+            hiprune,
             random,
             tiles,
             two_lists,
@@ -158,8 +162,8 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
     return waits.found
 
 
-# One wait for what both lists hold, or for what VisionZip merged; two for the fill and the report of adav_cover.
-ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "adav_cover": 2}
+# One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover.
+ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
@@ -183,7 +187,7 @@ def test_a_key_of_ids_on_the_device(model, monkeypatch):
     assert waits.found == ["to_host"]
 
 
-@pytest.mark.parametrize("method", ["none", "adav", "cdpruner", "visionzip"])
+@pytest.mark.parametrize("method", ["none", "adav", "cdpruner", "visionzip", "apet"])
 def test_training_after_inference(model, method):
     """What a layout keeps for the next request of its tile plan serves autograd, too."""
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, 1, seed=0)

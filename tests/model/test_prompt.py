@@ -19,7 +19,7 @@ from llava.model.image_tokens import layout_of
 
 IMAGE = IMAGE_TOKEN_INDEX
 SIZES = [(40, 30), (100, 50), (31, 90), (57, 57)]
-BUDGETED = sorted(set(SELECTORS) - {"none", "no_image"})
+BUDGETED = sorted(name for name in SELECTORS if SELECTORS[name].uses_budget)
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
@@ -69,7 +69,7 @@ def test_requested_is_kept_through_the_model(loaded, method):
             assert prepared.lengths == [4 + tokens] and prepared.image_spans == [[(2, tokens)]]
 
 
-@pytest.mark.parametrize("method", BUDGETED + ["none"])
+@pytest.mark.parametrize("method", BUDGETED + ["none", "downsample"])
 def test_training_after_an_answer(loaded, method):
     """What is kept of a tile plan was made for an answer, in inference mode, and gradients go through it."""
     _, model, processor = loaded
@@ -83,7 +83,7 @@ def test_training_after_an_answer(loaded, method):
     assert gradient.any()
 
 
-@pytest.mark.parametrize("method", BUDGETED + ["none", "no_image"])
+@pytest.mark.parametrize("method", BUDGETED + ["none", "no_image", "downsample"])
 @pytest.mark.parametrize("positions", ["reindexed", "original"])
 def test_batch_of_four_is_four_batches_of_one(loaded, method, positions):
     _, model, processor = loaded
@@ -111,7 +111,7 @@ def test_batch_of_four_is_four_batches_of_one(loaded, method, positions):
     "method, positions",
     [
         (method, positions)
-        for method in (*BUDGETED, "none", "no_image")
+        for method in (*BUDGETED, "none", "no_image", "downsample")
         for positions in ("reindexed", "original")
         if positions == "reindexed" or not SELECTORS[method].makes_tokens
     ],

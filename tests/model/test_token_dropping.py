@@ -4,6 +4,7 @@ A new method gets the whole matrix by adding its rows to CASES (dropping_cases.p
 """
 
 import copy
+import functools
 import json
 import threading
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dropping_cases import BY_BUDGET, CASES, GREEDY, IDS, IMAGE, LAYERS, K, config, greedy
+from dropping_cases import BY_BUDGET, CASES, GREEDY, IDS, IMAGE, LAYERS, OTHER_COUNTS, K, config, greedy
 from dropping_reference import recompute
 from eval_data import make_vqav2
 from tiny_checkpoints import build_reference, make_image, save_llava_hf
@@ -69,10 +70,16 @@ def vicuna(tmp_path_factory):
     return model, processor
 
 
+@functools.cache
+def pixels_of(model, processor):
+    """The four images, as the vision tower reads them."""
+    images = [make_image(*size, seed=i) for i, size in enumerate(SIZES)]
+    return list(process_images(images, processor, model.config))
+
+
 def batch(model, processor, rows=range(4)):
     """prepare()'s arguments for some of the four rows."""
-    images = [make_image(*size, seed=i) for i, size in enumerate(SIZES)]
-    pixels = list(process_images(images, processor, model.config))
+    pixels = pixels_of(model, processor)
     ids, mask = left_pad([torch.tensor(PROMPTS[row]) for row in rows], 3)
     chosen = [i for row in rows for i in range(4)[IMAGES_OF_ROW[row]]]
     return {
@@ -94,6 +101,22 @@ def prefill(model, prepared):
         )
 
 
+@functools.cache
+def generated(model, processor, rows, case):
+    """Greedy decoding of some of the four rows (a tuple) under a case by its id: what was prepared, tokens and logits."""
+    name, options = CASES[IDS.index(case)]
+    prepared = model.prepare(**batch(model, processor, rows), config=config(name, **options))
+    return prepared, *greedy(model, prepared)[:2]
+
+
+@functools.cache
+def plain(model, processor, rows):
+    """Greedy tokens and logits of some of the four rows (a tuple) without a method, and the tokens of the largest image."""
+    prepared = model.prepare(**batch(model, processor, rows), config=config("none"))
+    tokens, logits, _ = greedy(model, prepared)
+    return tokens, logits, max(selection.total for row in prepared.selections for selection in row)
+
+
 # --- the matrix ------------------------------------------------------------------------------------------------------
 
 
@@ -103,14 +126,11 @@ def test_every_method_has_its_rows():
 
 
 @pytest.mark.parametrize("name, options", BY_BUDGET, ids=str)
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2, 3)], ids=["batch 1", "batch 4"])
 def test_keep_all_is_the_plain_model(loaded, name, options, rows):
     model, processor = loaded
     inputs = batch(model, processor, rows)
-    want, logits, _ = greedy(model, model.prepare(**inputs, config=config("none")))
-    largest = max(
-        selection.total for row in model.prepare(**inputs, config=config("none")).selections for selection in row
-    )
+    want, logits, largest = plain(model, processor, rows)
     for tokens in (largest, largest + 5):
         prepared = model.prepare(**inputs, config=config(name, tokens, **options))
         got, ours, _ = greedy(model, prepared)
@@ -118,13 +138,12 @@ def test_keep_all_is_the_plain_model(loaded, name, options, rows):
         torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name, options", CASES, ids=IDS)
-def test_cached_decoding_equals_recomputation(loaded, name, options):
+@pytest.mark.parametrize("case", IDS)
+def test_cached_decoding_equals_recomputation(loaded, case):
     """Batch of 1 and batch of 4: tokens, logits, and what lies in every layer's cache after prefill."""
     model, processor = loaded
-    for rows in ([0], [1], [0, 1, 2, 3]):
-        prepared = model.prepare(**batch(model, processor, rows), config=config(name, **options))
-        tokens, logits, _ = greedy(model, prepared)
+    for rows in ((0,), (1,), (0, 1, 2, 3)):
+        prepared, tokens, logits = generated(model, processor, rows, case)
         cache = prefill(model, prepared).past_key_values  # the same prompt again: nothing of the first run is left
         for b, length in enumerate(prepared.lengths):
             prompt = prepared.inputs_embeds[b, -length:]
@@ -138,14 +157,12 @@ def test_cached_decoding_equals_recomputation(loaded, name, options):
         assert [layer.get_seq_length() for layer in cache.layers] == longest, "no layer holds more than its longest row"
 
 
-@pytest.mark.parametrize("name, options", CASES, ids=IDS)
-def test_batch_of_four_is_four_batches_of_one(loaded, name, options):
+@pytest.mark.parametrize("case", IDS)
+def test_batch_of_four_is_four_batches_of_one(loaded, case):
     model, processor = loaded
-    together = model.prepare(**batch(model, processor), config=config(name, **options))
-    tokens, logits, _ = greedy(model, together)
+    together, tokens, logits = generated(model, processor, (0, 1, 2, 3), case)
     for row in range(4):
-        alone = model.prepare(**batch(model, processor, [row]), config=config(name, **options))
-        own, own_logits, _ = greedy(model, alone)
+        alone, own, own_logits = generated(model, processor, (row,), case)
         assert torch.equal(own[0], tokens[row])
         torch.testing.assert_close(own_logits[0], logits[row], atol=1e-4, rtol=0)
         assert len(alone.dropping.records[0]) == len(together.dropping.records[row]) == len(alone.selections[0])
@@ -171,7 +188,7 @@ def test_what_is_kept_is_what_the_schedule_says(vicuna, name, options):
             real = after[-1][after[-1] >= 0]
             assert (real[1:] > real[:-1]).all(), "in order and distinct"
             assert len(after[-1]) == dropping.left(row, image) <= schedule[-1].attention
-            if not {"keep", "ratio"} & set(options):
+            if not OTHER_COUNTS & set(options):
                 assert len(after[-1]) == K, "requested is kept"
             ends = row == 3
             assert not ends or after[-1][-1] == selection.total - 1, "the slot that the answer is read from stays"
@@ -241,6 +258,51 @@ def test_steps_by_hand(vicuna, name, options):
         tokens = [5 + b, 9, 10, 11]
         want, _ = recompute(model, prepared.inputs_embeds[b, -length:], prepared.dropping, b, tokens)
         torch.testing.assert_close(torch.cat(logits, dim=1)[b], want[1:], atol=1e-4, rtol=0)
+
+
+def naive_dart(norms, states, start, count, text, keep, last_stays):
+    """DART with plain loops: the slots [keep] of an image that stay."""
+    image, words = list(range(start, start + count - last_stays)), list(text)
+    own = sorted(image, key=lambda slot: -norms[slot])[: min(4, keep - last_stays)]
+    pivots = own + sorted(words, key=lambda slot: -norms[slot])[:4]
+    kept, rest = [*own, *([start + count - 1] if last_stays else [])], keep - last_stays - len(own)
+    for nth, pivot in enumerate(pivots):
+        share = rest // len(pivots) + (nth < rest % len(pivots))
+        left = [slot for slot in image if slot not in kept]
+        cosine = {slot: torch.cosine_similarity(states[pivot], states[slot], dim=0) for slot in left}
+        kept += sorted(left, key=lambda slot: float(cosine[slot]))[:share]
+    return sorted(slot - start for slot in kept)
+
+
+def output_of(model, layer, embeds):
+    """Hidden states [1, S, D] after a layer, in transformers' own loop."""
+    found = []
+    hook = model.model.layers[layer].register_forward_hook(lambda *args: found.append(args[2]))
+    model.model(inputs_embeds=embeds, use_cache=False)
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("layer", [2, 5])
+def test_dart_reads_the_keys_and_normed_states_of_its_layer(loaded, layer):
+    """Its choice in the batch, against keys and states that transformers' own loop gives for each row alone."""
+    model, processor = loaded
+    prepared = model.prepare(**batch(model, processor), config=config("dart", 13, layer=layer))
+    prefill(model, prepared)
+    for row, length in enumerate(prepared.lengths):
+        with torch.no_grad():
+            out = model.model(
+                inputs_embeds=prepared.inputs_embeds[row : row + 1, -length:], use_cache=True
+            ).past_key_values
+            normed = model.model.norm(output_of(model, layer - 1, prepared.inputs_embeds[row : row + 1, -length:]))[0]
+        heads = model.config.num_attention_heads
+        keys = out.layers[layer - 1].keys[0]
+        norms = keys.repeat_interleave(heads // len(keys), dim=0).abs().sum(dim=(0, 2)).tolist()
+        prompt = prepared.dropping.prompts[row]
+        for image, (start, count) in enumerate(prompt.images):
+            ends = start + count == length
+            want = naive_dart(norms, normed, start, count, prompt.text[image].tolist(), 13, ends)
+            assert prepared.dropping.records[row][image][0].kept.tolist() == want
 
 
 # --- recorded logits -------------------------------------------------------------------------------------------------
@@ -397,7 +459,7 @@ def test_offloaded_layers(tmp_path, name):
     want, _, _ = greedy(model, prepared)
     for layer in model.model.layers:
         cpu_offload(layer, execution_device="cpu")
-    if name in ("fastv", "sparsevlm"):
+    if name in ("fastv", "sparsevlm", "dart"):
         assert torch.equal(greedy(model, prepared)[0], want)
     else:
         with pytest.raises(UserError, match="need its weights in memory"):

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.activations import GELUActivation, QuickGELUActivation
 
 from llava.kernels import backend, quick_gelu_triton
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, QuickGELU
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, QuickGELU, middle_layer
 
 CONFIG = CLIPVisionConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, image_size=56, patch_size=14
@@ -67,6 +67,31 @@ def test_states_on_request_come_out_of_the_same_pass(eager, select_layer):
     assert torch.equal(features, plain[0]) and torch.equal(row, plain[1])
     with torch.no_grad():
         assert set(tower(pixels, ("hidden",))[2]) == {"hidden"}
+
+
+@pytest.mark.parametrize("select_layer, middle", [(-1, 2), (-2, 2), (1, 1)])
+def test_received_attention_is_that_of_eager_maps(eager, select_layer, middle):
+    """9 of 23 layers are 2 of 5, 2 of 4 (1.57 rounded) and the one of 1."""
+    tower = CLIPVisionTower(CONFIG, select_layer).eval()
+    tower.vision_tower.load_state_dict(eager.state_dict(), strict=False)
+    pixels = torch.randn(3, 3, 56, 56)
+    with torch.no_grad():
+        features, row, states = tower(pixels, ("received",))
+        maps = eager(pixels, output_attentions=True).attentions
+        plain = tower(pixels)
+    used = select_layer if select_layer >= 0 else 6 + select_layer
+    assert set(states) == {"received"} and states["received"].dtype == torch.float32
+    want = torch.stack([maps[layer - 1].mean(dim=(1, 2))[:, 1:] for layer in (middle, used)], dim=-1)
+    torch.testing.assert_close(states["received"], want, rtol=0, atol=1e-6)
+    assert torch.equal(features, plain[0]) and torch.equal(row, plain[1])
+    # A tile alone has the same.
+    with torch.no_grad():
+        alone = torch.cat([tower(pixels[i : i + 1], ("received",))[2]["received"] for i in range(3)])
+    torch.testing.assert_close(alone, states["received"], rtol=0, atol=1e-7)
+
+
+def test_the_middle_layer_of_clip_l_is_the_ninth():
+    assert [middle_layer(used) for used in (23, 24, 22, 11, 1)] == [9, 9, 9, 4, 1]
 
 
 def test_tiles_do_not_see_each_other_and_nothing_is_left_behind(eager):

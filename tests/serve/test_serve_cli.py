@@ -25,9 +25,9 @@ from llava.serve.service.reply import Answered
 from llava.serve.terminal.chat import COMMANDS, Chat, Leave
 from llava.serve.terminal.lines import Lines, broken
 
+pytestmark = pytest.mark.usefixtures("warm")
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = str(REPOSITORY / "playground" / "llava-shapes-v1.5")
-COMMAND = [sys.executable, "-m", "llava.serve.cli"]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 PATIENCE = 120  # seconds after which a process counts as stuck
 COST = re.compile(r"^\d+ of 144 vision tokens \| first token .* \| KV cache [\d.]+ kB$", re.M)
@@ -50,11 +50,15 @@ def silent(tmp_path_factory, pictures):
     return ended_by(tmp_path_factory.mktemp("models") / "silent", pictures[0][2])
 
 
+def command(*flags) -> list[str]:
+    return [sys.executable, "-m", "llava.serve.cli", *flags]
+
+
 def piped(text, *flags):
     """(exit code, stdout, stderr) of the chat with `text` as its input."""
-    command = [*COMMAND, "--model-path", MODEL, "--method", "none", "--max-new-tokens", "2", *flags]
+    words = command("--model-path", MODEL, "--method", "none", "--max-new-tokens", "2", *flags)
     data = text if isinstance(text, bytes) else text.encode()
-    done = subprocess.run(command, input=data, capture_output=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=PATIENCE)
+    done = subprocess.run(words, input=data, capture_output=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=PATIENCE)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -118,7 +122,7 @@ def test_bad_lines_are_one_sentence_each_and_the_chat_goes_on(pictures, tmp_path
 )
 def test_a_bad_start_is_one_sentence_and_exit_code_2(flags):
     done = subprocess.run(
-        [*COMMAND, "--model-path", MODEL, *flags],
+        command("--model-path", MODEL, *flags),
         input=b"hello\n",
         capture_output=True,
         cwd=REPOSITORY,
@@ -131,7 +135,7 @@ def test_a_bad_start_is_one_sentence_and_exit_code_2(flags):
 
 
 def test_a_bad_start_names_what_was_given_and_no_default_of_the_demo():
-    done = subprocess.run([*COMMAND, "--method", "adaf"], capture_output=True, cwd=REPOSITORY, timeout=PATIENCE)
+    done = subprocess.run(command("--method", "adaf"), capture_output=True, cwd=REPOSITORY, timeout=PATIENCE)
     assert done.returncode == 2 and b" with method overridden: " in done.stderr
 
 
@@ -142,7 +146,7 @@ def test_an_empty_answer_is_told(pictures, silent):
     assert "(an empty answer; " in err and f"with the next question: {path.name}" in err and "you: " not in err
 
 
-def test_json_has_one_object_for_each_question(pictures):
+def test_json_has_one_object_for_each_question(pictures, cold):
     (path, question, answer), (other, other_question, other_answer) = pictures
     lines = [f"/image {path}", question, "what <image> is this?", "/reset", f"/image {other}", other_question]
     code, out, err = piped("\n".join(lines), "--json")
@@ -161,7 +165,7 @@ class OnTerminal:
         self.master, slave = pty.openpty()
         environment = ENVIRONMENT | {"TERM": "dumb"}
         self.process = subprocess.Popen(
-            [*COMMAND, *flags], stdin=slave, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environment,
+            command(*flags), stdin=slave, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environment,
             preexec_fn=self._take_terminal,
         )  # fmt: skip
         os.close(slave)
@@ -228,7 +232,9 @@ def test_on_a_terminal(pictures):
     with OnTerminal("--model-path", MODEL, "--method", "none", "--max-new-tokens", "2") as chat:
         at = chat.wait_for(r"^> ")
         assert "Loading weights" not in chat.screen
-        assert "demo checkpoint" in chat.screen and "cannot answer questions about photographs" in " ".join(chat.screen.split())
+        assert "demo checkpoint" in chat.screen and "cannot answer questions about photographs" in " ".join(
+            chat.screen.split()
+        )
         chat.type("/help\n")
         at = chat.wait_for(r"^> ", at)
         assert all(name in chat.screen for name in COMMANDS)
@@ -263,7 +269,7 @@ def test_ctrl_c_ends_an_answer_and_twice_the_chat(pictures, talkative):
         assert "Traceback" not in chat.screen
 
 
-def test_an_interrupt_while_it_loads_is_no_traceback():
+def test_an_interrupt_while_it_loads_is_no_traceback(cold):
     with OnTerminal("--model-path", MODEL) as chat:
         chat.wait_for("loading")
         os.killpg(chat.process.pid, signal.SIGINT)

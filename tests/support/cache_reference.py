@@ -60,9 +60,8 @@ class Layer:
 
     def allowed(self, step: int) -> Tensor:
         """[G, n]: what decode step `step` reads."""
-        c, mask = self.config, torch.zeros(len(self.kept), len(self.kinds), dtype=torch.bool)
-        for head, kept in enumerate(self.kept):
-            mask[head, sorted(kept)] = True
+        c, entries = self.config, range(len(self.kinds))
+        mask = torch.tensor([[i in kept for i in entries] for kept in self.kept])
         interval = c.vision_adaptive_attention_update_interval
         if c.vision_adaptive_attention and not self.h2o and interval > 0 and step % interval:
             mask[:, sorted(set(self.image()) - self.core)] = False
@@ -128,7 +127,8 @@ def _attend(layer, states: Tensor, positions: Tensor, theta: float):
         projection(states).view(len(states), -1, part.head_dim).transpose(0, 1)
         for projection in (part.q_proj, part.k_proj, part.v_proj)
     )
-    return rotate(query, positions, theta), rotate(key, positions, theta), value
+    query, key = rotate(torch.cat([query, key]), positions, theta).split([len(query), len(key)])
+    return query, key, value
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:

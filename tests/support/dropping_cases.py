@@ -19,9 +19,13 @@ CASES = [
     ("sparsevlm", {"keep": [30, 20, 7]}),
     ("pyramiddrop", {}),
     ("pyramiddrop", {"keep": [0.5, 0.25, 0.125]}),
+    ("dart", {}),
+    ("dart", {"layer": 5}),
+    ("dart", {"compat": "public"}),
 ]
 IDS = [" ".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in CASES]
-BY_BUDGET = [(name, options) for name, options in CASES if not {"keep", "ratio"} & set(options)]
+OTHER_COUNTS = {"keep", "ratio", "compat"}  # options under which the last count is not the budget
+BY_BUDGET = [(name, options) for name, options in CASES if not OTHER_COUNTS & set(options)]
 STEPS = 6
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
 

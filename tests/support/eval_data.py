@@ -44,6 +44,12 @@ def make_folder_only_checkpoint(folder: Path, **settings) -> Path:
     return folder
 
 
+def scripts() -> Path:
+    """The folder of the scripts; where sys.executable is warm (conftest.py), a link to it, beside which they find it."""
+    beside = Path(sys.executable).parents[2] / "scripts"
+    return beside if beside.is_symlink() else REPOSITORY / "scripts"
+
+
 def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "llava.eval.launch", *map(str, arguments)]
 

@@ -45,7 +45,10 @@ def make_tower(tiles, side, features, generator):
     states = [torch.randn(tiles, 1 + side**2, n, generator=generator) for n in (TOWER_WIDTH, KEY_WIDTH)]
     cosine = torch.rand(tiles, side**2, generator=generator) * 2 - 1
     matrix = torch.randn(TOWER_WIDTH, features.shape[1], generator=generator)
-    return TowerStates(lambda hidden: hidden.float() @ matrix, states[0].to(features.dtype), states[1], cosine)
+    received = torch.rand(tiles, side**2, 2, generator=generator) ** 3
+    return TowerStates(
+        lambda hidden: hidden.float() @ matrix, states[0].to(features.dtype), states[1], cosine, received
+    )
 
 
 def make_text(words=6, seed=1, width=WIDTH):

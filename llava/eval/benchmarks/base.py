@@ -107,7 +107,7 @@ class Benchmark(ABC):
         return None
 
     def key(self, sample: Sample) -> Hashable:
-        """What `annotations` knows a question by."""
+        """The key of a question in `annotations`."""
         return sample.question_id
 
     def check_label(self, key: Hashable, labels: list, source: Path) -> None:  # noqa: B027 (most have one label)
@@ -178,7 +178,7 @@ class Benchmark(ABC):
         return found, len(labels)
 
     def _mismatch(self, samples: list[Sample], source: Path, without: list[Sample], surplus: list) -> str:
-        """How questions and labels differ, in a sentence."""
+        """Return one sentence about how questions and labels differ."""
         parts = []
         if without:
             first = f"{without[0].question_id}, {without[0].place} of {self.question_file.name}"

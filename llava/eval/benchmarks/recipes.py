@@ -47,7 +47,7 @@ SEED_TYPES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one benchmark is converted.
+    """The conversion of one benchmark.
 
     repo: data set on the hub. parts: split -> ((configuration, split) pairs of `repo` to read, number of questions).
     convert: the function that writes the files. note: printed after the conversion.

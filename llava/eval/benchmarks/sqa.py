@@ -84,10 +84,10 @@ def _answers(samples: list[Sample], rows: list[dict]) -> list[tuple]:
 
 
 def chosen(text: str, choices: int) -> int:
-    """Which of `choices` options an answer picks by the rule of LLaVA's eval_science_qa, -1 for none.
+    """Return the index of the option that an answer picks by the rule of LLaVA's eval_science_qa; -1 for none.
 
-    The letter and nothing else, the letter and ". " at the start, or exactly one "The answer is X" with any character
-    but a line break behind it.
+    choices: the number of options. An answer picks an option if it is the letter alone, if it starts with the letter and
+    ". ", or if it has exactly one "The answer is X" with any character but a line break behind it.
     """
     if text in tuple(LETTERS):
         letter = text
@@ -105,7 +105,7 @@ def _index(letter: str | None, choices: int) -> int:
 
 
 def picked(text: str, choices: int) -> int:
-    """As `chosen`; where that finds no option, the one of `lenient_letter`."""
+    """Return the option of `chosen`, or that of `lenient_letter` if `chosen` finds none."""
     option = chosen(text, choices)
     return option if option >= 0 else _index(lenient_letter(text, LETTERS), choices)
 

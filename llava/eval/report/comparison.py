@@ -28,13 +28,13 @@ class Interval:
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval of a difference excludes zero."""
+        """Return whether the interval of a difference excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass
 class Kind:
-    """A kind of question. shares, differences (to the reference): one entry per judged run, in percent."""
+    """A kind of question, or the questions that a run of method `downsample` answers right or wrong. shares, differences (to the reference): one entry per judged run, in percent."""
 
     name: str
     questions: int
@@ -115,15 +115,16 @@ class Comparison:
         # 1. The ratios: per run, those of the headline, and the share of right answers for each kind of question.
         ratios = _Ratios(self.questions)
         unit = 1 if self.first.points else 100
-        kinds = sorted({kind for answer in self.questions.values() for kind in answer.verdict.kinds})
+        kinds = self._groups_of_questions()
         whole: dict[int, list[int]] = {}
         of_kind: dict[tuple[str, int], list[int]] = {}
         for n in self.judged:
             answers = self.runs[n].answers
             names = dict.fromkeys(name for answer in answers.values() for name, _, _ in answer.verdict.terms)
             whole[n] = [ratios.add(answers, lambda a, name=name: _term(a, name, unit)) for name in names]
-            for kind in kinds:
-                of_kind[kind, n] = [ratios.add(answers, lambda a, kind=kind: _share(a, kind))]
+            for kind, keys in kinds.items():
+                inside = {key: answer for key, answer in answers.items() if key in keys}
+                of_kind[kind, n] = [ratios.add(inside, lambda a: (100 * a.verdict.value, 1.0))]
         # 2. The quantities, (ratios to add, ratios to subtract): scores, differences, shares, differences of shares.
         wanted = [(whole[n], []) for n in self.judged]
         wanted += [(whole[n], whole[self.reference]) for n in self.judged]
@@ -140,6 +141,21 @@ class Comparison:
             kind.shares = [next(found) for _ in self.judged]
         for kind in self.kinds:
             kind.differences = [self._if_comparable(n, next(found)) for n in self.judged]
+
+    def _groups_of_questions(self) -> dict[str, set[tuple]]:
+        """Return name -> keys: the benchmark's kinds of questions, then the two groups of each run of `downsample`.
+
+        Down-sampling tells apart questions that need no detail and questions that do (arXiv 2510.07143). A group with no
+        question is left out.
+        """
+        groups: dict[str, set[tuple]] = {}
+        for kind in sorted({kind for answer in self.questions.values() for kind in answer.verdict.kinds}):
+            groups[kind] = {key for key, answer in self.questions.items() if kind in answer.verdict.kinds}
+        for run in (self.runs[n] for n in self.judged):
+            if run.method == "downsample":
+                right = {key for key, answer in run.answers.items() if answer.verdict.right}
+                groups[f"{run.title}: right"], groups[f"{run.title}: wrong"] = right, run.answers.keys() - right
+        return {name: keys for name, keys in groups.items() if keys}
 
     def _if_comparable(self, n: int, difference: Interval) -> Interval | None:
         """Return the difference, or None for the reference itself and for a run that was scored on other questions."""
@@ -210,11 +226,6 @@ def _term(answer: Answer, name: str, unit: int) -> tuple[float, float]:
     """Return what an answer adds to (numerator, denominator) of one ratio of the headline."""
     added = [(above, below) for term, above, below in answer.verdict.terms if term == name]
     return unit * sum(above for above, _ in added), sum(below for _, below in added)
-
-
-def _share(answer: Answer, kind: str) -> tuple[float, float]:
-    """Return what an answer adds to (numerator, denominator) of the share of right answers for one kind, in percent."""
-    return (100 * answer.verdict.value, 1.0) if kind in answer.verdict.kinds else (0.0, 0.0)
 
 
 class _Ratios:

@@ -64,7 +64,7 @@ def render(runs: list[RecordedRun], notes: list[str], examples: int) -> str:
 
 @dataclass(frozen=True)
 class Filters:
-    """What the page can be narrowed to without a script: check boxes, and style rules that hide what is not checked."""
+    """Filters of the page that work without a script: check boxes, and style rules that hide what is not checked."""
 
     benchmarks: list[str]
     checkpoints: list[str]
@@ -85,7 +85,7 @@ class Filters:
         ]
 
     def classes(self, run: RecordedRun) -> str:
-        """Classes of what belongs to `run`: what is hidden with one of them."""
+        """Return the style classes of the parts of `run`. A filter hides all parts of one class."""
         return f"of-benchmark-{self.benchmarks.index(run.name)} of-checkpoint-{self.checkpoints.index(run.checkpoint)}"
 
     @property

@@ -82,7 +82,7 @@ class RecordedRun:
 
     @property
     def budgeted(self) -> bool:
-        """Whether overall_tokens has an effect on what the method keeps."""
+        """Whether overall_tokens changes the tokens that the method keeps."""
         return self.budget not in ("all", "0")
 
     @property
@@ -144,7 +144,7 @@ class RecordedRun:
 
     @property
     def scatters(self) -> bool:
-        """Whether its times are not to be quoted."""
+        """Whether the times of the run differ too much to be quoted."""
         return scatters(self.measured("prefill_spread"), BATCH_LIMIT)
 
     @property
@@ -231,7 +231,7 @@ class Questions:
         }
 
     def _benchmark(self, run: RecordedRun) -> Benchmark:
-        """As it was for the run; its folder is told by the run's question file."""
+        """Return the benchmark as it was for the run. The run's question file tells its folder."""
         if run.name not in BENCHMARKS:
             raise UserError(f'benchmark "{run.name}" is not known, so its answers are not judged')
         kind, split, file = BENCHMARKS[run.name], run.report["split"], Path(run.report["question_file"])

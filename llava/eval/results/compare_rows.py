@@ -17,8 +17,9 @@ from llava.common.errors import UserError
 from llava.eval.benchmarks.questions import read_lines
 from llava.eval.benchmarks.shapes import Shapes
 from llava.eval.runs.run import Run
-from llava.eval.scoring.bootstrap import cluster_intervals
+from llava.eval.scoring.bootstrap import cluster_intervals, ratio_intervals
 
+SPLIT = "downsample"  # the method whose answers split the questions into two groups (arXiv 2510.07143)
 _PACKAGES = ("torch", "transformers", "numpy")
 
 
@@ -109,7 +110,29 @@ def rows_of(benchmark: Shapes, runs: dict[Cell, Run], reports: dict[Cell, dict],
         for category in sorted(set(categories)):
             row[f"accuracy_{category}"] = line.right[[c == category for c in categories]].mean()
         rows.append(row)
+    _split(lines, rows, pictures)
     return rows
+
+
+def _split(lines: list[_Line], rows: list[dict], pictures: list) -> None:
+    """Add to the rows what each method does on questions that method SPLIT answers at its budget, and on the others.
+
+    Columns: SPLIT_right and SPLIT_wrong, with _questions, _accuracy, _low and _high. Nothing is added at a budget at which
+    SPLIT was not measured. In a group without questions, only its number of questions is.
+    """
+    splits = {line.percent: line.right for line in lines if line.facts["method"] == SPLIT}
+    wanted = [n for n, line in enumerate(lines) if line.percent in splits]
+    if not wanted:
+        return
+    for name, member in (("right", lambda right: right), ("wrong", lambda right: 1 - right)):
+        inside = np.stack([member(splits[lines[n].percent]) for n in wanted], axis=1)
+        right = np.stack([lines[n].right for n in wanted], axis=1)
+        found = ratio_intervals(right * inside, inside, None, pictures)
+        for n, questions, accuracy, low, high in zip(wanted, inside.sum(axis=0), *found, strict=True):
+            column = f"{SPLIT}_{name}"
+            rows[n][f"{column}_questions"] = int(questions)
+            if questions:
+                rows[n] |= {f"{column}_accuracy": accuracy, f"{column}_low": low, f"{column}_high": high}
 
 
 def _by_seed(cells: list[Cell]) -> list[list[Cell]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from llava.common.errors import UserError
 from llava.common.files import write_atomically
 from llava.common.text_table import markdown_table
+from llava.eval.results.compare_rows import SPLIT
 
 CAVEAT = """\
 How to read it: the demo favours methods that read the question (t2i, mix, adav, adav_cover). The demo checkpoints were
@@ -27,6 +28,7 @@ _FIRST = (
     *("checkpoint", "method", "budget_percent", "budget_tokens", "seed", "questions", "pictures"),
     *("accuracy", "accuracy_low", "accuracy_high", "accuracy_worst_seed", "accuracy_best_seed"),
     *("difference", "difference_low", "difference_high"),
+    *(f"{SPLIT}_{group}_{of}" for group in ("right", "wrong") for of in ("questions", "accuracy", "low", "high")),
     *("tokens_before", "tokens_after", "layer_mean", "prefill_flops", "kv_bytes"),
 )
 _LAST = _TEXT[3:]
@@ -95,6 +97,9 @@ def markdown(rows: list[dict]) -> str:
             f"**{checkpoint}**, {here[0]['questions']:.0f} questions about {here[0]['pictures']:.0f} pictures\n\n"
             + markdown_table([_HEAD, *(_line(row, flops) for row in here)])
         )
+        split = [row for row in here if row.get(f"{SPLIT}_right_questions") is not None]
+        if split:
+            parts.append(f"{_SPLIT_TEXT}\n\n" + markdown_table([_SPLIT_HEAD, *map(_split_line, split)]))
     return "\n\n".join(parts)
 
 
@@ -102,6 +107,24 @@ _HEAD = (
     *("budget", "method", "accuracy [95 %]", "minus adav [95 %]"),
     *("tokens into the LLM", "layer mean", "prefill FLOPs", "KV cache"),
 )
+
+
+_SPLIT_TEXT = (
+    f"The same, split by the answers of `{SPLIT}` at the same budget. It answers the questions of one group right and those of "
+    "the other wrong, so its own accuracies are 100 and 0."
+)
+_SPLIT_HEAD = ("budget", "method", f"{SPLIT} right [95 %]", "questions", f"{SPLIT} wrong [95 %]", "questions")
+
+
+def _split_line(row: dict) -> tuple[str, ...]:
+    """Return the cells of a row of the split."""
+    cells = list(_line(row, 1.0)[:2])
+    for group in ("right", "wrong"):
+        name = f"{SPLIT}_{group}"
+        ends = [row.get(f"{name}_{of}") for of in ("accuracy", "low", "high")]
+        cells.append("" if None in ends else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * end for end in ends)))
+        cells.append(f"{row[f'{name}_questions']:.0f}")
+    return tuple(cells)
 
 
 def _line(row: dict, whole: float) -> tuple[str, ...]:

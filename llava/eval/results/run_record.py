@@ -86,7 +86,7 @@ def read_record(path: Path, needed: Iterable[str]) -> dict:
 
 
 def _values(value, parts: list[str]) -> list:
-    """What a dotted key stands for in a value; _MISSING where there is no such entry."""
+    """Return the values of a dotted key in a value; _MISSING where there is no such entry."""
     if not parts:
         return [value]
     first, *rest = parts

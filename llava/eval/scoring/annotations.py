@@ -26,7 +26,7 @@ def told_when_malformed(path: Path):
 
 
 def key_of(value, where: str) -> int | str:
-    """What a label is known by; UserError where it is neither a whole number nor a string."""
+    """Return the key of a label. UserError if it is neither a whole number nor a string."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise UserError(f"{where}: is known by {json.dumps(value)}, allowed is a whole number or a string")
     return value
@@ -40,7 +40,7 @@ def kind_of(value, where: str) -> str | None:
 
 
 def people_of(answers: list, where: str) -> list[str]:
-    """What people answered to one question; UserError where it is no list of at least two strings."""
+    """Return the answers of people to one question. UserError if they are no list of at least two strings."""
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: its reference answers are {json.dumps(answers)}, allowed are two strings or more")
     return answers

@@ -16,7 +16,7 @@ def option_letter(text: str, letters: str) -> str | None:
 
 
 def lenient_letter(text: str, letters: str) -> str | None:
-    """As `option_letter`, or else the first letter after "The answer is".
+    """Return the letter of `option_letter`, or else the first letter after "The answer is".
 
     LLaVA's rules for ScienceQA and SEED-Bench are stricter. This reading makes the scores called "lenient".
     """

@@ -42,7 +42,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether the answer counts as right where only right or wrong is shown."""
+        """Whether the answer counts as right on a page that shows only right or wrong."""
         return self.value >= RIGHT
 
 

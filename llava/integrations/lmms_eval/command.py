@@ -90,7 +90,7 @@ def _parser() -> Parser:
 
 
 def _instead(args) -> str:
-    """What to type in place of a model that is not known here."""
+    """Return a sentence about the model name to type in place of an unknown one."""
     if args.model.lower().startswith("llava"):
         rest = f" --model_args {args.model_args}" if args.model_args else ""
         return f"type --model adav_llava{rest} for a LLaVA checkpoint of either format"

@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = 1024  # for tasks that state no limit; lmms-eval uses this valu
 
 
 def manifest() -> list[ModelManifest]:
-    """What the entry point gives to lmms-eval."""
+    """Return the manifest of the model for lmms-eval's entry point."""
     classes = {"adav_llava": AdaVLlava, "llava": LlavaOfLmmsEval}
     return [ModelManifest(name, simple_class_path=f"{__name__}.{cls.__name__}") for name, cls in classes.items()]
 

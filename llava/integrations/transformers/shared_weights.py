@@ -21,13 +21,11 @@ def on_weights_of(model, config: AdaVConfig):
     """Our model, in evaluation mode, on the weights of `model`.
 
     model: a LlavaForConditionalGeneration or a LlavaNextForConditionalGeneration.
-    UserError for weights that are quantised, offloaded or on several devices, and for an architecture that
-    load_pretrained_model refuses.
+    UserError for weights that are offloaded or on several devices, and for an architecture that load_pretrained_model
+    refuses. Quantised modules are taken as they are.
     """
-    # 1. Check the model. Hooks of accelerate and quantised modules would be lost, because our code calls the parts.
+    # 1. Check the model. Hooks of accelerate would be lost, because our code calls the parts of a layer.
     name = Path(model.config._name_or_path or type(model).__name__)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UserError(f"{name}: its weights are quantised, allowed under compress() are those of a float dtype")
     devices = sorted({str(weight.device) for weight in model.parameters()})
     if len(devices) > 1 or devices == ["meta"]:
         raise UserError(

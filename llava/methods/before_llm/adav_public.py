@@ -20,6 +20,7 @@ from torch import Tensor
 from llava.common.errors import UserError
 from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens
+from llava.methods.before_llm.tiles import places_in_whole_tiles
 from llava.methods.ranking import lowest_index_topk
 
 
@@ -82,18 +83,7 @@ def keep_public(
 
 def _saliency_by_tile(image: ImageTokens, saliency: Tensor) -> Tensor:
     """Return saliency [tiles, patches of a tile] in the raster order of each tile, from saliency [N] in LLM order."""
-    where = image.on_host
-    if len(where.patches) < len(where.tile):
-        raise UserError(
-            "compat='public' got newline tokens, which the public code does not have; allowed is anyres='fastervlm'"
-        )
-    tiles, rows, columns = (int(x.max()) + 1 for x in (where.tile, where.row, where.column))
-    place = (where.tile * rows + where.row) * columns + where.column
-    if len(place) != tiles * rows * columns or len(place.unique()) != len(place):
-        raise UserError(
-            f"compat='public' got {len(place)} patches of {tiles} tiles of {rows} x {columns}, but the public code "
-            "removes no padding; allowed is anyres='fastervlm'"
-        )
+    place, tiles = places_in_whole_tiles(image)
     by_tile = torch.empty_like(saliency)
     by_tile[to_device(place, saliency.device)] = saliency
-    return by_tile.view(tiles, rows * columns)
+    return by_tile.view(tiles, -1)

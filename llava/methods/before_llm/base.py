@@ -18,6 +18,8 @@ from torch import Tensor
 from llava.common.transfer import to_device, to_host
 from llava.methods.options import check_options
 
+STATES = ("hidden", "keys", "text_cosine", "received")  # the fields of TowerStates that hold a state
+
 
 class TokenPlaces:
     """The places of the N vision tokens of an image, as tensors on the host.
@@ -97,12 +99,15 @@ class TowerStates:
     keys         [T, 1 + P, d]  key vectors of that layer, unscaled, mean over heads
     text_cosine  [T, P]         cosine of patch and question in CLIP's joint space, mean over the parts of the question;
                                 zero where there is no question
+    received     [T, P, 2]      attention that each patch receives, mean over heads and over all queries of its tile,
+                                [CLS] included: in a middle layer, and in the layer that gave the features
     """
 
     project: Callable[[Tensor], Tensor]
     hidden: Tensor | None = None
     keys: Tensor | None = None
     text_cosine: Tensor | None = None
+    received: Tensor | None = None
 
 
 @dataclass
@@ -150,7 +155,7 @@ class ImageTokens:
             placed = name != "saliency" and self.places is not None
             setattr(self, name, self.place(name) if placed else getattr(self, name).to(self.features.device))
         if self.tower is not None:
-            states = {name: getattr(self.tower, name) for name in ("hidden", "keys", "text_cosine")}
+            states = {name: getattr(self.tower, name) for name in STATES}
             moved = {name: state.to(self.features.device) for name, state in states.items() if state is not None}
             self.tower = replace(self.tower, **moved)
 
@@ -186,7 +191,7 @@ class Selection:
     """The vision tokens that are kept of one image.
 
     indices   [K]     rows of ImageTokens.features, ascending and distinct. -1 is a merged token, which may stand
-                      anywhere in the order. Only AdaV's compat="public" gives duplicates.
+                      anywhere in the order. Only compat="public" gives duplicates (AdaV).
     features  [K, D]  embeddings that the LLM reads
     tile, row, column [K]  places of the kept tokens (-1 for merged tokens), filled in by `select`
     saliency  [K]     [CLS] attention of the kept tokens (NaN for merged and newline tokens), filled in by `select`
@@ -213,10 +218,11 @@ class Selector(ABC):
     """
 
     needs_image = True  # False: the vision tower does not run
-    uses_budget = True  # False: the kept tokens do not depend on the budget, and `keep` is always called
+    uses_budget = True  # False: `keep` does not depend on the budget, and is always called
     reads_features = True  # False: `keep` does not read ImageTokens.features, so only kept tokens are projected
     reads_text = True  # False: `keep` does not read the question, so questions about an image share its kept tokens
     reads_key = False  # True: `keep` reads ImageTokens.key
+    resizes = False  # True: the image is made smaller before the tower; `keep` gets what it has then
     makes_tokens = False  # True: some tokens (index -1) are no patch, so they have no original position
     tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
 

@@ -25,6 +25,18 @@ def patch_saliency(image: ImageTokens) -> Tensor:
     return torch.nan_to_num(image.saliency[image.patches].float(), nan=0.0)
 
 
+def distance_from_mean(features: Tensor, is_patch: Tensor) -> Tensor:
+    """Return the Euclidean distance of each patch from the mean of all patches, float32 [N]; NaN for other tokens.
+
+    features: [N, D]; is_patch: bool [N]. It stands in for saliency where attention is no guide: a token that is unlike
+    the rest of the image scores high.
+    """
+    patches = features[is_patch.to(features.device)].detach().float()
+    distances = features.new_full((len(features),), float("nan"), dtype=torch.float32)
+    distances[is_patch.to(features.device)] = (patches - patches.mean(dim=0)).norm(dim=-1)
+    return distances
+
+
 def text_to_image(image: ImageTokens, text: Tensor, temperature: float) -> Tensor:
     """Return AdaV's text score [P] (arXiv 2501.09532): max over words of softmax over patches of cos / temperature.
 

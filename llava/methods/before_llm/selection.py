@@ -37,10 +37,11 @@ def select(name: str, image: ImageTokens, text: Tensor, budget: int, **options) 
              text_scope, anyres.
 
     K >= P keeps everything, newline tokens included, exactly as `none` does. Otherwise exactly K tokens are kept:
-    patches or merged tokens, and no newline token. There are three exceptions. AdaV's compat="public" rounds K down to
-    a multiple of twice the number of tiles. `none` and `no_image` keep all and nothing, whatever K is. VisionZip's
-    published counts, where they are given, replace K. Raises UserError for an unknown name or option, an option out of
-    its range, a budget that is no count, and an image without the tower states that the method reads.
+    patches or merged tokens, and no newline token. There are three exceptions. compat="public" rounds K down to
+    a multiple of twice the number of tiles (adav) or of the number of tiles (hiprune). `none` and `no_image` keep all
+    and nothing, whatever K is, and `downsample` all of the image that was made smaller for it. VisionZip's published counts, where they are given, replace K. Raises UserError for an
+    unknown name or option, an option out of its range, a budget that is no count, and an image without the tower states
+    that the method reads.
     """
     return select_all(name, [image], [text], budget, **options)[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.common.errors import UserError
 from llava.common.transfer import to_device
 from llava.methods.before_llm.base import ImageTokens
 
@@ -30,6 +31,27 @@ def split_evenly(budget: int, room: list[int]) -> list[int]:
 def members_of_tiles(image: ImageTokens) -> tuple[Tensor, Tensor, list[int]]:
     """Return (members [T, M], real [T, M], sizes): the patches of each tile as one padded batch, see TokenPlaces."""
     return image.place("members"), image.place("real"), image.on_host.sizes
+
+
+def places_in_whole_tiles(image: ImageTokens) -> tuple[Tensor, int]:
+    """Return (place [N] of each token, tile after tile in raster order, on the host; number of tiles).
+
+    For compat="public". UserError for tokens that public code with whole tiles cannot have seen: newline tokens and
+    unpadded crops.
+    """
+    where = image.on_host
+    if len(where.patches) < len(where.tile):
+        raise UserError(
+            "compat='public' got newline tokens, which the public code does not have; allowed is anyres='fastervlm'"
+        )
+    tiles, rows, columns = (int(x.max()) + 1 for x in (where.tile, where.row, where.column))
+    place = (where.tile * rows + where.row) * columns + where.column
+    if len(place) != tiles * rows * columns or len(place.unique()) != len(place):
+        raise UserError(
+            f"compat='public' got {len(place)} patches of {tiles} tiles of {rows} x {columns}, but the public code "
+            "removes no padding; allowed is anyres='fastervlm'"
+        )
+    return place, tiles
 
 
 def first_picks(members: Tensor, picks: Tensor, quota: list[int]) -> Tensor:

@@ -27,6 +27,7 @@ _CLASSES = {
     "fitprune": "fitprune:FitPrune",
     "sparsevlm": "sparsevlm:SparseVLM",
     "pyramiddrop": "pyramiddrop:PyramidDrop",
+    "dart": "dart:DART",
 }
 
 

@@ -9,6 +9,7 @@ layer, for all methods alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -71,9 +72,12 @@ class Dropper(ABC):
     reindexed: ClassVar[bool] = False
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
+    resizes: ClassVar[bool] = False
     tower_states: ClassVar[tuple[str, ...]] = ()
     reads_features: ClassVar[bool] = True  # every token enters the LLM, so all of them go through the projector
     # `positions` has no effect on droppers: the published rule of each method fixes its position ids.
+    # True: `select` reads hidden states after the model's final norm, and makes no tokens of them.
+    reads_normed: ClassVar[bool] = False
     ignored_options: ClassVar[tuple[str, ...]] = ("positions",)
 
     @abstractmethod
@@ -104,8 +108,11 @@ class Dropper(ABC):
         return Choice(keep_best(scores, cut.keep, image.ends_prompt))
 
     def select(self, attention: RowAttention, cut: Cut, image: ImageSlots, hidden: Tensor) -> Choice:
-        """Score the slots of an image and return what stays of it: `score`, then `choose`."""
-        return self.choose(self.score(attention, image), cut, image, hidden)
+        """Score the slots of an image and return what stays of it: `score`, then `choose`.
+
+        hidden [S, D]: states of the whole sequence, which a method may compare the image with
+        """
+        return self.choose(self.score(attention, image), cut, image, image.of(hidden))
 
     def _states_every_cut(self, option: str) -> None:
         """Check an option that states every cut; for __post_init__. Lists become tuples.
@@ -125,6 +132,12 @@ class Dropper(ABC):
             raise UserError(
                 f"the LLM has {model_config.num_hidden_layers} layer, allowed for methods inside it are at least 2"
             )
+
+    def with_kept_positions(self) -> Dropper:
+        """Return this method with kept tokens that keep the position ids of the whole prompt, whatever its own rule is."""
+        other = copy(self)
+        object.__setattr__(other, "reindexed", False)
+        return other
 
     def cuts(self, n: int, overall_tokens: int, layers: int) -> tuple[Cut, ...]:
         """Return the cuts of an image of n tokens under options and budget; empty where every token is kept."""

@@ -1,5 +1,6 @@
-"""What transformers calls the KV cache among the arguments of a layer and the fields of an output: "cache" from 5.24 on,
-"past_key_values" before, which warns from 5.24 on and goes with 5.40."""
+"""The name of the KV cache among the arguments of a layer and the fields of an output of transformers.
+
+It is "cache" from 5.24 on, and "past_key_values" before. The old name warns from 5.24 on and is removed in 5.40."""
 
 import inspect
 

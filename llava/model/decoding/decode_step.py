@@ -73,12 +73,13 @@ class Stepper:
         cache.end_step()
         return self._logits(hidden, delta)
 
-    def prefill(self, hidden: Tensor, positions: Tensor, last: Tensor, sink) -> Tensor:
+    def prefill(self, hidden: Tensor, positions: Tensor, last: Tensor, sink, mask: Tensor | None = None) -> Tensor:
         """Return the float32 logits [B, V] behind each row's last token.
 
         hidden [B, S, D]: embeddings, padded on the right; positions [B, S]; last [B]: slot of each row's last token
         sink: room_for(layer, key) returns tensors [B, G, >= S, d] for the layer's rotated keys and its values;
             fill(layer, query, key, value, scaling) is called after the layer's attention
+        mask: bool [B, 1, S, P + S] where the sink has P earlier entries before the own ones: seen() returns all of them
         """
         base, delta, shape = self._model.model, None, hidden.shape[:2]
         cos, sin = _rope(base.rotary_emb(hidden, position_ids=positions))
@@ -89,10 +90,13 @@ class Stepper:
                 query, key, value = (part.unflatten(0, shape) for part in (query, key, value))
                 keys, values = sink.room_for(number, key)
                 query = rotate_append(query, key, value, cos, sin, keys, values)
-                keys, values = (states[:, :, : key.shape[1]] for states in (keys, values))
+                if mask is None:
+                    keys, values = (states[:, :, : key.shape[1]] for states in (keys, values))
+                else:
+                    keys, values = sink.seen()
                 grouped = keys.shape[1] < query.shape[1]
                 attended = scaled_dot_product_attention(
-                    query, keys, values, is_causal=True, scale=layer.scaling, enable_gqa=grouped
+                    query, keys, values, mask, is_causal=mask is None, scale=layer.scaling, enable_gqa=grouped
                 )
                 sink.fill(number, query, keys, values, layer.scaling)
                 return attended.transpose(1, 2)

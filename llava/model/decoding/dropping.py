@@ -238,7 +238,8 @@ class Dropping:
     def cut(self, layer: int, query: Tensor, key: Tensor, scaling: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Drop tokens at `layer`. Returns (index [B, S'], made [B, M, D]), the content of each slot after the cut.
 
-        query [B, H, Q, d]: of the last Q slots; key [B, G, S, d]; hidden [B, S, D]: all of the layer, padded as now
+        query [B, H, Q, d]: of the last Q slots; key [B, G, S, d]; hidden [B, S, D]: all of the layer, padded as now,
+            after the final norm for a dropper that reads_normed
         index: a slot of `hidden`, or S + i for merged token i of that row; padding repeats slot 0
         """
         # Each row on its own, without its padding: rows without a cut here need no attention rows.
@@ -264,7 +265,7 @@ class Dropping:
         for i, image in enumerate(row.images):
             order, cut = image.of(slots), row.cuts[i].get(layer)
             if cut is not None:
-                choice = self.dropper.select(attention, cut, image, image.of(hidden))
+                choice = self.dropper.select(attention, cut, image, hidden)
                 inside = _order(choice, image)
                 if b % self._times == 0:  # the other beams of this prompt are cut alike
                     record = CutRecord(layer, choice.kept, choice.sources, inside)

@@ -30,6 +30,7 @@ from llava.model.decoding.decode_step import Stepper
 from llava.model.decoding.prefill import StaticPrefills, prefill
 from llava.model.decoding.prepared import PreparedPrompt
 from llava.model.decoding.sampling import Chooser, Sampling
+from llava.model.decoding.shared_prefill import prefill_shared
 from llava.model.decoding.text_stream import TextStream
 from llava.model.graphs import Pool, Store, capture
 
@@ -159,8 +160,11 @@ class Engine:
 
     def prefill(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
         """Prefill the prompts into an empty cache and return the logits [B, V] of the first new token."""
-        # From the fastest way to the most general one: a captured prefill, fused layers, the loop that drops tokens.
+        # From the fastest way to the most general one: a captured prefill, shared prefixes, fused layers, the loop that
+        # drops tokens.
         logits = None if self._prefills is None else self._prefills(prepared, cache)
+        if logits is None and prepared.prefixes is not None:
+            logits = prefill_shared(self.model, prepared, cache, self._stepper)
         if logits is None and prepared.dropping is None:
             logits = prefill(self.model, prepared, cache, self._stepper)
         return self.model.prefill(prepared, cache) if logits is None else logits

@@ -10,6 +10,8 @@ cache of a layer gets exactly the tokens that the layer's attention saw.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -96,7 +98,10 @@ class _Flow:
         if self._dropping.dropper.reindexed:
             self.positions = self._dropping.positions(self.positions.device)
         else:
-            self.positions = self.positions.expand(len(index), -1).gather(1, index.to(self.positions.device))
+            # Under M-RoPE the positions are [3, B, S].
+            whole, index = self.positions, index.to(self.positions.device)
+            lead = whole.shape[:-2]
+            self.positions = whole.expand(*lead, *index.shape[:1], -1).gather(-1, index.expand(*lead, -1, -1))
         self._refresh()
         return [_gather(other, index) for other in others]
 
@@ -131,7 +136,9 @@ class DroppingDecoder:
         dropping: Dropping | None = None,
         **kwargs,
     ):
-        """As transformers' forward, whose name of the cache is either (cache_argument.py); with `dropping`, its prompts are prefilled with their image tokens cut per layer.
+        """Run transformers' forward. With `dropping`, prompts are prefilled with their vision tokens cut per layer.
+
+        The KV cache may have either name (cache_argument.py).
 
         dropping: drops vision tokens in the prefill of its prompts. Every later call on that cache needs the same
             object. It knows the padding, so attention_mask is not read.
@@ -164,7 +171,7 @@ class DroppingDecoder:
             adaptive.begin_step(hidden.shape[1])
             hidden = self.step(hidden, adaptive)
         elif past:
-            hidden = self._decode(hidden, position_ids, cache, dropping)
+            hidden = decode_layers(self, hidden, position_ids, cache, dropping)
         else:
             if adaptive is not None:
                 adaptive.begin_prefill(*hidden.shape[:2])
@@ -179,27 +186,13 @@ class DroppingDecoder:
                     **{CACHE: adaptive},
                     **kwargs,
                 )
-            hidden = self._prefill(hidden, position_ids, cache, dropping)
+            hidden = prefill_layers(self, hidden, position_ids, cache, dropping)
             if adaptive is not None and dropping.dropper.reindexed:
                 adaptive.end_prefill([stage.shift for stage in dropping.stages])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
     def _refuse(self, cache, kwargs: dict) -> None:
-        """Raise UserError for settings of transformers that this loop does not support."""
-        if self.config._attn_implementation != ATTENTION:
-            raise UserError(
-                f'methods inside the LLM and adaptive KV caches need attention "sdpa", but the model was set to '
-                f'"{self.config._attn_implementation}"'
-            )
-        if cache is not None and cache.is_compileable:
-            raise UserError(
-                "a cache of fixed size cannot hold a different number of tokens in each layer, allowed is a DynamicCache"
-            )
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
-                raise UserError(
-                    f"{name} does not go with methods inside the LLM and adaptive KV caches: layers differ in their tokens"
-                )
+        refuse_settings(self.config, cache, kwargs)
 
     def refuse_attention(self, tokens: int) -> None:
         """Raise UserError where a prompt of `tokens` tokens cannot be prefilled in one piece (prefill.py)."""
@@ -214,66 +207,6 @@ class DroppingDecoder:
                 f"the sequence has reached {tokens} tokens, but methods inside the LLM and adaptive KV caches run within "
                 f"this checkpoint's attention window only, so at most {window} are allowed"
             )
-
-    def _prefill(self, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
-        """Run all layers over prompts [B, S, D] and drop tokens at the cuts; return [B, S', D], not normalised."""
-        dropping.begin(hidden)
-        place = dropping.dropper.place
-        if positions is None:
-            positions = dropping.positions(hidden.device)
-        flow = _Flow(hidden, positions, dropping, self.rotary_emb)
-        for number, layer in enumerate(self.layers):
-            # 1. A cut before the layer needs the attention of a layer that has not run: one query is computed for it.
-            cut = dropping.cuts_at(number)
-            if cut and place == BEFORE:
-                flow.hidden = flow.hidden.to(_device(layer))
-                flow.keep(*dropping.cut(number, *_last_query(layer, flow), flow.hidden))
-            # 2. The arguments of the layer.
-            dropping.note_layer()
-            if isinstance(cache, AdaptiveCache):
-                cache.rows = dropping.spans()
-            call = {
-                "attention_mask": flow.mask,
-                "position_embeddings": flow.rope,
-                "position_ids": flow.positions,
-                CACHE: cache,
-                "use_cache": cache is not None,
-                "adaptive": cache if isinstance(cache, AdaptiveCache) else None,
-            }
-            if cut and place != BEFORE:
-                call["seen"] = seen = AttentionInputs()
-            # 3. The layer, and a cut inside or after it.
-            if cut and place == INSIDE:
-                _run_cut_inside(layer, number, flow, call, seen, dropping)
-                continue
-            flow.hidden = layer(flow.hidden, **call)
-            if cut and place == AFTER:
-                flow.keep(*dropping.cut(number, seen.query, seen.key, seen.scaling, flow.hidden))
-        return flow.hidden
-
-    def _decode(self, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
-        """Run a cached step on a cache of transformers; return the hidden states, not normalised.
-
-        Positions and mask of a layer follow from the tokens that the layer saw in prefill.
-        """
-        new = cache.get_seq_length() + hidden.shape[1] - max(dropping.stages[0].lengths)
-        if positions is None:
-            whole = torch.tensor(dropping.stages[0].lengths, device=hidden.device)[:, None]
-            positions = whole + torch.arange(new - hidden.shape[1], new, device=hidden.device)
-        calls: dict[int, dict] = {}  # by stage: layers with the same kept tokens share their arguments
-        numberings: dict[int, tuple] = {}
-        for number, layer in enumerate(self.layers):
-            stage = dropping.stage_of[number]
-            if stage not in calls:
-                numbering = stage if dropping.dropper.reindexed else 0
-                if numbering not in numberings:
-                    own = positions - dropping.stages[numbering].shift.to(positions.device)[:, None]
-                    numberings[numbering] = own, self.rotary_emb(hidden, position_ids=own.to(hidden.device))
-                own, rope = numberings[numbering]
-                mask = dropping.decode_mask(stage, new, hidden.shape[1])
-                calls[stage] = {"attention_mask": mask, "position_embeddings": rope, "position_ids": own}
-            hidden = layer(hidden, use_cache=True, **{CACHE: cache}, **calls[stage])
-        return hidden
 
     def step(self, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
         """Run one new token per row, hidden [B, 1, D], on an adaptive cache; return [B, 1, D], not normalised.
@@ -296,6 +229,96 @@ class DroppingDecoder:
         return hidden
 
 
+def refuse_settings(config, cache, kwargs: dict) -> None:
+    """Raise UserError for settings of transformers that this loop does not support."""
+    if config._attn_implementation != ATTENTION:
+        raise UserError(
+            f'methods inside the LLM and adaptive KV caches need attention "sdpa", but the model was set to '
+            f'"{config._attn_implementation}"'
+        )
+    if cache is not None and cache.is_compileable:
+        raise UserError(
+            "a cache of fixed size cannot hold a different number of tokens in each layer, allowed is a DynamicCache"
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise UserError(
+                f"{name} does not go with methods inside the LLM and adaptive KV caches: layers differ in their tokens"
+            )
+
+
+def prefill_layers(
+    llm, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping, added: Sequence[Tensor] = ()
+) -> Tensor:
+    """Run all layers over prompts [B, S, D] and drop tokens at the cuts; return [B, S', D], not normalised.
+
+    llm: the base model of a causal LM, with `layers` and `rotary_emb`; its attention function is ATTENTION
+    positions: [B, S], or [3, B, S] under M-RoPE
+    added: [B, S, D] each; the first is added to the hidden states behind layer 0, and so on (DeepStack)
+    """
+    dropping.begin(hidden)
+    place = dropping.dropper.place
+    if positions is None:
+        positions = dropping.positions(hidden.device)
+    flow = _Flow(hidden, positions, dropping, llm.rotary_emb)
+    for number, layer in enumerate(llm.layers):
+        # 1. A cut before the layer needs the attention of a layer that has not run: one query is computed for it.
+        cut = dropping.cuts_at(number)
+        if cut and place == BEFORE:
+            flow.hidden = flow.hidden.to(_device(layer))
+            added = flow.keep(*dropping.cut(number, *_last_query(layer, flow), flow.hidden), *added)
+        # 2. The arguments of the layer.
+        dropping.note_layer()
+        if isinstance(cache, AdaptiveCache):
+            cache.rows = dropping.spans()
+        call = {
+            "attention_mask": flow.mask,
+            "position_embeddings": flow.rope,
+            "position_ids": flow.positions,
+            CACHE: cache,
+            "use_cache": cache is not None,
+            "adaptive": cache if isinstance(cache, AdaptiveCache) else None,
+        }
+        if cut and place != BEFORE:
+            call["seen"] = seen = AttentionInputs()
+        # 3. The layer, and a cut inside or after it.
+        if cut and place == INSIDE:
+            _run_cut_inside(layer, number, flow, call, seen, dropping)
+            continue
+        flow.hidden = layer(flow.hidden, **call)
+        if number < len(added):
+            flow.hidden = flow.hidden + added[number].to(flow.hidden)
+        if cut and place == AFTER:
+            states = llm.norm(flow.hidden) if dropping.dropper.reads_normed else flow.hidden
+            added = flow.keep(*dropping.cut(number, seen.query, seen.key, seen.scaling, states), *added)
+    return flow.hidden
+
+
+def decode_layers(llm, hidden: Tensor, positions: Tensor | None, cache, dropping: Dropping) -> Tensor:
+    """Run a cached step on a cache of transformers; return the hidden states, not normalised.
+
+    Positions and mask of a layer follow from the tokens that the layer saw in prefill.
+    """
+    new = cache.get_seq_length() + hidden.shape[1] - max(dropping.stages[0].lengths)
+    if positions is None:
+        whole = torch.tensor(dropping.stages[0].lengths, device=hidden.device)[:, None]
+        positions = whole + torch.arange(new - hidden.shape[1], new, device=hidden.device)
+    calls: dict[int, dict] = {}  # by stage: layers with the same kept tokens share their arguments
+    numberings: dict[int, tuple] = {}
+    for number, layer in enumerate(llm.layers):
+        stage = dropping.stage_of[number]
+        if stage not in calls:
+            numbering = stage if dropping.dropper.reindexed else 0
+            if numbering not in numberings:
+                own = positions - dropping.stages[numbering].shift.to(positions.device)[:, None]
+                numberings[numbering] = own, llm.rotary_emb(hidden, position_ids=own.to(hidden.device))
+            own, rope = numberings[numbering]
+            mask = dropping.decode_mask(stage, new, hidden.shape[1])
+            calls[stage] = {"attention_mask": mask, "position_embeddings": rope, "position_ids": own}
+        hidden = layer(hidden, use_cache=True, **{CACHE: cache}, **calls[stage])
+    return hidden
+
+
 def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: AttentionInputs, dropping: Dropping) -> None:
     """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left."""
     # accelerate moves inputs to the device of a layer that is called as a whole. Its parts are called here, so we do.
@@ -314,8 +337,11 @@ def _last_query(layer, flow: _Flow) -> tuple[Tensor, Tensor, float]:
     """Return query [B, H, 1, d] of the last slot, key [B, G, S, d] and scaling of a layer that has not run yet."""
     attention, states = layer.self_attn, layer.input_layernorm(flow.hidden)
     batch, length = states.shape[:2]
-    key = attention.k_proj(states).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-    query = attention.q_proj(states[:, -1:]).view(batch, 1, -1, attention.head_dim).transpose(1, 2)
+    key = attention.k_proj(states).view(batch, length, -1, attention.head_dim)
+    query = attention.q_proj(states[:, -1:]).view(batch, 1, -1, attention.head_dim)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
     cos, sin = (part.to(key.device) for part in flow.rope)
     # The function rotates a query and a key of one length; here they differ, so each is rotated on its own.
     _, key = apply_rotary_pos_emb(key, key, cos, sin)

@@ -33,9 +33,9 @@ def prefill(model, prepared: PreparedPrompt, cache: AdaptiveCache, stepper: Step
 
     stepper: runs the fused layers of the model; None calls the layers as modules
     """
-    hidden, positions = _right(prepared.inputs_embeds, prepared), _right(prepared.position_ids, prepared)
+    hidden, positions = right_padded(prepared.inputs_embeds, prepared), right_padded(prepared.position_ids, prepared)
     cache.begin_prefill(*hidden.shape[:2], right=True)
-    return _run(model, stepper, hidden, positions, _last(prepared, hidden.device), cache)
+    return run_layers(model, stepper, hidden, positions, _last(prepared, hidden.device), cache)
 
 
 class StaticPrefill:
@@ -71,8 +71,8 @@ class StaticPrefill:
     def __call__(self, prepared: PreparedPrompt, cache: AdaptiveCache) -> Tensor:
         """Prefill as prefill() does; no row may be longer than the buffers. Logits are valid until the next call."""
         # 1. The inputs, into the buffers.
-        _right(prepared.inputs_embeds, prepared, self._hidden)
-        _right(prepared.position_ids, prepared, self._positions)
+        right_padded(prepared.inputs_embeds, prepared, self._hidden)
+        right_padded(prepared.position_ids, prepared, self._positions)
         self._last.copy_(_last(prepared, self._last.device))
         # 2. The layers.
         self._calls += 1
@@ -92,7 +92,7 @@ class StaticPrefill:
 
     def _run(self) -> None:
         self._seen = RecordedLayers(len(self.model.model.layers))
-        self._logits = _run(self.model, self._stepper, self._hidden, self._positions, self._last, self._seen)
+        self._logits = run_layers(self.model, self._stepper, self._hidden, self._positions, self._last, self._seen)
 
 
 class StaticPrefills:
@@ -138,6 +138,15 @@ class RecordedLayers:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for query, key, value, _ in self._layers for tensor in (query, key, value))
 
+    @property
+    def length(self) -> int:
+        """Tokens of each recorded row, 0 where no layer has run."""
+        return self._layers[0][1].shape[2] if self._layers else 0
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the rotated keys and the values of a layer, [B, G, S, d] each."""
+        return self._layers[layer][1:3]
+
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         return key, value
 
@@ -159,20 +168,24 @@ class RecordedLayers:
             cache.fill(number, *seen)
 
 
-def _run(model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last: Tensor, cache) -> Tensor:
+def run_layers(
+    model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last: Tensor, cache, mask: Tensor | None = None
+) -> Tensor:
     """Return the logits [B, V] behind each row's last token.
 
     hidden [B, S, D]; positions [B, S]; last [B]: slot of each row's last token
+    cache: takes the entries of each layer
+    mask: bool [B, 1, S, P + S] where the cache puts P earlier entries before the own ones; None is plain causal attention
     """
     base = model.model
-    base.refuse_attention(hidden.shape[1])
+    base.refuse_attention(hidden.shape[1] if mask is None else mask.shape[-1])
     if stepper is not None and stepper.fused:
-        return stepper.prefill(hidden, positions, last, cache)
+        return stepper.prefill(hidden, positions, last, cache, mask)
     rope = base.rotary_emb(hidden, position_ids=positions)
     for layer in base.layers:
         hidden = layer(
             hidden,
-            attention_mask=None,
+            attention_mask=mask,
             position_embeddings=rope,
             position_ids=positions,
             use_cache=True,
@@ -183,7 +196,7 @@ def _run(model, stepper: Stepper | None, hidden: Tensor, positions: Tensor, last
     return model.lm_head(base.norm(hidden[rows, last.to(hidden.device)])).float()
 
 
-def _right(padded_left: Tensor, prepared: PreparedPrompt, out: Tensor | None = None) -> Tensor:
+def right_padded(padded_left: Tensor, prepared: PreparedPrompt, out: Tensor | None = None) -> Tensor:
     """Return a left-padded batch [B, S, ...] padded on the right, in `out` [B, >= S, ...] where it is given.
 
     The padding behind a row's last token has arbitrary content, which no result depends on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,33 @@ from torch import Tensor
 from llava.methods.before_llm import Selection
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.dropping import Dropping
+
+# Fewest tokens that sharing must save. Every layer runs twice, which costs about as much as this many tokens of a small model.
+MIN_SAVED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """The prefixes of the rows of a batch. groups [B]: index of each row's prefix; lengths [U]: tokens of each prefix."""
+
+    groups: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of_rows(cls, keys: Sequence[Hashable], lengths: Sequence[int], totals: Sequence[int]) -> SharedPrefixes | None:
+        """Return the prefixes of rows; None where sharing them saves too little.
+
+        keys: rows with equal keys have the same prefix. lengths: tokens of each row's prefix. totals: tokens of each row
+        """
+        number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+        groups = tuple(number[key] for key in keys)
+        # At least one token of each row is left, whose logits are the result.
+        shared = [
+            min(min(length, total - 1) for length, total, own in zip(lengths, totals, groups, strict=True) if own == n)
+            for n in range(len(number))
+        ]
+        saved = sum(shared[n] for n in groups) - sum(shared)
+        return cls(groups, tuple(shared)) if saved >= MIN_SAVED_TOKENS else None
 
 
 @dataclass
@@ -24,6 +52,7 @@ class PreparedPrompt:
     lengths           per row: real tokens; unpruned_lengths: the same without selection
     position_offset   [B, 1]: position of the first generated token minus (last position + 1)
     dropping          drops vision tokens between LLM layers; None where all of them stay
+    prefixes          prefixes that rows share (shared_prefill.py); None where each row is prefilled on its own
     caching           settings of the KV cache
     clock             times of the stages before the LLM
     """
@@ -38,6 +67,7 @@ class PreparedPrompt:
     unpruned_lengths: list[int]
     position_offset: Tensor
     dropping: Dropping | None = None
+    prefixes: SharedPrefixes | None = None
     caching: Caching | None = None
     clock: StageClock | None = None
 

@@ -24,15 +24,28 @@ from llava.model.graphs import Pool, Store, capture
 _ATTENTION = "llava_sdpa_cls_row"
 # Most tiles for which the tower is captured. With more tiles its kernels run longer than Python needs to launch them.
 MAX_CAPTURED_TILES = 16
+# The middle layer of HiPrune (arXiv 2508.00553), counted from 1: 9 of the 23 layers that LLaVA runs of CLIP-L.
+MIDDLE_LAYER, PUBLISHED_LAYERS = 9, 23
 
 
 def _sdpa_and_cls_row(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, cls_rows=None, mean_keys=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    dropout=0.0,
+    cls_rows=None,
+    mean_keys=None,
+    received=None,
+    **kwargs,
 ):
     """Return the attention output of SDPA, as transformers' attention functions do.
 
     cls_rows: a list that gets the [CLS] row [T, P], mean over heads
     mean_keys: a list that gets the keys [T, 1 + P, d], mean over heads
+    received: a list that gets the attention that each patch receives [T, P], mean over heads and over all 1 + P queries
     """
     # In float32: saliencies in half precision would tie often.
     if cls_rows is not None:
@@ -40,12 +53,30 @@ def _sdpa_and_cls_row(
         cls_rows.append(scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
     if mean_keys is not None:
         mean_keys.append(key.float().mean(dim=1))
+    if received is not None:
+        received.append(_received(query, key, scaling))
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False
     )
 
 
 AttentionInterface.register(_ATTENTION, _sdpa_and_cls_row)
+
+
+def _received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return the attention that each patch receives [T, P], float32, from query and key [T, H, 1 + P, d]."""
+    # Head by head: a map of all heads would need H times the memory. Parts by head are the same for every number of
+    # tiles, so the sums round alike in every batch.
+    total = 0
+    for head in range(query.shape[1]):
+        scores = (query[:, head].float() @ key[:, head].float().transpose(-1, -2)) * scaling
+        total = total + scores.softmax(dim=-1).mean(dim=1)
+    return total[:, 1:] / query.shape[1]
+
+
+def middle_layer(used: int) -> int:
+    """Return MIDDLE_LAYER, counted from 1, scaled to a tower of which `used` layers run."""
+    return max(1, round(MIDDLE_LAYER * used / PUBLISHED_LAYERS))
 
 
 def layers_used(num_hidden_layers: int, select_layer: int) -> int:
@@ -77,6 +108,7 @@ class CLIPVisionTower(nn.Module):
             raise ValueError(
                 f"select_layer is {select_layer}, but the tower has {vision_config.num_hidden_layers} layers"
             )
+        self._middle = middle_layer(used)
         config = copy.deepcopy(vision_config)
         config.num_hidden_layers = used
         config._attn_implementation = _ATTENTION
@@ -116,19 +148,20 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.embeddings.class_embedding.dtype
 
     def forward(self, pixel_values: Tensor, wanted: tuple[str, ...] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Encode tiles [T, 3, H, W]. Returns (features [T, P, W], saliency [T, P], the `wanted` states by name).
+        """Encode tiles [T, 3, H, W], which may be smaller than the tower's: positions are then interpolated. Returns (features [T, P, W], saliency [T, P], the `wanted` states by name).
 
         saliency: attention from [CLS] to each patch, mean over heads, in float32. A row sums to 1 minus the attention
             of [CLS] to itself.
         wanted: states of the same layer: "hidden" [T, 1 + P, W], the features with [CLS] first; "keys" [T, 1 + P, d],
-            the output of k_proj, mean over heads, in float32
+            the output of k_proj, mean over heads, in float32; "received" [T, P, 2], the attention that each patch
+            receives in the middle layer and in that layer, mean over heads and queries, in float32
         """
         pixels = pixel_values.to(self.device, self.dtype)
         # A graph has no gradients and calls no hooks.
         store = None if self._store is None else self._store()
         if store is None or len(pixels) > MAX_CAPTURED_TILES or torch.is_grad_enabled() or not self._unwatched():
             return self._run(pixels, wanted)
-        shape = "tower", len(pixels), wanted
+        shape = "tower", len(pixels), pixels.shape[-1], wanted
         kept = store.get(shape)
         if kept is None:
             kept = StaticTower(self._run, pixels, wanted, self._pool)
@@ -142,16 +175,22 @@ class CLIPVisionTower(nn.Module):
     def _run(self, pixels: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run the tower without a graph; arguments and result as in `forward`."""
         tower = self.vision_tower
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        hidden = tower.pre_layrnorm(
+            tower.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != self.config.image_size)
+        )
         *layers, last = tower.encoder.layers
-        for layer in layers:
-            hidden = layer(hidden, attention_mask=None)
+        received: list[Tensor] | None = [] if "received" in wanted else None
+        for number, layer in enumerate(layers, start=1):
+            hidden = layer(hidden, attention_mask=None, received=received if number == self._middle else None)
         cls_rows: list[Tensor] = []
         mean_keys: list[Tensor] | None = [] if "keys" in wanted else None
-        hidden = last(hidden, attention_mask=None, cls_rows=cls_rows, mean_keys=mean_keys)
+        hidden = last(hidden, attention_mask=None, cls_rows=cls_rows, mean_keys=mean_keys, received=received)
         states = {"hidden": hidden} if "hidden" in wanted else {}
         if mean_keys:
             states["keys"] = mean_keys[0]
+        if received:
+            # In a tower of one layer there is one entry, for both.
+            states["received"] = torch.stack([received[0], received[-1]], dim=-1)
         return hidden[:, 1:], cls_rows[0], states
 
 

@@ -1,4 +1,4 @@
-"""What an answer cost: in the words and units in which page and terminal show it, and as JSON."""
+"""Costs of an answer: as the text that the page and the terminal show, and as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cost_line(answered: Answered) -> str:
 
 
 def measured(answered: Answered, config: AdaVConfig) -> dict:
-    """What the answer took, as the API and `--json` of the terminal write it."""
+    """Return the measured costs of an answer as the API and `--json` of the terminal write them."""
     (kept, total), (live, allocated) = answered.vision_tokens, answered.kv_bytes
     return {
         "method": config.method,

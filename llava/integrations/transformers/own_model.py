@@ -35,7 +35,7 @@ _REFUSED = (
 )
 
 
-class LlavaCompression(Compression):
+class OwnModel(Compression):
     """Compression of a model of CLASSES that has a Llama or Mistral LLM and a CLIP tower. See `compress`."""
 
     def redirections(self):
