@@ -20,8 +20,10 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, replace
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
+import torch
 from page import made, number, put
 from questions import make_questions
 from record import RESULTS, how, pick, read_csv, write_csv
@@ -156,14 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     names = ["vLLM", *(name for name in WORKERS if name in args.workers.split(",") and name != "vLLM")]
     if unknown := set(args.workers.split(",")) - set(WORKERS):
         raise UserError(f'--workers has "{min(unknown)}", allowed are {", ".join(WORKERS)}')
-    try:
-        from importlib.metadata import packages_distributions, version
-
-        vllm = version(packages_distributions()["vllm"][0])
-    except KeyError:
-        raise UserError(f"{sys.executable} has no vLLM; run this with .venv-vllm/bin/python (make vllm)") from None
-    import torch
-
+    if "vllm" not in packages_distributions():
+        raise UserError(f"{sys.executable} has no vLLM; run this with .venv-vllm/bin/python (make vllm)")
     # 1. What is answered, and by whom.
     args.device, args.dtype = pick(args.device, args.dtype)
     if args.threads:
@@ -200,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         "pictures": args.pictures,
         "questions_per_picture": args.each,
         "questions": len(samples),
-        "vllm": vllm,
+        "vllm": version(packages_distributions()["vllm"][0]),  # its package may have another name
         **how(args, "vllm_throughput.py", args.device),
     }
     write_csv(output, rows, facts)

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
+import eval_data
 import pytest
-from eval_data import command, environment, launch, make_vqav2
+from eval_data import command, environment, make_vqav2
 from tiny_checkpoints import build_reference, save_clip_tower, save_llava_hf, save_original
 
 from llava.common.errors import UserError
@@ -21,6 +23,8 @@ except UserError as error:
 pytestmark = pytest.mark.long
 
 QUESTIONS = 40
+PATIENCE = 900  # seconds: vLLM starts in half a minute on an idle core, and each run here starts one
+launch = partial(eval_data.launch, timeout=PATIENCE)
 # vLLM's kernels have heads of 32 and up.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -84,7 +88,7 @@ def test_a_stopped_run_goes_on_and_another_engine_is_another_run(checkpoints, da
     launcher = subprocess.Popen(
         command(*args), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not _answered(tmp_path / "runs"):
         assert launcher.poll() is None and time.monotonic() < deadline, "no answer came"
         time.sleep(0.01)

@@ -71,7 +71,7 @@ def make_place(folder: Path, monkeypatch) -> None:
     (folder / "config.json").write_text("{}")
 
 
-def launch(*arguments, **options) -> subprocess.CompletedProcess:
+def launch(*arguments, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, text=True, timeout=300, **options
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=timeout, **options
     )

@@ -19,7 +19,7 @@ from llava.common.errors import UserError
 from llava.common.transfer import to_device
 from llava.integrations.vllm import processor
 from llava.integrations.vllm.image_request import ImageRequest
-from llava.integrations.vllm.prompt_images import layout_for, model_config_of
+from llava.integrations.vllm.prompt_images import Tiling
 from llava.integrations.vllm.settings import store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
@@ -34,12 +34,12 @@ class _Selects:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model_config = vllm_config.model_config
         try:
-            self._ours = model_config_of(self.config, model_config.model)
+            self._tiling = Tiling(self.config, model_config.model)
         except UserError:  # another tower; the processor refuses requests with settings
             return
-        vision = self._ours.vision
+        vision = self._tiling.vision
         self._store = TowerStore(
-            patches=(vision.image_size // vision.patch_size) ** 2,
+            patches=self._tiling.side**2,
             width=vision.hidden_size,
             head_size=vision.hidden_size // vision.num_attention_heads,
             capacity=store_bytes(vllm_config.additional_config),
@@ -56,7 +56,7 @@ class _Selects:
             return super().embed_multimodal(**kwargs)
         if self._text_tower_name and self._text_tower is None:
             # vLLM's own trial of the largest image comes first, so a tower that cannot be loaded ends the start.
-            tower = SimpleNamespace(config=self._ours.vision, device=self.vision_tower.device)
+            tower = SimpleNamespace(config=self._tiling.vision, device=self.vision_tower.device)
             self._text_tower = ClipTextTower.load(self._text_tower_name, tower)
         requests = [ImageRequest.from_tensor(one) for one in requests]
         return [selection.features for selection in self._select(pixels, requests)]
@@ -85,7 +85,7 @@ class _Selects:
         for request in requests:
             if request.tiles_key not in tokens:
                 own = states[request.tiles_key]
-                layout = layout_for(request.size, request.anyres, self._ours)
+                layout = self._tiling.layout(request.size, request.anyres)
                 tower = TowerStates(self.multi_modal_projector, hidden=own.hidden, keys=own.keys)
                 tokens[request.tiles_key] = tokens_in_order(
                     own.hidden[:, 1:], own.saliency, layout, self.multi_modal_projector, tower=tower

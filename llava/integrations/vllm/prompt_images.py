@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -26,18 +26,24 @@ from llava.model.prompt_rows import image_places, question_of
 PIXEL_BYTES = 128 << 20  # 39 images of five tiles of 336 pixels in half precision
 
 
-def model_config_of(hf_config, name: str):
-    """Return our configuration of a LLaVA whose configuration is `hf_config`, in transformers' form.
+class Tiling:
+    """How a checkpoint cuts images into tiles.
 
-    UserError for an architecture that this code does not know, such as another tower than CLIP.
+    hf_config: the checkpoint's configuration in transformers' form. name: the checkpoint's name, for messages. UserError
+    for an architecture that our code does not know, such as another tower than CLIP.
     """
-    return Checkpoint(Path(name), None, hf_config.to_dict(), "full", hf=True).model_config()
 
+    def __init__(self, hf_config, name: str):
+        self.config = Checkpoint(Path(name), None, hf_config.to_dict(), "full", hf=True).model_config()
+        # Reading a configuration of transformers takes milliseconds, so its values are kept.
+        self.vision = self.config.vision
+        self.side = self.vision.image_size // self.vision.patch_size
+        self.layout = lru_cache(maxsize=1024)(self._layout)
 
-def layout_for(size: tuple[int, int], anyres: str, model_config) -> Layout:
-    """Return the places of the tokens of an image of `size` (width, height)."""
-    plan = tile_plan(size, model_config, anyres)
-    return layout_of(plan, model_config.mm_tile_size // model_config.vision.patch_size, plan.tiles)
+    def _layout(self, size: tuple[int, int], anyres: str) -> Layout:
+        """Return the places of the tokens of an image of `size` (width, height)."""
+        plan = tile_plan(size, self.config, anyres)
+        return layout_of(plan, self.side, plan.tiles)
 
 
 class PromptImages:
@@ -49,12 +55,13 @@ class PromptImages:
     """
 
     def __init__(self, hf_config, image_processor: dict, tokenizer, name: str):
-        self.config = model_config_of(hf_config, name)
+        self._tiling = Tiling(hf_config, name)
         self._image_id = hf_config.image_token_index
         # transformers' default processors give other last digits where torchvision is installed, so these are PIL's.
         self._processor = image_processor_of(image_processor, name)
-        adopt_padding(self.config, self._processor)
-        self._markers = turn_markers(default_conv_mode(self.config, tokenizer), tokenizer)
+        config = self._tiling.config
+        adopt_padding(config, self._processor)
+        self._markers = turn_markers(default_conv_mode(config, tokenizer), tokenizer)
         self._recent, self._lock = RecentImages(PIXEL_BYTES), threading.Lock()  # vLLM has several threads here
         self._words = partial(tokenizer.decode, skip_special_tokens=True)
 
@@ -93,7 +100,7 @@ class PromptImages:
 
     def tokens(self, size: tuple[int, int], settings: AdaVConfig) -> int:
         """Return how many tokens the LLM reads of an image of `size` (width, height)."""
-        layout = layout_for(size, settings.option("anyres"), self.config)
+        layout = self._tiling.layout(size, settings.option("anyres"))
         return tokens_kept(settings.make_method(), layout, settings.overall_tokens)
 
     def pixels(self, image: Image.Image, request: ImageRequest, dtype: torch.dtype) -> Tensor:
@@ -103,7 +110,7 @@ class PromptImages:
         with self._lock:
             pixels = self._recent.get(key)
         if pixels is None:
-            (pixels,) = process_images([image], self._processor, self.config, request.anyres)
+            (pixels,) = process_images([image], self._processor, self._tiling.config, request.anyres)
             pixels = (pixels if pixels.dim() == 4 else pixels[None]).to(dtype)
             with self._lock:
                 self._recent.put(key, pixels)
