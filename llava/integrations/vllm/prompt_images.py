@@ -38,7 +38,7 @@ class Tiling:
         # Reading a configuration of transformers takes milliseconds, so its values are kept.
         self.vision = self.config.vision
         self.side = self.vision.image_size // self.vision.patch_size
-        self.layout = lru_cache(maxsize=1024)(self._layout)
+        self.layout = lru_cache(maxsize=64)(self._layout)
 
     def _layout(self, size: tuple[int, int], anyres: str) -> Layout:
         """Return the places of the tokens of an image of `size` (width, height)."""
