@@ -6,6 +6,7 @@ The steps are apart from the model, because other engines run the tower and the 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +17,7 @@ from torch import Tensor
 from llava.common.transfer import to_host
 from llava.methods.before_llm import ImageTokens, Selector, TowerStates
 from llava.methods.before_llm.base import TokenPlaces
+from llava.methods.before_llm.downsample import smaller_side
 from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order
 
 
@@ -105,6 +107,11 @@ def tokens_kept(method: Selector, layout: Layout, budget: int) -> int:
     if not method.needs_image:
         return 0
     total = len(layout.tile)
+    if method.resizes and len(layout.patches) > budget:
+        # A picture of one tile is left, with a newline token where a picture of several tiles has any.
+        newlines = int(layout.newlines > 0)
+        side = math.isqrt(layout.sizes[0])
+        return smaller_side(side, budget, newlines) ** 2 + newlines
     if not method.uses_budget:
         return total
     # Only the places count here, so the features have no columns.

@@ -33,7 +33,7 @@ def test_both_loops_answer_alike_and_are_told_apart(throughput, tmp_path, capsys
 
 def test_the_upstream_loop_runs_the_tower_for_every_question_and_materialises_all_maps(throughput, tmp_path):
     samples = throughput.make_questions(tmp_path, "v1.6", 1, 8)
-    assert len(samples) == 8 and {sample.image for sample in samples} == {"0000.png"}
+    assert len(samples) == 8 and {sample.images for sample in samples} == {("0000.png",)}
     config = throughput.AdaVConfig(overall_tokens=58)
     spec = throughput.WorkOrder(
         *(str(throughput.CHECKPOINT), None, config, throughput.Generation(2), 8, tmp_path),

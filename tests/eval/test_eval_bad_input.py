@@ -39,7 +39,7 @@ def refused(place, capsys, *extra, benchmark="vqav2", **replaced) -> str:
 
 def test_the_good_command_line_is_good(place):
     argv = ["vqav2", "14", "--checkpoint", "llava", "--data-root", "data", "--config", "config.json", "--method", "cls"]
-    (run,) = launch.plan(launch.parse(argv), devices=[])
+    (run,) = launch.plan(launch.parse(argv), shards=1, devices=[])
     assert run.generation.device == "cpu" and len(run.samples) == 12
     assert (run.config.method, run.config.overall_tokens) == ("cls", 14)
 
@@ -197,7 +197,7 @@ def test_labels_that_do_not_match_the_questions(place, capsys):
     assert "has no label for 1 of 8 questions (the first: 20000001, line 2 of llava_gqa_testdev_balanced.jsonl)" in said
     assert "and has 1 labels of questions that are not asked (the first: 1); --partial scores" in said
     argv = ["gqa", "--checkpoint", "llava", "--data-root", "data", "--config", "config.json", "--partial"]
-    (run,) = launch.plan(launch.parse(argv), devices=[])
+    (run,) = launch.plan(launch.parse(argv), shards=1, devices=[])
     assert len(run.samples) == 8, "they are asked all the same"
 
 

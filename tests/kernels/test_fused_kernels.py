@@ -613,7 +613,7 @@ def test_operands_that_do_not_fit():
             add_rms_norm(*arguments, 1e-5)
     for arguments, said in (
         ((hidden, hidden[:, :3]), r"up is .* \[2, 3\], expected is torch.float32 \[2, 64\]"),
-        ((weight, weight), r"gate is \[64\], where \[..., M\]"),
+        ((weight, weight), r"gate is \[64\], expected is \[..., M\]"),
         ((hidden.mT, hidden.mT), "last dimension of gate is not contiguous"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -628,7 +628,7 @@ def test_operands_that_do_not_fit():
         ({"rule": "oldest"}, "rule is 'oldest', allowed are 'summed', 'latest', 'centred'"),
         ({"quantile": 1.5}, "quantile is 1.5, allowed is 0 to 1"),
         ({"scores": region.scores[0]}, r"scores is \[2, 8\] .*, expected are \[B, G, T\] and \[B, steps \+ 1\]"),
-        ({"paid": region.scores.half()}, "paid is torch.float16 .*, where torch.float32"),
+        ({"paid": region.scores.half()}, "paid is torch.float16 .*, expected is torch.float32"),
         ({"text": region.text[..., :4]}, r"text is .* \[1, 2, 4\], expected is torch.int32 \[1, 2, 8\]"),
         ({"text_len": region.text_len[:, :1]}, r"text_len is .* expected is torch.int32 \[1, 2\]"),
         ({"recent": region.recent[:, :1]}, r"recent is .* expected is torch.int32 \[1, 2\]"),
@@ -640,9 +640,9 @@ def test_operands_that_do_not_fit():
     scores, image, length = normal(1, 8), integers([list(range(8))]), integers([4])
     for changes, said in (
         ({"core": integers([list(range(9))])}, r"core \[1, 9\], expected are \[B, N\] and \[B, M\] with M at most N"),
-        ({"scores": scores.double()}, "scores is torch.float64 .*, where torch.float32"),
+        ({"scores": scores.double()}, "scores is torch.float64 .*, expected is torch.float32"),
         ({"image": image[:, :5]}, r"image is .* \[1, 5\], expected is torch.int32 \[1, 8\]"),
-        ({"core_len": length.long()}, "core_len is torch.int64 .*, where torch.int32"),
+        ({"core_len": length.long()}, "core_len is torch.int64 .*, expected is torch.int32"),
     ):
         operands = {"scores": scores, "image": image, "image_len": length, "core": image[:, :4].clone()}
         with pytest.raises(ValueError, match=said):

@@ -12,6 +12,7 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
 from llava.methods.index import method_names
+from llava.methods.inside_llm import dropper_names
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding.engine import Engine
@@ -138,7 +139,7 @@ def test_every_method_is_served(service, method):
     answered = alone(service, ask("Is <image> like <image>?", PICTURES[0], PICTURES[1], config=config))
     assert answered.new_tokens == 6 and len(answered.images) == 2
     kept, total = answered.vision_tokens
-    assert kept == {"none": total, "no_image": 0}.get(method, 60)
+    assert kept == {"none": total, "no_image": 0, "downsample": 34}.get(method, 60)
 
 
 def test_a_cache_that_keeps_nothing(service):
@@ -344,7 +345,7 @@ def test_the_length_that_is_checked_is_the_length(service):
                 reply = service.submit(request)
                 images = reply.result(60).images
                 longest = service.model.longest(images[0].plan, config)
-                inside = method in ("fastv", "fitprune", "sparsevlm", "pyramiddrop")
+                inside = method in dropper_names()
                 assert longest == (images[0].selection.total if inside else len(images[0].selection.indices))
 
 

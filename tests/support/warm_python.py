@@ -80,7 +80,11 @@ class WarmPython:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.server.communicate()  # closes its stdin, which ends it
+        # Not by the end of its stdin alone: a process that a test has forked, such as a worker of a DataLoader, may hold it
+        # open.
+        self.server.stdin.close()
+        self.server.terminate()
+        self.server.wait()
 
 
 # ------------------------------------------------------------------------------------------------------ the server
@@ -142,6 +146,7 @@ class Server:
         self.selector.register(listener, selectors.EVENT_READ, self._accept)
         self.selector.register(0, selectors.EVENT_READ, self._end)
         self.processes: dict[int, tuple[socket.socket, int]] = {}  # process id: its client, its pidfd
+        signal.signal(signal.SIGTERM, lambda *_: self._end())
         gc.collect()
         gc.freeze()  # a collection in a forked process would copy all pages that it walks over
 
@@ -172,6 +177,7 @@ class Server:
             self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(pid))
             client.send(b"warm")
         else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self.selector.close()
             for number in (client.detach(), self.listener.detach()):
                 os.close(number)

@@ -16,12 +16,11 @@ import numpy as np
 from llava.common.errors import UserError
 from llava.eval.benchmarks import Benchmark
 from llava.eval.benchmarks.questions import read_lines
-from llava.eval.results.compare_table import column_of
+from llava.eval.results.compare_table import SPLIT, column_of
 from llava.eval.runs.run import Run
 from llava.eval.scoring.bootstrap import cluster_intervals, ratio_intervals
 from llava.eval.scoring.verdicts import Verdict
 
-SPLIT = "downsample"  # the method whose answers split the questions into two groups (arXiv 2510.07143)
 _PACKAGES = ("torch", "transformers", "numpy")
 
 

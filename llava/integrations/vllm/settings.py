@@ -76,6 +76,11 @@ def check(config: AdaVConfig) -> None:
         raise UserError(
             'method "no_image" keeps no token, but vLLM needs one per image; leave the image out of the prompt'
         )
+    if config.make_method().resizes:
+        raise UserError(
+            f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
+            "smaller image"
+        )
     if config.method in dropper_names():
         raise UserError(
             f'method "{config.method}" drops tokens inside the LLM, but in vLLM all layers have one KV length; allowed '
