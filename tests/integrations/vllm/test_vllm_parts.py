@@ -19,6 +19,8 @@ from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
+REFUSED = {"no_image", "downsample", "hiprune", "mmtok"}
+
 
 # ------------------------------------------------------------------------------------------------------------ settings
 def test_keys_of_a_request_replace_those_of_the_server_one_by_one():
@@ -50,6 +52,8 @@ def test_a_server_may_name_a_file(tmp_path):
         ({"method": "best"}, "allowed is one of"),
         ({"method": "no_image"}, "needs one per image"),
         ({"method": "downsample"}, "makes the image smaller before the tower"),
+        ({"method": "hiprune"}, "reads received of the vision tower"),
+        ({"method": "mmtok"}, "reads some words of the user's turn"),
         ({"method": "fastv"}, "drops tokens inside the LLM"),
         ({"vision_adaptive_attention": True}, "the KV cache of all layers"),
         ({"text_pruning_flag": True}, "the KV cache of all layers"),
@@ -124,7 +128,7 @@ def ids_of(tokenizer, model, text):
     return [tokenizer.convert_tokens_to_ids("<image>") if i < 0 else i for i in ids]
 
 
-@pytest.mark.parametrize("method", sorted(set(SELECTORS) - {"no_image", "downsample"}))
+@pytest.mark.parametrize("method", sorted(set(SELECTORS) - REFUSED))
 @pytest.mark.parametrize("anyres", ["official", "fastervlm"])
 def test_tokens_are_counted_as_the_model_keeps_them(checkpoint, method, anyres):
     images, tokenizer, model, processor = checkpoint
@@ -156,7 +160,7 @@ def test_tokens_of_published_settings_are_counted(checkpoint):
 def test_identity_has_the_question_exactly_for_methods_that_read_it(checkpoint):
     images, tokenizer, model, _ = checkpoint
     first, second = (ids_of(tokenizer, model, "<image>\n" + question) for question in QUESTIONS[:2])
-    for method in sorted(set(SELECTORS) - {"no_image", "downsample"}):
+    for method in sorted(set(SELECTORS) - REFUSED):
         settings = AdaVConfig(method=method, overall_tokens=5)
         a, b, again, other = (
             images.requests(ids, [(60, 60)], [image], settings)[0].to_bytes()
