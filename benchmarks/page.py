@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from record import read_csv
 
 from llava.common.errors import UserError
 from llava.common.files import REPOSITORY, write_atomically
@@ -58,3 +61,11 @@ def number(value: float | None, digits: int = 0) -> str:
 
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
+
+
+def put_results(document: Path, mark: str, results: list[Path], column: str, table: Callable[[list[dict]], str]) -> None:
+    """Put the tables of several CSVs into `document`, one after another, between the marks `mark`.
+
+    column: a column that the CSVs have. table: function from the rows of a CSV to its table, with a line about it.
+    """
+    put(document, mark, "\n\n".join(table(read_csv(path, column)) for path in results))

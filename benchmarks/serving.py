@@ -42,10 +42,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from page import made, number, put
+from page import made, number, put_results
 from PIL import Image
 from questions import make_questions
-from record import RESULTS, how, pick, read_csv, write_csv
+from record import RESULTS, how, pick, write_csv
 from shapes import PRESETS, random_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -364,12 +364,12 @@ def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
 
 def fill(document: Path, results: list[Path]) -> None:
     """Put the tables of `results` into `document`, one after another, between the marks `serving`."""
-    tables = []
-    for path in results:
-        rows = read_csv(path, "first_token_p99")
+
+    def table(rows: list[dict]) -> str:
         what = f"{rows[0]['preset']}, {number(rows[0]['overall_tokens'])} vision tokens where they are selected"
-        tables.append(f"{what}, vLLM {rows[0]['vllm']}. {made(rows)}.\n\n{markdown_table(lines_of(rows), left=4)}")
-    put(document, "serving", "\n\n".join(tables))
+        return f"{what}, vLLM {rows[0]['vllm']}. {made(rows)}.\n\n{markdown_table(lines_of(rows), left=4)}"
+
+    put_results(document, "serving", results, "first_token_p99", table)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

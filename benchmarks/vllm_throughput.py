@@ -24,9 +24,9 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
-from page import made, number, put
+from page import made, number, put_results
 from questions import make_questions
-from record import RESULTS, how, pick, read_csv, write_csv
+from record import RESULTS, how, pick, write_csv
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
@@ -124,12 +124,12 @@ def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
 
 def fill(document: Path, results: list[Path]) -> None:
     """Put the tables of `results` into `document`, one after another, between the marks `vllm_throughput`."""
-    tables = []
-    for path in results:
-        rows = read_csv(path, "of_plain")
+
+    def table(rows: list[dict]) -> str:
         what = f"{rows[0]['preset']}, {number(rows[0]['questions_per_picture'])} questions per picture"
-        tables.append(f"{what}. {made(rows)}.\n\n{markdown_table(lines_of(rows))}")
-    put(document, "vllm_throughput", "\n\n".join(tables))
+        return f"{what}. {made(rows)}.\n\n{markdown_table(lines_of(rows))}"
+
+    put_results(document, "vllm_throughput", results, "of_plain", table)
 
 
 @exits_cleanly
