@@ -39,6 +39,7 @@ from llava.methods.options import (
 from llava.methods.plugins import register
 
 if TYPE_CHECKING:
+    from llava.methods.inside_llm.base import Dropper
     from llava.methods.kv_cache.base import CachePolicy
 
 #: None where pip installed the package as a wheel: the defaults of AdaVConfig hold then.
@@ -139,6 +140,17 @@ class AdaVConfig:
                 f'{where}: "prefill_filter_flag" is true, but method "{self.method}" drops tokens inside the LLM itself; '
                 "allowed beside the filter are methods before the LLM"
             )
+        if self.method == "apet" and self.options.get("second_stage"):
+            if self.prefill_filter_flag:
+                raise ConfigError(
+                    f'{where}: "prefill_filter_flag" and "options.second_stage" are true, but both drop tokens inside the '
+                    "LLM; allowed is one of them"
+                )
+            if self.options.get("compat") == "public":
+                raise ConfigError(
+                    f'{where}: "options.compat" is "public" beside "options.second_stage", but the second stage does not '
+                    "reproduce the public code; allowed is one of them"
+                )
         if self._in_public_tiles and self.options.get("anyres", "fastervlm") != "fastervlm":
             raise ConfigError(
                 f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
@@ -231,6 +243,18 @@ class AdaVConfig:
     def make_method(self):
         """A selector or dropper with its options. UserError for options that contradict each other."""
         return self.method_class(**self.method_options)
+
+    def make_dropper(self) -> Dropper | None:
+        """What drops tokens inside the LLM: the method, its second stage or A-VL's prefill filter; None where nothing does.
+
+        UserError for options that contradict each other.
+        """
+        from llava.methods.inside_llm.apet_stage import ApETStage
+        from llava.methods.inside_llm.prefill_filter import PrefillFilter
+
+        if self.method in dropper_names():
+            return self.make_method()
+        return PrefillFilter.from_config(self) or ApETStage.from_config(self)
 
     def make_cache_policy(self) -> CachePolicy:
         """The KV cache policy with its settings. This imports torch."""

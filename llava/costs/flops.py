@@ -36,13 +36,14 @@ from llava.costs.method_costs import (
     DropperCase,
     MethodCost,
     SelectorCase,
+    apet_stage,
     cache_cost,
     together,
 )
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
 from llava.costs.presets import PRESETS
 from llava.methods.inside_llm import DROPPERS, Dropper
-from llava.methods.inside_llm.prefill_filter import PrefillFilter
+from llava.methods.inside_llm.apet_stage import ApETStage
 from llava.methods.kv_cache.base import Counts, LayerPlan, rounded_up
 from llava.mm_utils import tile_plan
 
@@ -184,10 +185,11 @@ def predict(
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
     # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
+    dropper = config.make_dropper()
     if drops:
-        dropper, price, costs = method, _listed(DROPPER_COSTS, "DROPPER_COSTS", config), []
+        price, costs = _listed(DROPPER_COSTS, "DROPPER_COSTS", config), []
     else:
-        dropper, price = PrefillFilter.from_config(config), DROPPER_COSTS["fastv"]
+        price = apet_stage if isinstance(dropper, ApETStage) else DROPPER_COSTS["fastv"]
         cases = [SelectorCase(shape, *case, options) for case in zip(images, words, kept, strict=True)]
         # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]

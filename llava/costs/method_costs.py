@@ -211,17 +211,18 @@ def _apet(case: SelectorCase) -> MethodCost:
 
     The solution of b equations, at most 10, is not counted.
     """
-    width, flops, compared, distances = case.shape.tower_width, 0, 0, 0
-    for patches, quota in zip(case.image.patches, case.quotas, strict=True):
-        if quota:
-            basis = basis_size(quota)
-            absorbing, absorbed = quota - basis, patches - quota
-            flops += product(basis, width, basis) + 2 * product(basis, width, patches)
-            distances += basis * patches * width
-            if absorbing:
-                flops += 2 * product(absorbing, absorbed, width)
-                compared += absorbing * absorbed
-    elements = {"sort": 2 * case.image.candidates, "greedy": compared, "distance": distances}
+    shares = zip(case.image.patches, case.quotas, strict=True)
+    return together(_division(patches, quota, case.shape.tower_width) for patches, quota in shares if quota)
+
+
+def _division(tokens: int, quota: int, width: int) -> MethodCost:
+    """The rule of ApET on `tokens` states of `width` numbers of which `quota` stay."""
+    basis = basis_size(quota)
+    absorbing, absorbed = quota - basis, tokens - quota
+    flops = product(basis, width, basis) + 2 * product(basis, width, tokens)
+    if absorbing:
+        flops += 2 * product(absorbing, absorbed, width)
+    elements = {"sort": 2 * tokens, "greedy": absorbing * absorbed, "distance": basis * tokens * width}
     return MethodCost(flops, elements)
 
 
@@ -353,6 +354,12 @@ def _dart(case: DropperCase) -> MethodCost:
             before, pivots = case.tokens[image], min(PIVOTS, kept) + min(PIVOTS, max(1, case.words[image]))
             costs.append(MethodCost(product(pivots, case.shape.width, before), {"sort": (pivots + 2) * before}))
     return together(costs)
+
+
+def apet_stage(case: DropperCase) -> MethodCost:
+    """The second stage of apet: its rule on the states of all tokens of an image together."""
+    sizes = [(case.tokens[image], kept + made) for image, cuts in enumerate(case.cuts) for _, kept, made in cuts]
+    return together(_division(before, left, case.shape.width) for before, left in sizes)
 
 
 DROPPER_COSTS: dict[str, Callable[[DropperCase], MethodCost]] = {

@@ -77,6 +77,7 @@ OPTION_RULES: dict[str, Rule] = {
     "theta": RATE,
     "anchor_share": SHARE,
     "start": whole(0),
+    "second_stage": BOOL,
     "salient_share": SHARE,
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),

@@ -17,8 +17,6 @@ from transformers.utils import is_bitsandbytes_available
 from llava.common.errors import UserError, first_line
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, turn_markers
-from llava.methods.inside_llm import dropper_names
-from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.model.checkpoint import Checkpoint
 from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -150,11 +148,9 @@ def check_config(config: AdaVConfig, model_config) -> None:
         raise UserError(
             f'"options.saliency" is "{config.option("saliency")}", allowed for LLaVA is "attention": its tower has [CLS]'
         )
-    if config.method in dropper_names():
-        config.make_method().check(model_config)
-    prefill_filter = PrefillFilter.from_config(config)
-    if prefill_filter is not None:
-        prefill_filter.check(model_config)
+    dropper = config.make_dropper()
+    if dropper is not None:
+        dropper.check(model_config)
 
 
 def configure(model, config: AdaVConfig, tokenizer=None) -> None:

@@ -22,7 +22,6 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
 from llava.methods.before_llm.downsample import cells, smaller_side
 from llava.methods.inside_llm import dropper_names
-from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.methods.kv_cache.base import RowSpans
 from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
 from llava.model.decoding.adaptive_cache import Caching
@@ -391,7 +390,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         with clock.stage("splice"):
             prepared = splice(rows, words, config.option("positions"))
         layers = self.config.num_hidden_layers
-        dropper = method if config.method in dropper_names() else PrefillFilter.from_config(config)
+        dropper = config.make_dropper()
         if dropper is not None:
             dropper.check(self.config)
             prepared.dropping = Dropping(dropper, config.overall_tokens, layers, [prompt_row(row) for row in rows])

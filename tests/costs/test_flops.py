@@ -191,6 +191,18 @@ def test_prefill_agrees_with_torchs_counter(model, method):
     agrees(measured, cost, 0.0 if method == "no_image" else 0.2, exact)
 
 
+def test_both_stages_of_apet_agree_with_torchs_counter(model):
+    config, batch = (
+        AdaVConfig(method="apet", overall_tokens=BUDGET, options={"second_stage": True}),
+        inputs(model, ROWS[1:2], SIZES[1:]),
+    )
+    cost = predict(ModelShape.from_config(model.config), config, counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
+    first = predict(cost.shape, config.replaced(options={}), counts(model, SIZES[1:]), text_tokens=5, words=[4, 3])
+    (measured,) = counted(model, lambda: model.generate(**batch, config=config, max_new_tokens=1, do_sample=False))
+    agrees(measured, cost)
+    assert cost.parts["method"] > first.parts["method"] and cost.parts["mlp"] < first.parts["mlp"]
+
+
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 @pytest.mark.parametrize("method", DROPPERS)
 def test_dropping_from_two_images_agrees_with_torchs_counter(model, method):

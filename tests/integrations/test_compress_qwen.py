@@ -514,6 +514,7 @@ REFUSED = {
     "fitprune": (dict(method="fitprune"), "acts inside the LLM"),
     "sparsevlm": (dict(method="sparsevlm"), "acts inside the LLM"),
     "filter": (dict(prefill_filter_flag=True), "prefill_filter_flag"),
+    "second stage": (dict(method="apet", options={"second_stage": True}), "options.second_stage"),
     "avl": (dict(vision_adaptive_attention=True), 'policy "avl"'),
     "h2o": (dict(all_use_h2o=True), 'policy "h2o"'),
     "visionzip": (dict(method="visionzip"), r"hidden and keys .*\[CLS\]"),

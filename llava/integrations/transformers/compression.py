@@ -92,8 +92,9 @@ class FamilyCompression(Compression):
                     f'method "{name}" acts inside the LLM, allowed for {family} are methods before the LLM{others}'
                 )
             config.make_method().check(self.model.config.get_text_config())
-        if config.prefill_filter_flag:
-            raise UserError(f'"prefill_filter_flag" is true, allowed for {family} are methods before the LLM alone')
+        elif config.make_dropper() is not None:
+            key = "prefill_filter_flag" if config.prefill_filter_flag else "options.second_stage"
+            raise UserError(f'"{key}" is true, allowed for {family} are methods before the LLM alone')
         if config.cache_policy != "full":
             raise UserError(
                 f'the configuration asks for the KV cache policy "{config.cache_policy}", allowed for {family} are methods '

@@ -95,12 +95,14 @@ def check(config: AdaVConfig) -> None:
             f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
             "smaller image"
         )
-    if config.method in dropper_names():
+    if config.make_dropper() is not None:
+        beside = '"prefill_filter_flag"' if config.prefill_filter_flag else '"options.second_stage"'
+        setting = f'method "{config.method}"' if config.method in dropper_names() else beside
         raise UserError(
-            f'method "{config.method}" drops tokens inside the LLM, but in vLLM all layers have one KV length; allowed '
-            "are methods before the LLM"
+            f"{setting} drops tokens inside the LLM, but in vLLM all layers have one KV length; allowed are methods before the "
+            "LLM"
         )
-    for key in ("vision_adaptive_attention", "text_pruning_flag", "prefill_filter_flag", "all_use_h2o"):
+    for key in ("vision_adaptive_attention", "text_pruning_flag", "all_use_h2o"):
         if getattr(config, key):
             raise UserError(
                 f'"{key}" is true, but in vLLM the KV cache of all layers and heads is one; allowed is false'

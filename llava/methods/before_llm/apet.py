@@ -1,4 +1,7 @@
-"""ApET (arXiv 2602.19870): patches that a few basis patches cannot express stay, and absorb what is like them."""
+"""ApET (arXiv 2602.19870): patches that a few basis patches cannot express stay, and absorb what is like them.
+
+The rule is in functions of states alone. The second stage, inside the LLM, uses them too.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,11 @@ RIDGE = 1e-5  # added to the diagonal of the basis' Gram matrix
 def basis_size(quota: int) -> int:
     """Return how many of a tile's `quota` tokens are basis patches: BASIS, but at most half of them, at least one."""
     return max(1, min(BASIS, quota // 2))
+
+
+def farthest_from_mean(states: Tensor) -> Tensor:
+    """Return the index [1] of the one of `states` [n, W] that is farthest from their mean."""
+    return (states - states.mean(dim=0)).square().sum(dim=1).argmax(dim=0, keepdim=True)
 
 
 def farthest_states(states: Tensor, count: int, start: Tensor) -> Tensor:
@@ -51,6 +59,41 @@ def approximation_errors(states: Tensor, basis: Tensor) -> Tensor:
     return torch.linalg.vector_norm(states - coefficients.T @ basis, dim=1)
 
 
+class Parts(NamedTuple):
+    """The division of n tokens into those that stay and those that are absorbed. All are indices of tokens.
+
+    absorbing [a]: tokens that stay and absorb others, ascending; absorbed [n - a - b]: all others, ascending
+    basis [b]: basis tokens, in the order of choice; seats [b]: the tokens in whose places they stand
+    """
+
+    absorbing: Tensor
+    absorbed: Tensor
+    basis: Tensor
+    seats: Tensor
+
+
+def divide(states: Tensor, quota: int, start: Tensor, compat: str | None = None) -> Parts:
+    """Return what becomes of each of `states` [n, W], float32, if `quota` of them are to stay.
+
+    start [1]: the first basis token; compat: see ApET
+    """
+    count = basis_size(quota)
+    basis = farthest_states(states, count, start)
+    errors = approximation_errors(states, states[basis])
+    # 1. The tokens that stay, by error. The basis is no candidate, except in the public code, where it stands in the
+    # places of other tokens.
+    if compat != "public":
+        errors = errors.index_fill(0, basis, -1.0)
+    ranked = lowest_index_topk(errors, quota)
+    absorbing = torch.sort(ranked[: quota - count]).values
+    seats = torch.sort(ranked[quota - count :]).values if compat == "public" else basis
+    # 2. All others are absorbed. Their number is known, so nothing waits for the device.
+    stays = torch.zeros(len(states), dtype=torch.int8, device=states.device)
+    stays = stays.index_fill(0, absorbing, 1).index_fill(0, seats, 1)
+    absorbed = stays.sort(stable=True).indices[: len(states) - quota if quota > count else 0]
+    return Parts(absorbing, absorbed, basis, seats)
+
+
 @dataclass
 class ApET(Selector):
     """Keeps per tile 10 basis patches and the patches with the largest approximation error; these absorb all others.
@@ -67,8 +110,8 @@ class ApET(Selector):
     compat  "public": the basis patches stand in the places of the q - 10 th to q th largest errors, in the order of
             their choice, and are absorbed like all others; the patches in whose places they stand are lost. In
             LLaVA-1.6 the authors' code keeps K tokens per tile and all newline tokens; here K stays K.
-
-    This is the method's first stage. Its second one, inside the LLM, is not here (docs/methods.md).
+    second_stage  true: the method's second stage follows inside the LLM (llava/methods/inside_llm/apet_stage.py). It
+            leaves a third of the K tokens after half of the layers.
     """
 
     reads_text = False
@@ -78,6 +121,7 @@ class ApET(Selector):
 
     start: int | None = None
     compat: str | None = None
+    second_stage: bool = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return self.keep_all([image], [text], [budget])[0]
@@ -87,7 +131,7 @@ class ApET(Selector):
         # `sources` are lists of Python numbers. The numbers of a whole batch come to the host in one copy.
         parts = [part for own in tiles for tile in own for part in (tile.absorbing, tile.absorbed, tile.group)]
         numbers = iter(to_host(torch.cat(parts)).split([len(part) for part in parts]))
-        sources = [[group for _ in own for group in _sources(*(next(numbers) for _ in range(3)))] for own in tiles]
+        sources = [[group for _ in own for group in sources_of(*(next(numbers) for _ in range(3)))] for own in tiles]
         return [_in_order(*one) for one in zip(images, tiles, sources, strict=True)]
 
     def _tiles(self, image: ImageTokens, budget: int) -> list[_Tile]:
@@ -107,42 +151,25 @@ class ApET(Selector):
 
     def _tile(self, states: Tensor, patches: Tensor, quota: int) -> _Tile:
         """Return the kept tokens of a tile, from the states [n, W] of its patches; patches [n]: their token indices."""
-        count = basis_size(quota)
-        if self.start is None:
-            start = (states - states.mean(dim=0)).square().sum(dim=1).argmax(dim=0, keepdim=True)
-        else:
-            start = torch.full((1,), self.start, device=states.device)
-        basis = farthest_states(states, count, start)
-        errors = approximation_errors(states, states[basis])
-        # 1. The patches that stay, by error. The basis is no candidate, except in the public code, where it stands in
-        # the places of other patches.
-        if self.compat != "public":
-            errors = errors.index_fill(0, basis, -1.0)
-        ranked = lowest_index_topk(errors, quota)
-        absorbing = torch.sort(ranked[: quota - count]).values
-        seats = torch.sort(ranked[quota - count :]).values if self.compat == "public" else basis
-        # 2. All others are absorbed. Their number is known, so nothing waits for the device.
-        stays = torch.zeros(len(states), dtype=torch.int8, device=states.device)
-        stays = stays.index_fill(0, absorbing, 1).index_fill(0, seats, 1)
-        absorbed = stays.sort(stable=True).indices[: len(states) - quota if quota > count else 0]
-        made, group = absorb(states, absorbing, absorbed)
-        return _Tile(patches[absorbing], made, patches[absorbed], group, patches[basis], patches[seats])
+        given = self.start is not None
+        start = torch.full((1,), self.start, device=states.device) if given else farthest_from_mean(states)
+        parts = divide(states, quota, start, self.compat)
+        made, group = absorb(states, parts.absorbing, parts.absorbed)
+        return _Tile(*(patches[part] for part in parts), made, group)
 
 
 class _Tile(NamedTuple):
-    """The kept tokens of one tile. Patches are token indices.
+    """The kept tokens of one tile: its Parts as token indices of the image, and the tokens made of them.
 
-    absorbing [a]: patches that absorb others; made [a, W]: states of their tokens
-    absorbed [n]: patches that are absorbed; group [n]: the number of the token that each of them goes into
-    basis [b]: basis patches, in the order of choice; seats [b]: the patches in whose places they stand
+    made [a, W]: states of the absorbing tokens; group: the number of the token that each absorbed patch goes into
     """
 
     absorbing: Tensor
-    made: Tensor
     absorbed: Tensor
-    group: Tensor
     basis: Tensor
     seats: Tensor
+    made: Tensor
+    group: Tensor
 
 
 def absorb(states: Tensor, absorbing: Tensor, absorbed: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +187,7 @@ def absorb(states: Tensor, absorbing: Tensor, absorbed: Tensor) -> tuple[Tensor,
     return total / (1 + joined.sum(dim=0))[:, None], group
 
 
-def _sources(absorbing: Tensor, absorbed: Tensor, group: Tensor) -> list[tuple[int, list[int]]]:
+def sources_of(absorbing: Tensor, absorbed: Tensor, group: Tensor) -> list[tuple[int, list[int]]]:
     """Return, for each of the patches `absorbing` [a], (it, the patches of its token in order), from tensors on the host."""
     groups = [[own] for own in absorbing.tolist()]
     for patch, number in zip(absorbed.tolist(), group.tolist(), strict=True):

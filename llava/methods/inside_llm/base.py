@@ -48,13 +48,16 @@ class Choice:
     """The result of one cut of one image. All indices count the image's slots before the cut, from 0.
 
     kept [k]: slots that stay, ascending
-    made [m, D]: hidden states of merged tokens; they come after the kept ones
+    made [m, D]: hidden states of merged tokens
     sources: for each merged token, the slots that were merged into it
+    order [k + m]: the image's slots after the cut; merged tokens are numbered from `count`. None: merged tokens come
+        after the kept ones, but before the slot that the answer is read from.
     """
 
     kept: Tensor
     made: Tensor | None = None
     sources: list[list[int]] = field(default_factory=list)
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ class Dropper(ABC):
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
         """Return the cuts that leave k of n vision tokens, in layer order and at most one per layer; 1 <= k < n."""
 
-    @abstractmethod
     def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
         """Return a float32 score [count] for each of the image's slots; the slots with the lowest scores are dropped.
 
         attention: rows of the layer that the cut belongs to. Under BEFORE it has the last query's row only.
+        A method has this, or its own `select`.
         """
+        raise TypeError(f"{type(self).__name__} has neither score nor select")
 
     def explicit(self, n: int, layers: int) -> tuple[Cut, ...] | None:
         """Return the cuts that an option states directly, independent of the budget; None where no option does."""

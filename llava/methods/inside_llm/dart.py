@@ -52,9 +52,6 @@ class DART(OneCut):
             k = min(n, PIVOTS + 2 * PIVOTS * (max(0, min(k, n - PIVOTS)) // (2 * PIVOTS)))
         return super().plan(n, k, layers) if k < n else ()
 
-    def score(self, attention: RowAttention, image: ImageSlots) -> Tensor:
-        return image.of(attention.key_norms())
-
     def select(self, attention: RowAttention, cut: Cut, image: ImageSlots, hidden: Tensor) -> Choice:
         # 1. Pivots. The slot that the answer is read from stays in any case, so it is no candidate.
         norms, free, keep = attention.key_norms(), image.count, cut.keep

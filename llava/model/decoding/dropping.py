@@ -302,6 +302,8 @@ class Dropping:
 
 def _order(choice: Choice, image: ImageSlots) -> Tensor:
     """Return the image's slots after a cut, counted as before it; merged tokens are numbered from image.count."""
+    if choice.order is not None:
+        return choice.order
     made = torch.arange(image.count, image.count + len(choice.sources), device=choice.kept.device)
     if image.ends_prompt:  # the answer is read from the last slot, so merged tokens go before it
         return torch.cat([choice.kept[:-1], made, choice.kept[-1:]])

@@ -17,7 +17,6 @@ from llava.costs.measure import kv_bytes, predicted, vision_tokens
 from llava.costs.model_shape import ImageCounts
 from llava.inference.loaded_checkpoint import LoadedCheckpoint, Pixels
 from llava.methods.inside_llm import dropper_names
-from llava.methods.inside_llm.prefill_filter import PrefillFilter
 from llava.mm_utils import TilePlan, tile_plan, tokenizer_image_token
 from llava.model.decoding.engine import BatchGeneration
 from llava.model.decoding.prepared import PreparedPrompt
@@ -105,12 +104,9 @@ class BatchAnswerer(LoadedCheckpoint):
     def check(self, config: AdaVConfig) -> None:
         """Raise UserError if a configuration does not fit this checkpoint."""
         config.check_method_options()
-        method = config.make_method()
-        if config.method in dropper_names():
-            method.check(self.model.config)
-        prefill_filter = PrefillFilter.from_config(config)
-        if prefill_filter is not None:
-            prefill_filter.check(self.model.config)
+        dropper = config.make_dropper()
+        if dropper is not None:
+            dropper.check(self.model.config)
 
     def longest(self, plan: TilePlan, config: AdaVConfig) -> int:
         """Upper limit of the positions that an image takes in the LLM."""
