@@ -7,20 +7,13 @@ import numpy as np
 import pytest
 import torch
 from apet_reference import naive_apet, one_tile
-from image_tokens import make_image, make_text
+from image_tokens import SETTINGS, make_image, make_text
 
 from llava.common.errors import UserError
 from llava.methods.before_llm import select
 from llava.methods.before_llm.apet import approximation_errors, basis_size, farthest_states
 
 RECORDED = np.load(Path(__file__).parents[1] / "data/apet_choices.npz")
-SETTINGS = [
-    (None, {}),
-    ((1, 2), {"cut": 2}),
-    ((2, 2), {"cut": 3}),
-    ((3, 1), {"cut": 1}),
-    ((1, 3), {"side": 6, "cut": 2}),
-]
 NO_TEXT = torch.ones(1, 4)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_tokens import make_image, make_text
+from image_tokens import SETTINGS, make_image, make_text
 
 from llava.common.errors import UserError
 from llava.methods.before_llm import ImageTokens, TowerStates, select
@@ -13,13 +13,6 @@ from llava.methods.before_llm.hiprune import anchor_counts
 from llava.methods.before_llm.tiles import split_evenly
 
 RECORDED = np.load(Path(__file__).parents[1] / "data/hiprune_choices.npz")
-SETTINGS = [
-    (None, {}),
-    ((1, 2), {"cut": 2}),
-    ((2, 2), {"cut": 3}),
-    ((3, 1), {"cut": 1}),
-    ((1, 3), {"side": 6, "cut": 2}),
-]
 NO_TEXT = torch.ones(1, 4)
 
 

@@ -4,6 +4,7 @@ Tensors are told apart by where they would be on a GPU: weights, and all that is
 device's. What reads such a tensor on the host is a wait.
 """
 
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -14,25 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from llava.common import transfer
 from llava.config import AdaVConfig
-from llava.methods.before_llm import (
-    adav,
-    adav_cover,
-    adav_public,
-    apet,
-    base,
-    greedy,
-    hiprune,
-    holov,
-    prunesid,
-    random,
-    selector_names,
-    tiles,
-    two_lists,
-    visionzip,
-    vispruner,
-)
+from llava.methods.before_llm import SELECTORS
 from llava.methods.before_llm.coverage import Coverage
-from llava.model import image_tokens, llava_arch, prompt_rows
+from llava.model import image_tokens
 from llava.model.image_tokens import sample_key
 
 aten = torch.ops.aten
@@ -122,28 +107,10 @@ def counted(model, monkeypatch):
         return reading
 
     with monkeypatch.context() as patch:
-        for module in (
-            image_tokens,
-            llava_arch,
-            prompt_rows,
-            transfer,
-            adav,
-            adav_cover,
-            adav_public,
-            apet,
-            base,
-            greedy,
-            hiprune,
-            holov,
-            prunesid,
-            random,
-            tiles,
-            two_lists,
-            visionzip,
-            vispruner,
-        ):
+        for module in [module for name, module in sys.modules.items() if name.startswith("llava.")]:
             for name, function in (("to_device", to_device), ("to_host", to_host)):
-                if hasattr(module, name):
+                # vars, not hasattr: the packages of methods import what they are asked for.
+                if name in vars(module):
                     patch.setattr(module, name, function)
         for name in ("tolist", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, read(name, getattr(torch.Tensor, name)))
@@ -170,7 +137,7 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
 
 # PruneSID also waits inside torch.linalg.eigh, once per image on a GPU, which a CPU does not show.
 # One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover.
-ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2}
+ALLOWED = dict.fromkeys(SELECTORS, 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 from api_server import MODEL, Running, Server, body, httpx, make_checkpoint, openai, run_tiny, serve, user
@@ -384,60 +386,53 @@ def started(checkpoint, *flags):
     return process, found[0]
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_signal_while_streaming(checkpoint, by):
-    """The stream is finished, a request that waits is refused with 503, nobody else gets in, and the exit code is 0."""
-    process, url = started(checkpoint, "--method", "adav", "--overall-tokens", "20")
+@contextmanager
+def streaming(checkpoint, tokens, *flags):
+    """A server that streams `tokens` tokens while another request waits: (process, url, the other's future, events).
+
+    Nine lines of the stream are read, and `events` yields all of them. The server must end with exit code 0 and no message.
+    """
+    process, url = started(checkpoint, *flags)
     try:
         with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as threads:
             wait_for(lambda: http.get("/health").status_code == 200)
-            asked = {"content": json.dumps(body(stream=True, max_tokens=900)).encode()}
+            asked = {"content": json.dumps(body(stream=True, max_tokens=tokens)).encode()}
             asked["headers"] = {"Content-Type": "application/json"}
             with http.stream("POST", "/v1/chat/completions", **asked) as response:
                 lines = response.iter_lines()
                 text = [next(lines) for _ in range(9)]
                 waiting = threads.submit(http.post, "/v1/chat/completions", json=body(max_tokens=4))
                 wait_for(lambda: http.get("/health").json()["waiting"] == 1)
-                process.send_signal(by)
-                assert waiting.result(60).status_code == 503
-                text += list(lines)
-            events = [line.removeprefix("data: ") for line in text if line]
-            assert events[-1] == "[DONE]"
-            finish = json.loads(events[-2])
-            assert finish["choices"][0]["finish_reason"] == "length" and len(events) > 100
-            with pytest.raises(httpx.TransportError):
-                httpx.get(url + "/health", timeout=5)
+                yield process, url, waiting, (line.removeprefix("data: ") for line in chain(text, lines) if line)
         assert process.wait(60) == 0
         assert process.stderr.read() == ""
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_a_signal_while_streaming(checkpoint, by):
+    """The stream is finished, a request that waits is refused with 503, nobody else gets in, and the exit code is 0."""
+    with streaming(checkpoint, 900, "--method", "adav", "--overall-tokens", "20") as (process, url, waiting, lines):
+        process.send_signal(by)
+        assert waiting.result(60).status_code == 503
+        events = list(lines)
+        assert events[-1] == "[DONE]"
+        finish = json.loads(events[-2])
+        assert finish["choices"][0]["finish_reason"] == "length" and len(events) > 100
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url + "/health", timeout=5)
 
 
 def test_a_second_signal_ends_what_runs_with_an_error_and_no_traceback(checkpoint):
     """As the end of --shutdown-seconds does; uvicorn would cancel it in the middle."""
-    process, url = started(checkpoint)
-    try:
-        with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as threads:
-            wait_for(lambda: http.get("/health").status_code == 200)
-            asked = {"content": json.dumps(body(stream=True, max_tokens=1000)).encode()}
-            asked["headers"] = {"Content-Type": "application/json"}
-            with http.stream("POST", "/v1/chat/completions", **asked) as response:
-                lines = response.iter_lines()
-                text = [next(lines) for _ in range(9)]
-                waiting = threads.submit(http.post, "/v1/chat/completions", json=body(max_tokens=4))
-                wait_for(lambda: http.get("/health").json()["waiting"] == 1)
-                process.send_signal(signal.SIGTERM)
-                assert waiting.result(60).status_code == 503
-                process.send_signal(signal.SIGTERM)
-                text += list(lines)
-            events = [line.removeprefix("data: ") for line in text if line]
-            assert json.loads(events[-1])["error"]["code"] == "shutting_down" and len(events) < 1000
-        assert process.wait(60) == 0
-        assert process.stderr.read() == ""
-    finally:
-        process.kill()
-        process.communicate()
+    with streaming(checkpoint, 1000) as (process, _, waiting, lines):
+        process.send_signal(signal.SIGTERM)
+        assert waiting.result(60).status_code == 503
+        process.send_signal(signal.SIGTERM)
+        events = list(lines)
+        assert json.loads(events[-1])["error"]["code"] == "shutting_down" and len(events) < 1000
 
 
 def test_help_says_what_the_limits_are_for(capsys):

@@ -11,6 +11,15 @@ from llava.methods.before_llm import ImageTokens, TowerStates
 SIDE, WIDTH = 13, 16
 TOWER_WIDTH, KEY_WIDTH = 12, 4
 
+# Grids of crops, and further arguments of make_image: one tile, and crops of which unpadding cuts rows or columns.
+SETTINGS = [
+    (None, {}),
+    ((1, 2), {"cut": 2}),
+    ((2, 2), {"cut": 3}),
+    ((3, 1), {"cut": 1}),
+    ((1, 3), {"side": 6, "cut": 2}),
+]
+
 
 def layout(grid, side=SIDE, cut=2, newline=True):
     """(tile, row, column) of every token in LLM order, slot by slot: the thumbnail, then the merged crops.

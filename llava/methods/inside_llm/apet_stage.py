@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.common.errors import UserError
-from llava.common.transfer import to_host
+from llava.common.transfer import to_host_together
 from llava.methods.attention_rows import RowAttention
 from llava.methods.before_llm.apet import absorb, basis_size, divide, farthest_from_mean, sources_of
 from llava.methods.inside_llm.base import Choice, Dropper, ImageSlots
@@ -64,5 +64,5 @@ class ApETStage(Dropper):
         kept = torch.sort(parts.basis).values
         numbers = torch.cat([kept, torch.arange(image.count, image.count + cut.made, device=kept.device)])
         order = numbers[torch.argsort(torch.cat([kept, parts.absorbing]))]
-        sources = [members for _, members in sources_of(*map(to_host, (parts.absorbing, parts.absorbed, group)))]
+        sources = [members for _, members in sources_of(*to_host_together(parts.absorbing, parts.absorbed, group))]
         return Choice(kept, made.to(hidden.dtype), sources, order)
