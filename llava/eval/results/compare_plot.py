@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from llava.eval.results.compare_table import headline_of, on_demo, summary
+from llava.eval.results.compare_table import READS_COSINES, headline_of, on_demo, summary
 from llava.eval.results.plots import FAINT, INK, log_ticks, look, panels, save, style
 from llava.methods.index import method_names
 
@@ -17,8 +17,8 @@ CAPTION = (
     "methods are moved sideways by up to 13 %, so that bars do not hide each other. On the right, positions are exact."
 )
 DEMO_CAVEAT = (
-    "Caveat: these small models were trained on drawn shapes with a loss on the cosine that text-guided selection (t2i, mix, "
-    "adav, adav_cover) reads, so they favour it. The plot shows what pruning costs on this task. It does not show which "
+    "Caveat: these small models were trained on drawn shapes with a loss on the cosine that text-guided selection "
+    f"({READS_COSINES}) reads, so they favour it. The plot shows what pruning costs on this task. It does not show which "
     "method is better on real data."
 )
 

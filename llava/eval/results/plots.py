@@ -67,9 +67,10 @@ def panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, l
 
 
 def log_ticks(axis: Axis) -> None:
-    """Make an axis logarithmic, with plain numbers as labels and ticks close enough for a narrow range."""
+    """Make an axis logarithmic, with plain numbers as labels. Call it after the lines are drawn: a wide range gets fewer ticks."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=99))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 6 * low else (1, 1.5, 2, 3, 5, 7), numticks=99))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axis.set_minor_locator(NullLocator())
 
