@@ -18,11 +18,11 @@ the draw of the questions. They do not cover other questions, other prompts, or 
 
 READS_COSINES = "t2i, mix, adav, adav_cover, adav_zoom, cdpruner, mmtok"
 CAVEAT = f"""\
-How to read it: the demo favours methods that read the question ({READS_COSINES}). The demo
-checkpoints were trained with a loss on the cosine between patches and words, which these methods read. No real LLaVA was trained with such a
-loss. The comparison shows that the pipeline works, and what pruning costs on this task. It does not show which method is
-better on real data. Intervals are 95 % bootstrap intervals over images: questions about one image are drawn together. They
-describe this checkpoint and this task only."""
+How to read it: the demo favours methods that read the question ({READS_COSINES}). The
+demo checkpoints were trained with a loss on the cosine between patches and words, which these methods read. No real LLaVA was
+trained with such a loss. The comparison shows that the pipeline works, and what pruning costs on this task. It does not show
+which method is better on real data. Intervals are 95 % bootstrap intervals over images: questions about one image are drawn
+together. They describe this checkpoint and this task only."""
 
 # Columns with text. All other columns of compare.csv are numbers.
 _TEXT = (
