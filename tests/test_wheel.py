@@ -18,6 +18,14 @@ from llava.shapes.dataset import write_dataset
 
 pytestmark = pytest.mark.skipif(old_setuptools() != "", reason=old_setuptools())
 QUESTION, ANSWER = "What color is the m?", "purple"  # about the first picture of the demo's test split
+OVERLAY = ["--methods", "none", "--repeats", "1", "-o", "overlay.png"]
+# Runs modules as `python -m` does, in one process: importing torch takes longer than each of them.
+IN_TURN = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    print("#", sys.argv[0])
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 class Installed:
@@ -59,24 +67,40 @@ def picture(installed) -> Path:
     return images / "000001.png"
 
 
+@pytest.fixture(scope="module")
+def said(installed, picture) -> dict[str, str]:
+    """Module -> what its command prints. The chat reads the question; "readme" is the README's example of compress()."""
+    snippet = re.search(r"```python\n(.*?compress\(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    prompt = re.search(r'prompt = "(.*?)"', snippet)[1]
+    snippet = snippet.replace("llava-hf/llava-v1.6-vicuna-7b-hf", "checkpoint").replace("photo.jpg", str(picture))
+    snippet = snippet.replace(prompt, f"USER: <image>\\n{QUESTION} ASSISTANT:")
+    (installed.folder / "readme.py").write_text(snippet)
+    commands = [
+        ["llava.costs.flops", "playground/llava-shapes-v1.6", "--overall-tokens", "58"],
+        ["llava.serve.overlay", "--image", str(picture), "--question", QUESTION, *OVERLAY],
+        ["llava.model.export", "playground/llava-shapes-v1.6", "checkpoint", "--layout", "llava-hf"],
+        ["readme"],
+        ["llava.serve.cli", "--image", str(picture)],
+    ]
+    out = installed.run("-c", IN_TURN, json.dumps(commands), text=QUESTION + "\n")
+    parts = re.split(r"^# (\S+)\n", out, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def test_configuration_is_the_defaults(installed):
     assert json.loads(installed.run("-m", "llava.config")) == AdaVConfig().to_dict()
     code = "from llava.config import AdaVConfig as C; import llava; print(C.load(overall_tokens=7).overall_tokens, llava.__file__)"
     assert installed.run("-c", code).split() == ["7", str(installed.site / "llava" / "__init__.py")]
 
 
-def test_costs_of_the_demo_checkpoint(installed):
-    out = installed.run("-m", "llava.costs.flops", "playground/llava-shapes-v1.6", "--overall-tokens", "58")
-    assert "744 vision tokens of 5 tiles -> 58.0 in the mean layer" in out
+def test_costs_of_the_demo_checkpoint(said):
+    assert "744 vision tokens of 5 tiles -> 58.0 in the mean layer" in said["llava.costs.flops"]
 
 
-def test_overlay_and_chat(installed, picture):
-    out = installed.run(
-        "-m", "llava.serve.overlay", "--image", picture, "--question", QUESTION, "--methods", "none", "--repeats", "1",
-        "-o", "overlay.png",
-    )  # fmt: skip
-    assert out.startswith(f"none: {ANSWER}\n") and (installed.folder / "overlay.png").is_file()
-    assert ANSWER in installed.run("-m", "llava.serve.cli", "--image", picture, text=QUESTION + "\n")
+def test_overlay_and_chat(said, installed):
+    assert said["llava.serve.overlay"].startswith(f"none: {ANSWER}\n")
+    assert (installed.folder / "overlay.png").is_file()
+    assert ANSWER in said["llava.serve.cli"]
 
 
 def test_runs_and_data_go_under_the_working_directory(installed):
@@ -89,13 +113,8 @@ def test_runs_and_data_go_under_the_working_directory(installed):
     assert sorted(installed.site.rglob("*")) == before
 
 
-def test_compress_as_the_readme_has_it(installed, picture):
-    installed.run("-m", "llava.model.export", "playground/llava-shapes-v1.6", "checkpoint", "--layout", "llava-hf")
-    snippet = re.search(r"```python\n(.*?compress\(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    prompt = re.search(r'prompt = "(.*?)"', snippet)[1]
-    snippet = snippet.replace("llava-hf/llava-v1.6-vicuna-7b-hf", "checkpoint").replace("photo.jpg", str(picture))
-    snippet = snippet.replace(prompt, f"USER: <image>\\n{QUESTION} ASSISTANT:")
-    assert installed.run("-c", snippet).split()[-1] == ANSWER
+def test_compress_as_the_readme_has_it(said):
+    assert said["readme"].split()[-1] == ANSWER
 
 
 def test_a_checkout_is_its_own_place():

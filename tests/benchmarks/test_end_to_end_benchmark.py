@@ -40,7 +40,7 @@ def bench(known_bandwidth):
     return make
 
 
-def test_every_provider_has_its_row(tmp_path, capsys):
+def test_every_provider_has_its_row(tmp_path, capsys, known_bandwidth):
     output, plot, document = tmp_path / "results" / "e.csv", tmp_path / "e.png", tmp_path / "performance.md"
     texts = ("method=none", "method=adav overall_tokens=8", "FastV: method=fastv overall_tokens=20")
     configs = [part for text in texts for part in ("--config", text)]
@@ -70,7 +70,7 @@ def test_every_provider_has_its_row(tmp_path, capsys):
         assert min(parts) >= 0 and float(row["ttft_ms_min"]) <= float(row["ttft_ms"]) <= float(row["ttft_ms_max"])
         assert (row["tokens_per_s"] == "") == (row["new_tokens"] == "1")
         assert row["at_once"] == ("1" if row["provider"] == "upstream" else row["batch"])
-        assert row["new_tokens"] == "1" or float(row["copy_gb_per_s"]) > 0.1
+        assert row["new_tokens"] == "1" or float(row["copy_gb_per_s"]) == 10
         assert row["torch"] and row["device"] and row["command"].startswith("python benchmarks/end_to_end.py")
         ours = row["provider"] in ("ours", "engine")
         compared = {"none": "transformers", "adav 8": "upstream"} if ours else {}

@@ -20,12 +20,14 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.runs import engines, exported
 from llava.eval.runs.engines import RunEngine, worker_python
 from llava.eval.runs.exported import Exported
+from llava.eval.runs.machines import Ranks
 from llava.eval.runs.run import Run
 from llava.eval.runs.run_summary import summarise
 from llava.eval.runs.work_order import Generation, WorkOrder
 from llava.eval.runs.worker_processes import ShardFailure, run_shards
 from llava.model.builder import load_pretrained_model
 
+pytestmark = pytest.mark.usefixtures("warm")
 VLLM = RunEngine("vllm", "0.32.0", "/some/python")
 
 
@@ -48,6 +50,12 @@ def test_the_python_of_vllm_is_named_or_beside_the_checkout_or_our_own(tmp_path,
     assert worker_python("vllm") == str(beside)
     monkeypatch.setenv("VLLM_PYTHON", "/named/python")
     assert worker_python("vllm") == "/named/python" and worker_python("llava") == sys.executable
+
+
+def test_workers_of_the_own_engine_run_under_the_python_of_the_launcher(monkeypatch):
+    """The one of now, not of the import: elsewhere in these tests it is warm (conftest.py)."""
+    monkeypatch.setattr(sys, "executable", "/another/python")
+    assert RunEngine().python == RunEngine.named("llava").python == Ranks(0, 2, 0, 2).python == "/another/python"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +250,7 @@ def test_what_vllm_measured_is_summed_up():
     assert "kv_bytes_live" not in report and report["seconds_per_stage"] == {} and report["prefill_spread"] is None
 
 
-def test_the_own_engine_needs_no_torch_in_the_launcher(found, data, tmp_path):
+def test_the_own_engine_needs_no_torch_in_the_launcher(found, data, tmp_path, cold):
     code = "import sys; from llava.eval import launch; launch.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     arguments = ["vqav2", "--checkpoint", found.folder, "--data-root", data, "--output", tmp_path, "--plan"]
     done = subprocess.run(

@@ -165,25 +165,29 @@ def test_bad_input(data, tmp_path, capsys, replaced, extra, says):
     assert not list(tmp_path.rglob("answers.jsonl*"))
 
 
-def test_science_and_mmbench_write_what_llavas_scorers_read(data, checkpoint, tmp_path, cold):
+COMMON = ["--single-pred-prompt", "--max_new_tokens", "3"]
+
+
+def test_science_writes_what_llavas_scorer_reads(data, checkpoint, tmp_path, cold):
     answers = tmp_path / "science.jsonl"
     folder = data / "scienceqa"
-    common = ["--single-pred-prompt", "--max_new_tokens", "3"]
     science = {
         "model_path": checkpoint,
         "question_file": folder / "llava_test_CQM-A.json",
         "image_folder": folder / "images" / "test",
     }
-    front.main("model_vqa_science", [*flags(**science, answers_file=answers), *common])
+    front.main("model_vqa_science", [*flags(**science, answers_file=answers), *COMMON])
     samples = BENCHMARKS["sqa"](data, None).read()
     assert [row["prompt"] for row in rows(answers)] == [
         ("<image>\n" if sample.image else "") + sample.prompt for sample in samples
     ]
     assert score_file(BENCHMARKS["sqa"](data, None), answers)["questions"] == 7
 
+
+def test_mmbench_writes_what_llavas_scorer_reads(data, checkpoint, tmp_path):
     answers = tmp_path / "mmbench.jsonl"
     table = {"model_path": checkpoint, "question_file": data / "mmbench" / "mmbench_dev_20230712.tsv"}
-    front.main("model_vqa_mmbench", [*flags(**table, answers_file=answers, lang="en"), *common])
+    front.main("model_vqa_mmbench", [*flags(**table, answers_file=answers, lang="en"), *COMMON])
     found = rows(answers)
     assert set(found[0]) == ROW | {"round_id", "options", "option_char"}
     assert (found[0]["options"], found[0]["option_char"]) == (["red", "blue"], ["A", "B"])

@@ -171,7 +171,7 @@ def test_bad_flags_are_one_sentence(command, flags, said, capsys):
 
 # ------------------------------------------------------------------------------------------------------------ runs
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, warm):
     """A comparison on own data with a method from a file: its folder and flags."""
     place = tmp_path_factory.mktemp("own")
     model = build_reference("llava")

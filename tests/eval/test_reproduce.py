@@ -84,7 +84,7 @@ def test_bad_flags_are_one_sentence(flags, said, tmp_path, capsys):
     assert stop.value.code == 2 and shown.count("\n") == 1 and said in shown
 
 
-def test_a_whole_run_on_made_data(tmp_path, capsys):
+def test_a_whole_run_on_made_data(tmp_path, capsys, warm):
     model = build_reference("llava")
     checkpoint = save_original(model, tmp_path / "tiny", save_clip_tower(model, tmp_path / "tower"))
     for name in ("gqa", "pope"):

@@ -13,6 +13,7 @@ import torch
 from accelerate import dispatch_model
 from cache_cases import CASES, FILTER, setting
 from dropping_cases import CASES as DROPPING
+from matrices import one_of_each
 from tiny_checkpoints import QUESTIONS, make_image
 from tiny_clip import save_clip
 from transformers import (
@@ -60,6 +61,15 @@ BATCH = [
     ("USER: How many digits? ASSISTANT:", []),
     (ask(QUESTIONS[2], images=2), IMAGES[3:]),
 ]
+
+ROWS = {"alone": ALONE, "batch": BATCH}
+# Each model and each kind of rows; the caches meet BATCH on 1.5 too.
+PLACES = one_of_each(MODELS, ROWS, {("1.5", "alone"), ("1.6", "batch"), ("1.6 mistral", "batch")})
+FRONTS = one_of_each(
+    ("1.5", "1.6"),
+    ("adav", "sparsevlm", "adav and filter"),
+    {("1.5", "sparsevlm"), ("1.6", "adav"), ("1.6", "adav and filter")},
+)
 
 
 @dataclass(eq=False)
@@ -176,11 +186,10 @@ def traces(model):
 
 
 # ------------------------------------------------------------------------------------------------- same as our model
-@pytest.mark.parametrize("rows", [ALONE, BATCH], ids=["alone", "batch"])
 @pytest.mark.parametrize("method", sorted(SELECTORS))
-@pytest.mark.parametrize("name", MODELS)
-def test_every_selector(pairs, name, method, rows):
-    words = SELECTORS[method].words is not None
+@pytest.mark.parametrize("name, kind", PLACES)
+def test_every_selector(pairs, name, method, kind):
+    words, rows = SELECTORS[method].words is not None, ROWS[kind]
     tokens, kept = pairs(name).check(rows, config(method), processor=pairs(name).processor if words else None)
     assert len(kept) == sum(len(images) for _, images in rows)
     if method == "downsample":
@@ -190,10 +199,10 @@ def test_every_selector(pairs, name, method, rows):
         assert tokens.tolist() != pairs(name).plain(rows)
 
 
-@pytest.mark.parametrize("rows", [ALONE, BATCH], ids=["alone", "batch"])
 @pytest.mark.parametrize("method, options", DROPPING, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_dropper(pairs, name, method, options, rows):
+@pytest.mark.parametrize("name, kind", PLACES)
+def test_every_dropper(pairs, name, method, options, kind):
+    rows = ROWS[kind]
     options = {"keep": [9, 7, 6]} if isinstance(options.get("keep", [0.5])[0], int) else options
     if options.get("layer"):
         options = {"layer": 1}  # of three
@@ -206,10 +215,12 @@ def test_no_dropper_is_left_out():
     assert {method for method, _ in DROPPING} == set(DROPPERS)
 
 
-@pytest.mark.parametrize("front", ["adav", "sparsevlm", "adav and filter"])
+@pytest.mark.parametrize("name, front", FRONTS)
 @pytest.mark.parametrize("case", CASES)
-def test_every_cache(pair, case, front):
-    pair.check(BATCH, setting(case, front, tokens=6, **({"prefill_filter_layer": 1} if "filter" in front else {})))
+def test_every_cache(pairs, case, name, front):
+    pairs(name).check(
+        BATCH, setting(case, front, tokens=6, **({"prefill_filter_layer": 1} if "filter" in front else {}))
+    )
 
 
 @pytest.mark.parametrize("case", ["published", "h2o"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from matrices import one_of_each
 from shapes import Preset, Prompts, random_model
 from support.graph_emulator import install
 
@@ -176,7 +177,12 @@ def kinds_of(name):
 # --- the same numbers and tokens ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 3], ids=["batch 1", "batch 3"])
+# Emulated, each kind of heads and each batch once; the long tests and a GPU have the other two.
+@pytest.mark.parametrize(
+    "loaded, rows",
+    one_of_each((4, 2), (1, 3), {(4, 1), (2, 3)}, others=pytest.mark.long if EMULATE else ()),
+    indirect=["loaded"],
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_captured_is_plain(loaded, name, rows):
     """transformers' layers one by one, against the engine: plain, captured, and replayed twice over the same buffers."""

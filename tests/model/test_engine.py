@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from matrices import one_of_each
 from test_token_dropping import SHAPES as DEEP
 from test_token_dropping import batch
 from tiny_checkpoints import build_reference, save_llava_hf
@@ -59,11 +60,14 @@ def tokens_of(generated):
 
 
 @pytest.mark.parametrize("new", [40, pytest.param(128, marks=pytest.mark.long)])
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=["batch 1", "batch 4"])
+# The next test has all batches of all shapes.
+@pytest.mark.parametrize(
+    "loaded, rows", one_of_each(("vicuna", "yi"), (1, 4), {("vicuna", 1), ("yi", 4)}), indirect=["loaded"]
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_engine_is_generate(loaded, name, rows, new):
     model, _ = loaded
-    prepared = prepared_for(loaded, rows, **SETTINGS[name])
+    prepared = prepared_for(loaded, range(rows), **SETTINGS[name])
     expected = model.generate(prepared=prepared, max_new_tokens=new, do_sample=False, pad_token_id=3).tolist()
     generated = Engine(model).generate(prepared, Sampling(max_new_tokens=new))
     assert tokens_of(generated) == expected

@@ -158,7 +158,14 @@ def test_steps_equal_a_recomputation(yi, case, front, rows):
     check_against_replay(model, prepared, forced(range(4)), config, rows)
 
 
-@pytest.mark.parametrize("case", CASES)
+def cases_of_shapes():
+    """Every case on every shape. Yi's, which the tests above use, and Mistral's take turns; the rest is for long tests."""
+    for (i, case), shape in product(enumerate(CASES), SHAPES):
+        short = shape == "vicuna" or shape == ("yi", "mistral")[i % 2]
+        yield pytest.param(shape, case, marks=() if short else pytest.mark.long)
+
+
+@pytest.mark.parametrize("loaded, case", cases_of_shapes(), indirect=["loaded"])
 def test_every_shape_and_batches_of_one(loaded, case):
     """Alone, each row gives what it gives in the batch, to the token."""
     model, processor = loaded

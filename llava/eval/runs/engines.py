@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llava.common.errors import UserError
 from llava.common.files import REPOSITORY
@@ -36,7 +36,7 @@ class RunEngine:
 
     name: str = "llava"
     version: str | None = None
-    python: str = sys.executable
+    python: str = field(default_factory=lambda: sys.executable)
 
     @classmethod
     def named(cls, name: str) -> RunEngine:

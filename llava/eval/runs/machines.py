@@ -36,7 +36,7 @@ class Ranks:
     size: int
     local_rank: int
     local_size: int
-    python: str = sys.executable
+    python: str = field(default_factory=lambda: sys.executable)
     hosts: list[str] = field(default_factory=list)
     devices: list[list[str]] = field(default_factory=list)
     shards: list[int] = field(default_factory=list)

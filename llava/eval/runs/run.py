@@ -73,9 +73,6 @@ BATCH_SIZE = 8
 # By engine. vLLM takes a batch as its queue: it starts the next request where one ends.
 BATCH_SIZES = {"llava": BATCH_SIZE, "vllm": 128}
 
-
-OWN_ENGINE = RunEngine()
-
 # What stands for the budget of the methods that have none.
 _NO_BUDGET = {"none": "all", "no_image": "0"}
 
@@ -84,7 +81,8 @@ class Run:
     """One benchmark under one configuration of one checkpoint.
 
     Answers of an earlier start of the same run are used again; `todo` returns the samples that are missing.
-    limit, subset: only the first `limit` samples, or a drawn subset. output: folder above all run folders.
+    limit, subset: only the first `limit` samples, or a drawn subset. output: folder above all run folders. engine: by
+    default the own one.
     """
 
     def __init__(
@@ -98,14 +96,14 @@ class Run:
         limit: int | None = None,
         subset: Subset | None = None,
         partial: bool = False,
-        engine: RunEngine = OWN_ENGINE,
+        engine: RunEngine | None = None,
     ):
         """partial: some of the questions may have no label (`Benchmark.scorable`). They are asked all the same."""
         # A budget has no effect on these methods, so it must not make two runs of one.
         if config.method in _NO_BUDGET:
             config = config.replaced(overall_tokens=AdaVConfig.overall_tokens)
         self.benchmark, self.config, self.checkpoint = benchmark, config, checkpoint
-        self.generation, self.model_base, self.engine = generation, model_base, engine
+        self.generation, self.model_base, self.engine = generation, model_base, engine or RunEngine()
         self.exported = Exported(checkpoint, model_base, output)
         self.samples = benchmark.load(limit, subset, partial)
         self.identity = {
@@ -120,8 +118,8 @@ class Run:
             "images": str(Path(benchmark.image_folder).resolve()),
         }
         # Another engine, or another version of it, may round otherwise.
-        if engine.identity is not None:
-            self.identity["engine"] = engine.identity
+        if self.engine.identity is not None:
+            self.identity["engine"] = self.engine.identity
         # FitPrune's table is a file. Its content counts, because the configuration has only its path.
         if "table" in config.options:
             self.identity["table"] = digest_of(read_json(config.options["table"]))

@@ -192,7 +192,7 @@ def run_shards(
     logs: list[Path],
     title: str | None,
     todo: int,
-    python: str = sys.executable,
+    python: str,
     first: int = 0,
     place: str = "",
     everywhere: int = 0,

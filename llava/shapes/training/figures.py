@@ -168,26 +168,26 @@ def method_figures(checkpoint, family, work, budgets, methods, questions=2000):
         for positions in ("reindexed", "original"):
             score = exam.score(exam.answer("t2i", budget, positions, texts=others))["all"]
             table.append({"method": "t2i, wrong question", "budget": budget, "positions": positions, "all": score})
-    own = [exam.images[name] for name in exam.names]
+    own, words = [exam.images[name] for name in exam.names], exam.answer()
     # 2. Controls. The colour is CLIP's mean, which normalisation turns into about zero.
     blank = exam.image_tokens([Image.new("RGB", (96, 96), (122, 116, 104))])[0]
     return {
         "questions": questions,
         "prior": exam.prior(),
-        "all_tokens": exam.score(exam.answer())["all"],
+        "all_tokens": exam.score(words)["all"],
         "tokens_mean": sum(len(tokens.tile) for tokens in own) / len(own),
         # Eight questions on: the picture after the next one.
         "wrong_image": exam.score(exam.answer(images=own[8:] + own[:8]))["all"],
         "blank_image": exam.score(exam.answer(images=[blank] * len(own)))["all"],
         "table": table,
-        "agreement": agreement(exam, folder / "images"),
+        "agreement": agreement(exam, folder / "images", words),
     }
 
 
 @torch.no_grad()
-def agreement(exam, folder, count=200):
-    """Share of the first `count` questions for which model.generate gives the same word as Exam.answer."""
-    same, words = 0, exam.answer()
+def agreement(exam, folder, words, count=200):
+    """Share of the first `count` questions for which model.generate gives the same word. words: what exam.answer() gave."""
+    same = 0
     for number in progress_bar("agreement", range(min(count, len(exam.rows))), unit=" questions"):
         image = Image.open(folder / exam.names[number]).convert("RGB")
         before, after = exam.rows[number]

@@ -136,9 +136,11 @@ def test_tokens_are_counted_as_the_model_keeps_them(checkpoint, method, anyres):
     ids = torch.tensor([1, 9, -200, 10, 11])
     for size in ((1, 1), (57, 57), (300, 7), (31, 90), (120, 110)):
         pixels = process_images([make_image(*size)], processor, model.config, anyres)
+        settings = AdaVConfig(method=method, options={"anyres": anyres})
+        encoded = model.encode(pixels, [size], settings)  # for all budgets
         for tokens in (1, 7, 16, 10_000):
-            settings = AdaVConfig(method=method, overall_tokens=tokens, options={"anyres": anyres})
-            (kept,) = model.prepare(ids, pixels, [size], config=settings).selections[0]
+            settings = settings.replaced(overall_tokens=tokens)
+            (kept,) = model.prepare(ids, config=settings, encoded=encoded).selections[0]
             assert images.tokens(size, settings) == len(kept.indices)
 
 
