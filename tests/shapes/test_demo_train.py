@@ -121,7 +121,7 @@ def test_grown_layers_change_nothing_at_first():
 
 
 def test_batches_put_the_tiles_in_order(tmp_path):
-    pictures = data.picture_set("v1.6", "validation", 0, 6, 3, (1.0,) * 4, PINPOINTS, tmp_path, processes=1)
+    pictures = data.picture_set("v1.6", "validation", 0, 6, data.Asked(3), PINPOINTS, tmp_path, processes=1)
     batch = next(batches(pictures, 6, PINPOINTS, 12))
     patches = len(batch.tiles) * 144
     assert int(batch.order.max()) <= patches + 1
@@ -149,7 +149,7 @@ def test_compressed_positions_only_move_closer():
 
 
 def test_sparse_pictures_lose_background_only(tmp_path):
-    pictures = data.picture_set("v1.6", "validation", 0, 6, 3, (1.0,) * 4, PINPOINTS, tmp_path, processes=1)
+    pictures = data.picture_set("v1.6", "validation", 0, 6, data.Asked(3), PINPOINTS, tmp_path, processes=1)
     batch = next(batches(pictures, 6, PINPOINTS, 12))
     patches = batch.owners.numel()
     order, lengths = sparse_order(batch, 1.0, torch.Generator().manual_seed(1))
@@ -190,7 +190,9 @@ def test_losses_fall_where_they_should():
 
 
 def test_lookup_loss_wants_the_colour_of_the_asked_kind(tmp_path):
-    pictures = data.picture_set("v1.5", "validation", 0, 8, 6, (0.0, 1.0, 0.0, 0.0), None, tmp_path, processes=1)
+    pictures = data.picture_set(
+        "v1.5", "validation", 0, 8, data.Asked(6, (0.0, 1.0, 0.0, 0.0)), None, tmp_path, processes=1
+    )
     batch = next(batches(pictures, 8, None, 12))
     words = torch.eye(len(vocabulary()))
     found = torch.zeros(*batch.questions.shape, len(words))
@@ -219,7 +221,7 @@ def test_muon_makes_orthogonal_steps():
 
 
 def test_the_command_refuses_bad_input(tmp_path, capsys):
-    assert {"v1.5", "v1.6", "v1.5-no-alignment"} == set(RECIPES)
+    assert {"v1.5", "v1.6", "v1.5-no-alignment", "captions"} == set(RECIPES)
     for arguments in (
         ["--recipe", "v9"],
         ["--recipe", "v1.5", "--threads", "0"],
