@@ -156,15 +156,18 @@ V16 = Recipe(
         Stage("B", steps=240, lr=1e-3, first_image=10_000, weights=(0.7, 1.0, 2.6, 1.6), seed=12, **_TILED),
     ),
 )
-# Without the alignment loss: the prompt for captions names nothing that a patch could be similar to.
+# Without the alignment loss: the prompt for captions names nothing that a patch could be similar to. At first, all
+# pictures lose most of their background, because few vision tokens make a step cheap.
+_CAPTIONS = {"lr": 2e-3, "batch": 16, "captions": True, "jitter": 0.3}
 CAPTIONS = Recipe(
     family="v1.5",
     start="llava-shapes-v1.5",
     alignment=False,
     stages=(
-        Stage(
-            "A", 250, lr=2e-3, first_image=200_000, batch=16, captions=True, jitter=0.3, sparse=1.0, least=0.75, seed=21
-        ),
+        Stage("A", 250, first_image=200_000, sparse=1.0, least=0.75, seed=21, **_CAPTIONS),
+        Stage("B", 400, first_image=210_000, sparse=1.0, least=0.75, seed=22, **_CAPTIONS),
+        Stage("C", 400, first_image=220_000, sparse=1.0, least=0.5, seed=23, **_CAPTIONS),
+        Stage("D", 300, first_image=230_000, sparse=0.5, seed=24, **_CAPTIONS),
     ),
 )
 RECIPES = {
