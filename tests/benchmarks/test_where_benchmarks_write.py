@@ -15,6 +15,7 @@ NAMES = (
     "end_to_end",
     "eval_throughput",
     "gpu_profile",
+    "long_answers",
     "prefill",
     "serving",
     "vllm_throughput",

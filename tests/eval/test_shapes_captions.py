@@ -1,4 +1,4 @@
-"""The benchmark of long answers: scores worked out by hand, and the shipped checkpoint on a few pictures."""
+"""The benchmark of long answers: scores worked out by hand, and its data."""
 
 from dataclasses import astuple
 

@@ -163,10 +163,11 @@ CAPTIONS = Recipe(
     family="v1.5",
     start="llava-shapes-v1.5",
     alignment=False,
+    validation_images=100,
     stages=(
         Stage("A", 250, first_image=200_000, sparse=1.0, least=0.75, seed=21, **_CAPTIONS),
-        Stage("B", 400, first_image=210_000, sparse=1.0, least=0.75, seed=22, **_CAPTIONS),
-        Stage("C", 400, first_image=220_000, sparse=1.0, least=0.5, seed=23, **_CAPTIONS),
+        Stage("B", 600, first_image=210_000, sparse=1.0, least=0.75, seed=22, **_CAPTIONS),
+        Stage("C", 600, first_image=220_000, sparse=1.0, least=0.5, seed=23, **_CAPTIONS),
         Stage("D", 300, first_image=230_000, sparse=0.5, seed=24, **_CAPTIONS),
     ),
 )
