@@ -15,12 +15,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINES = [
-    {
-        "python_version": f"3.{minor}",
-        "python_full_version": f"3.{minor}.2",
-        "sys_platform": system,
-        "platform_machine": kind,
-    }
+    {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.2", "sys_platform": system, "platform_machine": kind}
     for minor in (10, 11, 12, 13)
     for system, kind in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
 ]
@@ -41,9 +36,7 @@ def test_no_line_is_for_one_machine():
         assert pin.operator == "==" and not pin.version.endswith("*"), line
 
 
-@pytest.mark.parametrize(
-    "machine", MACHINES, ids=lambda m: f"{m['python_version']}-{m['sys_platform']}-{m['platform_machine']}"
-)
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: f"{m['python_version']}-{m['sys_platform']}-{m['platform_machine']}")
 def test_each_requirement_has_one_version_that_fits(machine):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [Requirement(text) for text in project["dependencies"]]

@@ -209,9 +209,7 @@ def test_counts_do_not_lose_one_to_floating_point():
 
 
 def test_switches_pick_the_policy():
-    assert isinstance(AdaVConfig().make_cache_policy(), Full) and isinstance(
-        AdaVConfig(**FILTER).make_cache_policy(), Full
-    )
+    assert isinstance(AdaVConfig().make_cache_policy(), Full) and isinstance(AdaVConfig(**FILTER).make_cache_policy(), Full)
     assert AdaVConfig(**vision(0.5, 0.7, 3)).make_cache_policy() == AVL(rate=0.5, compute_rate=0.7, interval=3)
     text_alone = AdaVConfig(**text("history", minimum=5), text_heavy_share=0.6).make_cache_policy()
     assert text_alone == AVL(text_rule="history", text_rate=0.4, text_minimum=5, heavy=0.6)

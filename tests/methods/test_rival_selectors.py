@@ -24,8 +24,7 @@ from llava.methods.before_llm.visionzip import merge_alike
 from llava.model.multimodal_encoder.clip_text_tower import mean_cosine
 
 RECORDED = {
-    name: torch.tensor(value)
-    for name, value in np.load(Path(__file__).parents[1] / "data/selector_choices.npz").items()
+    name: torch.tensor(value) for name, value in np.load(Path(__file__).parents[1] / "data/selector_choices.npz").items()
 }
 SETTINGS = [
     (None, {}),
@@ -493,11 +492,7 @@ def test_covering_union_by_hand():
     def cover(by_text, by_saliency, strength):
         counts = torch.tensor([by_text, by_text + by_saliency])[:, None]
         real = torch.ones(1, 4, dtype=torch.bool)
-        return (
-            torch.nonzero(covering_union(HAND, real, scores, *counts, by_text + by_saliency, strength)[0])
-            .flatten()
-            .tolist()
-        )
+        return torch.nonzero(covering_union(HAND, real, scores, *counts, by_text + by_saliency, strength)[0]).flatten().tolist()
 
     assert cover(2, 0, 1) == [0, 2]
     assert cover(2, 1, 1) == [0, 2, 3]

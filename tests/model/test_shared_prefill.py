@@ -96,8 +96,7 @@ def test_the_engine_gives_the_same_tokens(asked, name, monkeypatch):
     real = prefill_module.run_layers
     for module in ("prefill", "shared_prefill"):
         monkeypatch.setattr(
-            f"llava.model.decoding.{module}.run_layers",
-            lambda *a, **k: seen.append(a[2].shape[:2].numel()) or real(*a, **k),
+            f"llava.model.decoding.{module}.run_layers", lambda *a, **k: seen.append(a[2].shape[:2].numel()) or real(*a, **k)
         )
     found, expected = (
         [answer.tokens for answer in engine.generate(one, Sampling(STEPS)).answers]
@@ -121,9 +120,7 @@ def test_prefixes_of_rows():
     long = MIN_SAVED_TOKENS + 9
     assert SharedPrefixes.of_rows("aa", [long, long], [long + 5, long + 1]) == SharedPrefixes((0, 0), (long,))
     # A row that ends with its prefix keeps one token of its own.
-    assert SharedPrefixes.of_rows("aba", [long, 4, long], [long + 5, 9, long]) == SharedPrefixes(
-        (0, 1, 0), (long - 1, 4)
-    )
+    assert SharedPrefixes.of_rows("aba", [long, 4, long], [long + 5, 9, long]) == SharedPrefixes((0, 1, 0), (long - 1, 4))
     assert SharedPrefixes.of_rows("aa", [MIN_SAVED_TOKENS - 1] * 2, [long] * 2) is None
     assert SharedPrefixes.of_rows("aa", [MIN_SAVED_TOKENS] * 2, [long] * 2) is not None
     assert SharedPrefixes.of_rows([0, 1], [long, long], [long + 5] * 2) is None

@@ -164,11 +164,7 @@ def test_the_demos_caveat_stands_in_a_picture_that_is_none_of_the_demos(picture,
         for image in (picture, photo):
             ask(image, tmp_path / flags[0], "--methods", "adav", "--tokens", "14", *flags[1:])
     own, other, own_frames, other_frames = seen
-    assert (
-        own[0] == own_frames[0] == ""
-        and "cannot answer questions about photographs" in other[0]
-        and other[0] == other_frames[0]
-    )
+    assert own[0] == own_frames[0] == "" and "cannot answer questions about photographs" in other[0] and other[0] == other_frames[0]
     assert other[1].height > own[1].height and other_frames[1][0].height > own_frames[1][0].height
 
 

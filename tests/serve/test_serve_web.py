@@ -396,9 +396,7 @@ def test_it_fits_its_window(browser, server, width, scheme):
     with new_page(browser, server, color_scheme=scheme) as page:
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-        assert (
-            "cannot answer questions about photographs" in page.locator("#limits").inner_text()
-        )  # what the demo is worth
+        assert "cannot answer questions about photographs" in page.locator("#limits").inner_text()  # what the demo is worth
         dark = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(c => c < 60)")
         assert dark == (scheme == "dark")
 
