@@ -39,6 +39,7 @@ def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> 
     kv_bytes_live       entries of the row's own tokens, measured on the cache, without padding
     kv_bytes_allocated  the row's share of what the cache's tensors occupy
     kv_bytes_predicted  prediction of the live bytes from the configuration alone (llava.costs.flops)
+    kv_bytes_read       bytes that a decode step reads, mean over the row's steps, predicted as well; 0 without steps
     """
     rows, size = len(new_tokens), cache.layers[0].keys.element_size()
     # The last new token is never fed back, so it has no entry. After a row's end, the batch feeds it padding.
@@ -54,6 +55,7 @@ def kv_bytes(cache: AdaptiveCache, costs: list[Cost], new_tokens: list[int]) -> 
             "kv_bytes_live": live[i],
             "kv_bytes_allocated": allocated // rows,
             "kv_bytes_predicted": costs[i].kv_bytes(size, steps[i]),
+            "kv_bytes_read": sum(costs[i].read_bytes(size, step + 1) for step in range(steps[i])) // max(steps[i], 1),
         }
         for i in range(rows)
     ]

@@ -138,12 +138,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def caveat_of(run) -> str:
     """Return the caveat about the demo checkpoint's answers for a picture that is not the demo's; "" otherwise."""
-    from llava.eval.benchmarks.shapes import QUESTIONS
+    from llava.eval.benchmarks.shapes import Shapes
     from llava.serve.service.start import limits_of
     from llava.shapes.dataset import is_test_picture
 
     limits = limits_of(run.tokenizer)
-    return "" if not limits or is_test_picture(run.image, QUESTIONS) else limits
+    return "" if not limits or is_test_picture(run.image, Shapes.questions) else limits
 
 
 def save(args: argparse.Namespace, run, looks: dict, subtitle: str, caveat: str) -> None:

@@ -3,7 +3,7 @@
     python -m llava.shapes.dataset --family v1.5 --split test --questions 1000 --out playground/data/eval/shapes-v1.5
 
 writes OUT/images/*.png, OUT/questions.jsonl (question_id, image, text, category) and OUT/labels.jsonl (question_id, answer,
-category). The same arguments always give the same files; a folder that already holds them is left alone.
+category). With --captions, each picture has one question, whose answer is its caption. The same arguments always give the same files; a folder that already holds them is left alone.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from PIL import Image
 
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.progress import progress_bar
-from llava.shapes.questions import ask
+from llava.shapes.captions import PROMPT, caption
+from llava.shapes.questions import Question, ask
 from llava.shapes.scenes import FAMILIES, SPLITS, draw_scene, scene_rng, scene_size
 from llava.shapes.vocabulary import QUESTION_TYPES
 
-PER_IMAGE = len(QUESTION_TYPES)
+PER_IMAGE = len(QUESTION_TYPES)  # questions that share a picture, unless they ask for captions
 SEED_SETS = 3  # disjoint sets of scenes per split
 _FORMAT = 1  # part of the folder's stamp: a new number makes all folders be written again
 
@@ -37,6 +38,12 @@ def scene_questions(family, split, index, seed_set=0):
     return scene, [ask(scene, category, rng) or ask(scene, "exists", rng) for category in QUESTION_TYPES]
 
 
+def scene_caption(family, split, index, seed_set=0):
+    """(scene, questions) of one picture: the one question whose answer is the caption."""
+    scene = draw_scene(family, split, index, seed_set)
+    return scene, [Question(PROMPT, caption(scene), "caption")]
+
+
 def is_test_picture(picture: Image.Image, questions: int) -> bool:
     """Return whether an RGB picture belongs to the first `questions` questions of a family's test split."""
     return any(
@@ -47,16 +54,17 @@ def is_test_picture(picture: Image.Image, questions: int) -> bool:
     )
 
 
-def write_dataset(family, split, questions, out, seed_set=0):
+def write_dataset(family, split, questions, out, seed_set=0, captions=False):
     """Write the first `questions` questions of a split into the folder `out`. Returns `out` as a Path.
 
-    seed_set: 0, 1 or 2, disjoint sets of scenes of the same split. Four questions share a picture. UserError for bad
-    arguments. A folder that is complete already is not written again.
+    seed_set: 0, 1 or 2, disjoint sets of scenes of the same split. Four questions share a picture; with `captions`, each
+    picture has one question, and its answer is the picture's caption. UserError for bad arguments. A folder that is complete already is not written again.
     """
     # 1. Is the folder complete? If not, the record goes first: a stopped run must not leave it beside other files.
     _check(family, split, questions, seed_set)
     out = Path(out)
     stamp = {"family": family, "split": split, "questions": questions, "seed_set": seed_set, "format": _FORMAT}
+    stamp |= {"captions": True} if captions else {}
     record = out / "dataset.json"
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == stamp:
         return out
@@ -66,8 +74,9 @@ def write_dataset(family, split, questions, out, seed_set=0):
     for left_over in images.glob("*.png"):
         left_over.unlink()
     # 2. Draw the pictures.
-    indices = range((questions + PER_IMAGE - 1) // PER_IMAGE)
-    work = partial(_write_scene, family, split, seed_set, images)
+    indices = range(questions if captions else -(-questions // PER_IMAGE))
+    asked_of = partial(scene_caption if captions else scene_questions, family, split, seed_set=seed_set)
+    work = partial(_write_scene, asked_of, images)
     # spawn would run a caller without a __main__ guard again from its start. Where fork is missing, one process draws.
     # A few pictures are drawn faster than processes start.
     forks = "fork" in multiprocessing.get_all_start_methods()
@@ -93,8 +102,8 @@ def write_dataset(family, split, questions, out, seed_set=0):
     return out
 
 
-def _write_scene(family, split, seed_set, images, index):
-    scene, asked = scene_questions(family, split, index, seed_set)
+def _write_scene(asked_of, images, index):
+    scene, asked = asked_of(index)
     name = f"{index + 1:06d}.png"
     # The pictures are noise, which hardly compresses, and writing should not take longer than drawing.
     Image.fromarray(scene.pixels).save(images / name, compress_level=1)
@@ -129,10 +138,11 @@ def main(argv=None):
     parser.add_argument(
         "--set", dest="seed_set", type=_whole_number, default=0, help="0, 1 or 2: disjoint sets; default 0"
     )
+    parser.add_argument("--captions", action="store_true", help="ask for one caption per picture")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
-        out = write_dataset(args.family, args.split, args.questions, args.out, args.seed_set)
+        out = write_dataset(args.family, args.split, args.questions, args.out, args.seed_set, args.captions)
     except OSError as error:
         raise UserError(f"cannot write the questions to {args.out}: {error.strerror or error}") from error
     print(f"{args.questions} questions of {args.family} {args.split} in {out}")

@@ -12,6 +12,7 @@ from llava.shapes.vocabulary import (
     QUADRANTS,
     QUESTION_TYPES,
     SHAPES,
+    article,
     category_of,
 )
 
@@ -75,11 +76,7 @@ def _exists(scene, rng):
             kind = other.kind
             if (color, kind) in pairs:
                 color = COLOR_NAMES[rng.integers(len(COLOR_NAMES))]
-    return Question(f"Is there {_article(color)} {color} {kind}?", answer, "exists")
-
-
-def _article(word):
-    return "an" if word[0] in "aeiou" else "a"
+    return Question(f"Is there {article(color)} {color} {kind}?", answer, "exists")
 
 
 def _where(scene, rng):
@@ -121,7 +118,7 @@ def _some(scene, rng):
         if rng.random() < 0.5:
             color = scene.objects[rng.integers(len(scene.objects))].color
     answer = "yes" if any((category_of(p.kind), p.color) == (category, color) for p in scene.objects) else "no"
-    return Question(f"Is there {_article(color)} {color} {category}?", answer, "some")
+    return Question(f"Is there {article(color)} {color} {category}?", answer, "some")
 
 
 def _tally(scene, rng):

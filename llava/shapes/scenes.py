@@ -17,6 +17,7 @@ FAMILIES = ("v1.5", "v1.6")
 SPLITS = ("train", "validation", "test")
 # (width, height) of the five canvases of v1.6, one per anyres grid, before each side shrinks by up to 14 %.
 CANVASES = ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288))
+_CELL = 24  # pixels per side of a cell, about
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Scene:
     def size(self):
         """(width, height) in pixels."""
         return self.pixels.shape[1], self.pixels.shape[0]
+
+    @property
+    def cells(self):
+        """(columns, rows) of the grid. A cell has at most one object."""
+        return _cells(*self.size)
 
     def quadrant(self, placed):
         """Name of the quadrant of the picture that has the object's centre, for example 'top left'."""
@@ -121,11 +127,14 @@ def _background(rng, width, height):
     return np.asarray(texture, dtype=np.float32).copy()
 
 
+def _cells(width, height):
+    # An even number of cells per side, so that no object crosses the lines between the quadrants.
+    return tuple(max(2, 2 * int(side / _CELL / 2)) for side in (width, height))
+
+
 def _place_objects(family, rng, width, height):
     """3 to 6 objects in different cells. Half of the scenes repeat a shape, so that the count is not always one."""
-    cell = 24
-    # An even number of cells per side, so that no object crosses the lines between the quadrants.
-    columns, rows = (max(2, 2 * int(side / cell / 2)) for side in (width, height))
+    columns, rows = _cells(width, height)
     low, high = (16, 23) if family == "v1.5" else (14, 18)
     number = int(rng.integers(3, MAX_OBJECTS + 1))
     kinds = [_random_kind(rng) for _ in range(number)]

@@ -45,6 +45,11 @@ def category_of(kind):
     return "shape" if kind in SHAPES else "digit" if kind in DIGITS else "letter"
 
 
+def article(word):
+    """Indefinite article of a word."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def naming_words():
     """Words that name something visible: kinds, colours, categories and plurals, in a fixed order."""
     return (*KINDS, *COLOR_NAMES, *CATEGORIES, *PLURALS.values())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a demo checkpoint from scratch: bash scripts/demo/train.sh [v1.5 | v1.6 | v1.5-no-alignment] [flags]
-# v1.6 starts from the v1.5 checkpoint in playground/. A stopped run continues after its last finished stage.
+# Trains a demo checkpoint: bash scripts/demo/train.sh [v1.5 | v1.6 | captions | v1.5-no-alignment] [flags]
+# v1.6 and captions start from the v1.5 checkpoint in playground/. A stopped run continues after its last finished stage.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python

@@ -100,6 +100,9 @@ def test_a_batch_of_different_ends(model):
     assert [row["kv_bytes_live"] for row in measured] == [
         cost.kv_bytes(4, new - 1) for cost, new in zip(costs, ends, strict=True)
     ]
+    steps = [[cost.read_bytes(4, step) for step in range(1, new)] for cost, new in zip(costs, ends, strict=True)]
+    assert [row["kv_bytes_read"] for row in measured] == [sum(read) // max(len(read), 1) for read in steps]
+    assert measured[2]["kv_bytes_read"] == 0 and len(set(steps[1])) > 1
 
 
 @pytest.mark.parametrize("case", ["published", "h2o"])

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval import compare
-from llava.eval.benchmarks import shapes
+from llava.eval.benchmarks.shapes import Shapes
 from llava.eval.results.compare_rows import Cell, _Line, _split
 from llava.eval.results.compare_table import markdown, read_rows, summary
 from llava.eval.scoring.bootstrap import cluster_intervals
@@ -86,7 +86,7 @@ def done(tmp_path_factory):
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "DATA_ROOT", place / "data")
-        patch.setattr(shapes, "QUESTIONS", 24)
+        patch.setattr(Shapes, "questions", 24)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         compare.main(arguments)
         yield place, arguments

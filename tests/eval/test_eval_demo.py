@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval import demo
-from llava.eval.benchmarks import shapes
+from llava.eval.benchmarks.shapes import Shapes
 from llava.eval.runs.answer_shard import ShardAnswerer
 
 
@@ -17,7 +17,7 @@ from llava.eval.runs.answer_shard import ShardAnswerer
 def place(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DATA_ROOT", tmp_path / "data")
     monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
-    monkeypatch.setattr(shapes, "QUESTIONS", 24)
+    monkeypatch.setattr(Shapes, "questions", 24)
     return tmp_path
 
 

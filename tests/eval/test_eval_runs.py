@@ -14,6 +14,7 @@ from eval_data import REPOSITORY, SPLIT, command, environment, launch, make_vqav
 from tiny_checkpoints import build_reference, save_clip_tower, save_original
 
 from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.benchmarks.drawn import Drawn
 from llava.eval.runs.run import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -225,8 +226,12 @@ def complete(path: Path) -> list[dict]:
 def test_the_scripts_are_few_lines_over_one_launcher(tmp_path):
     scripts = sorted(REPOSITORY.glob("scripts/*/eval/*.sh"))
     families = [name for name in FAMILIES if name != "demo"]
-    expected = {("demo", "shapes"), *((family, name) for family in families for name in BENCHMARKS if name != "shapes")}
-    assert {(script.parts[-3], script.stem) for script in scripts} == expected and len(expected) == 34
+    drawn = {name for name, benchmark in BENCHMARKS.items() if issubclass(benchmark, Drawn)}
+    expected = {
+        *(("demo", name) for name in drawn),
+        *((f, name) for f in families for name in BENCHMARKS if name not in drawn),
+    }
+    assert {(script.parts[-3], script.stem) for script in scripts} == expected and len(expected) == 35
     for script in scripts:
         family = script.parts[-3]
         lines = script.read_text().splitlines()

@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llava.common.errors import UserError
+from llava.shapes.captions import PROMPT, caption
 from llava.shapes.dataset import scene_questions
-from llava.shapes.tokenizer import vocabulary
+from llava.shapes.scenes import draw_scene
+from llava.shapes.tokenizer import build_tokenizer, vocabulary
 from llava.shapes.training import data, run
 from llava.shapes.training.batches import batches, image_embeddings, image_order, jittered_positions, sparse_order
 from llava.shapes.training.checkpoint import load_demo_model
-from llava.shapes.training.losses import Captioner, alignment_loss, lookup_loss
+from llava.shapes.training.losses import Captioner, alignment_loss, caption_loss, lookup_loss
 from llava.shapes.training.model import DemoModel
 from llava.shapes.training.muon import Muon, orthogonalize
 from llava.shapes.training.packed import packed_forward
-from llava.shapes.training.recipe import PINPOINTS, RECIPES, V15, V16, Sizes
+from llava.shapes.training.recipe import CAPTIONS, PINPOINTS, RECIPES, V15, V16, Sizes
 from llava.shapes.vocabulary import COLOR_NAMES, KINDS
 
 TINY = Sizes(width=32, tower_layers=3, tower_mlp=48, llm_mlp=48, heads=2, llm_layers=4)
@@ -110,6 +113,55 @@ def test_a_stopped_run_goes_on_and_another_recipe_is_refused(trained):
         run.train(tiny(V16), folder / "train" / "none", folder / "none", folder / "nowhere")
 
 
+def test_training_on_captions_goes_on_from_a_checkpoint(trained):
+    folder, first, _ = trained
+    model = run.train(tiny(CAPTIONS), folder / "train" / "captions", folder / "captions", folder / "v1.5")
+    assert (folder / "captions" / "model.safetensors").is_file()
+    moved = {
+        name
+        for name, value in model.state_dict().items()
+        if not torch.allclose(value, first.state_dict()[name], atol=2e-3)
+    }
+    assert any(name.startswith("llm.") for name in moved) and not any(name.startswith("tower.") for name in moved)
+    rows = [json.loads(line) for line in (folder / "train" / "captions" / "log.jsonl").read_text().splitlines()]
+    assert all(0 <= row["validation"]["all"] <= 1 for row in rows if "finished" in row)
+
+
+def test_a_batch_of_captions(tmp_path):
+    """The whole caption and the end token come after the cue, and similar lengths share a batch without more padding."""
+    pictures = data.picture_set("v1.5", "validation", 0, 8, data.Asked(captions=True), None, tmp_path, processes=1)
+    tokenizer, pad, longest = build_tokenizer(), data.word_id("<pad>"), []
+    captions = {caption(draw_scene("v1.5", "validation", index)).lower() for index in range(8)}
+    for batch in batches(pictures, 4, None, 12):
+        rows, cues = batch.questions[:, 0], batch.cue[:, 0]
+        assert bool((rows != pad).sum(1).max() == rows.shape[1])
+        longest.append(rows.shape[1])
+        for row, cue in zip(rows, cues.tolist(), strict=True):
+            assert row[: cue + 1].tolist() == data.question_ids(PROMPT)
+            ids = row[cue + 1 :][row[cue + 1 :] != pad].tolist()
+            assert ids[-1] == data.word_id("</s>")
+            said = tokenizer.decode(ids[:-1])
+            captions.remove(said.replace(" .", ".").replace(" ,", ",").replace(" :", ":"))
+    assert not captions and longest == sorted(longest) and longest[0] < longest[1]
+
+
+def test_caption_loss_counts_the_tokens_behind_the_cue():
+    """Two captions of 2 and 3 tokens behind their cues, with logits of 10 for the right token and 0 for the others."""
+    pad, words = 3, torch.eye(8)
+    questions = torch.tensor([[[7, 6, 5, 2, 3, 3]], [[6, 7, 4, 5, 2, 3]]])
+    cue = torch.tensor([[1], [1]])
+    hidden = 10 * torch.cat([words[questions[:, :, 1:]], torch.zeros(2, 1, 1, 8)], dim=2)
+    each = math.log(math.exp(10) + 7) - 10
+    loss, right = caption_loss(hidden, questions, cue, words, pad)
+    assert float(loss) == pytest.approx(each, rel=1e-3) and right.tolist() == [[True], [True]]
+    # In front of the cue, and on padding, nothing is learnt.
+    hidden[:, :, 0], hidden[0, :, 3:] = 0, 0
+    assert caption_loss(hidden, questions, cue, words, pad)[0] == loss
+    hidden[1, 0, 3] = 10 * words[1]  # "2" should follow
+    loss, right = caption_loss(hidden, questions, cue, words, pad)
+    assert float(loss) == pytest.approx((4 * each + each + 10) / 5, rel=1e-3) and right.tolist() == [[True], [False]]
+
+
 def test_grown_layers_change_nothing_at_first():
     torch.manual_seed(0)
     model = DemoModel(TINY, 2)
@@ -121,7 +173,7 @@ def test_grown_layers_change_nothing_at_first():
 
 
 def test_batches_put_the_tiles_in_order(tmp_path):
-    pictures = data.picture_set("v1.6", "validation", 0, 6, 3, (1.0,) * 4, PINPOINTS, tmp_path, processes=1)
+    pictures = data.picture_set("v1.6", "validation", 0, 6, data.Asked(3), PINPOINTS, tmp_path, processes=1)
     batch = next(batches(pictures, 6, PINPOINTS, 12))
     patches = len(batch.tiles) * 144
     assert int(batch.order.max()) <= patches + 1
@@ -149,7 +201,7 @@ def test_compressed_positions_only_move_closer():
 
 
 def test_sparse_pictures_lose_background_only(tmp_path):
-    pictures = data.picture_set("v1.6", "validation", 0, 6, 3, (1.0,) * 4, PINPOINTS, tmp_path, processes=1)
+    pictures = data.picture_set("v1.6", "validation", 0, 6, data.Asked(3), PINPOINTS, tmp_path, processes=1)
     batch = next(batches(pictures, 6, PINPOINTS, 12))
     patches = batch.owners.numel()
     order, lengths = sparse_order(batch, 1.0, torch.Generator().manual_seed(1))
@@ -160,6 +212,8 @@ def test_sparse_pictures_lose_background_only(tmp_path):
         assert after == [i for i in before if i in kept]
         assert [i for i in after if i in shows] == [i for i in before if i in shows]
     assert int(lengths.sum()) < int(batch.lengths.sum())
+    bare, fewest = sparse_order(batch, 1.0, torch.Generator().manual_seed(1), least=1.0)
+    assert all(set(bare[row, :n].tolist()) <= shows for row, n in enumerate(fewest))
     same, _ = sparse_order(batch, 0.0, torch.Generator())
     assert torch.equal(same, batch.order)
 
@@ -190,7 +244,9 @@ def test_losses_fall_where_they_should():
 
 
 def test_lookup_loss_wants_the_colour_of_the_asked_kind(tmp_path):
-    pictures = data.picture_set("v1.5", "validation", 0, 8, 6, (0.0, 1.0, 0.0, 0.0), None, tmp_path, processes=1)
+    pictures = data.picture_set(
+        "v1.5", "validation", 0, 8, data.Asked(6, (0.0, 1.0, 0.0, 0.0)), None, tmp_path, processes=1
+    )
     batch = next(batches(pictures, 8, None, 12))
     words = torch.eye(len(vocabulary()))
     found = torch.zeros(*batch.questions.shape, len(words))
@@ -219,7 +275,7 @@ def test_muon_makes_orthogonal_steps():
 
 
 def test_the_command_refuses_bad_input(tmp_path, capsys):
-    assert {"v1.5", "v1.6", "v1.5-no-alignment"} == set(RECIPES)
+    assert {"v1.5", "v1.6", "v1.5-no-alignment", "captions"} == set(RECIPES)
     for arguments in (
         ["--recipe", "v9"],
         ["--recipe", "v1.5", "--threads", "0"],

@@ -9,12 +9,13 @@ from llava.eval.benchmarks.mmvet import MMVet
 from llava.eval.benchmarks.pope import POPE
 from llava.eval.benchmarks.seed import SEED
 from llava.eval.benchmarks.shapes import Shapes
+from llava.eval.benchmarks.shapes_captions import ShapesCaptions
 from llava.eval.benchmarks.sqa import ScienceQA
 from llava.eval.benchmarks.textvqa import TextVQA
 from llava.eval.benchmarks.vizwiz import VizWiz
 from llava.eval.benchmarks.vqav2 import VQAv2
 
-_CLASSES = (Shapes, VQAv2, GQA, VizWiz, ScienceQA, TextVQA, POPE, MME, MMBench, MMBenchCN, MMVet, SEED)
+_CLASSES = (Shapes, ShapesCaptions, VQAv2, GQA, VizWiz, ScienceQA, TextVQA, POPE, MME, MMBench, MMBenchCN, MMVet, SEED)
 BENCHMARKS: dict[str, type[Benchmark]] = {benchmark.name: benchmark for benchmark in _CLASSES}
 
 __all__ = ["BENCHMARKS", "Benchmark"]

@@ -53,7 +53,7 @@ def summarise(rows: list[dict]) -> dict:
         "prefill_spread": _prefill_spread([row for row in counted if "seconds" in row]),
         "seconds_per_stage": {stage: round(seconds[stage], 4) for stage in order if stage in seconds},
     }
-    for name in ("kv_bytes_live", "kv_bytes_allocated", "kv_bytes_predicted"):
+    for name in ("kv_bytes_live", "kv_bytes_allocated", "kv_bytes_predicted", "kv_bytes_read"):
         if values := [row[name] for row in rows if name in row]:
             report[name] = {"mean": _mean(values), "max": max(values)}
     if measured := [row["vllm"] for row in rows if "vllm" in row]:

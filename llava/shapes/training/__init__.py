@@ -1,1 +1,1 @@
-"""Training of the two demo checkpoints from scratch, on a CPU: `bash scripts/demo/train.sh v1.5`."""
+"""Training of the demo checkpoints, on a CPU: `bash scripts/demo/train.sh v1.5`."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llava.mm_utils import NEWLINE, merge_order, tile_plan
-from llava.shapes.training.data import anyres_config, with_suffix
+from llava.shapes.training.data import anyres_config, with_suffix, word_id
 
 _WINDOW = 16  # pictures of so many batches are sorted by length together, so that batches have little padding
 
@@ -47,13 +47,16 @@ def batches(pictures, batch, pinpoints, side, seed=0, suffix_every=0, part=(0, 1
     part: (i, n) yields only the i-th of n equal parts of each batch.
     """
     orders = [image_order(size, pinpoints, side) for size in pictures.sizes]
+    tokens = np.array([len(order) for order in orders])
+    if pictures.captions:  # questions are all about equally long
+        tokens += (pictures.questions[:, 0] != word_id("<pad>")).sum(1)
     rng = np.random.default_rng([99, seed])
     rows = np.arange(len(pictures))
     groups = []
     for start in range(0, len(rows), batch * _WINDOW):
         window = rows[start : start + batch * _WINDOW]
-        # Pictures with similar numbers of vision tokens share a batch, which saves padding.
-        window = window[np.argsort([len(orders[i]) for i in window], kind="stable")]
+        # Pictures with similar numbers of tokens share a batch, which saves padding.
+        window = window[np.argsort(tokens[window], kind="stable")]
         groups += [window[i : i + batch] for i in range(0, len(window), batch)]
     shuffled = rng.permutation(len(groups)) if seed else np.arange(len(groups))
     for number, group in enumerate(groups[i] for i in shuffled):
@@ -80,6 +83,8 @@ def _collate(pictures, group, orders, suffix):
     order = torch.nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=offset + 1)
     order = torch.where(order == NEWLINE, offset, order)  # only now: the newline's index follows all tiles of the batch
     blocks, cue = pictures.questions[group], np.asarray(pictures.cue[group])
+    if pictures.captions:
+        blocks = blocks[..., : int((blocks != word_id("<pad>")).sum(-1).max())]
     if suffix:
         blocks, cue = with_suffix(blocks, cue)
     ints = [torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (owners, kinds, colors)]
@@ -109,16 +114,16 @@ def jittered_positions(lengths, n, share, generator):
     return torch.cat([ends - steps, ends[:, -1:].clamp_min(1)], dim=1)  # the text never starts on the image's position
 
 
-def sparse_order(batch, share, generator):
+def sparse_order(batch, share, generator, least=0.0):
     """(order, lengths) as in Batch, after a share `share` of the pictures has lost background patches.
 
-    The rate is drawn per picture, from 0 to 1. Patches that show an object stay, and newline tokens stay. The LLM thus
+    The rate is drawn per picture, from `least` to 1. Patches that show an object stay, and newline tokens stay. The LLM thus
     does not rely on a fixed number of background tokens, and it never learns to answer without the object in question.
     """
     patches = batch.owners.numel()
     # The two extra entries are the newline token, which stays, and padding.
     shows = torch.cat([batch.owners.flatten() >= 0, torch.tensor([True, False])])[batch.order]
-    rate = torch.rand(len(batch.order), 1, generator=generator)
+    rate = least + (1 - least) * torch.rand(len(batch.order), 1, generator=generator)
     rate = torch.where(torch.rand(len(batch.order), 1, generator=generator) < share, rate, torch.zeros_like(rate))
     keep = shows | (torch.rand(batch.order.shape, generator=generator) >= rate)
     keep &= torch.arange(batch.order.shape[1]) < batch.lengths[:, None]

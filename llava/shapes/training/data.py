@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava.common.progress import progress_bar
 from llava.mm_utils import cut_tiles, tile_plan
+from llava.shapes.captions import MAX_TOKENS, PROMPT, caption
 from llava.shapes.questions import ask_some
 from llava.shapes.scenes import draw_scene, scene_rng
 from llava.shapes.tokenizer import build_tokenizer
@@ -30,6 +31,7 @@ from llava.shapes.vocabulary import (
 )
 
 BLOCK = 12  # tokens of the longest question, its cue and its answer
+CAPTION_BLOCK = 11 + MAX_TOKENS  # the same for a caption; 11 are the question, its cue and `</s>`
 FORMAT = 1  # part of the cache's name: increase it when the arrays change
 _CATEGORIES = (*QUESTION_TYPES, *PRACTICE_TYPES)
 _COVERED = 8  # an object owns a patch if it covers at least so many of its 64 pixels
@@ -112,18 +114,27 @@ def _patch_owners(owner, patch):
     return np.where(counts.max(0) >= _COVERED, best, -1).astype(np.int8).reshape(-1)
 
 
+def _asked_ids(scene, rng, asked):
+    """List of (ids of a question, its cue and its answer, number of ids of the answer, category) of one picture."""
+    if asked.captions:
+        answer = _tokenizer().encode(f"{caption(scene)} </s>", add_special_tokens=False).ids
+        return [(question_ids(PROMPT) + answer, len(answer), -1)]
+    return [
+        ([*question_ids(question.text), word_id(question.answer)], 1, _CATEGORIES.index(question.category))
+        for question in ask_some(scene, rng, asked.questions, asked.weights)
+    ]
+
+
 def _draw_chunk(job):
-    family, split, start, count, questions, weights, pinpoints = job
+    family, split, start, count, asked, pinpoints = job
     out = {name: [] for name in _ARRAYS}
     for index in range(start, start + count):
         scene = draw_scene(family, split, index)
         tiles, owners = scene_tiles(scene, pinpoints)
-        asked = ask_some(scene, scene_rng(family, split, index, stream=1), questions, weights)
-        blocks, cue = np.full((questions, BLOCK), word_id("<pad>"), np.int16), np.zeros(questions, np.int8)
-        for row, question in enumerate(asked):
-            ids = [*question_ids(question.text), word_id(question.answer)]
+        rows = _asked_ids(scene, scene_rng(family, split, index, stream=1), asked)
+        blocks = np.full((len(rows), asked.block), word_id("<pad>"), np.int16)
+        for row, (ids, _, _) in enumerate(rows):
             blocks[row, : len(ids)] = ids
-            cue[row] = len(ids) - 2  # the token before the answer
         pad = [-1] * (MAX_OBJECTS - len(scene.objects))
         out["tiles"].append(tiles)
         out["tile_objects"].append(owners)
@@ -132,11 +143,29 @@ def _draw_chunk(job):
         out["kinds"].append([KINDS.index(placed.kind) for placed in scene.objects] + pad)
         out["colors"].append([COLOR_NAMES.index(placed.color) for placed in scene.objects] + pad)
         out["questions"].append(blocks)
-        out["cue"].append(cue)
-        out["category"].append([_CATEGORIES.index(question.category) for question in asked])
+        out["cue"].append([len(ids) - answer - 1 for ids, answer, _ in rows])  # the token before the answer
+        out["category"].append([category for _, _, category in rows])
     join = {"tiles": np.concatenate, "tile_objects": np.concatenate}
-    types = {"first_tile": np.int64, "sizes": np.int16, "kinds": np.int8, "colors": np.int8, "category": np.int8}
+    types = {"first_tile": np.int64, "sizes": np.int16}
+    types |= dict.fromkeys(("kinds", "colors", "cue", "category"), np.int8)
     return {name: join[name](rows) if name in join else np.asarray(rows, types.get(name)) for name, rows in out.items()}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked about each picture: `questions` questions, drawn by `weights` (questions.ask_some), or one caption."""
+
+    questions: int = 8
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    captions: bool = False
+
+    @property
+    def block(self):
+        """Tokens of the longest question, its cue and its answer."""
+        return CAPTION_BLOCK if self.captions else BLOCK
+
+    def __str__(self):
+        return "captions" if self.captions else f"{self.questions}-{'_'.join(f'{w:g}' for w in self.weights)}"
 
 
 @dataclass
@@ -145,8 +174,8 @@ class PictureSet:
 
     tiles uint8 [T, 96, 96, 3]; tile_objects int8 [T, 144]; first_tile int64 [n + 1]: picture i has the tiles
     first_tile[i] : first_tile[i + 1]. sizes [n, 2] (width, height); kinds, colors [n, 6], -1 if there is no object.
-    questions int16 [n, Q, 12], right-padded, the answer last; cue [n, Q]: index of the ":" before the answer.
-    category [n, Q]: index of the question's type.
+    questions int16 [n, Q, L], right-padded, the answer last; cue [n, Q]: index of the ":" before the answer. L is 12, and
+    90 for captions, which end with `</s>`. category [n, Q]: index of the question's type, -1 for a caption.
     """
 
     tiles: np.ndarray
@@ -162,15 +191,20 @@ class PictureSet:
     def __len__(self):
         return len(self.sizes)
 
+    @property
+    def captions(self):
+        """Whether each picture has a caption instead of questions."""
+        return bool(self.category[0, 0] < 0)
 
-def picture_set(family, split, start, count, questions, weights, pinpoints, cache, processes=2):
+
+def picture_set(family, split, start, count, asked, pinpoints, cache, processes=2):
     """PictureSet of the pictures start .. start + count - 1. They are drawn at first use and then read from `cache`."""
-    key = f"{family}-{split}-{start}-{count}-{questions}-{'_'.join(f'{w:g}' for w in weights)}-f{FORMAT}"
+    key = f"{family}-{split}-{start}-{count}-{asked}-f{FORMAT}"
     folder = Path(cache) / key
     if not folder.exists():
         size = 250
         jobs = [
-            (family, split, first, min(size, start + count - first), questions, weights, pinpoints)
+            (family, split, first, min(size, start + count - first), asked, pinpoints)
             for first in range(start, start + count, size)
         ]
         # imap keeps the order of the jobs, so the arrays do not depend on the number of processes.

@@ -109,6 +109,19 @@ def answer_loss(hidden, questions, cue, embeddings, end_id):
     return loss, logits[:, :, 0].argmax(-1) == answer
 
 
+def caption_loss(hidden, questions, cue, embeddings, pad_id):
+    """Loss 3 of captions: mean cross-entropy over their tokens, `</s>` included. Returns (loss, right bool [B, Q]).
+
+    Arguments as in answer_loss. A caption is right if every token is the likeliest one after the right tokens before it.
+    """
+    target = questions[:, :, 1:]
+    learnt = (torch.arange(target.shape[-1]) >= cue.unsqueeze(-1)) & (target != pad_id)
+    logits = hidden[:, :, :-1][learnt] @ embeddings.T
+    wrong = learnt.clone()
+    wrong[learnt] = logits.argmax(-1) != target[learnt]
+    return F.cross_entropy(logits, target[learnt]), ~wrong.any(-1)
+
+
 def lookup_loss(middle, batch, embeddings):
     """Practice loss for "Is there a red circle?": after half of the layers, the "?" should know the circle's colour.
 

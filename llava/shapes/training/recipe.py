@@ -6,6 +6,8 @@ with the same number of threads. Another number of threads sums in another order
 
 from dataclasses import dataclass, field, replace
 
+from llava.shapes.training.data import Asked
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -42,7 +44,9 @@ class Stage:
     answers         False leaves the LLM out: only the tower's two losses are trained, tile by tile
     jitter          share of pictures whose image positions are compressed at random; no token is dropped
     sparse          share of pictures that lose a random part of their background patches; patches of objects stay
+    least           the smallest part of its background that such a picture loses; few vision tokens make a step cheap
     lookup          weight of the practice loss for existence questions (losses.lookup_loss)
+    captions        True: one caption per picture instead of `questions` questions
     weights         how often each question type is asked, in the order of QUESTION_TYPES, then PRACTICE_TYPES
     flatness, evenness  weights of the two variances in the alignment loss (losses.alignment_loss)
     """
@@ -62,9 +66,16 @@ class Stage:
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     lookup: float = 0.0
     sparse: float = 0.0
+    least: float = 0.0
+    captions: bool = False
     flatness: float = 100.0
     evenness: float = 0.0
     seed: int = 0
+
+    @property
+    def asked(self):
+        """What the stage asks about each picture."""
+        return Asked(self.questions, self.weights, self.captions)
 
     @property
     def images(self):
@@ -77,6 +88,7 @@ class Recipe:
     """Recipe of one checkpoint.
 
     start      folder under playground/ with the initial weights (None: from scratch)
+    shipped    False: the checkpoint is only measured
     processes  number of training processes; each takes an equal part of every batch, and gradients are averaged
     """
 
@@ -87,6 +99,7 @@ class Recipe:
     sizes: Sizes = field(default_factory=Sizes)
     pinpoints: tuple[tuple[int, int], ...] | None = None
     validation_images: int = 400
+    shipped: bool = True
     processes: int = 1
 
 
@@ -132,7 +145,8 @@ V15 = Recipe(
 )
 # (width, height). Of equally good canvases the first one is chosen, so the order matters.
 PINPOINTS = ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288))
-_TILED = {"batch": 16, "questions": 16, "jitter": 0.3, "sparse": 0.7, "flatness": 30_000.0, "evenness": 1000.0}
+_FLAT = {"flatness": 30_000.0, "evenness": 1000.0}
+_TILED = {"batch": 16, "questions": 16, "jitter": 0.3, "sparse": 0.7, **_FLAT}
 V16 = Recipe(
     family="v1.6",
     start="llava-shapes-v1.5",
@@ -142,4 +156,24 @@ V16 = Recipe(
         Stage("B", steps=240, lr=1e-3, first_image=10_000, weights=(0.7, 1.0, 2.6, 1.6), seed=12, **_TILED),
     ),
 )
-RECIPES = {"v1.5": V15, "v1.5-no-alignment": replace(V15, alignment=False), "v1.6": V16}
+# Without the alignment loss: the prompt for captions names nothing that a patch could be similar to. At first, all
+# pictures lose most of their background, because few vision tokens make a step cheap.
+_CAPTIONS = {"lr": 2e-3, "batch": 16, "captions": True, "jitter": 0.3}
+CAPTIONS = Recipe(
+    family="v1.5",
+    start="llava-shapes-v1.5",
+    alignment=False,
+    validation_images=100,
+    stages=(
+        Stage("A", 250, first_image=200_000, sparse=1.0, least=0.75, seed=21, **_CAPTIONS),
+        Stage("B", 600, first_image=210_000, sparse=1.0, least=0.75, seed=22, **_CAPTIONS),
+        Stage("C", 600, first_image=220_000, sparse=1.0, least=0.5, seed=23, **_CAPTIONS),
+        Stage("D", 300, first_image=230_000, sparse=0.5, seed=24, **_CAPTIONS),
+    ),
+)
+RECIPES = {
+    "captions": CAPTIONS,
+    "v1.5": V15,
+    "v1.5-no-alignment": replace(V15, alignment=False, shipped=False),
+    "v1.6": V16,
+}

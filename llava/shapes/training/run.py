@@ -62,8 +62,9 @@ def train(recipe, work, out, start_folder=None):
             if not first:
                 continue
             torch.save({"key": key, "state": model.state_dict()}, file)
-            row = {"stage": stage.name, "finished": round(time.monotonic() - started, 1)}
-            row["validation"] = validate(model, recipe, work.parent / "pictures") if stage.answers else None
+            row = {"stage": stage.name, "finished": round(time.monotonic() - started, 1), "validation": None}
+            if stage.answers:
+                row["validation"] = validate(model, recipe, work.parent / "pictures", stage.captions)
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(json.dumps(row), flush=True)
@@ -110,9 +111,8 @@ def main(argv=None):
     if not playground.is_dir():
         raise UserError(f"no folder {playground}; run this in the repository root or name one with --playground")
     # An ablation is only measured, so it goes to the working files unless --out names another place.
-    shipped = args.recipe == recipe.family
     name = f"llava-shapes-{args.recipe}"
-    out = Path(args.out) if args.out else (playground if shipped else playground / "train") / name
+    out = Path(args.out) if args.out else (playground if recipe.shipped else playground / "train") / name
     job = (recipe, playground / "train" / args.recipe, out, playground / recipe.start if recipe.start else None)
     if recipe.processes == 1:
         train(*job)

@@ -10,8 +10,8 @@ from torch import distributed
 
 from llava.common.progress import progress_bar
 from llava.shapes.training.batches import batches, image_embeddings, jittered_positions, sparse_order
-from llava.shapes.training.data import picture_set, prefix_ids, word_id
-from llava.shapes.training.losses import Captioner, alignment_loss, answer_loss, lookup_loss
+from llava.shapes.training.data import Asked, picture_set, prefix_ids, word_id
+from llava.shapes.training.losses import Captioner, alignment_loss, answer_loss, caption_loss, lookup_loss
 from llava.shapes.training.muon import Muon
 from llava.shapes.training.packed import packed_forward
 from llava.shapes.vocabulary import QUESTION_TYPES
@@ -32,14 +32,13 @@ def run_stage(model, recipe, stage, cache, log):
     captioner = Captioner(recipe.sizes.width) if stage.train_tower else None
     # 2. Pictures and optimizers.
     first, last = stage.images
-    pictures = picture_set(
-        recipe.family, "train", first, last - first, stage.questions, stage.weights, recipe.pinpoints, cache
-    )
+    pictures = picture_set(recipe.family, "train", first, last - first, stage.asked, recipe.pinpoints, cache)
     optimizers = _optimizers(model, captioner, stage)
     prefix = torch.tensor(prefix_ids())
     generator = torch.Generator().manual_seed(stage.seed)
     part = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    source = batches(pictures, stage.batch, recipe.pinpoints, recipe.sizes.side, stage.seed, _SUFFIX_EVERY, part)
+    suffix = 0 if stage.captions else _SUFFIX_EVERY
+    source = batches(pictures, stage.batch, recipe.pinpoints, recipe.sizes.side, stage.seed, suffix, part)
     bar = progress_bar(f"stage {stage.name}", source, total=stage.steps, disable=part[0] > 0 or None)
     # 3. Steps.
     trained = [p for optimizer, _ in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -101,7 +100,7 @@ def _losses(model, captioner, recipe, stage, batch, prefix, generator):
     if stage.answers:
         order, lengths = batch.order, batch.lengths
         if stage.sparse:
-            order, lengths = sparse_order(batch, stage.sparse, generator)
+            order, lengths = sparse_order(batch, stage.sparse, generator, stage.least)
         image = image_embeddings(projected, model.image_newline, order)
         positions = None
         if stage.jitter:
@@ -110,9 +109,16 @@ def _losses(model, captioner, recipe, stage, batch, prefix, generator):
         states, middle = packed_forward(model.llm, prefix, image, batch.questions, positions, lengths, half)
         if stage.lookup:
             losses["lookup"] = stage.lookup * lookup_loss(middle, batch, model.embeddings)
-        losses["answer"], hits = answer_loss(states, batch.questions, batch.cue, model.embeddings, word_id("</s>"))
+        losses["answer"], hits = _answers(stage.captions, states, batch, model.embeddings)
         right = float(hits.float().mean())
     return losses, right
+
+
+def _answers(captions, states, batch, embeddings):
+    """(loss 3, right bool [B, Q]) of a batch with captions, or with questions."""
+    if captions:
+        return caption_loss(states, batch.questions, batch.cue, embeddings, word_id("<pad>"))
+    return answer_loss(states, batch.questions, batch.cue, embeddings, word_id("</s>"))
 
 
 def _optimizers(model, captioner, stage):
@@ -147,12 +153,14 @@ def _schedule(step, steps):
 
 
 @torch.no_grad()
-def validate(model, recipe, cache, batch=16):
-    """Accuracy on the validation split by question type and over "all", with 8 questions per picture."""
+def validate(model, recipe, cache, captions=False, batch=16):
+    """Accuracy on the validation split by question type and over "all".
+
+    Each picture has 8 questions or, with `captions`, one caption, which is right as in losses.caption_loss.
+    """
     model.eval()
-    pictures = picture_set(
-        recipe.family, "validation", 0, recipe.validation_images, 8, (1.0,) * 4, recipe.pinpoints, cache
-    )
+    asked = Asked(captions=captions)
+    pictures = picture_set(recipe.family, "validation", 0, recipe.validation_images, asked, recipe.pinpoints, cache)
     prefix = torch.tensor(prefix_ids())
     hits, kinds = [], []
     source = batches(pictures, batch, recipe.pinpoints, recipe.sizes.side)
@@ -160,7 +168,7 @@ def validate(model, recipe, cache, batch=16):
         projected = model.projector(model.see(part.tiles)[:, 1:])
         image = image_embeddings(projected, model.image_newline, part.order)
         states = packed_forward(model.llm, prefix, image, part.questions, lengths=part.lengths)
-        hits.append(answer_loss(states, part.questions, part.cue, model.embeddings, word_id("</s>"))[1].flatten())
+        hits.append(_answers(captions, states, part, model.embeddings)[1].flatten())
         kinds.append(part.category.flatten())
     hits, kinds = torch.cat(hits).float(), torch.cat(kinds)
     result = {"all": float(hits.mean())}
