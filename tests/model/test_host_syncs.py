@@ -20,6 +20,7 @@ from llava.methods.before_llm import (
     adav_public,
     apet,
     base,
+    detail,
     greedy,
     hiprune,
     holov,
@@ -132,6 +133,7 @@ def counted(model, monkeypatch):
             adav_public,
             apet,
             base,
+            detail,
             greedy,
             hiprune,
             holov,
@@ -178,6 +180,14 @@ ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip"
 def test_waits_before_the_llm(model, monkeypatch, method, batch):
     """However large the batch is. AdaV's may be three at most. 40 tokens: VisionZip merges some."""
     assert len(waits_of(model, monkeypatch, method, batch, tokens=40)) == ALLOWED[method]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("method", ["fastervlm", "divprune", "visionzip", "adav"])
+def test_one_more_wait_for_patches_with_detail(model, monkeypatch, method, batch):
+    # 60 tokens: VisionZip still merges some with what is left of them.
+    waits = waits_of(model, monkeypatch, method, batch, tokens=60, detail_share=0.3)
+    assert waits == ["to_host"] * (ALLOWED[method] + 1)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
