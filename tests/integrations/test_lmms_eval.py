@@ -143,6 +143,20 @@ def test_bad_input_ends_with_one_sentence(tasks, tmp_path):
     assert len(errors) == 1 and 'unknown key "overal_tokens"' in errors[0] and "Traceback" not in done.stderr
 
 
+def test_a_method_from_a_file(tasks, tmp_path):
+    """The first ten patches, whatever they show."""
+    plugin = tmp_path / "first_ones.py"
+    plugin.write_text(
+        "from llava.methods.before_llm import Selector\nfrom llava.methods.before_llm.base import take\n\n\n"
+        "class First(Selector):\n    def keep(self, image, text, budget):\n"
+        "        return take(image, image.patches[:budget])\n"
+    )
+    model_args = f"pretrained={CHECKPOINT},plugin={plugin},method=first_ones,overall_tokens=10"
+    arguments = ("--model", "adav_llava", "--model_args", model_args, "--batch_size", "8")
+    done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, names=["adav_textvqa"])
+    assert "note: vision tokens per image: 144.0 -> 10.0 (mean of 5 images)" in done.stderr
+
+
 def test_the_name_of_lmms_evals_own_model_says_what_to_type(tasks, tmp_path):
     arguments = ("--model", "llava", "--model_args", f"pretrained={CHECKPOINT}")
     done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, code=2)

@@ -37,6 +37,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation, single_turn
 from llava.costs.measure import vision_tokens
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.methods.plugins import register
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 
 MAX_NEW_TOKENS = 1024  # for tasks that state no limit; lmms-eval uses this value for its own llava_hf
@@ -66,7 +67,7 @@ class AdaVModel(lmms):
 
     name: str
 
-    def _start(self, batch_size: int | str, max_batch_size, attn_implementation, config, keys: dict) -> None:
+    def _start(self, batch_size: int | str, max_batch_size, attn_implementation, config, plugin, keys: dict) -> None:
         """Read the arguments that both models have. UserError for those that cannot be used."""
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -80,6 +81,8 @@ class AdaVModel(lmms):
                 f"attn_implementation={attn_implementation} is not needed: SDPA runs, and the attention rows that a "
                 "method reads are computed from queries and keys"
             )
+        if plugin is not None:
+            register(plugin)
         self.config = AdaVConfig.load(config, **typed(keys))
 
     def _placement(self, device: str | None, device_map: str | None):
@@ -218,6 +221,7 @@ class AdaVLlava(AdaVModel):
     device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
         each.
     attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
+    plugin: a file with a method of one's own, which `method` may then name.
 
     Bad input ends the process with one sentence and exit code 2.
     """
@@ -239,12 +243,13 @@ class AdaVLlava(AdaVModel):
         device: str | None = None,
         device_map: str | None = None,
         attn_implementation: str | None = None,
+        plugin: str | None = None,
         **keys,
     ):
         super().__init__()
         if conv_mode is not None:
             get_conversation(conv_mode)
-        self._start(batch_size, max_batch_size, attn_implementation, config, keys)
+        self._start(batch_size, max_batch_size, attn_implementation, config, plugin, keys)
         loaded = LoadedCheckpoint(
             pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
         )
