@@ -22,7 +22,7 @@ from PIL import Image
 from llava.analysis.prompts import write_csv
 from llava.common.command_line import Parser, names, percents, positive
 from llava.common.errors import UserError, exits_cleanly
-from llava.common.files import as_user_error_on_write
+from llava.common.files import BASE, as_user_error_on_write
 from llava.common.find_checkpoint import find_checkpoint
 from llava.common.progress import progress_bar
 from llava.common.rounding import floor_share
@@ -36,6 +36,7 @@ from llava.shapes.questions import Question
 from llava.shapes.scenes import FAMILIES, Scene
 from llava.shapes.vocabulary import DIGITS, LETTERS, category_of
 
+FOLDER = BASE / "playground" / "analyses"
 BATCH = 16  # pictures at a time
 MEASURES = ("strokes", "text", "other")
 _TEXT = {*DIGITS, *LETTERS, "digit", "letter"}
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", type=names, default=["adav", "fastervlm", "visionzip", "divprune"])
     parser.add_argument("--budgets", type=percents, default=[25.0, 10.0, 5.0], help="per cent of the tokens (25,10,5)")
     parser.add_argument("--shares", type=shares, default=[0.0, 0.25, 0.5], help="values of detail_share (0,0.25,0.5)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the .csv file (default: this one)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the .csv file (playground/analyses)")
     args = parser.parse_args(argv)
     for method in args.methods:
         if method not in selector_names() or method in ("none", "no_image", "downsample"):
