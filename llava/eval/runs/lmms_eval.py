@@ -1,7 +1,7 @@
 """Runs of lmms-eval in processes of their own: one task under one configuration each, which is done or not done.
 
-lmms-eval is never imported here. It writes its results when a task is finished, and its response cache holds the answers
-of an unfinished task, so the same command continues after any interruption.
+lmms-eval is never imported here. It writes its results when a task is finished. An interrupted run begins again, and finished
+runs are never repeated. (lmms-eval's response cache does not help: it stores the answers of a task when all are there.)
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LmmsRun:
             ",".join(f"{name}={value}" for name, value in given.items()),
         ]
         arguments += ["--tasks", self.task, "--batch_size", str(self.batch_size), "--log_samples"]
-        arguments += ["--output_path", str(self.folder), "--use_cache", str(self.folder / "cache")]
+        arguments += ["--output_path", str(self.folder)]
         arguments += ["--limit", str(self.limit)] if self.limit else []
         return [*launcher, "llava.integrations.lmms_eval.command", *arguments, *self.flags]
 
