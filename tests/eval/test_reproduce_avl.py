@@ -188,5 +188,13 @@ def test_lmms_eval_itself_on_small_data(tmp_path, monkeypatch, capsys):
         # OCRBench's own score is per thousand; here it is of the five documents.
         expected = SCORES[name][1] * (1000 / 5 if name == "adav_ocrbench" else 1) * task.scale
         assert float(rows[name, "none"]["score"]) == pytest.approx(expected, abs=1e-3), name
+    # A run that ended before its results were written asks nothing again.
+    (results,) = (tmp_path / "runs").rglob("adav_docvqa/avl-*/**/*_results.json")
+    results.unlink()
+    before = (tmp_path / "out/table.csv").read_text()
+    reproduce.main(flags(tmp_path, *more, "--lmms-flags", f"--include_path {tasks}"))
+    assert (tmp_path / "out/table.csv").read_text() == before
+    (log,) = (tmp_path / "runs").rglob(f"adav_docvqa/avl-*/{LOG}")
+    assert "note: 5 of 5 answers were there already" in log.read_text()
     configs = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("config.json")]
     assert len(configs) == 6 and sum(config["text_pruning_flag"] for config in configs) == 3

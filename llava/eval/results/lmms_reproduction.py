@@ -153,7 +153,7 @@ def described(
         f"The hours are computed from speeds measured on an {speed.device} at batch {speed.batch} ({speed.source}). They "
         "leave out reading of images, loading, scoring, and what a cache policy saves."
     )
-    lines.append("A finished run is never repeated; a run that was interrupted begins again.")
+    lines.append("A finished run is never repeated, and an interrupted one continues.")
     if any(not TASKS[name].mean for name in tasks):
         lines.append("CIDEr needs Java: the machine's, or the one that make lmms-eval installs (docs/lmms_eval.md).")
     # 4. The same runs one by one.

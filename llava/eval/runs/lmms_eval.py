@@ -1,7 +1,7 @@
 """Runs of lmms-eval in processes of their own: one task under one configuration each, which is done or not done.
 
-lmms-eval is never imported here. It writes its results when a task is finished. An interrupted run begins again, and finished
-runs are never repeated. (lmms-eval's response cache does not help: it stores the answers of a task when all are there.)
+lmms-eval is never imported here. It writes its results when a task is finished. The model notes each batch of answers in the
+folder of the run (model argument `answers`), so the same command continues after any interruption.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class LmmsRun:
         """Return the command that runs it. Its configuration is read from config.json of the folder."""
         plugin = plugin_of(self.config.method)
         given = {"pretrained": self.checkpoint.folder or self.checkpoint.name, "config": self.folder / "config.json"}
+        given |= {"answers": self.folder / "answers"}
         given |= {"dtype": self.dtype} if self.dtype != "auto" else {}
         given |= {"plugin": plugin.file} if plugin else {}
         for name, value in given.items():
