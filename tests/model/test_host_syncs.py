@@ -205,11 +205,12 @@ def test_a_key_of_ids_on_the_device(model, monkeypatch):
     assert waits.found == ["to_host"]
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.parametrize("method", ["none", "adav", "cdpruner", "visionzip", "apet"])
-def test_training_after_inference(model, method):
+def test_training_after_inference(model, method, share):
     """What a layout keeps for the next request of its tile plan serves autograd, too."""
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, 1, seed=0)
-    config = AdaVConfig(method=method, overall_tokens=12)
+    config = AdaVConfig(method=method, overall_tokens=12, options={"detail_share": share})
     image_tokens.layout_of.cache_clear()
     with torch.inference_mode():
         expected = model.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=config).inputs_embeds

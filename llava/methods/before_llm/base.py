@@ -84,7 +84,7 @@ class TokenPlaces:
     @torch.inference_mode(False)
     def without(self, tokens: Tensor) -> TokenPlaces:
         """Return the places of the same tokens if those at `tokens` (indices on the host) are no patches."""
-        tile = self.tile.index_fill(0, tokens.clone(), -1)
+        tile = self.tile.index_fill(0, tokens, -1)
         places = TokenPlaces(tile, self.row, self.column)
         places.blank = self.blank[tile[self.patches] >= 0]
         places._sent = {key: sent for key, sent in self._sent.items() if key[0] in ("row", "column")}
