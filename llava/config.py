@@ -156,6 +156,11 @@ class AdaVConfig:
                 f'{where}: "options.compat" is "public", which implies the tile path "fastervlm", '
                 f'but "options.anyres" is "{self.options["anyres"]}"'
             )
+        if self.options.get("compat") == "public" and self.options.get("detail_share"):
+            raise ConfigError(
+                f'{where}: "options.detail_share" is {self.options["detail_share"]}, but "options.compat" is "public", which '
+                "keeps what the authors' code keeps; allowed is one of them"
+            )
         for name in ("keep", "ratio"):
             if self.options.get("budget") == "mean" and name in self.options:
                 raise ConfigError(
@@ -218,11 +223,17 @@ class AdaVConfig:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
 
     def option(self, name: str):
-        """The value of an option that every method takes (positions, text_scope, anyres, saliency), or its default."""
+        """The value of an option of the prompt (options.COMMON_OPTIONS), or its default."""
         # compat "public" reproduces published numbers, which were measured with FasterVLM's tiles.
         if name == "anyres" and self._in_public_tiles:
             return "fastervlm"
         return self.options.get(name, COMMON_OPTIONS[name])
+
+    @property
+    def detail_share(self) -> float:
+        """options.detail_share; 0 under a method that ignores it. This imports torch."""
+        ignored = "detail_share" in self.method_class.ignored_options
+        return 0.0 if ignored else self.option("detail_share")
 
     @property
     def _in_public_tiles(self) -> bool:

@@ -227,15 +227,47 @@ def blank_patches(plan: TilePlan, side: int) -> Tensor | None:
         return None
     patch = plan.tile_size // side
     inside = []
-    for length, square in zip(plan.resized, plan.canvas, strict=True):
-        # The size of the image in the tile, and the padding before and behind it; an odd pixel of padding goes last.
-        scaled = round(length * plan.tile_size / square)
-        before = (plan.tile_size - scaled) // 2
-        behind = plan.tile_size - scaled - before
+    for start, end in _inside_square(plan):
         place = torch.arange(side)
-        inside.append((place >= before // patch) & (place < side - behind // patch))
+        inside.append((place >= start // patch) & (place < side - (plan.tile_size - end) // patch))
     columns, rows = inside
     return ~(rows[:, None] & columns).flatten()
+
+
+def _inside_square(plan: TilePlan) -> list[tuple[int, int]]:
+    """(start, end) of the image in a tile that is padded to a square: its columns, then its rows, in pixels."""
+    found = []
+    for length, square in zip(plan.resized, plan.canvas, strict=True):
+        scaled = round(length * plan.tile_size / square)
+        start = (plan.tile_size - scaled) // 2  # an odd pixel of padding goes last
+        found.append((start, start + scaled))
+    return found
+
+
+def picture_bounds(plan: TilePlan, tiles: int | None = None) -> Tensor:
+    """The part of each tile that shows the image and no padding: int64 [T, 4], top, bottom, left and right in pixels.
+
+    tiles: as in merge_order. In a picture that is resized after it was padded, the pixels that the filter mixes with
+    padding are left out.
+    """
+    side = plan.tile_size
+    whole = [0, side, 0, side]
+    if plan.grid is not None and (tiles or plan.tiles) > 1:
+        across, down = plan.grid
+        bounds = [whole]
+        for tile in range(across * down):
+            spans = []
+            for at, offset, length in zip(divmod(tile, across), plan.offset[::-1], plan.resized[::-1], strict=True):
+                start = offset - at * side
+                spans += [min(max(0, start), side), min(max(0, start + length), side)]
+            bounds.append(spans)
+        return torch.tensor(bounds)
+    if plan.grid is not None or max(plan.offset) <= 0:
+        return torch.tensor([whole])
+    # The bicubic filter reaches over two pixels of the larger of both pictures.
+    reach = 2 * math.ceil(max(1.0, side / max(plan.canvas)))
+    columns, rows = ([start + reach * (start > 0), end - reach * (end < side)] for start, end in _inside_square(plan))
+    return torch.tensor([rows + columns])
 
 
 def expand_to_square(image: Image.Image, color) -> Image.Image:

@@ -61,3 +61,17 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     """Give it back: an interpreter that ends with frozen objects reports the leaks of every extension module."""
     gc.unfreeze()
+
+
+@pytest.fixture
+def tables():
+    """The tables of methods, which are as before after the test."""
+    from llava.methods import plugins
+    from llava.methods.before_llm import SELECTORS
+    from llava.methods.inside_llm import DROPPERS
+
+    before = [(table, dict(table)) for table in (SELECTORS, DROPPERS, plugins._REGISTERED)]
+    yield
+    for table, content in before:
+        table.clear()
+        table.update(content)

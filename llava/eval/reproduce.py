@@ -2,19 +2,25 @@
 
     bash scripts/reproduce.sh v1_5|v1_6 [--methods fastervlm,adav] [--tokens "144 58 29"] [--subset 500]
         [--prepare] [--plan]
+    bash scripts/reproduce.sh avl [--methods fastv,h2o,avl] [--tokens 288] [--tasks docvqa_val,ocrbench] [--subset 500] [--plan]
 
 --plan needs no weights and no GPU. --prepare fetches the benchmarks that have a public data set. A benchmark whose files
 are missing is left out, and said. The same command continues after any interruption. The results are in
 playground/reproduce/<family>/: table.md, table.csv, table.tex, intervals.csv and report.html.
-Exit codes: 0 done, 1 a shard died, 2 bad input (one sentence), 128 + n stopped by signal n.
+`avl` runs A-VL's five data sets through lmms-eval, which fetches them; --subset then takes the first documents. Its
+results are table.md and table.csv.
+Exit codes: 0 done, 1 a shard died or a run of lmms-eval gave no results, 2 bad input (one sentence), 128 + n stopped by
+signal n.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import io
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -28,22 +34,25 @@ from llava.config import AdaVConfig, add_plugin_flag
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.benchmarks.subset import Subset
 from llava.eval.prepare import prepare
+from llava.eval.results import lmms_reproduction as lmms
 from llava.eval.results.published_table import FORMATS, collect, render
 from llava.eval.results.reproduction import FAMILIES, Needed, configurations, describe, needs
 from llava.eval.runs.evaluate import evaluate_or_exit
+from llava.eval.runs.lmms_eval import LmmsRun
 from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
-from llava.eval.runs.worker_processes import device_groups
+from llava.eval.runs.worker_processes import Interrupted, device_groups
 from llava.methods.index import method_names
 
 SPEED = BASE / "benchmarks" / "results" / "end_to_end-llava-v1.6-vicuna-7b-cuda.csv"
 FOLDER = BASE / "playground" / "reproduce"
+AVL = "avl"
 _FILES = {"markdown": "table.md", "csv": "table.csv", "latex": "table.tex"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="bash scripts/reproduce.sh", description=__doc__.split("\n")[0])
-    parser.add_argument("family", choices=FAMILIES, help="whose published table")
+    parser.add_argument("family", choices=(*FAMILIES, AVL), help="whose published table")
     parser.add_argument("--methods", type=names, help="default: those of the published table; none always runs")
     parser.add_argument("--tokens", type=budgets, help='default: those of the published table, as in "144 58 29"')
     parser.add_argument("--subset", type=positive, help="only N questions of each benchmark, drawn with a seed")
@@ -59,15 +68,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--partial", action="store_true", help="score what has a label and a readable image, and say so"
     )
+    parser.add_argument("--tasks", type=names, help=f"avl: tasks of lmms-eval (default: {','.join(lmms.USUAL)})")
+    parser.add_argument("--lmms-flags", type=shlex.split, help="avl: further flags of lmms-eval, as one text")
     add_plugin_flag(parser)
     args = parser.parse_args(argv)
+    args.out = args.out or FOLDER / args.family
+    if args.family == AVL:
+        return _of_avl(args)
+    for flag, value in (("--tasks", args.tasks), ("--lmms-flags", args.lmms_flags)):
+        if value is not None:
+            raise UserError(f"{flag} is about lmms-eval, allowed is {AVL} in place of {args.family}")
     family = FAMILIES[args.family]
     args.methods, args.tokens = args.methods or family.methods, args.tokens or list(family.tokens)
     for name in args.methods:
         if name not in method_names():
             raise UserError(f'--methods: "{name}" is no method, allowed are {", ".join(method_names())}')
-    args.out = args.out or FOLDER / args.family
     args.data_root = Path(args.data_root)
+    return args
+
+
+def _of_avl(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments of the family `avl` with its defaults. UserError for those that it does not have."""
+    for flag, given, why in (
+        ("--prepare", args.prepare, "lmms-eval fetches its data sets itself"),
+        ("--partial", args.partial, "lmms-eval scores every document"),
+    ):
+        if given:
+            raise UserError(f"{flag} is not for {AVL}: {why}")
+    args.methods, args.tokens = args.methods or list(lmms.METHODS), args.tokens or list(lmms.FAMILY.tokens)
+    args.tasks = args.tasks or list(lmms.USUAL)
+    for name in args.tasks:
+        if name not in lmms.TASKS:
+            raise UserError(f'--tasks: "{name}" is no task of this table, allowed are {", ".join(lmms.TASKS)}')
     return args
 
 
@@ -155,9 +187,63 @@ def write_intervals_and_report(args: argparse.Namespace, folders: list[Path]) ->
     return markdown_table(table, left=2)
 
 
+def reproduce_avl(args: argparse.Namespace, arguments: str) -> None:
+    """Print the plan of A-VL's data sets; run what is missing; write the table. Exits with 1 if a run gave no results.
+
+    arguments: the user's flags, for the commands of the plan.
+    """
+    from llava.costs.measured_speed import MeasuredSpeed
+
+    # 1. The runs, and the plan.
+    checkpoint = find_checkpoint(args.checkpoint or lmms.FAMILY.checkpoint, fetch=False)
+    if checkpoint.folder is None and not args.plan:
+        checkpoint = find_checkpoint(checkpoint.name)
+    devices = device_groups(every=True)
+    settings = {"limit": args.subset, "dtype": args.dtype, "flags": tuple(args.lmms_flags or ())}
+    settings |= {"ranks": args.shards or max(1, len(devices)), "batch_size": args.batch_size}
+    configs = lmms.configurations(args.methods, args.tokens)
+    runs = [
+        LmmsRun(task, label, config, checkpoint, args.output.resolve(), **settings)
+        for label, config in configs
+        for task in args.tasks
+    ]
+    installed = importlib.util.find_spec("lmms_eval") is not None
+    print(lmms.described(checkpoint, runs, MeasuredSpeed.read(SPEED), len(devices), installed, arguments), flush=True)
+    if args.plan:
+        return
+    if not installed:
+        raise UserError("lmms_eval is not installed; make lmms-eval installs it and what it needs")
+    # 2. The missing runs. One that gives no results does not keep the others from running.
+    failed = []
+    with as_user_error_on_write(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    for number, run in enumerate(runs, 1):
+        try:
+            if run.results() is None:
+                run.run()
+            print(f"{number}/{len(runs)} {run.label} {run.task}: done", file=sys.stderr, flush=True)
+        except UserError as error:
+            failed.append(run)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        except Interrupted as stop:
+            print(f"stopped by {stop}; the same command continues", file=sys.stderr)
+            sys.exit(128 + stop.number)
+        # After each run, so that a stopped command leaves the table of what is finished.
+        rows = lmms.table_rows(runs[:number])
+        write_atomically(args.out / _FILES["csv"], lmms.as_csv(rows))
+        table = lmms.as_markdown(rows, [label for label, _ in configs], args.tasks, checkpoint)
+        write_atomically(args.out / _FILES["markdown"], table + "\n")
+    # 3. The result.
+    print(f"\n{table}\n\n{args.out}: {_FILES['markdown']}, {_FILES['csv']}")
+    if failed:
+        sys.exit(1)
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.family == AVL:
+        return reproduce_avl(args, lmms.arguments_of(sys.argv[1:] if argv is None else argv))
     # 1. What is here.
     family = FAMILIES[args.family]
     checkpoint = find_checkpoint(args.checkpoint or family.checkpoint, fetch=False)

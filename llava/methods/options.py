@@ -85,6 +85,7 @@ OPTION_RULES: dict[str, Rule] = {
     "text_scope": one_of("after", "turn"),
     "anyres": one_of("official", "fastervlm"),
     "saliency": one_of("attention", "distance"),
+    "detail_share": SHARE,
     "layer": whole(1),
     "ratio": Rule("a percentage above 0 and below 100", lambda v: is_number(v) and 0 < v < 100),
     "keep": Rule(
@@ -101,7 +102,13 @@ PUBLIC_TILES = frozenset({"adav", "hiprune"})
 
 
 # Options that every method takes, with their defaults. They steer the code around the method, not the method itself.
-COMMON_OPTIONS = {"positions": "reindexed", "text_scope": "after", "anyres": "official", "saliency": "attention"}
+COMMON_OPTIONS = {
+    "positions": "reindexed",
+    "text_scope": "after",
+    "anyres": "official",
+    "saliency": "attention",
+    "detail_share": 0.0,
+}
 
 
 def check_options(method) -> None:

@@ -52,13 +52,13 @@ def register(path: str | Path, digest: str | None = None) -> str:
     path = Path(path).resolve()
     name = path.stem
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"--plugin: there is no file {path}, allowed is a Python file with one Selector or Dropper")
+        raise UserError(f"plugin: there is no file {path}, allowed is a Python file with one Selector or Dropper")
     if not _NAME.fullmatch(name):
-        raise UserError(f'--plugin: {path} would be called "{name}", allowed are letters, digits and _, a letter first')
+        raise UserError(f'plugin {path} would be called "{name}", allowed are letters, digits and _, a letter first')
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--plugin: {path} cannot be read ({error})") from None
+        raise UserError(f"plugin {path} cannot be read ({error})") from None
     found = Plugin(str(path), hashlib.sha256(content).hexdigest()[:10])
     if digest not in (None, found.digest):
         raise UserError(f"{path}: has changed since the run began; start the same command again")
@@ -67,7 +67,7 @@ def register(path: str | Path, digest: str | None = None) -> str:
         return name
     if name in method_names() and (before is None or before.file != found.file):
         owner = before.file if before else "AdaV or of an installed package"
-        raise UserError(f'--plugin: {path} would be called "{name}", which is a method of {owner}; rename the file')
+        raise UserError(f'plugin {path} would be called "{name}", which is a method of {owner}; rename the file')
     # 2. Its one class.
     method = _the_method(_imported(path, name, content), path, (Selector, Dropper))
     # A file that changed may now hold the other kind.

@@ -18,7 +18,7 @@ from llava.common.transfer import to_host
 from llava.methods.before_llm import ImageTokens, Selector, TowerStates
 from llava.methods.before_llm.base import TokenPlaces
 from llava.methods.before_llm.downsample import smaller_side
-from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order
+from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order, picture_bounds
 
 
 class Layout(TokenPlaces):
@@ -26,12 +26,13 @@ class Layout(TokenPlaces):
 
     source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
     blank: patches that show only padding, as TokenPlaces has them; None for an image without padding
+    bounds [T, 4]: the part of each tile that shows the image, see mm_utils.picture_bounds
     """
 
-    def __init__(self, order: Tensor, side: int, blank: Tensor | None):
+    def __init__(self, order: Tensor, side: int, blank: Tensor | None, bounds: Tensor):
         per_tile = side * side
         self.newline, self.source = order == NEWLINE, order.clamp(min=0)
-        self.newlines = int(self.newline.sum())
+        self.newlines, self.bounds = int(self.newline.sum()), bounds
         tile, row = self.source // per_tile, self.source % per_tile // side
         # A newline token ends a row of the merged crops, so its row is the number of newlines before it.
         row = torch.where(self.newline, self.newline.long().cumsum(0) - 1, row)
@@ -44,7 +45,7 @@ class Layout(TokenPlaces):
 @torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
 def layout_of(plan: TilePlan, side: int, tiles: int) -> Layout:
     """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles that the tower got."""
-    return Layout(merge_order(plan, side, tiles), side, blank_patches(plan, side))
+    return Layout(merge_order(plan, side, tiles), side, blank_patches(plan, side), picture_bounds(plan, tiles))
 
 
 def tokens_in_order(
@@ -54,10 +55,11 @@ def tokens_in_order(
     project: Callable[[Tensor], Tensor],
     key: int = 0,
     tower: TowerStates | None = None,
+    detail: Tensor | None = None,
 ) -> ImageTokens:
     """Return the ImageTokens of one image, not yet projected.
 
-    states [T, P, W], saliency [T, P]: of the tower, tile by tile
+    states [T, P, W], saliency [T, P]: of the tower, tile by tile; detail [T, P]: of the pixels, where it is needed
     project: function from states [n, W] to LLM embeddings [n, D]
     """
     names = ("source", "newline", "tile", "row", "column")
@@ -68,7 +70,8 @@ def tokens_in_order(
         # The index of a newline token was clamped to patch 0, whose states and score it must not inherit.
         scores = scores.masked_fill(newline, float("nan"))
         merged = merged.masked_fill(newline[:, None], 0)
-    return ImageTokens(merged, scores, tile, row, column, key, tower, project, layout)
+    detail = None if detail is None else detail.reshape(-1).to(states.device)[source]
+    return ImageTokens(merged, scores, tile, row, column, key, tower, project, layout, detail)
 
 
 def projects_late(method: Selector, image: ImageTokens, budget: int) -> bool:

@@ -20,6 +20,7 @@ from llava.common.transfer import to_device, to_host_together
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
+from llava.methods.before_llm.detail import gradient_energy
 from llava.methods.before_llm.downsample import cells, smaller_side
 from llava.methods.inside_llm import dropper_names
 from llava.methods.kv_cache.base import RowSpans
@@ -177,7 +178,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         # Whether all patches go through the projector depends on the number of kept ones (projects_late).
         # So does the size of an image that is made smaller.
         kept = None if method.reads_features and not method.resizes else (repr(method), config.overall_tokens)
-        return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept
+        return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept, config.detail_share > 0
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
         """Return the vision tokens of images in LLM order, independent of any question.
@@ -188,7 +189,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         config = config or self.adav_config
         words = self.get_input_embeddings().weight
         clock = clock or StageClock(words.device)
-        anyres, needs_image, wanted, _ = self.encoding(config)
+        anyres, needs_image, wanted, _, reads_detail = self.encoding(config)
         pixels, plans = self._plans(images, image_sizes, anyres)
         if not pixels or not needs_image:
             return [EncodedImage(plan, None) for plan in plans]
@@ -196,6 +197,9 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         totals: list[int | None] = [None] * len(pixels)
         if config.make_method().resizes:
             pixels, totals = self._made_smaller(pixels, plans, config.overall_tokens)
+        details = [None] * len(pixels)
+        if reads_detail:
+            pixels, details = self._detail(pixels, plans)
         towers: list = [None] * len(pixels)
         for size in dict.fromkeys(one.shape[-1] for one in pixels):
             of_size = [i for i, one in enumerate(pixels) if one.shape[-1] == size]
@@ -205,8 +209,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         # 2. The tokens of each image in LLM order.
         with clock.stage("splice"):
             tokens = [
-                self.image_tokens(features, saliency, plan, tower=tower, projected=False)
-                for plan, (features, saliency, tower) in zip(plans, towers, strict=True)
+                self.image_tokens(features, saliency, plan, tower=tower, projected=False, detail=detail)
+                for plan, (features, saliency, tower), detail in zip(plans, towers, details, strict=True)
             ]
             # A choice that does not read features can come first; then only kept tokens go through the projector.
             method = config.make_method()
@@ -241,6 +245,17 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             smaller.append(picture)
             totals.append(len(order))
         return smaller, totals
+
+    def _detail(self, pixels: list[Tensor], plans: list[TilePlan]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Return (pixels on the device of the tower, gradient energy [T, P] of the patches) of each image."""
+        tower = self.get_vision_tower()
+        pixels = [to_device(tiles, tower.device) for tiles in pixels]
+        layouts = [
+            layout_of(plan, tower.num_patches_per_side, len(tiles)) for plan, tiles in zip(plans, pixels, strict=True)
+        ]
+        bounds = torch.cat([layout.on(tower.device, "bounds") for layout in layouts])
+        energy = gradient_energy(torch.cat(pixels), bounds, tower.config.patch_size)
+        return pixels, energy.split([len(tiles) for tiles in pixels])
 
     def _newline(self) -> Tensor | None:
         """Return the embedding [D] of a newline token; None where images have none."""
@@ -277,14 +292,15 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         key: int = 0,
         tower: TowerStates | None = None,
         projected: bool = True,
+        detail: Tensor | None = None,
     ) -> ImageTokens:
         """Return the ImageTokens of one image in LLM order, newline tokens included.
 
-        features [T, P, D], saliency [T, P]: tile by tile
+        features [T, P, D], saliency [T, P], detail [T, P] (ImageTokens.detail): tile by tile
         projected: False for states of the tower, [T, P, W]. Tokens that are read then go through the projector.
         """
         layout = layout_of(plan, math.isqrt(features.shape[1]), len(features))
-        image = tokens_in_order(features, saliency, layout, self._project_to_llm, key, tower)
+        image = tokens_in_order(features, saliency, layout, self._project_to_llm, key, tower, detail)
         if not projected:
             return image
         merged = with_newlines(image.features[image.patches], image.patches, len(image.tile), self._newline())
@@ -321,7 +337,7 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             texts = self._embedded_words(rows, words.device, method)
         else:
             texts = question_embeddings(rows, words)
-        selections = select_all(name, images, texts, config.overall_tokens, **own)
+        selections = select_all(name, images, texts, config.overall_tokens, config.detail_share, **own)
         for one, selection in zip(encoded, selections, strict=True):
             if one.total is not None:
                 _describe_smaller(selection, one.total, self.get_vision_tower().num_patches_per_side)

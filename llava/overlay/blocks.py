@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SMALL, line_height, text_block
-from llava.overlay.views import DARK, HEAT, OUTLINE, PADDING, PADDING_LINE, heat_color
+from llava.overlay.views import DARK, DETAIL_OUTLINE, HEAT, OUTLINE, PADDING, PADDING_LINE, heat_color
 
 PANEL, ROOM = 300, 460  # pixels: minimum width of a panel; width in which the views of one image stand side by side
 STAGE = 0.42  # scale of a view of one stage or step; 1 is full size
@@ -130,9 +130,9 @@ def _swatch(kind: str | tuple, side: int) -> Image.Image:
     square = np.zeros((side, side, 3), dtype=np.uint8)
     if isinstance(kind, tuple):
         square[:] = kind
-    elif kind == "kept":
+    elif kind in ("kept", "detail"):
         square[:] = (120, 170, 200)
-        square[[0, -1]] = square[:, [0, -1]] = OUTLINE
+        square[[0, -1]] = square[:, [0, -1]] = OUTLINE if kind == "kept" else DETAIL_OUTLINE
     elif kind == "dropped":
         square[:] = [int(DARK * value) for value in (120, 170, 200)]
     elif kind == "padding":

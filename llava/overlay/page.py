@@ -38,6 +38,7 @@ from llava.overlay.blocks import (
 )
 from llava.overlay.lettering import FAINT, INK, LARGE, PAGE, SIZE, SMALL, WARNING, text_block
 from llava.overlay.views import (
+    detailed,
     heat_views,
     kept_at,
     kept_views,
@@ -241,6 +242,8 @@ def width_of(columns: int) -> int:
 def _meanings(plan: TilePlan, side: int, selections: dict[str, Selection], why: bool) -> list[tuple]:
     """Entries of the legend. Only what this page shows is explained."""
     entries = [("kept", "kept"), ("dropped", "dropped")]
+    if any(map(detailed, selections.values())):
+        entries.insert(1, ("detail", "kept for its fine detail"))
     # A negative offset means that the image was cropped, so there is no padding.
     if plan.resized != plan.canvas and plan.offset[0] >= 0 and plan.offset[1] >= 0:
         entries.append(("padding", "padding, no part of the image"))

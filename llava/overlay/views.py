@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Longer side in pixels: of the view of the crops (or of the only tile), and of tile 0 beside crops.
 VIEW, THUMBNAIL = 384, 240
 DARK = 0.3  # brightness of a dropped patch: still visible, but clearly darker than a kept one
-OUTLINE = (255, 214, 0)
+OUTLINE, DETAIL_OUTLINE = (255, 214, 0), (0, 220, 255)
 PADDING, PADDING_LINE = (150, 150, 150), (190, 190, 190)
 
 # Colours of a heat map, from score 0 to the largest. Brightness rises all the way, so that a grey print shows the same.
@@ -83,6 +83,14 @@ def left_of(selection: Selection) -> list[Place]:
     return survivors_of(selection, stages[-1]) if stages else places_of(selection)
 
 
+def detailed(selection: Selection) -> list[Place]:
+    """Places of the patches that are kept for their fine detail (options.detail_share) and stay."""
+    if "detail" not in selection.report:
+        return []
+    left, marks = set(left_of(selection)), selection.report["detail"].tolist()
+    return [place for place, mark in zip(places_of(selection), marks, strict=True) if mark and place in left]
+
+
 def survivors_of(selection: Selection, slots) -> list[Place]:
     """Places of the tokens that stay after one cut inside the LLM. slots: an entry of report["survivors"]."""
     places = places_of(selection)
@@ -102,21 +110,27 @@ def on_view(view: View, side: int, places: Sequence[Place], values: np.ndarray, 
 def kept_views(
     image: Image.Image, plan: TilePlan, side: int, selection: Selection, scale: float = 1
 ) -> list[tuple[str, Image.Image]]:
-    """(label, picture) per view: kept patches are bright and outlined, dropped ones dark, padding is hatched."""
-    return kept_at(image, plan, side, left_of(selection), scale)
+    """(label, picture) per view: kept patches are bright and outlined, dropped ones dark, padding is hatched.
+
+    The outline of patches that are kept for their fine detail has another colour.
+    """
+    return kept_at(image, plan, side, left_of(selection), scale, detailed(selection))
 
 
 def kept_at(
-    image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], scale: float = 1
+    image: Image.Image,
+    plan: TilePlan,
+    side: int,
+    places: Sequence[Place],
+    scale: float = 1,
+    detail: Sequence[Place] = (),
 ) -> list[tuple[str, Image.Image]]:
-    """kept_views with the patches at `places` as the kept ones."""
-    return [
-        (
-            view.label,
-            _kept(*_canvas(image, view, scale), on_view(view, side, places, np.ones(len(places), bool), False)),
-        )
-        for view in views_of(plan, side)
-    ]
+    """kept_views with the patches at `places` as the kept ones, and those at `detail` as kept for their detail."""
+    drawn = []
+    for view in views_of(plan, side):
+        kept, fine = (on_view(view, side, own, np.ones(len(own), bool), False) for own in (places, detail))
+        drawn.append((view.label, _kept(*_canvas(image, view, scale), kept, fine)))
+    return drawn
 
 
 def heat_views(
@@ -205,10 +219,13 @@ def _cells(values: np.ndarray, cell: int) -> np.ndarray:
     return grown if grown.ndim == 3 else grown[..., None]
 
 
-def _kept(pixels: np.ndarray, cell: int, kept: np.ndarray) -> Image.Image:
-    """The picture with dark patches where `kept` [rows, columns] is False, and outlines around the others."""
+def _kept(pixels: np.ndarray, cell: int, kept: np.ndarray, fine: np.ndarray) -> Image.Image:
+    """The picture with dark patches where `kept` [rows, columns] is False, and outlines around the others.
+
+    The outline of the patches `fine` [rows, columns] has another colour.
+    """
     pixels = np.where(_cells(kept, cell), pixels, (pixels * DARK).astype(np.uint8))
-    return Image.fromarray(_outlined(pixels, kept, cell, OUTLINE))
+    return Image.fromarray(_outlined(_outlined(pixels, kept, cell, OUTLINE), fine, cell, DETAIL_OUTLINE))
 
 
 def _outlined(pixels: np.ndarray, chosen: np.ndarray, cell: int, color) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import builtins
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ datasets = pytest.importorskip("datasets", reason='the extra "prepare" is not in
 from benchmark_data import picture  # noqa: E402
 
 from llava.common.errors import UserError  # noqa: E402
-from llava.eval import prepare  # noqa: E402
+from llava.eval import prepare, reproduce  # noqa: E402
 from llava.eval.benchmarks import BENCHMARKS  # noqa: E402
 from llava.eval.benchmarks.recipes import RECIPES  # noqa: E402
+from llava.eval.results import reproduction  # noqa: E402
+from llava.eval.results.published import TABLE  # noqa: E402
 
 PARTS = [(name, split) for name, recipe in RECIPES.items() for split in recipe.parts]
 
@@ -158,6 +161,39 @@ def test_prepare_makes_what_the_benchmark_reads(tmp_path, name, split):
             {"mme": 400, "pope": 200 / 3}.get(name, 100)
         )  # POPE: no "yes" in one category
     assert "prepared before" in prepare.prepare(benchmark, tmp_path / "nowhere")
+
+
+def test_reproduce_fetches_every_benchmark_of_the_table(tmp_path, monkeypatch, capsys):
+    """--prepare of scripts/reproduce.sh, with copies on disk in place of the hub: each part is asked for by its name."""
+    asked = []
+
+    def load_dataset(repo, config, split):
+        asked.append((repo, config, split))
+        folder = tmp_path / repo.replace("/", "--") / ("data" if config == "default" else config)
+        return datasets.Dataset.from_parquet([str(path) for path in folder.glob(f"{split}-*.parquet")])
+
+    small = {}
+    for name in TABLE:
+        recipe, (split, (parts, _)) = RECIPES[name], next(iter(RECIPES[name].parts.items()))
+        small[name] = replace(recipe, parts={split: (parts, 4)})
+        copy_of(name, split, tmp_path / recipe.repo.replace("/", "--"))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(prepare, "_need_hub", lambda repo: None)
+    monkeypatch.setattr(prepare, "RECIPES", small)
+    root = tmp_path / "data"
+    reproduce.fetch(needed := reproduction.needs(root, None, None))
+    assert {each.name for each in needed if each.fetchable} == set(TABLE)
+    expected = [
+        (RECIPES[name].repo, *part)
+        for name in TABLE
+        for part in small[name].parts[BENCHMARKS[name](root, None).split][0]
+    ]
+    assert asked == expected
+    assert not [each for each in reproduction.needs(root, None, None) if each.missing]
+    assert len(capsys.readouterr().out.splitlines()) == len(TABLE)
+    # Again: nothing is fetched twice.
+    reproduce.fetch(reproduction.needs(root, None, None))
+    assert asked == expected
 
 
 def test_prompts(tmp_path):

@@ -484,6 +484,12 @@ def test_configurations_that_cannot_be(pair, keys, words):
     assert traces(pair.stock) == before
 
 
+def test_patches_with_fine_detail(pair):
+    """Their detail comes from the pixels of the model's own processor."""
+    _, selections = pair.check(BATCH, config("cls", 6, {"detail_share": 0.5}))
+    assert all(selection.report["detail"].sum() == 3 for selection in selections)
+
+
 def test_the_tile_rule_of_the_processor_is_the_only_one(pairs):
     for options in ({"anyres": "fastervlm"}, {"compat": "public"}):
         with (

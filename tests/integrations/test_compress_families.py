@@ -525,6 +525,7 @@ def test_refused(models, name):
         ({"vision_adaptive_attention": True}, f'policy "avl", allowed for {label}'),
         ({"method": "visionzip"}, f"which {label} does not have"),
         ({"options": {"positions": "reindexed"}}, 'allowed .* "original"'),
+        ({"options": {"detail_share": 0.5}}, '"options.detail_share" is 0.5, which rates the pixels'),
     ):
         with pytest.raises(UserError, match=message), compress(model, AdaVConfig(**settings)):
             pass

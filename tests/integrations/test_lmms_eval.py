@@ -13,6 +13,7 @@ import pytest
 from lmms_tasks import ANSWERS, ASKED, SCORES, write_tasks
 from PIL import Image
 
+from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.conversation import single_turn
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -143,6 +144,20 @@ def test_bad_input_ends_with_one_sentence(tasks, tmp_path):
     assert len(errors) == 1 and 'unknown key "overal_tokens"' in errors[0] and "Traceback" not in done.stderr
 
 
+def test_a_method_from_a_file(tasks, tmp_path):
+    """The first ten patches, whatever they show."""
+    plugin = tmp_path / "first_ones.py"
+    plugin.write_text(
+        "from llava.methods.before_llm import Selector\nfrom llava.methods.before_llm.base import take\n\n\n"
+        "class First(Selector):\n    def keep(self, image, text, budget):\n"
+        "        return take(image, image.patches[:budget])\n"
+    )
+    model_args = f"pretrained={CHECKPOINT},plugin={plugin},method=first_ones,overall_tokens=10"
+    arguments = ("--model", "adav_llava", "--model_args", model_args, "--batch_size", "8")
+    done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, names=["adav_textvqa"])
+    assert "note: vision tokens per image: 144.0 -> 10.0 (mean of 5 images)" in done.stderr
+
+
 def test_the_name_of_lmms_evals_own_model_says_what_to_type(tasks, tmp_path):
     arguments = ("--model", "llava", "--model_args", f"pretrained={CHECKPOINT}")
     done, _, _ = run(["-m", "lmms_eval"], tasks, tmp_path, *arguments, code=2)
@@ -211,6 +226,39 @@ def test_an_odd_document_costs_its_own_answer_and_is_named(model, tasks, capsys)
     ):
         assert f"note: task shapes, document {number}: " in said and why in said
     assert said.count("its answer is empty") == 5
+
+
+def test_an_interrupted_task_goes_on(model, tasks, tmp_path, monkeypatch, capsys):
+    """Stopped in its second batch; then only what is missing is asked, and the answers are those of one run."""
+    from llava.integrations.lmms_eval.journal import Journal
+
+    pictures = [Image.open(tasks / "shapes" / "images" / picture) for picture, _ in ASKED]
+    documents = [(question, [picture]) for (_, question), picture in zip(ASKED, pictures, strict=True)]
+    expected = model.generate_until(asked(model, documents))
+    real, batches = type(model)._answer, []
+
+    def answer(model, own, settings):
+        batches.append(len(own))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return real(model, own, settings)
+
+    monkeypatch.setattr(type(model), "_answer", answer)
+    monkeypatch.setattr(model, "journal", Journal(tmp_path / "answers", 0, {"pretrained": "x"}))
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until(asked(model, documents))
+    with open(tmp_path / "answers" / "rank-0.jsonl", "a") as file:
+        file.write('{"key": "torn')
+    # Two ranks now: the second one reads what the first one has noted.
+    monkeypatch.setattr(model, "journal", Journal(tmp_path / "answers", 1, {"pretrained": "x"}))
+    assert model.generate_until(asked(model, documents)) == expected
+    assert batches == [2, 2, 2, 1] and "note: 2 of 5 answers were there already" in capsys.readouterr().err
+    again = Journal(tmp_path / "answers", 0, {"pretrained": "x"})
+    assert [again.get(request) for request in asked(model, documents)] == expected
+    other = asked(model, [("What color is the star?", documents[0][1])])
+    assert again.get(other[0]) is None, "another prompt of the same document"
+    with pytest.raises(UserError, match="has the answers of other settings"):
+        Journal(tmp_path / "answers", 0, {"pretrained": "y"})
 
 
 def test_a_task_whose_documents_are_all_odd_ends_the_run(model, capsys):

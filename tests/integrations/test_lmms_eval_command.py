@@ -121,6 +121,26 @@ def test_bad_values_are_told_before_anything_starts(options, said, capsys):
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
+FIRST = """
+from llava.methods.before_llm import Selector
+from llava.methods.before_llm.base import take
+
+class First(Selector):
+    def keep(self, image, text, budget):
+        return take(image, image.patches[:budget])
+"""
+
+
+def test_a_method_from_a_file(tables, tmp_path):
+    plugin = tmp_path / "first_ones.py"
+    plugin.write_text(FIRST)
+    text = f"pretrained=x,plugin={plugin},method=first_ones,overall_tokens=36"
+    command, _ = translate(["--model", "adav_llava", "--model_args", text])
+    assert model_args(command)["plugin"] == str(plugin) and model_args(command)["method"] == "first_ones"
+    with pytest.raises(UserError, match="plugin: there is no file"):
+        translate(["--model", "adav_llava", "--model_args", "pretrained=x,plugin=nowhere.py,method=nowhere"])
+
+
 def test_braces_hold_a_model_argument_together():
     text = 'pretrained=x, options={"min_share": 0.1, "positions": "original"},overall_tokens=36'
     assert split_model_args(text) == [

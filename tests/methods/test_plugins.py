@@ -38,16 +38,6 @@ class Late(FastV):
 """
 
 
-@pytest.fixture
-def tables():
-    """The tables of methods, which are as before after the test."""
-    before = [(table, dict(table)) for table in (SELECTORS, DROPPERS, plugins._REGISTERED)]
-    yield
-    for table, content in before:
-        table.clear()
-        table.update(content)
-
-
 def write(folder, name, text):
     path = folder / f"{name}.py"
     path.write_text(text)

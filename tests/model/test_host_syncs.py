@@ -147,6 +147,14 @@ def test_waits_before_the_llm(model, monkeypatch, method, batch):
     assert len(waits_of(model, monkeypatch, method, batch, tokens=40)) == ALLOWED[method]
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("method", ["fastervlm", "divprune", "visionzip", "adav"])
+def test_one_more_wait_for_patches_with_detail(model, monkeypatch, method, batch):
+    # 60 tokens: VisionZip still merges some with what is left of them.
+    waits = waits_of(model, monkeypatch, method, batch, tokens=60, detail_share=0.3)
+    assert waits == ["to_host"] * (ALLOWED[method] + 1)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("method, options", [("adav", {"anyres": "fastervlm"}), ("holov", {})])
 def test_waits_of_the_public_code(model, monkeypatch, method, options, batch):
@@ -162,11 +170,12 @@ def test_a_key_of_ids_on_the_device(model, monkeypatch):
     assert waits.found == ["to_host"]
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.parametrize("method", ["none", "adav", "cdpruner", "visionzip", "apet"])
-def test_training_after_inference(model, method):
+def test_training_after_inference(model, method, share):
     """What a layout keeps for the next request of its tile plan serves autograd, too."""
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, 1, seed=0)
-    config = AdaVConfig(method=method, overall_tokens=12)
+    config = AdaVConfig(method=method, overall_tokens=12, options={"detail_share": share})
     image_tokens.layout_of.cache_clear()
     with torch.inference_mode():
         expected = model.prepare(prompts.ids, prompts.pixels, prompts.sizes, config=config).inputs_embeds

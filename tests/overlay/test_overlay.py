@@ -14,7 +14,20 @@ from llava.methods.before_llm import Selection
 from llava.mm_utils import cut_tiles, expand_to_square, merge_order, tile_plan
 from llava.overlay.cache_strip import CacheStates, cache_frames, draw_caches, save_frames, shown
 from llava.overlay.page import counted, draw_overlay, draw_scores, draw_stages
-from llava.overlay.views import ABSENT, CORE, MINOR, SECONDARY, class_views, heat_views, kept_at, kept_views, left_of
+from llava.overlay.views import (
+    ABSENT,
+    CORE,
+    DETAIL_OUTLINE,
+    MINOR,
+    OUTLINE,
+    SECONDARY,
+    class_views,
+    detailed,
+    heat_views,
+    kept_at,
+    kept_views,
+    left_of,
+)
 
 SIDE = 6  # patches per tile side
 TILE = 48
@@ -423,3 +436,20 @@ def test_long_texts_and_many_methods_stay_on_the_page():
 def test_needs_no_torch():
     code = "import sys, llava.serve.overlay, llava.overlay.cache_strip, llava.serve.overlay; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_patches_with_fine_detail_have_another_outline():
+    image, plan = make_case("pad")
+    places = [(0, 2, 1), (0, 3, 4)]
+    selection = selection_of(places)
+    outlines = []
+    for report in ({}, {"detail": torch.tensor([False, True])}):
+        selection.report = report
+        ((_, view),) = kept_views(image, plan, SIDE, selection)
+        pixels, cell = np.asarray(view), view.width // SIDE
+        outlines.append([tuple(pixels[row * cell, column * cell].tolist()) for _, row, column in places])
+    assert outlines == [[OUTLINE, OUTLINE], [OUTLINE, DETAIL_OUTLINE]]
+    # After a cut inside the LLM, only what is left is drawn.
+    for survivor, left in ((0, []), (1, places[1:])):
+        selection.report["survivors"] = [torch.tensor([survivor])]
+        assert detailed(selection) == left

@@ -212,7 +212,7 @@ def run_shards(
     ShardFailure for a crash. Raises Interrupted for SIGINT, SIGTERM and SIGHUP. Finished answers stay on disk.
     """
     shards: list[Shard] = []
-    with _signals_raise(), Progress(title, todo, answers, everywhere or len(orders)) as progress:
+    with signals_raise(), Progress(title, todo, answers, everywhere or len(orders)) as progress:
         # 1. Start.
         try:
             for i, (order, log) in enumerate(zip(orders, logs, strict=True)):
@@ -247,7 +247,7 @@ def _stop_all(shards: list[Shard]) -> None:
         shard.wait(deadline - time.monotonic())
 
 
-class _signals_raise:
+class signals_raise:
     """Context in which the first SIGINT, SIGTERM or SIGHUP raises Interrupted; later ones are ignored."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -19,6 +19,7 @@ import sys
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly
 from llava.config import AdaVConfig
+from llava.methods.plugins import register
 
 # Options that are keys of adav_configs.json under the same name, with their defaults in A-VL's command line
 # (github.com/2147483647-2/A-VL, lmms_eval/__main__.py). Some differ from the defaults of adav_configs.json.
@@ -149,6 +150,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
         raise UserError(f"{clash[0]} is set by an option and in --model_args as well; give one of them")
     keys = {name: value for name, value in (defaults | keys).items() if name not in given}
     # 6. Check the configuration here: lmms-eval needs long to start, and a mistake would show only after that.
+    if "plugin" in given:
+        register(given["plugin"])
     from_text = {name: _json(value) for name, value in given.items() if name in AdaVConfig.__dataclass_fields__}
     AdaVConfig.load(given.get("config"), **{**keys, **from_text})
     model_args += [f"{name}={_text(value)}" for name, value in keys.items()]

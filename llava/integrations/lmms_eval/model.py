@@ -37,6 +37,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation, single_turn
 from llava.costs.measure import vision_tokens
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.integrations.lmms_eval.journal import Journal
+from llava.methods.plugins import plugin_of, register
 from llava.mm_utils import left_pad, process_images, tokenizer_image_token
 
 MAX_NEW_TOKENS = 1024  # for tasks that state no limit; lmms-eval uses this value for its own llava_hf
@@ -66,7 +68,17 @@ class AdaVModel(lmms):
 
     name: str
 
-    def _start(self, batch_size: int | str, max_batch_size, attn_implementation, config, keys: dict) -> None:
+    def _start(
+        self,
+        pretrained: str,
+        batch_size: int | str,
+        max_batch_size,
+        attn_implementation,
+        config,
+        plugin: str | None,
+        answers: str | None,
+        keys: dict,
+    ) -> None:
         """Read the arguments that both models have. UserError for those that cannot be used."""
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -80,7 +92,13 @@ class AdaVModel(lmms):
                 f"attn_implementation={attn_implementation} is not needed: SDPA runs, and the attention rows that a "
                 "method reads are computed from queries and keys"
             )
+        if plugin is not None:
+            register(plugin)
         self.config = AdaVConfig.load(config, **typed(keys))
+        file = plugin_of(self.config.method)
+        settings = {"model": self.name, "pretrained": str(pretrained), "configuration": self.config.to_dict()}
+        settings |= {"plugin": file and file.digest}
+        self.journal = None if answers is None else Journal(Path(answers), self.rank, settings)
 
     def _placement(self, device: str | None, device_map: str | None):
         """The device_map with which the checkpoint is loaded. UserError for a GPU where there is none."""
@@ -106,11 +124,14 @@ class AdaVModel(lmms):
             raise UserError(
                 "a task scores captions with Java programs, but there is no java; make lmms-eval brings one"
             )
-        answers: list[GenerationResult | None] = [None] * len(requests)
+        answers = [self.journal.get(request) if self.journal else None for request in requests]
+        todo = [i for i, answer in enumerate(answers) if answer is None]
         before = after = images = 0
         odd: list[str] = []
-        with progress_bar("Model Responding", total=len(requests), disable=self.rank != 0 or None) as progress:
-            for batch in self._batches(requests):
+        if len(todo) < len(requests):
+            self._note(f"{len(requests) - len(todo)} of {len(requests)} answers were there already")
+        with progress_bar("Model Responding", total=len(todo), disable=self.rank != 0 or None) as progress:
+            for batch in self._batches(requests, todo):
                 documents = {}
                 for i in batch:
                     try:
@@ -123,6 +144,8 @@ class AdaVModel(lmms):
                     generated, counts = self._answer(list(documents.values()), requests[batch[0]].args[1])
                     for i, answer in zip(documents, generated, strict=True):
                         answers[i] = answer
+                    if self.journal:
+                        self.journal.add([requests[i] for i in documents], generated)
                     before += sum(total for total, _ in counts)
                     after += sum(kept for _, kept in counts)
                     images += len(counts)
@@ -136,11 +159,11 @@ class AdaVModel(lmms):
             )
         return answers
 
-    def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Batches of request indices. Requests of a batch have equal generation settings; their order is kept."""
+    def _batches(self, requests: list[Instance], todo: list[int]) -> Iterator[list[int]]:
+        """Batches of the request indices `todo`. Requests of a batch have equal generation settings, in their order."""
         groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
+        for i in todo:
+            groups.setdefault(json.dumps(requests[i].args[1], sort_keys=True, default=str), []).append(i)
         for indices in groups.values():
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
@@ -218,6 +241,8 @@ class AdaVLlava(AdaVModel):
     device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
         each.
     attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
+    plugin: a file with a method of one's own, which `method` may then name.
+    answers: a folder in which each batch of answers is noted. What it has is not asked again, so an interrupted run goes on.
 
     Bad input ends the process with one sentence and exit code 2.
     """
@@ -239,12 +264,14 @@ class AdaVLlava(AdaVModel):
         device: str | None = None,
         device_map: str | None = None,
         attn_implementation: str | None = None,
+        plugin: str | None = None,
+        answers: str | None = None,
         **keys,
     ):
         super().__init__()
         if conv_mode is not None:
             get_conversation(conv_mode)
-        self._start(batch_size, max_batch_size, attn_implementation, config, keys)
+        self._start(pretrained, batch_size, max_batch_size, attn_implementation, config, plugin, answers, keys)
         loaded = LoadedCheckpoint(
             pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
         )

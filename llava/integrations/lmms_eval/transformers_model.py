@@ -21,7 +21,7 @@ class AdaVTransformers(AdaVModel):
     """A model of transformers whose vision tokens are selected by AdaV or another method.
 
     pretrained: folder or hub name, in transformers' format. processor: those of another checkpoint.
-    config, keys, batch_size, dtype, device, device_map, attn_implementation: as in AdaVLlava.
+    config, keys, batch_size, dtype, device, device_map, attn_implementation, plugin, answers: as in AdaVLlava.
     system_prompt: a text at the start of each conversation.
 
     Bad input ends the process with one sentence and exit code 2.
@@ -42,10 +42,12 @@ class AdaVTransformers(AdaVModel):
         device: str | None = None,
         device_map: str | None = None,
         attn_implementation: str | None = None,
+        plugin: str | None = None,
+        answers: str | None = None,
         **keys,
     ):
         super().__init__()
-        self._start(batch_size, max_batch_size, attn_implementation, config, keys)
+        self._start(pretrained, batch_size, max_batch_size, attn_implementation, config, plugin, answers, keys)
         self.system_prompt = system_prompt
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"  # half precision is slow on a CPU

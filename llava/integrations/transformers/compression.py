@@ -126,6 +126,11 @@ class FamilyCompression(Compression):
                 raise UserError(
                     f'"options.{option}" is "{value}", a rule for LLaVA\'s tiles, which {family} does not have'
                 )
+        if config.detail_share:
+            raise UserError(
+                f'"options.detail_share" is {config.detail_share}, which rates the pixels of patches in LLaVA\'s tiles; allowed '
+                f"for {family} is 0"
+            )
         config.warn_of_unused_options()
 
     def _turn_markers(self) -> tuple[tuple[int, ...], ...]:

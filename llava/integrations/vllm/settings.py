@@ -113,4 +113,9 @@ def check(config: AdaVConfig) -> None:
         raise UserError(
             '"options.positions" is "original", but vLLM counts positions of a prompt one by one; allowed is "reindexed"'
         )
+    if config.detail_share:
+        raise UserError(
+            f'"options.detail_share" is {config.detail_share}, but the plugin for vLLM does not rate the pixels of patches; '
+            "allowed is 0"
+        )
     config.make_method()

@@ -81,6 +81,15 @@ class TokenPlaces:
             self._sent[key] = to_device(getattr(self, name), device)
         return self._sent[key]
 
+    @torch.inference_mode(False)
+    def without(self, tokens: Tensor) -> TokenPlaces:
+        """Return the places of the same tokens if those at `tokens` (indices on the host) are no patches."""
+        tile = self.tile.index_fill(0, tokens, -1)
+        places = TokenPlaces(tile, self.row, self.column)
+        places.blank = self.blank[tile[self.patches] >= 0]
+        places._sent = {key: sent for key, sent in self._sent.items() if key[0] in ("row", "column")}
+        return places
+
     def describes(self, image: ImageTokens) -> bool:
         """Return whether the place tensors of `image` are the very tensors that were sent from here."""
         # By identity, because a comparison of values would wait for the device.
@@ -125,6 +134,8 @@ class ImageTokens:
     tile      [N]     0 = the whole image (or the only tile), 1.. = crops in raster order; -1 for newline tokens
     row       [N]     patch row inside its tile; for newline tokens the row of the merged grid that it ends
     column    [N]     patch column inside its tile; -1 for newline tokens
+    detail    [N]     gradient energy of the pixels of each patch, any value for newline tokens; only with
+                      options.detail_share (detail.py)
     key       int     identifies the sample (hash of input ids, image size, place of the image), for `random`
     tower             states of the tower, tile by tile, that only some methods read
     unprojected       None, or a function from rows of `features` to LLM embeddings. `features` are then [N, W] states
@@ -145,6 +156,7 @@ class ImageTokens:
     tower: TowerStates | None = None
     unprojected: Callable[[Tensor], Tensor] | None = None
     places: TokenPlaces | None = field(default=None, repr=False, compare=False)
+    detail: Tensor | None = None
 
     def __post_init__(self):
         n = self.features.shape[0]
@@ -154,11 +166,12 @@ class ImageTokens:
         if self.places is None and self.features.is_cuda and not any(tensor.is_cuda for tensor in where):
             # The places were given on the host. Keeping them here saves a copy back from the device later.
             self.places = TokenPlaces(*(tensor.long() for tensor in where))
-        for name in ("saliency", "tile", "row", "column"):
+        scores = ("saliency",) if self.detail is None else ("saliency", "detail")
+        for name in (*scores, "tile", "row", "column"):
             shape = tuple(getattr(self, name).shape)
             if shape != (n,):
                 raise ValueError(f"ImageTokens.{name} has shape {shape}, but there are {n} features")
-            placed = name != "saliency" and self.places is not None
+            placed = name not in scores and self.places is not None
             setattr(self, name, self.place(name) if placed else getattr(self, name).to(self.features.device))
         if self.tower is not None:
             states = {name: getattr(self.tower, name) for name in STATES}
@@ -203,7 +216,8 @@ class Selection:
     tile, row, column [K]  places of the kept tokens (-1 for merged tokens), filled in by `select`
     saliency  [K]     [CLS] attention of the kept tokens (NaN for merged and newline tokens), filled in by `select`
     total     int     N, the number of tokens before selection
-    report    dict    details of the method's choice (AdaV: k_text, k_saliency, both scores)
+    report    dict    details of the method's choice (AdaV: k_text, k_saliency, both scores); with options.detail_share,
+                      "detail": bool [K], True for patches that are kept for their detail
     sources   list    for each -1 in `indices`, in order: the indices that were merged into it; empty for a [CLS] token
     """
 
@@ -234,6 +248,7 @@ class Selector(ABC):
     # has the attribute.
     makes_tokens = False
     tower_states: tuple[str, ...] = ()  # fields of ImageTokens.tower that `keep` reads
+    ignored_options: tuple[str, ...] = ()  # options of the prompt (options.COMMON_OPTIONS) that have no effect on it
     # A method question -> words, for a method that reads some words of the user's turn in place of all question tokens.
     # Each word is tokenised by itself. It has an effect where the checkpoint has a tokenizer.
     words: Callable[[str], list[str]] | None = None

@@ -54,6 +54,7 @@ class Downsample(Selector):
 
     reads_text = False
     uses_budget = False
+    ignored_options = ("detail_share",)
     makes_tokens = True
     resizes = True
 

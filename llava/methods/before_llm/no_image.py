@@ -13,6 +13,7 @@ class NoImage(Selector):
 
     needs_image = False
     uses_budget = False
+    ignored_options = ("detail_share",)
     reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:

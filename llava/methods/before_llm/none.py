@@ -12,6 +12,7 @@ class KeepAll(Selector):
     """Keeps all N tokens, whatever the budget."""
 
     uses_budget = False
+    ignored_options = ("detail_share",)
     reads_text = False
 
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:

@@ -82,7 +82,7 @@ class Dropper(ABC):
     # `positions` has no effect on droppers: the published rule of each method fixes its position ids.
     # True: `select` reads hidden states after the model's final norm, and makes no tokens of them.
     reads_normed: ClassVar[bool] = False
-    ignored_options: ClassVar[tuple[str, ...]] = ("positions",)
+    ignored_options: ClassVar[tuple[str, ...]] = ("positions", "detail_share")
 
     @abstractmethod
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
