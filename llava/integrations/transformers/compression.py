@@ -28,6 +28,7 @@ from llava.integrations.transformers.cuts import cutting
 from llava.integrations.transformers.families.base import Family
 from llava.integrations.transformers.prompts import Prompts
 from llava.methods.inside_llm import dropper_names
+from llava.model.decoding.dropping import Dropping
 
 # Arguments of some families that configure the tower for one call.
 FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
@@ -196,11 +197,18 @@ class FamilyCompression(Compression):
         Rows are then padded left to the longest shortened row. No cache is made, and an earlier cache cannot be
         continued. llm_arguments, dropping: only from prepare_inputs_for_generation.
         """
-        llm = self.model.model.language_model
         # Steps of generate() come without pixels: prefill has embeddings, decode steps have new ids.
-        if kwargs.get(self.family.image_inputs[0]) is None:
-            with cutting(llm, dropping), _added(llm, llm_arguments):
-                return self._forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if kwargs.get(self.family.image_inputs[0]) is not None:
+            return self._forward_whole(input_ids, attention_mask, **kwargs)
+        step = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if dropping is None and not llm_arguments:
+            return self._forward(**step)  # torch.compile follows this call into the model
+        return self._forward_changed(dropping, llm_arguments, **step)
+
+    # A compiled model would compile this, and it is Python work on the host.
+    @torch.compiler.disable
+    def _forward_whole(self, input_ids, attention_mask, **kwargs):
+        """`forward` for whole prompts with images."""
         if kwargs.pop("use_cache", None):
             raise UserError(
                 "under compress() forward() leaves no cache, but use_cache is true: generate() makes its own"
@@ -215,16 +223,17 @@ class FamilyCompression(Compression):
         embeds = self._shorten(prompts, input_ids, attention_mask, labels)
         if labels is not None:
             labels = prompts.labels(labels)
-        with cutting(llm, prompts.dropping), _added(llm, self._llm_arguments(prompts)):
-            output = self._forward(
-                inputs_embeds=embeds,
-                attention_mask=prompts.mask,
-                position_ids=prompts.positions(positions),
-                # Which tokens have a logit is known behind the last cut.
-                labels=labels if prompts.dropping is None else None,
-                use_cache=False,
-                **kwargs,
-            )
+        output = self._forward_changed(
+            prompts.dropping,
+            self._llm_arguments(prompts),
+            inputs_embeds=embeds,
+            attention_mask=prompts.mask,
+            position_ids=prompts.positions(positions),
+            # Which tokens have a logit is known behind the last cut.
+            labels=labels if prompts.dropping is None else None,
+            use_cache=False,
+            **kwargs,
+        )
         if prompts.dropping is not None:
             prompts.note_survivors()
             if labels is not None:
@@ -232,6 +241,13 @@ class FamilyCompression(Compression):
                 left = prompts.dropping.labels(labels)
                 output.loss = self.model.loss_function(logits=output.logits, labels=left, vocab_size=vocabulary)
         return output
+
+    @torch.compiler.disable
+    def _forward_changed(self, dropping: Dropping | None, llm_arguments: dict | None, **step):
+        """The model's own forward() with cuts in its LLM, or with further arguments for its LLM."""
+        llm = self.model.model.language_model
+        with cutting(llm, dropping), _added(llm, llm_arguments):
+            return self._forward(**step)
 
     def _prompts(self, ids: Tensor | None, given: dict) -> Prompts | None:
         """Prompts of a request, or None for a request without images. Removes the pixels from `given`."""
@@ -286,5 +302,6 @@ def _added(llm, arguments: dict | None):
         yield
         return
     handle = llm.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | arguments), with_kwargs=True)
-    with handle:
+    # torch.compile does not notice a new hook on a module that it has compiled.
+    with handle, torch.compiler.set_stance("force_eager"):
         yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -68,7 +69,9 @@ def cutting(llm, dropping: Dropping | None) -> Iterator[None]:
     config, before, own = llm.config, llm.config._attn_implementation, vars(llm).get("forward")
     config._attn_implementation, llm.forward = ATTENTION, forward
     try:
-        yield
+        # The number of tokens changes from layer to layer, so a compiled LLM or layer would be compiled again and again.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         config._attn_implementation = before
         del llm.forward

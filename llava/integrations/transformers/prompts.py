@@ -47,7 +47,8 @@ class Prompts:
         self._vision = None
         if config.make_method().needs_image:
             # The tower runs outside forward(), whose hook would bring the weights that belong to no submodule.
-            with align_module_device(family.model.model):
+            # torch.compile does not notice the hook that reads saliency, so a compiled tower runs uncompiled.
+            with align_module_device(family.model.model), torch.compiler.set_stance("force_eager"):
                 self._vision = family.encode(given, self._layouts)
 
     def _find(self, ids: Tensor) -> list[tuple[int, Tensor]]:
