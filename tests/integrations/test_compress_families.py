@@ -294,6 +294,59 @@ def test_cuts_between_layers(recorded, name, method):
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def fitprune_scores(rows, own, question, image, text):
+    most = rows.amax(0)
+    return most[own].mean(0)[own] * most[question].sum(0)[own]
+
+
+def sparsevlm_scores(rows, own, question, image, text):
+    weight = (image @ text.T).softmax(dim=1).mean(dim=0)
+    raters = question[weight > weight.mean()]
+    return rows[:, raters if len(raters) else question].mean((0, 1))[own]
+
+
+# One cut in or after layer 0, and a second one of FitPrune inside the last layer, which no answer sees.
+SCORED = {
+    "fitprune": ({}, fitprune_scores),
+    "sparsevlm": ({"version": "2.0"}, sparsevlm_scores),
+    "dart": ({"layer": 1}, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no FitPrune table")
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("name", KINDS)
+def test_cuts_by_the_question(recorded, name, method):
+    """Scores from the rows of the text behind an image; layer 1 answers as if the dropped tokens were hidden."""
+    model, inputs = CASES[name].model(), CASES[name].prompt([2, "small", 3, "tall", 4])
+    options, scores = SCORED[method]
+    with compress(model, config(method, **options)) as compression:
+        result = answer(model, inputs, suppress_tokens=[IMAGE])
+    selections = compression.last_selection
+    kept = [selection.report["survivors"][0].tolist() for selection in selections]
+    assert [len(selection.report["survivors"][-1]) for selection in selections] == [K, K]
+    # 1. The choice, from the model's own queries and keys on the whole prompt.
+    ids, llm = inputs["input_ids"][0], model.model.language_model
+    llm.config._attn_implementation = "recorded"
+    with torch.no_grad():
+        answer(model, inputs, steps=1)
+    llm.config._attn_implementation = "sdpa"
+    _, query, key, scaling = [call for call in recorded if call[0] is llm.layers[0].self_attn][0]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    rows = (query[0] @ key[0].mT * scaling).masked_fill(future, float("-inf")).softmax(-1)
+    for selection, own, left in zip(selections, places_of(ids, selections), kept, strict=True):
+        behind = torch.arange(len(ids)) > own[-1]
+        question = torch.nonzero(behind & ~torch.isin(ids, torch.tensor(compression.family.marks))).flatten()
+        if scores is not None:
+            text = model.get_input_embeddings()(ids[question])
+            rated = scores(rows, own, question, selection.features, text)
+            assert left == sorted(rated.topk(len(left)).indices.tolist())
+    # 2. The answers.
+    logits = hidden_instead(model, inputs, result.sequences, selections, kept=kept, first=1)
+    assert torch.allclose(torch.cat(result.logits), logits[len(ids) - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", INSIDE)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_inside_the_llm(models, name, method):
@@ -521,7 +574,7 @@ def test_refused(models, name):
     model, inputs = models[name], CASES[name].prompt([4, "large", 5])
     label = compress(model, config()).family.name
     for settings, message in (
-        ({"method": "sparsevlm"}, f"acts inside the LLM, allowed for {label}"),
+        ({"method": "sparsevlm"}, f"(acts inside the LLM|has no position in the prompt;?).* allowed for {label}"),
         ({"vision_adaptive_attention": True}, f'policy "avl", allowed for {label}'),
         ({"method": "visionzip"}, f"which {label} does not have"),
         ({"options": {"positions": "reindexed"}}, 'allowed .* "original"'),

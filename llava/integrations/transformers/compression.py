@@ -88,11 +88,17 @@ class FamilyCompression(Compression):
         if name in dropper_names():
             allowed = self.family.inside_llm
             if name not in allowed:
-                others = f", {' and '.join(allowed)}" if allowed else ""
+                others = f", and {', '.join(allowed)}" if allowed else ""
                 raise UserError(
                     f'method "{name}" acts inside the LLM, allowed for {family} are methods before the LLM{others}'
                 )
-            config.make_method().check(self.model.config.get_text_config())
+            dropper = config.make_method()
+            dropper.check(self.model.config.get_text_config())
+            if dropper.merges:
+                raise UserError(
+                    f'method "{name}" merges dropped tokens, but a merged token has no position in the prompt; allowed for '
+                    f'{family} are methods that keep tokens as they are (sparsevlm: options.version "2.0")'
+                )
         if config.prefill_filter_flag:
             raise UserError(f'"prefill_filter_flag" is true, allowed for {family} are methods before the LLM alone')
         if config.cache_policy != "full":

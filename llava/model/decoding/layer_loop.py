@@ -284,9 +284,9 @@ def prefill_layers(
             call["seen"] = seen = AttentionInputs()
         # 3. The layer, and a cut inside or after it.
         if cut and place == INSIDE:
-            _run_cut_inside(layer, number, flow, call, seen, dropping)
-            continue
-        flow.hidden = layer(flow.hidden, **call)
+            added = _run_cut_inside(layer, number, flow, call, seen, dropping, added)
+        else:
+            flow.hidden = layer(flow.hidden, **call)
         if number < len(added):
             flow.hidden = flow.hidden + added[number].to(flow.hidden)
         if cut and place == AFTER:
@@ -320,8 +320,19 @@ def decode_layers(llm, hidden: Tensor, positions: Tensor | None, cache, dropping
     return hidden
 
 
-def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: AttentionInputs, dropping: Dropping) -> None:
-    """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left."""
+def _run_cut_inside(
+    layer,
+    number: int,
+    flow: _Flow,
+    call: dict,
+    seen: AttentionInputs,
+    dropping: Dropping,
+    added: Sequence[Tensor],
+) -> list[Tensor]:
+    """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left.
+
+    Returns `added` for the tokens that are left.
+    """
     # accelerate moves inputs to the device of a layer that is called as a whole. Its parts are called here, so we do.
     device = _device(layer)
     flow.hidden = flow.hidden.to(device)
@@ -329,9 +340,10 @@ def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: Attention
     call["position_embeddings"] = tuple(part.to(device) for part in call["position_embeddings"])
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(flow.hidden), **call)
     index, made = dropping.cut(number, seen.query, seen.key, seen.scaling, flow.hidden)
-    (attended,) = flow.keep(index, made, attended)
+    attended, *added = flow.keep(index, made, attended, *added)
     hidden = flow.hidden + attended
     flow.hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return added
 
 
 def _last_query(layer, flow: _Flow) -> tuple[Tensor, Tensor, float]:

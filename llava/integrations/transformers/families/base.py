@@ -60,7 +60,7 @@ class Family(ABC):
     image_inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
-    inside_llm: tuple[str, ...] = ("fastv", "pyramiddrop")
+    inside_llm: tuple[str, ...] = ("fastv", "pyramiddrop", "fitprune", "sparsevlm", "dart")
     conversation = "chatml_direct"
 
     def __init__(self, model):
