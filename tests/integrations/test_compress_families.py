@@ -5,10 +5,13 @@ function that records its weights. Nothing here says how well tokens are chosen:
 """
 
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from cache_cases import setting
+from cache_reference import replay
 from family_cases import CASES, IMAGE
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,6 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.transformers import FAMILIES, compress
+from llava.integrations.transformers.prompts import Prompts
+from llava.model.decoding.adaptive_cache import AdaptiveCache
 
 METHODS = ("adav", "t2i", "cls", "mix", "fastervlm", "divprune", "cdpruner", "adav_cover", "random", "no_image")
 # One of each kind of LLM and positions: M-RoPE, DeepStack, one dimension, newline tokens.
@@ -371,6 +376,64 @@ def test_a_batch_inside_the_llm(models, name, method):
     assert torch.equal(whole.sequences, stock.sequences)
 
 
+# --- adaptive caches ---------------------------------------------------------------------------------------------------
+
+ONE_DIMENSION = ("internvl", "llava_onevision")
+
+
+def prepared_row(model, inputs, setup, positions):
+    """What cache_reference.replay reads of one prompt, from the family's own steps before the LLM."""
+    family = compress(model, setup).family
+    images = {name: inputs.get(name) for name in (*family.image_inputs, *family.optional_inputs)}
+    prompts = Prompts(family, inputs["input_ids"], images, setup)
+    embeds = prompts.shorten(inputs["input_ids"], None, ())
+    return SimpleNamespace(
+        lengths=[embeds.shape[1]],
+        inputs_embeds=embeds,
+        position_ids=prompts.positions(positions),
+        position_offset=[0],
+        image_spans=[prompts.spans[0].images],
+        dropping=None,
+    )
+
+
+@pytest.mark.parametrize("case", ["published", "core and history", "h2o", "h2o of the paper"])
+@pytest.mark.parametrize("name", ONE_DIMENSION)
+@torch.no_grad()
+def test_adaptive_caches(models, name, case):
+    """Every step gives the logits of attention over the whole prompt with what the policy evicts masked."""
+    model, inputs = models[name], CASES[name].prompt([2, "small", 3, "tall", 9])
+    setup = setting(case, "adav", tokens=6)
+    with compress(model, setup):
+        result = answer(model, inputs, steps=10)
+    assert isinstance(result.past_key_values, AdaptiveCache)
+    ids, new = inputs["input_ids"], result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    prepared = prepared_row(model, inputs, setup, torch.arange(ids.shape[1])[None])
+    twin = SimpleNamespace(model=model.model.language_model, lm_head=model.lm_head)
+    twin.config = twin.model.config
+    logits, _, counts = replay(twin, prepared, 0, new[:-1], setup)
+    assert torch.allclose(torch.cat(result.logits), logits, rtol=1e-4, atol=1e-4)
+    assert [len(own) for own in counts] == [10, 10] and counts[0][-1] < prepared.lengths[0] + 9, "something was evicted"
+
+
+@pytest.mark.parametrize("name", ONE_DIMENSION)
+def test_a_batch_on_adaptive_caches(models, name):
+    model, prompts = models[name], prompts_of(name)
+    before = state(model)
+    with compress(model, setting("published", "adav", tokens=K)):
+        together = answer(model, CASES[name].batch(prompts)).sequences[:, -5:]
+        alone = torch.cat([answer(model, inputs).sequences[:, -5:] for inputs in prompts])
+        twice = answer(model, prompts[0], do_sample=True, num_return_sequences=2, top_k=1, output_logits=False)
+        for settings, message in (({"num_beams": 2}, "beam search"), ({"cache_implementation": "static"}, "static")):
+            with pytest.raises(UserError, match=message):
+                answer(model, prompts[0], **settings)
+    assert torch.equal(together, alone) and torch.equal(twice.sequences[:, -5:], alone[:1].expand(2, -1))
+    assert state(model) == before
+    setup = setting("published", "pyramiddrop")
+    with pytest.raises(UserError, match='with method "pyramiddrop" is "full"'), compress(model, setup):
+        pass
+
+
 def test_a_sliding_window_ends_cuts():
     """The loop masks no window, so a prompt that is longer than it is refused; selection before the LLM is not."""
     case = CASES["internvl"]
@@ -575,7 +638,7 @@ def test_refused(models, name):
     label = compress(model, config()).family.name
     for settings, message in (
         ({"method": "sparsevlm"}, f"(acts inside the LLM|has no position in the prompt;?).* allowed for {label}"),
-        ({"vision_adaptive_attention": True}, f'policy "avl", allowed for {label}'),
+        ({"vision_adaptive_attention": True, "method": "fastv"}, f'policy "avl", allowed for {label}.* is "full"'),
         ({"method": "visionzip"}, f"which {label} does not have"),
         ({"options": {"positions": "reindexed"}}, 'allowed .* "original"'),
     ):

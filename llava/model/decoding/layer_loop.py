@@ -204,20 +204,7 @@ class DroppingDecoder:
 
         All work is on the device. The host's part of the step is cache.begin_step(1), which must have been called.
         """
-        positions = cache.advance().to(hidden.device)
-        ropes = [self.rotary_emb(hidden, position_ids=own) for own in positions]
-        for number, layer in enumerate(self.layers):
-            own = cache.numbering[number]
-            hidden = layer(
-                hidden,
-                use_cache=True,
-                adaptive=cache,
-                position_embeddings=ropes[own],
-                position_ids=positions[own],
-                **{CACHE: cache},
-            )
-        cache.end_step()
-        return hidden
+        return step_layers(self, hidden, cache)
 
 
 def refuse_settings(config, cache, kwargs: dict) -> None:
@@ -318,6 +305,35 @@ def decode_layers(llm, hidden: Tensor, positions: Tensor | None, cache, dropping
             calls[stage] = {"attention_mask": mask, "position_embeddings": rope, "position_ids": own}
         hidden = layer(hidden, use_cache=True, **{CACHE: cache}, **calls[stage])
     return hidden
+
+
+def step_layers(llm, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
+    """Run one new token per row, hidden [B, 1, D], on an adaptive cache; return the hidden states, not normalised.
+
+    cache.begin_step(1) must have been called. Everything here is on the device.
+    """
+    positions = cache.advance().to(hidden.device)
+    ropes = [llm.rotary_emb(hidden, position_ids=own) for own in positions]
+    for number, layer in enumerate(llm.layers):
+        own = cache.numbering[number]
+        hidden = layer(
+            hidden,
+            use_cache=True,
+            adaptive=cache,
+            position_embeddings=ropes[own],
+            position_ids=positions[own],
+            **{CACHE: cache},
+        )
+    cache.end_step()
+    return hidden
+
+
+def on_one_device(layers) -> bool:
+    """Return whether all layers are on one device. Offloaded weights are on none: their device is "meta"."""
+    # One weight stands for its layer, which is never split over devices. A walk over all weights takes two
+    # milliseconds, as long as the selection of tokens.
+    devices = {layer.input_layernorm.weight.device for layer in layers}
+    return len(devices) == 1 and next(iter(devices)).type != "meta"
 
 
 def _run_cut_inside(
