@@ -123,6 +123,21 @@ def test_compiled_models(name, way, method):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name, way", [("internvl", whole), ("qwen3_vl", whole_in_place), ("qwen3_vl", llm_in_place)])
+def test_a_model_that_is_compiled_inside_the_block(name, way):
+    case, (backend, calls) = CASES[name], counting()
+    inputs, plain, model = case.prompt([4, "large", 5]), case.model(), case.model()
+    ids, _, logits = answers(plain, inputs, "adav")
+    with compress(model, AdaVConfig(method="adav", overall_tokens=K)), torch.no_grad():
+        compiled = way(model, backend)
+        assert torch.equal(compiled.generate(**inputs, **TWO_STEPS), ids)
+        assert torch.allclose(compiled(**inputs).logits, logits, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(compiled(**inputs).logits, plain(**inputs).logits, atol=1e-4)
+    assert torch.equal(compiled.generate(**inputs, **TWO_STEPS), plain.generate(**inputs, **TWO_STEPS)) and calls
+
+
+@pytest.mark.long
 def test_decode_steps_that_transformers_compiles():
     """With a static cache, generate() compiles the decode steps: also under compress()."""
     case, (backend, calls) = CASES["internvl"], counting()
