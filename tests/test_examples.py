@@ -10,7 +10,7 @@ import pytest
 import transformers
 from eval_data import environment
 from family_cases import CASES as FAMILIES
-from family_cases import IMAGE
+from family_cases import IMAGE, others_long
 from family_processor import TinyProcessor
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -93,7 +93,7 @@ def test_stock_transformers(run):
     assert undone == "the same model again as it was after the block: yes"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", others_long(FAMILIES, "qwen3_vl", "internvl", "llava_onevision"))
 def test_families(monkeypatch, capsys, name):
     """In this process, on a tiny random model and without transformers' processors, which need torchvision."""
     case = FAMILIES[name]

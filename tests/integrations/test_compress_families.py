@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from cache_cases import setting
 from cache_reference import replay
-from family_cases import CASES, IMAGE
+from family_cases import CASES, IMAGE, others_long
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -320,7 +320,7 @@ SCORED = {
 
 @pytest.mark.filterwarnings("ignore:no FitPrune table")
 @pytest.mark.parametrize("method", SCORED)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", others_long(KINDS, "qwen3_vl"))
 def test_cuts_by_the_question(recorded, name, method):
     """Scores from the rows of the text behind an image; layer 1 answers as if the dropped tokens were hidden."""
     model, inputs = CASES[name].model(), CASES[name].prompt([2, "small", 3, "tall", 4])
@@ -397,7 +397,7 @@ def prepared_row(model, inputs, setup, positions):
     )
 
 
-@pytest.mark.parametrize("case", ["published", "core and history", "h2o", "h2o of the paper"])
+@pytest.mark.parametrize("case", others_long(["published", "core and history", "h2o", "h2o of the paper"], "published"))
 @pytest.mark.parametrize("name", ONE_DIMENSION)
 @torch.no_grad()
 def test_adaptive_caches(models, name, case):
@@ -416,7 +416,7 @@ def test_adaptive_caches(models, name, case):
     assert [len(own) for own in counts] == [10, 10] and counts[0][-1] < prepared.lengths[0] + 9, "something was evicted"
 
 
-@pytest.mark.parametrize("name", ONE_DIMENSION)
+@pytest.mark.parametrize("name", others_long(ONE_DIMENSION, "internvl"))
 def test_a_batch_on_adaptive_caches(models, name):
     model, prompts = models[name], prompts_of(name)
     before = state(model)
