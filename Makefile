@@ -71,4 +71,4 @@ test-fast: lint
 
 test-all: lint .venv/extras lmms-eval vllm
 	$(TEST)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/vllm tests/integrations/test_family_processors.py

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from eval_data import environment
+from family_cases import CASES as FAMILIES
+from family_cases import IMAGE, others_long
+from family_processor import TinyProcessor
 
 pytestmark = pytest.mark.usefixtures("warm")
 REPOSITORY = Path(__file__).parents[1]
@@ -32,9 +36,11 @@ def run(tmp_path):
     return output
 
 
-def test_every_example_is_in_the_readme():
+def test_every_example_is_documented():
     names = {path.name for path in (REPOSITORY / "examples").glob("*.py")}
-    assert set(re.findall(r"examples/(\w+\.py)\)", (REPOSITORY / "README.md").read_text())) == names
+    pages = {page: (REPOSITORY / page).read_text() for page in ("README.md", "docs/python_api.md")}
+    linked = {page: set(re.findall(r"examples/(\w+\.py)\)", text)) for page, text in pages.items()}
+    assert linked["docs/python_api.md"] == names and linked["README.md"] <= names
 
 
 def test_one_image(run, cold):
@@ -85,3 +91,18 @@ def test_stock_transformers(run):
     assert sum(few == right for _, few, right in found) >= 2
     assert kept == "LlavaForConditionalGeneration read 14 of 144 vision tokens of each picture"
     assert undone == "the same model again as it was after the block: yes"
+
+
+@pytest.mark.parametrize("name", others_long(FAMILIES, "qwen3_vl", "internvl", "llava_onevision"))
+def test_families(monkeypatch, capsys, name):
+    """In this process, on a tiny random model and without transformers' processors, which need torchvision."""
+    case = FAMILIES[name]
+    for auto, made in (("AutoModelForImageTextToText", case.model()), ("AutoProcessor", TinyProcessor(case))):
+        monkeypatch.setattr(getattr(transformers, auto), "from_pretrained", lambda *_, made=made, **__: made)
+    monkeypatch.setattr(sys, "argv", ["families.py", name, "photo.jpg", "What is it?", "--tokens", "3"])
+    script = (REPOSITORY / "examples" / "families.py").read_text().replace("max_new_tokens=64", "max_new_tokens=4")
+    exec(compile(script, "families.py", "exec"), {"__name__": "__main__"})
+    whole, few = (line.split(": ") for line in capsys.readouterr().out.splitlines())
+    count = case.prompt(["large"])["input_ids"].eq(IMAGE).sum()
+    assert whole[0] == "all vision tokens" and few[0] == f"3 of {count} vision tokens"
+    assert len(whole[1].split()) == len(few[1].split()) == 4, "the new tokens alone"

@@ -29,6 +29,7 @@ from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.generation import LlavaGeneration, check_cache
+from llava.model.decoding.layer_loop import on_one_device
 from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock
 from llava.model.encoded_images import EncodedImage
 from llava.model.image_tokens import (
@@ -432,11 +433,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
 
     @property
     def one_device(self) -> bool:
-        """Whether all layers of the LLM are on one device. Offloaded weights are on none: their device is "meta"."""
-        # One weight stands for its layer, which is never split over devices. A walk over all weights takes two
-        # milliseconds, as long as the selection of tokens.
-        devices = {layer.input_layernorm.weight.device for layer in self.model.layers}
-        return len(devices) == 1 and next(iter(devices)).type != "meta"
+        """Whether all layers of the LLM are on one device, and none is offloaded."""
+        return on_one_device(self.model.layers)
 
     def forward(
         self,

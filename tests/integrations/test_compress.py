@@ -378,6 +378,14 @@ def test_forward_gives_logits_and_loss_of_what_is_left(pair):
     torch.testing.assert_close(same.loss, plain.loss, atol=1e-5, rtol=0)
 
 
+def test_a_compiled_model(pair):
+    """torch.compile(model) does not try to compile what runs in the model's place."""
+    inputs, compiled = pair.inputs(ALONE), torch.compile(pair.stock, backend="eager")
+    with compress(compiled, config("adav")), torch.no_grad():
+        assert torch.equal(compiled(**inputs).logits, pair.stock(**inputs).logits)
+        assert torch.equal(compiled.generate(**inputs, **GREEDY), pair.stock.generate(**inputs, **GREEDY))
+
+
 def test_gradients_reach_the_model(pair):
     inputs = pair.inputs(ALONE)
     with compress(pair.stock, config("adav")):

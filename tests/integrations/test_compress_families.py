@@ -5,11 +5,14 @@ function that records its weights. Nothing here says how well tokens are chosen:
 """
 
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from family_cases import CASES, IMAGE
+from cache_cases import setting
+from cache_reference import replay
+from family_cases import CASES, IMAGE, others_long
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.transformers import FAMILIES, compress
+from llava.integrations.transformers.prompts import Prompts
+from llava.model.decoding.adaptive_cache import AdaptiveCache
 
 METHODS = ("adav", "t2i", "cls", "mix", "fastervlm", "divprune", "cdpruner", "adav_cover", "random", "no_image")
 # One of each kind of LLM and positions: M-RoPE, DeepStack, one dimension, newline tokens.
@@ -294,6 +299,59 @@ def test_cuts_between_layers(recorded, name, method):
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def fitprune_scores(rows, own, question, image, text):
+    most = rows.amax(0)
+    return most[own].mean(0)[own] * most[question].sum(0)[own]
+
+
+def sparsevlm_scores(rows, own, question, image, text):
+    weight = (image @ text.T).softmax(dim=1).mean(dim=0)
+    raters = question[weight > weight.mean()]
+    return rows[:, raters if len(raters) else question].mean((0, 1))[own]
+
+
+# One cut in or after layer 0, and a second one of FitPrune inside the last layer, which no answer sees.
+SCORED = {
+    "fitprune": ({}, fitprune_scores),
+    "sparsevlm": ({"version": "2.0"}, sparsevlm_scores),
+    "dart": ({"layer": 1}, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no FitPrune table")
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("name", others_long(KINDS, "qwen3_vl"))
+def test_cuts_by_the_question(recorded, name, method):
+    """Scores from the rows of the text behind an image; layer 1 answers as if the dropped tokens were hidden."""
+    model, inputs = CASES[name].model(), CASES[name].prompt([2, "small", 3, "tall", 4])
+    options, scores = SCORED[method]
+    with compress(model, config(method, **options)) as compression:
+        result = answer(model, inputs, suppress_tokens=[IMAGE])
+    selections = compression.last_selection
+    kept = [selection.report["survivors"][0].tolist() for selection in selections]
+    assert [len(selection.report["survivors"][-1]) for selection in selections] == [K, K]
+    # 1. The choice, from the model's own queries and keys on the whole prompt.
+    ids, llm = inputs["input_ids"][0], model.model.language_model
+    llm.config._attn_implementation = "recorded"
+    with torch.no_grad():
+        answer(model, inputs, steps=1)
+    llm.config._attn_implementation = "sdpa"
+    _, query, key, scaling = [call for call in recorded if call[0] is llm.layers[0].self_attn][0]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    rows = (query[0] @ key[0].mT * scaling).masked_fill(future, float("-inf")).softmax(-1)
+    for selection, own, left in zip(selections, places_of(ids, selections), kept, strict=True):
+        behind = torch.arange(len(ids)) > own[-1]
+        question = torch.nonzero(behind & ~torch.isin(ids, torch.tensor(compression.family.marks))).flatten()
+        if scores is not None:
+            text = model.get_input_embeddings()(ids[question])
+            rated = scores(rows, own, question, selection.features, text)
+            assert left == sorted(rated.topk(len(left)).indices.tolist())
+    # 2. The answers.
+    logits = hidden_instead(model, inputs, result.sequences, selections, kept=kept, first=1)
+    assert torch.allclose(torch.cat(result.logits), logits[len(ids) - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", INSIDE)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_inside_the_llm(models, name, method):
@@ -316,6 +374,64 @@ def test_a_batch_inside_the_llm(models, name, method):
         whole = answer(model, CASES[name].batch(prompts))
     stock = answer(model, CASES[name].batch(prompts))
     assert torch.equal(whole.sequences, stock.sequences)
+
+
+# --- adaptive caches ---------------------------------------------------------------------------------------------------
+
+ONE_DIMENSION = ("internvl", "llava_onevision")
+
+
+def prepared_row(model, inputs, setup, positions):
+    """What cache_reference.replay reads of one prompt, from the family's own steps before the LLM."""
+    family = compress(model, setup).family
+    images = {name: inputs.get(name) for name in (*family.image_inputs, *family.optional_inputs)}
+    prompts = Prompts(family, inputs["input_ids"], images, setup)
+    embeds = prompts.shorten(inputs["input_ids"], None, ())
+    return SimpleNamespace(
+        lengths=[embeds.shape[1]],
+        inputs_embeds=embeds,
+        position_ids=prompts.positions(positions),
+        position_offset=[0],
+        image_spans=[prompts.spans[0].images],
+        dropping=None,
+    )
+
+
+@pytest.mark.parametrize("case", others_long(["published", "core and history", "h2o", "h2o of the paper"], "published"))
+@pytest.mark.parametrize("name", ONE_DIMENSION)
+@torch.no_grad()
+def test_adaptive_caches(models, name, case):
+    """Every step gives the logits of attention over the whole prompt with what the policy evicts masked."""
+    model, inputs = models[name], CASES[name].prompt([2, "small", 3, "tall", 9])
+    setup = setting(case, "adav", tokens=6)
+    with compress(model, setup):
+        result = answer(model, inputs, steps=10)
+    assert isinstance(result.past_key_values, AdaptiveCache)
+    ids, new = inputs["input_ids"], result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    prepared = prepared_row(model, inputs, setup, torch.arange(ids.shape[1])[None])
+    twin = SimpleNamespace(model=model.model.language_model, lm_head=model.lm_head)
+    twin.config = twin.model.config
+    logits, _, counts = replay(twin, prepared, 0, new[:-1], setup)
+    assert torch.allclose(torch.cat(result.logits), logits, rtol=1e-4, atol=1e-4)
+    assert [len(own) for own in counts] == [10, 10] and counts[0][-1] < prepared.lengths[0] + 9, "something was evicted"
+
+
+@pytest.mark.parametrize("name", others_long(ONE_DIMENSION, "internvl"))
+def test_a_batch_on_adaptive_caches(models, name):
+    model, prompts = models[name], prompts_of(name)
+    before = state(model)
+    with compress(model, setting("published", "adav", tokens=K)):
+        together = answer(model, CASES[name].batch(prompts)).sequences[:, -5:]
+        alone = torch.cat([answer(model, inputs).sequences[:, -5:] for inputs in prompts])
+        twice = answer(model, prompts[0], do_sample=True, num_return_sequences=2, top_k=1, output_logits=False)
+        for settings, message in (({"num_beams": 2}, "beam search"), ({"cache_implementation": "static"}, "static")):
+            with pytest.raises(UserError, match=message):
+                answer(model, prompts[0], **settings)
+    assert torch.equal(together, alone) and torch.equal(twice.sequences[:, -5:], alone[:1].expand(2, -1))
+    assert state(model) == before
+    setup = setting("published", "pyramiddrop")
+    with pytest.raises(UserError, match='with method "pyramiddrop" is "full"'), compress(model, setup):
+        pass
 
 
 def test_a_sliding_window_ends_cuts():
@@ -521,8 +637,8 @@ def test_refused(models, name):
     model, inputs = models[name], CASES[name].prompt([4, "large", 5])
     label = compress(model, config()).family.name
     for settings, message in (
-        ({"method": "sparsevlm"}, f"acts inside the LLM, allowed for {label}"),
-        ({"vision_adaptive_attention": True}, f'policy "avl", allowed for {label}'),
+        ({"method": "sparsevlm"}, f"(acts inside the LLM|has no position in the prompt;?).* allowed for {label}"),
+        ({"vision_adaptive_attention": True, "method": "fastv"}, f'policy "avl", allowed for {label}.* is "full"'),
         ({"method": "visionzip"}, f"which {label} does not have"),
         ({"options": {"positions": "reindexed"}}, 'allowed .* "original"'),
         ({"options": {"detail_share": 0.5}}, '"options.detail_share" is 0.5, which rates the pixels'),

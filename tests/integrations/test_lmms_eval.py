@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from family_cases import CASES
+from family_processor import processor_of
 from lmms_tasks import ANSWERS, ASKED, SCORES, write_tasks
 from PIL import Image
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.conversation import single_turn
+from llava.integrations.transformers import compress
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
@@ -134,6 +137,28 @@ def test_the_command_line_of_avl(tasks, tmp_path):
             do_sample=False,
         )
         assert row["filtered_resps"] == tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
+def test_a_model_of_transformers(tasks, tmp_path, name):
+    """--model adav_transformers in batches of 2, on a tiny random checkpoint; the answers are those of compress()."""
+    checkpoint = tmp_path / "tiny"
+    model = CASES[name].model()
+    model.save_pretrained(checkpoint)
+    keys = {"method": "adav", "overall_tokens": 3}
+    model_args = ",".join([f"pretrained={checkpoint}", *(f"{key}={value}" for key, value in keys.items())])
+    arguments = ("--model", "adav_transformers", "--model_args", model_args, "--batch_size", "2")
+    launcher, names = [str(REPOSITORY / "tests/support/family_processor.py")], ["adav_docvqa", "adav_ocrbench"]
+    done, results, rows = run(launcher, tasks, tmp_path / "out", *arguments, names=names)
+    assert "-> 3.0 (mean of 10 images)" in done.stderr and set(names) <= set(results["results"])
+    processor = processor_of(checkpoint)
+    for logged in rows.values():
+        for row, (picture, _) in zip(logged, ASKED, strict=True):
+            image = Image.open(tasks / "shapes" / "images" / picture)
+            inputs = processor(["<image>|" + row["input"].strip()], [[image]], padding=True, return_tensors="pt")
+            with compress(model, **keys):
+                output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            assert row["filtered_resps"] == processor.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
 def test_bad_input_ends_with_one_sentence(tasks, tmp_path):

@@ -4,46 +4,16 @@ Whole runs of lmms-eval are in test_lmms_eval.py. `make lmms-eval` installs what
 """
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from family_cases import CASES
+from family_processor import PICTURES, TinyProcessor
 from PIL import Image
-from transformers import BatchFeature
 
 from llava.config import AdaVConfig
 from llava.integrations.transformers import compress
 
 pytest.importorskip("lmms_eval", reason="make lmms-eval installs it")
-PICTURES = {"large": (60, 40), "small": (20, 20), "tall": (30, 80)}
-
-
-class Processor:
-    """The part of a processor that the model calls. Prompts are told apart by their text."""
-
-    chat_template = "a template"
-
-    def __init__(self, case):
-        self.case = case
-        self.tokenizer = SimpleNamespace(
-            pad_token_id=0, decode=lambda ids, **_: " ".join(map(str, ids)), padding_side="right"
-        )
-
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        assert add_generation_prompt and not tokenize
-        parts = [part.get("text", "<image>") for message in messages for part in message["content"]]
-        return "|".join(parts)
-
-    def __call__(self, text, images, padding, return_tensors):
-        assert padding and self.tokenizer.padding_side == "left"
-        names = {size: name for name, size in PICTURES.items()}
-        own = iter(images or [])
-        prompts = []
-        for row in text:
-            pieces = [names[picture.size] for picture in next(own)] if "<image>" in row else []
-            prompts.append(self.case.prompt([*pieces, len(row)], seed=len(row)))
-        assert next(own, None) is None
-        return BatchFeature(self.case.batch(prompts))
 
 
 @pytest.fixture(params=["qwen3_vl", "internvl", "llava_onevision"])
@@ -54,7 +24,7 @@ def case(request):
 def loaded(monkeypatch, case, **arguments):
     from llava.integrations.lmms_eval import transformers_model
 
-    model, processor = case.model(), Processor(case)
+    model, processor = case.model(), TinyProcessor(case)
     for name, made in (("AutoModelForImageTextToText", model), ("AutoProcessor", processor)):
         monkeypatch.setattr(getattr(transformers_model, name), "from_pretrained", lambda *_, made=made, **__: made)
     return transformers_model.AdaVTransformers("tiny", **arguments), model, processor

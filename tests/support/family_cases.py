@@ -6,6 +6,7 @@ A case makes its model with `model()`, and prompts with `prompt(pieces)`. A piec
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import transformers
 
@@ -26,6 +27,11 @@ TEXT = {
 VISION = {"hidden_size": 32, "intermediate_size": 40, "initializer_range": 0.3}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def others_long(names, *quick):
+    """`names` as parameters of a test; those that are not `quick` are run with the long tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 @dataclass(frozen=True)

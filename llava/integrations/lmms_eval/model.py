@@ -12,6 +12,7 @@ or from text alone work. Tasks that compare likelihoods and tasks with videos do
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -61,25 +62,43 @@ class Asked(NamedTuple):
 
 
 class AdaVModel(lmms):
-    """Base of both models: batches of requests, odd documents, counts of vision tokens, and what is refused.
+    """Base of both models: their arguments, batches of requests, odd documents, counts of vision tokens, what is refused.
 
-    name: as --model takes it. config: the configuration. batch_size: prompts per call.
+    pretrained: folder or hub name of the checkpoint.
+    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). keys: its keys, which override it,
+        and the further arguments of `_load`.
+    batch_size: prompts per call.
+    dtype: "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU.
+    device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
+        each.
+    attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
+    plugin: a file with a method of one's own, which `method` may then name.
+    answers: a folder in which each batch of answers is noted. What it has is not asked again, so an interrupted run goes on.
+    name: as --model takes it.
+
+    Bad input ends the process with one sentence and exit code 2.
     """
 
     name: str
 
-    def _start(
+    # lmms-eval reports an exception and then ends with exit code 0. `exits_cleanly` ends the process before that, here
+    # and in the other methods that lmms-eval calls.
+    @exits_cleanly
+    def __init__(
         self,
         pretrained: str,
-        batch_size: int | str,
-        max_batch_size,
-        attn_implementation,
-        config,
-        plugin: str | None,
-        answers: str | None,
-        keys: dict,
-    ) -> None:
-        """Read the arguments that both models have. UserError for those that cannot be used."""
+        config: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        plugin: str | None = None,
+        answers: str | None = None,
+        **keys,
+    ):
+        super().__init__()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -92,6 +111,7 @@ class AdaVModel(lmms):
                 f"attn_implementation={attn_implementation} is not needed: SDPA runs, and the attention rows that a "
                 "method reads are computed from queries and keys"
             )
+        own = {name: keys.pop(name) for name in inspect.signature(self._load).parameters if name in keys}
         if plugin is not None:
             register(plugin)
         self.config = AdaVConfig.load(config, **typed(keys))
@@ -99,6 +119,14 @@ class AdaVModel(lmms):
         settings = {"model": self.name, "pretrained": str(pretrained), "configuration": self.config.to_dict()}
         settings |= {"plugin": file and file.digest}
         self.journal = None if answers is None else Journal(Path(answers), self.rank, settings)
+        self._load(pretrained, dtype, self._placement(device, device_map), **own)
+
+    @abstractmethod
+    def _load(self, pretrained: str, dtype: str, placement) -> None:
+        """Load the checkpoint under `self.config`. Further parameters of a subclass are model arguments of its own.
+
+        placement: the device_map. UserError for a checkpoint that cannot be used.
+        """
 
     def _placement(self, device: str | None, device_map: str | None):
         """The device_map with which the checkpoint is loaded. UserError for a GPU where there is none."""
@@ -233,48 +261,16 @@ class AdaVModel(lmms):
 class AdaVLlava(AdaVModel):
     """A LLaVA model of lmms-eval whose vision tokens are selected by AdaV or another method.
 
-    pretrained: checkpoint folder or hub name, of either format. model_base: the LLM under a LoRA checkpoint.
-    config: a configuration file (default: $ADAV_CONFIG, else the repository's file). keys: its keys, which override it.
+    pretrained: checkpoint of either format. model_base: the LLM under a LoRA checkpoint.
     conv_mode: conversation template; the default is the checkpoint's own.
-    batch_size: prompts per call.
-    dtype: "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU.
-    device, device_map: for a single process; "auto" spreads the model over all visible GPUs. Several ranks have one GPU
-        each.
-    attn_implementation: accepted because A-VL's command lines contain it. SDPA runs in every case.
-    plugin: a file with a method of one's own, which `method` may then name.
-    answers: a folder in which each batch of answers is noted. What it has is not asked again, so an interrupted run goes on.
-
-    Bad input ends the process with one sentence and exit code 2.
     """
 
     name = "adav_llava"
 
-    # lmms-eval reports an exception and then ends with exit code 0. `exits_cleanly` ends the process before that, here
-    # and in the other methods that lmms-eval calls.
-    @exits_cleanly
-    def __init__(
-        self,
-        pretrained: str,
-        config: str | None = None,
-        model_base: str | None = None,
-        conv_mode: str | None = None,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        device_map: str | None = None,
-        attn_implementation: str | None = None,
-        plugin: str | None = None,
-        answers: str | None = None,
-        **keys,
-    ):
-        super().__init__()
+    def _load(self, pretrained, dtype, placement, model_base: str | None = None, conv_mode: str | None = None) -> None:
         if conv_mode is not None:
             get_conversation(conv_mode)
-        self._start(pretrained, batch_size, max_batch_size, attn_implementation, config, plugin, answers, keys)
-        loaded = LoadedCheckpoint(
-            pretrained, model_base, self.config, device_map=self._placement(device, device_map), dtype=dtype
-        )
+        loaded = LoadedCheckpoint(pretrained, model_base, self.config, device_map=placement, dtype=dtype)
         self.tokenizer, self.model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
         self.device, self.ends, self.pad = loaded.device, loaded.engine.ends, loaded.engine.pad
         self.conv_mode = conv_mode or loaded.conversation

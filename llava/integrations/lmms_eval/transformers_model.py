@@ -10,7 +10,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava.common.errors import UserError, exits_cleanly, first_line
+from llava.common.errors import UserError, first_line
 from llava.common.hub import quiet_loading
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.integrations.lmms_eval.model import AdaVModel, Asked
@@ -20,41 +20,22 @@ from llava.integrations.transformers import compress
 class AdaVTransformers(AdaVModel):
     """A model of transformers whose vision tokens are selected by AdaV or another method.
 
-    pretrained: folder or hub name, in transformers' format. processor: those of another checkpoint.
-    config, keys, batch_size, dtype, device, device_map, attn_implementation, plugin, answers: as in AdaVLlava.
+    pretrained: checkpoint in transformers' format. processor: folder or hub name of another checkpoint with a processor.
     system_prompt: a text at the start of each conversation.
-
-    Bad input ends the process with one sentence and exit code 2.
     """
 
     name = "adav_transformers"
 
-    @exits_cleanly
-    def __init__(
-        self,
-        pretrained: str,
-        config: str | None = None,
-        processor: str | None = None,
-        system_prompt: str | None = None,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        device_map: str | None = None,
-        attn_implementation: str | None = None,
-        plugin: str | None = None,
-        answers: str | None = None,
-        **keys,
-    ):
-        super().__init__()
-        self._start(pretrained, batch_size, max_batch_size, attn_implementation, config, plugin, answers, keys)
+    def _load(
+        self, pretrained, dtype, placement, processor: str | None = None, system_prompt: str | None = None
+    ) -> None:
         self.system_prompt = system_prompt
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"  # half precision is slow on a CPU
         try:
             with quiet_loading():
                 self.model = AutoModelForImageTextToText.from_pretrained(
-                    pretrained, dtype=dtype, device_map=self._placement(device, device_map)
+                    pretrained, dtype=dtype, device_map=placement
                 ).eval()
             self.processor = AutoProcessor.from_pretrained(processor or pretrained)
         except (OSError, ValueError) as error:

@@ -28,6 +28,10 @@ from llava.integrations.transformers.cuts import cutting
 from llava.integrations.transformers.families.base import Family
 from llava.integrations.transformers.prompts import Prompts
 from llava.methods.inside_llm import dropper_names
+from llava.model.decoding.adaptive_cache import AdaptiveCache
+from llava.model.decoding.cache_argument import CACHE
+from llava.model.decoding.dropping import Dropping
+from llava.model.decoding.generation import refuse_beside_adaptive_cache
 
 # Arguments of some families that configure the tower for one call.
 FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
@@ -40,8 +44,9 @@ class FamilyCompression(Compression):
     divprune, cdpruner (by embeddings), random, none, no_image, and a user's own. The words of a question are the text
     after its image, without the markers around images. text_scope "turn" needs `processor`. options.saliency chooses
     what plays the part of [CLS] attention. options.positions is always "original" here. Inside the LLM, the methods of
-    Family.inside_llm work. Videos, other methods inside the LLM, adaptive KV caches, and methods that make tokens or read
-    more of the tower are refused with a UserError.
+    Family.inside_llm work, and adaptive KV caches behind methods before the LLM where Family.adaptive_caches is True.
+    Videos, other methods inside the LLM, and methods that make tokens or read more of the tower are refused with a
+    UserError.
     """
 
     def __init__(self, family: type[Family], model, config, processor=None):
@@ -52,7 +57,7 @@ class FamilyCompression(Compression):
     # --- what can be compressed -------------------------------------------------------------------------------------
 
     def redirections(self):
-        """The three methods of the model that are replaced. UserError if model or configuration cannot be used."""
+        """The methods of the model that are replaced. UserError if model or configuration cannot be used."""
         allowed = self.family.model_classes
         if not isinstance(self.model, allowed):
             raise UserError(
@@ -64,17 +69,21 @@ class FamilyCompression(Compression):
         self._state = self.family.state()
         self._generate, self._forward = self.model.generate, self.model.forward
         self._prepare_inputs = self.model.prepare_inputs_for_generation
+        self._prepare_cache = self.model._prepare_cache_for_generation
 
         # generate() reads the signature of forward() to check its arguments, and would refuse them without wraps.
         @functools.wraps(self._forward)
         def forward(*args, **kwargs):
             return self.forward(*args, **kwargs)
 
-        return {
+        redirected = {
             "generate": self.generate,
             "forward": forward,
             "prepare_inputs_for_generation": self.prepare_inputs_for_generation,
         }
+        if self.config.cache_policy != "full":
+            redirected["_prepare_cache_for_generation"] = self._prepare_cache_for_generation
+        return redirected
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
@@ -84,22 +93,29 @@ class FamilyCompression(Compression):
         """Raise UserError for a setting that is not available for this family."""
         config = self.config
         name, given, family = config.method, config.options, self.family.name
+        if config.cache_policy != "full" and (name in dropper_names() or not self.family.adaptive_caches):
+            beside = f' with method "{name}"' if self.family.adaptive_caches else ""
+            raise UserError(
+                f'the configuration asks for the KV cache policy "{config.cache_policy}", allowed for {family}{beside} is '
+                '"full"'
+            )
         if name in dropper_names():
             allowed = self.family.inside_llm
             if name not in allowed:
-                others = f", {' and '.join(allowed)}" if allowed else ""
+                others = f", and {', '.join(allowed)}" if allowed else ""
                 raise UserError(
                     f'method "{name}" acts inside the LLM, allowed for {family} are methods before the LLM{others}'
                 )
-            config.make_method().check(self.model.config.get_text_config())
+            dropper = config.make_method()
+            dropper.check(self.model.config.get_text_config())
+            if dropper.merges:
+                raise UserError(
+                    f'method "{name}" merges dropped tokens, but a merged token has no position in the prompt; allowed for '
+                    f'{family} are methods that keep tokens as they are (sparsevlm: options.version "2.0")'
+                )
         elif config.make_dropper() is not None:
             key = "prefill_filter_flag" if config.prefill_filter_flag else "options.second_stage"
             raise UserError(f'"{key}" is true, allowed for {family} are methods before the LLM alone')
-        if config.cache_policy != "full":
-            raise UserError(
-                f'the configuration asks for the KV cache policy "{config.cache_policy}", allowed for {family} are methods '
-                "before the LLM alone"
-            )
         method = config.make_method()
         if getattr(method, "resizes", False):
             raise UserError(
@@ -186,6 +202,9 @@ class FamilyCompression(Compression):
             # It counts tokens of the whole prompt, and would cut the shortened embeddings.
             kwargs["next_sequence_length"] = None
             kwargs["llm_arguments"] = self._llm_arguments(prompts, copies)
+            if prompts.steps is not None:
+                # generate() takes the cache of the later steps from the output of prefill.
+                kwargs[CACHE] = prompts.adaptive_cache(whole)
         kwargs["dropping"] = prompts.dropping
         # 2. The placeholders are replaced, so arguments that describe them must not reach the model.
         for name in ("mm_token_type_ids", *self._image_inputs):
@@ -196,17 +215,33 @@ class FamilyCompression(Compression):
         kwargs["attention_mask"] = None if mask.all() else mask.repeat_interleave(copies, dim=0)
         return self._prepare_inputs(input_ids, **kwargs)
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *sizes):
+        """Hook of transformers, called when the maximum length is known; in place of the model's for adaptive caches."""
+        prompts = model_kwargs.get("prompts")
+        if prompts is not None:
+            refuse_beside_adaptive_cache(generation_config, generation_mode)
+            # One step fewer than new tokens: the last one is never fed back.
+            prompts.steps = generation_config.max_length - 1 - prompts.length
+        return self._prepare_cache(generation_config, model_kwargs, generation_mode, *sizes)
+
     def forward(self, input_ids=None, attention_mask=None, llm_arguments=None, dropping=None, **kwargs):
         """Output of the model's own forward(). For whole prompts with images: logits and loss of the tokens that stay.
 
         Rows are then padded left to the longest shortened row. No cache is made, and an earlier cache cannot be
         continued. llm_arguments, dropping: only from prepare_inputs_for_generation.
         """
-        llm = self.model.model.language_model
         # Steps of generate() come without pixels: prefill has embeddings, decode steps have new ids.
-        if kwargs.get(self.family.image_inputs[0]) is None:
-            with cutting(llm, dropping), _added(llm, llm_arguments):
-                return self._forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if kwargs.get(self.family.image_inputs[0]) is not None:
+            return self._forward_whole(input_ids, attention_mask, **kwargs)
+        step = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if dropping is None and not llm_arguments and not isinstance(kwargs.get(CACHE), AdaptiveCache):
+            return self._forward(**step)  # torch.compile follows this call into the model
+        return self._forward_changed(dropping, llm_arguments, **step)
+
+    # A compiled model would compile this, and it is Python work on the host.
+    @torch.compiler.disable
+    def _forward_whole(self, input_ids, attention_mask, **kwargs):
+        """`forward` for whole prompts with images."""
         if kwargs.pop("use_cache", None):
             raise UserError(
                 "under compress() forward() leaves no cache, but use_cache is true: generate() makes its own"
@@ -221,16 +256,17 @@ class FamilyCompression(Compression):
         embeds = self._shorten(prompts, input_ids, attention_mask, labels)
         if labels is not None:
             labels = prompts.labels(labels)
-        with cutting(llm, prompts.dropping), _added(llm, self._llm_arguments(prompts)):
-            output = self._forward(
-                inputs_embeds=embeds,
-                attention_mask=prompts.mask,
-                position_ids=prompts.positions(positions),
-                # Which tokens have a logit is known behind the last cut.
-                labels=labels if prompts.dropping is None else None,
-                use_cache=False,
-                **kwargs,
-            )
+        output = self._forward_changed(
+            prompts.dropping,
+            self._llm_arguments(prompts),
+            inputs_embeds=embeds,
+            attention_mask=prompts.mask,
+            position_ids=prompts.positions(positions),
+            # Which tokens have a logit is known behind the last cut.
+            labels=labels if prompts.dropping is None else None,
+            use_cache=False,
+            **kwargs,
+        )
         if prompts.dropping is not None:
             prompts.note_survivors()
             if labels is not None:
@@ -239,8 +275,15 @@ class FamilyCompression(Compression):
                 output.loss = self.model.loss_function(logits=output.logits, labels=left, vocab_size=vocabulary)
         return output
 
+    @torch.compiler.disable
+    def _forward_changed(self, dropping: Dropping | None, llm_arguments: dict | None, **step):
+        """The model's own forward() with cuts in its LLM, an adaptive cache, or further arguments for its LLM."""
+        llm = self.model.model.language_model
+        with cutting(llm, dropping, step.get(CACHE)), _added(llm, llm_arguments):
+            return self._forward(**step)
+
     def _prompts(self, ids: Tensor | None, given: dict) -> Prompts | None:
-        """Prompts of a request, or None for a request without images. Removes the pixels from `given`."""
+        """Prompts of a request, or None for a request that runs as without compress(). Removes the pixels from `given`."""
         for name in self.family.videos:
             if given.get(name) is not None:
                 raise UserError(f"{name} came with the prompt, allowed under compress() are images, and no videos")
@@ -258,7 +301,9 @@ class FamilyCompression(Compression):
         given.pop(pixels, None)
         self.last_selection = []
         if images[pixels] is None:
-            return None
+            # An adaptive cache also evicts entries of text.
+            text_alone = ids is not None and self.config.cache_policy != "full"
+            return Prompts(self.family, ids, images, self.config) if text_alone else None
         missing = [name for name in others if images[name] is None] + ["input_ids"] * (ids is None)
         if missing:
             raise UserError(f"{pixels} came without {' and '.join(missing)}, and a prompt with images has all of them")
@@ -292,5 +337,6 @@ def _added(llm, arguments: dict | None):
         yield
         return
     handle = llm.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | arguments), with_kwargs=True)
-    with handle:
+    # torch.compile does not notice a new hook on a module that it has compiled.
+    with handle, torch.compiler.set_stance("force_eager"):
         yield

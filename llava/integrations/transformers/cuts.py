@@ -1,5 +1,6 @@
-"""Methods inside the LLM, for a model of transformers whose own generate() runs: its LLM runs by the layer loop.
+"""Methods inside the LLM and adaptive KV caches, for a model of transformers whose own generate() runs.
 
+The LLM of the model runs by the layer loop.
 llava/model/decoding/layer_loop.py has the loop, and this file its caller: it takes the place of the forward() of the
 LLM for one call. Layers are called as they are. Kept tokens keep their positions, 1-D or M-RoPE, whatever the rule of
 the method is on LLaVA, so that a model sees the distances that it was trained with.
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from llava.common.errors import UserError
+from llava.model.decoding.adaptive_cache import AdaptiveCache
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.layer_loop import (
@@ -23,22 +26,24 @@ from llava.model.decoding.layer_loop import (
     prefill_layers,
     refuse_beyond_window,
     refuse_settings,
+    step_layers,
 )
 
 
 @contextmanager
-def cutting(llm, dropping: Dropping | None) -> Iterator[None]:
-    """Run every call of `llm` inside the block by the layer loop with `dropping`; do nothing for None.
+def cutting(llm, dropping: Dropping | None, cache=None) -> Iterator[None]:
+    """Run every call of `llm` inside the block by the layer loop, where `dropping` or an AdaptiveCache needs it.
 
     llm: the base model of the LLM. A prefill and the decode steps after it need the same `dropping`.
+    cache: the KV cache of the calls
     UserError for another attention than SDPA, here, and in calls for settings that the loop does not support.
     """
-    if dropping is None:
+    if dropping is None and not isinstance(cache, AdaptiveCache):
         yield
         return
     if llm.config._attn_implementation not in (None, "sdpa"):
         raise UserError(
-            f'methods inside the LLM need attention "sdpa", but the model was set to "{llm.config._attn_implementation}"'
+            f'methods inside the LLM and adaptive KV caches need attention "sdpa", but the model was set to "{llm.config._attn_implementation}"'
         )
 
     def forward(
@@ -55,7 +60,16 @@ def cutting(llm, dropping: Dropping | None) -> Iterator[None]:
             position_ids = position_ids[1:]  # the first row numbers the text, for packed rows
         past = 0 if cache is None else cache.get_seq_length()
         refuse_beyond_window(llm.config, past + inputs_embeds.shape[1])
-        if past:
+        if isinstance(cache, AdaptiveCache):
+            if not past:
+                cache.begin_prefill(*inputs_embeds.shape[:2])
+                # Every layer sees all tokens: transformers' loop passes `adaptive` on to the attention function.
+                return whole(
+                    inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, adaptive=cache, **kwargs
+                )
+            cache.begin_step(inputs_embeds.shape[1])
+            hidden = step_layers(llm, inputs_embeds, cache)
+        elif past:
             hidden = decode_layers(llm, inputs_embeds, position_ids, cache, dropping)
         else:
             if cache is None and use_cache:
@@ -65,10 +79,12 @@ def cutting(llm, dropping: Dropping | None) -> Iterator[None]:
         # The class has the fields of every LLM's output.
         return MoeModelOutputWithPast(last_hidden_state=llm.norm(hidden), **{CACHE: cache})
 
-    config, before, own = llm.config, llm.config._attn_implementation, vars(llm).get("forward")
+    config, before, whole, own = llm.config, llm.config._attn_implementation, llm.forward, vars(llm).get("forward")
     config._attn_implementation, llm.forward = ATTENTION, forward
     try:
-        yield
+        # The number of tokens changes from layer to layer, so a compiled LLM or layer would be compiled again and again.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         config._attn_implementation = before
         del llm.forward

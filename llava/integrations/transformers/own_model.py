@@ -94,6 +94,8 @@ class OwnModel(Compression):
         self.last_selection = [selection for row in prepared.selections for selection in row]
         return self._twin.generate(prepared=prepared, prompt_ids=ids.to(prepared.inputs_embeds.device), **given)
 
+    # torch.compile(model) would compile this, and it is Python work on the host.
+    @torch.compiler.disable
     def forward(self, *args, **kwargs):
         """Output of the model's own forward() for whole prompts: logits and loss of the tokens that stay.
 

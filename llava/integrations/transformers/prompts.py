@@ -17,7 +17,10 @@ from llava.integrations.transformers.families.base import Family
 from llava.methods.before_llm import ImageTokens, Selection, select_all
 from llava.methods.before_llm.scores import distance_from_mean
 from llava.methods.inside_llm.base import Dropper
+from llava.methods.kv_cache.base import RowSpans
+from llava.model.decoding.adaptive_cache import AdaptiveCache, Caching
 from llava.model.decoding.dropping import Dropping, PromptRow
+from llava.model.decoding.layer_loop import on_one_device
 from llava.model.image_tokens import sample_key
 from llava.model.prompt_rows import turn_around
 
@@ -25,8 +28,8 @@ from llava.model.prompt_rows import turn_around
 class Prompts:
     """B prompts of S columns and their images. After `shorten` it also holds the shortened prompts of L columns.
 
-    ids [B, S], given: input_ids and the family's image_inputs, as the processor returns them. UserError if they do not
-    match.
+    ids [B, S], given: input_ids and the family's image_inputs, as the processor returns them; None where no prompt has an
+    image. UserError if they do not match.
 
     mask        [B, L] int64 mask of the shortened prompts, padded left
     is_image    [B, L] True for vision tokens
@@ -34,20 +37,24 @@ class Prompts:
     columns     [B, L] the column of each token in the whole prompt; any value in the padding
     dropped     [B, 1] number of tokens that each prompt lost
     selections  the Selection of each image, in reading order
+    spans       RowSpans of the shortened prompts
     dropping    the cuts inside the LLM; None for a method before the LLM
+    steps       decode steps at most; known once generate() has read its settings
     """
 
     dropping: Dropping | None = None
+    steps: int | None = None
 
     def __init__(self, family: Family, ids: Tensor, given: dict, config: AdaVConfig):
         self.family, self.config = family, config
         self.rows, self.length = ids.shape
-        self._layouts = family.layouts(ids, given)
+        self._layouts = [] if given[family.image_inputs[0]] is None else family.layouts(ids, given)
         self._places = self._find(ids)
         self._vision = None
-        if config.make_method().needs_image:
+        if self._layouts and config.make_method().needs_image:
             # The tower runs outside forward(), whose hook would bring the weights that belong to no submodule.
-            with align_module_device(family.model.model):
+            # torch.compile does not notice the hook that reads saliency, so a compiled tower runs uncompiled.
+            with align_module_device(family.model.model), torch.compiler.set_stance("force_eager"):
                 self._vision = family.encode(given, self._layouts)
 
     def _find(self, ids: Tensor) -> list[tuple[int, Tensor]]:
@@ -105,11 +112,12 @@ class Prompts:
         # 5. Left-padded rows. A stable sort of 0 and 1 moves kept columns to the right end and keeps their order.
         self.columns = torch.argsort(keep.int(), dim=1, stable=True)[:, -length:]
         left = torch.arange(length, device=ids.device) >= length - counts
+        self.spans = self._spans(keep)
         self.mask, self.dropped = left.long(), real.sum(dim=1, keepdim=True) - counts
         self.is_image = left & (ids.gather(1, self.columns) == self.family.image_token)
         # 6. Embeddings. Boolean indexing runs row by row, and so do the features of the images in reading order.
         rows = words.new_zeros(*left.shape, words.shape[-1]).index_put((left,), words[keep])
-        features = torch.cat([selection.features for selection in self.selections])
+        features = torch.cat([words[0, :0], *(selection.features for selection in self.selections)])
         self.beside = self._beside()
         self._vision = None  # frees the memory of dropped tokens before the LLM runs
         return rows.index_put((self.is_image,), features.to(rows))
@@ -130,6 +138,19 @@ class Prompts:
                     text.append(behind[behind > start])
             rows.append(PromptRow(int(columns.sum()), images, text))
         return Dropping(dropper, self.config.overall_tokens, layers, rows)
+
+    def _spans(self, keep: Tensor) -> list[RowSpans]:
+        """RowSpans of the shortened prompts. keep [B, S]: columns that stay."""
+        images = [[] for _ in range(self.rows)]
+        for (row, columns), selection in zip(self._places, self.selections, strict=True):
+            images[row].append((int(keep[row, : columns[0]].sum()), len(selection.indices)))
+        return [RowSpans(int(own.sum()), spans) for own, spans in zip(keep, images, strict=True)]
+
+    def adaptive_cache(self, whole: Tensor) -> AdaptiveCache:
+        """The empty adaptive cache of this request. whole [B, S]: positions of the whole prompts, of one dimension."""
+        layers = self.family.model.model.language_model.layers
+        policy, one = self.config.make_cache_policy(), on_one_device(layers)
+        return Caching(policy, len(layers), self.spans, whole[:, -1:] + 1, one_device=one).cache(self.steps)
 
     def note_survivors(self) -> None:
         """After prefill, add the places of the cuts and the kept slots to the report of each image's selection."""

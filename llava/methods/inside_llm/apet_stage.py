@@ -35,6 +35,7 @@ class ApETStage(Dropper):
 
     place = AFTER
     reindexed = True
+    merges = True
 
     @classmethod
     def from_config(cls, config) -> ApETStage | None:

@@ -73,6 +73,7 @@ class Dropper(ABC):
     place: ClassVar[str]  # where in its layer a cut happens: AFTER, BEFORE or INSIDE (plan.py)
     # True: position ids are counted anew after each cut. False: kept tokens keep the ids of the whole prompt.
     reindexed: ClassVar[bool] = False
+    merges: ClassVar[bool] = False  # True: dropped tokens are merged into new ones
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
     resizes: ClassVar[bool] = False
@@ -139,7 +140,12 @@ class Dropper(ABC):
             )
 
     def with_kept_positions(self) -> Dropper:
-        """Return this method with kept tokens that keep the position ids of the whole prompt, whatever its own rule is."""
+        """Return this method with kept tokens that keep the position ids of the whole prompt, whatever its own rule is.
+
+        Merged tokens have no such position, so the method must make none.
+        """
+        if not self.reindexed:
+            return self
         other = copy(self)
         object.__setattr__(other, "reindexed", False)
         return other

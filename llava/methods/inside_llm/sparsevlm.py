@@ -72,6 +72,10 @@ class SparseVLM(Dropper):
     def reindexed(self) -> bool:
         return self.version == "1.0"
 
+    @property
+    def merges(self) -> bool:
+        return self.version == "1.0"
+
     def plan(self, n: int, k: int, layers: int) -> tuple[Cut, ...]:
         # "Least scaling" on a log scale: half and twice the published last count are equally far away.
         totals = min(self._published_totals(), key=lambda entry: abs(math.log(k / n / (entry[-1] / TOKENS))))

@@ -179,21 +179,26 @@ class LlavaGeneration:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise UserError(
-                f"an adaptive KV cache does not go with {generation_mode.value.replace('_', ' ')}, allowed are greedy "
-                "search and sampling: entries that one continuation evicts are gone for the others"
-            )
-        for name in ("cache_implementation", "prefill_chunk_size"):
-            if getattr(generation_config, name) is not None:
-                raise UserError(
-                    f"{name} is {getattr(generation_config, name)!r}, which does not go with an adaptive KV cache: "
-                    "leave it out"
-                )
+        refuse_beside_adaptive_cache(generation_config, generation_mode)
         if model_kwargs.get(CACHE) is None:
             # One step fewer than new tokens: the last one is never fed back.
             steps = generation_config.max_length - 1 - model_kwargs["prompt_length"]
             model_kwargs[CACHE] = caching.cache(steps)
+
+
+def refuse_beside_adaptive_cache(generation_config, generation_mode: GenerationMode) -> None:
+    """Raise UserError for kinds of generation that an adaptive KV cache does not allow."""
+    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UserError(
+            f"an adaptive KV cache does not go with {generation_mode.value.replace('_', ' ')}, allowed are greedy "
+            "search and sampling: entries that one continuation evicts are gone for the others"
+        )
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if getattr(generation_config, name) is not None:
+            raise UserError(
+                f"{name} is {getattr(generation_config, name)!r}, which does not go with an adaptive KV cache: "
+                "leave it out"
+            )
 
 
 def _report_survivors(prepared: PreparedPrompt) -> None:

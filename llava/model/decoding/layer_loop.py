@@ -204,20 +204,7 @@ class DroppingDecoder:
 
         All work is on the device. The host's part of the step is cache.begin_step(1), which must have been called.
         """
-        positions = cache.advance().to(hidden.device)
-        ropes = [self.rotary_emb(hidden, position_ids=own) for own in positions]
-        for number, layer in enumerate(self.layers):
-            own = cache.numbering[number]
-            hidden = layer(
-                hidden,
-                use_cache=True,
-                adaptive=cache,
-                position_embeddings=ropes[own],
-                position_ids=positions[own],
-                **{CACHE: cache},
-            )
-        cache.end_step()
-        return hidden
+        return step_layers(self, hidden, cache)
 
 
 def refuse_settings(config, cache, kwargs: dict) -> None:
@@ -284,9 +271,9 @@ def prefill_layers(
             call["seen"] = seen = AttentionInputs()
         # 3. The layer, and a cut inside or after it.
         if cut and place == INSIDE:
-            _run_cut_inside(layer, number, flow, call, seen, dropping)
-            continue
-        flow.hidden = layer(flow.hidden, **call)
+            added = _run_cut_inside(layer, number, flow, call, seen, dropping, added)
+        else:
+            flow.hidden = layer(flow.hidden, **call)
         if number < len(added):
             flow.hidden = flow.hidden + added[number].to(flow.hidden)
         if cut and place == AFTER:
@@ -320,8 +307,48 @@ def decode_layers(llm, hidden: Tensor, positions: Tensor | None, cache, dropping
     return hidden
 
 
-def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: AttentionInputs, dropping: Dropping) -> None:
-    """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left."""
+def step_layers(llm, hidden: Tensor, cache: AdaptiveCache) -> Tensor:
+    """Run one new token per row, hidden [B, 1, D], on an adaptive cache; return the hidden states, not normalised.
+
+    cache.begin_step(1) must have been called. Everything here is on the device.
+    """
+    positions = cache.advance().to(hidden.device)
+    ropes = [llm.rotary_emb(hidden, position_ids=own) for own in positions]
+    for number, layer in enumerate(llm.layers):
+        own = cache.numbering[number]
+        hidden = layer(
+            hidden,
+            use_cache=True,
+            adaptive=cache,
+            position_embeddings=ropes[own],
+            position_ids=positions[own],
+            **{CACHE: cache},
+        )
+    cache.end_step()
+    return hidden
+
+
+def on_one_device(layers) -> bool:
+    """Return whether all layers are on one device. Offloaded weights are on none: their device is "meta"."""
+    # One weight stands for its layer, which is never split over devices. A walk over all weights takes two
+    # milliseconds, as long as the selection of tokens.
+    devices = {layer.input_layernorm.weight.device for layer in layers}
+    return len(devices) == 1 and next(iter(devices)).type != "meta"
+
+
+def _run_cut_inside(
+    layer,
+    number: int,
+    flow: _Flow,
+    call: dict,
+    seen: AttentionInputs,
+    dropping: Dropping,
+    added: Sequence[Tensor],
+) -> list[Tensor]:
+    """Run one decoder layer part by part: attention over all tokens, MLP over the tokens that are left.
+
+    Returns `added` for the tokens that are left.
+    """
     # accelerate moves inputs to the device of a layer that is called as a whole. Its parts are called here, so we do.
     device = _device(layer)
     flow.hidden = flow.hidden.to(device)
@@ -329,9 +356,10 @@ def _run_cut_inside(layer, number: int, flow: _Flow, call: dict, seen: Attention
     call["position_embeddings"] = tuple(part.to(device) for part in call["position_embeddings"])
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(flow.hidden), **call)
     index, made = dropping.cut(number, seen.query, seen.key, seen.scaling, flow.hidden)
-    (attended,) = flow.keep(index, made, attended)
+    attended, *added = flow.keep(index, made, attended, *added)
     hidden = flow.hidden + attended
     flow.hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return added
 
 
 def _last_query(layer, flow: _Flow) -> tuple[Tensor, Tensor, float]:

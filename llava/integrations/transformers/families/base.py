@@ -52,6 +52,7 @@ class Family(ABC):
     optional_inputs arguments about images that may be missing
     videos          arguments that hold videos, which are refused
     inside_llm      methods inside the LLM that work; they need layers that all attend to the tokens that are left
+    adaptive_caches whether adaptive KV caches work; they count positions of one dimension
     conversation    name of the template in llava/conversation.py whose markers separate the turns of a prompt
     """
 
@@ -60,7 +61,8 @@ class Family(ABC):
     image_inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
-    inside_llm: tuple[str, ...] = ("fastv", "pyramiddrop")
+    inside_llm: tuple[str, ...] = ("fastv", "pyramiddrop", "fitprune", "sparsevlm", "dart")
+    adaptive_caches: bool = False
     conversation = "chatml_direct"
 
     def __init__(self, model):

@@ -24,6 +24,7 @@ class InternVL(Family):
     name = "InternVL"
     model_classes = (InternVLForConditionalGeneration,)
     image_inputs = ("pixel_values",)
+    adaptive_caches = True
 
     def _sides(self) -> tuple[int, int]:
         """(patches, tokens) along one side of a tile."""

@@ -27,6 +27,7 @@ class LlavaOnevision(Family):
     image_inputs = ("pixel_values", "image_sizes")
     optional_inputs = ("batch_num_images",)
     videos = ("pixel_values_videos", "image_sizes_videos")
+    adaptive_caches = True
 
     @property
     def marks(self) -> list[int]:
