@@ -178,6 +178,14 @@ class Start:
         return os.environ | given
 
 
+def versions(python: str) -> dict[str, str]:
+    """Versions of torch and transformers in `python`, which need not be those of this process."""
+    code = (
+        "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('torch', 'transformers')}))"
+    )
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 @contextlib.contextmanager
 def running(start: Start, server: str, log: Path):
     """Context in which the server answers; yields its port. UserError with its last lines if it does not start."""
@@ -414,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
         context = min(args.context, read_json(folder / "config.json")["text_config"]["max_position_embeddings"])
         start = Start(folder, args.tokens, args.device, args.dtype, args.threads, engine.python, context)
         facts = {"overall_tokens": args.tokens, "vllm": engine.version, **how(args, "serving.py", args.device)}
-        facts["threads"] = args.threads
+        facts |= {"threads": args.threads, **versions(engine.python)}
         size = PRESETS[args.model].size if args.model in PRESETS else None
         cells = [(n, each, users) for n in args.new_tokens for each in args.each for users in args.users]
         for server in progress_bar("serving", servers, unit=" servers"):

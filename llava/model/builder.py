@@ -22,6 +22,7 @@ from llava.model.decoding.decode_step import merge_projections
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.processors import adopt_padding, load_tokenizer
+from llava.model.prompt_rows import word_ids
 
 MODEL_CLASSES = {"llava_llama": LlavaLlamaForCausalLM, "llava_mistral": LlavaMistralForCausalLM}
 
@@ -168,12 +169,7 @@ def give_words(model, template: str, tokenizer) -> None:
     """Give the model what methods need to read the words of a question. template: name of the conversation template."""
     model.turn_markers = turn_markers(template, tokenizer)
     model.question_words = partial(tokenizer.decode, skip_special_tokens=True)
-    model.word_ids = partial(_word_ids, tokenizer)
-
-
-def _word_ids(tokenizer, words: list[str]) -> list[int]:
-    """Return the ids of `words`, each tokenised by itself and without special tokens."""
-    return [number for word in words for number in tokenizer(word, add_special_tokens=False).input_ids]
+    model.word_ids = partial(word_ids, tokenizer)
 
 
 def _dtype(torch_dtype, on_gpu: bool):

@@ -54,6 +54,7 @@ from llava.model.prompt_rows import (
     question_of,
     real_tokens,
     splice,
+    words_read,
 )
 
 
@@ -349,8 +350,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         ids = []
         for row in rows:
             for place in row.places:
-                turn = question_of(row.ids, place, "turn", self.turn_markers, row.labels)
-                ids.append(self.word_ids(method.words(self.question_words(row.ids[turn].tolist()))))
+                turn = row.ids, place, self.turn_markers, self.question_words, self.word_ids, row.labels
+                ids.append(words_read(method.words, *turn))
         flat = torch.tensor([number for own in ids for number in own], dtype=torch.long)
         return list(self.get_input_embeddings()(to_device(flat, device)).split([len(own) for own in ids]))
 

@@ -137,6 +137,29 @@ def question_of(ids: Tensor, place: int, scope: str, markers, labels: Tensor | N
     return inside & (ids != IMAGE_TOKEN_INDEX)
 
 
+def word_ids(tokenizer, words: list[str]) -> list[int]:
+    """Return the ids of `words`, each tokenised by itself and without special tokens."""
+    return [number for word in words for number in tokenizer(word, add_special_tokens=False).input_ids]
+
+
+def words_read(
+    words_of: Callable[[str], list[str]],
+    ids: Tensor,
+    place: int,
+    markers,
+    to_text: Callable[[list[int]], str],
+    to_ids: Callable[[list[str]], list[int]],
+    labels: Tensor | None = None,
+) -> list[int]:
+    """Return the token ids of the words that a method reads for the image at ids[place], from the turn of the image.
+
+    words_of: the method's Selector.words. to_text: token ids -> string. to_ids: words -> token ids. markers and labels:
+    as `question_of` takes them
+    """
+    turn = question_of(ids, place, "turn", markers, labels)
+    return to_ids(words_of(to_text(ids[turn].tolist())))
+
+
 def prompt_row(row: Row) -> PromptRow:
     """Return a row for `Dropping`: the places of its images and of their text after the images are spliced in.
 

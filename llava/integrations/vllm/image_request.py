@@ -20,7 +20,8 @@ class ImageRequest:
     size      (width, height) of the image in pixels
     method, budget, options: as `select` takes them; options are those of the method alone
     anyres    rule by which the image is cut into tiles
-    question  token ids that the method reads; None for a method that reads none
+    question  token ids that the method reads, of the question or of its words (Selector.words); None for a method that
+              reads none
     words     the question as a string; None unless the method reads the state text_cosine
     key       ImageTokens.key; None for a method that does not read it
 

@@ -24,6 +24,7 @@ from llava.integrations.vllm.settings import store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
 from llava.model.image_tokens import project_now, projects_late, tokens_in_order
+from llava.model.multimodal_encoder.clip_encoder import cls_attention, middle_layer, received_attention
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 
 
@@ -86,7 +87,7 @@ class _Selects:
             if request.tiles_key not in tokens:
                 own = states[request.tiles_key]
                 layout = self._tiling.layout(request.size, request.anyres)
-                tower = TowerStates(self.multi_modal_projector, hidden=own.hidden, keys=own.keys)
+                tower = TowerStates(self.multi_modal_projector, hidden=own.hidden, keys=own.keys, received=own.received)
                 tokens[request.tiles_key] = tokens_in_order(
                     own.hidden[:, 1:], own.saliency, layout, self.multi_modal_projector, tower=tower
                 )
@@ -112,38 +113,45 @@ class _Selects:
     def _tile_states(self, pixels: Sequence[Tensor], requests: list[ImageRequest]) -> dict[tuple, TileStates]:
         """Return the outputs of the tower for each image, by ImageRequest.tiles_key."""
         given = {request.tiles_key: own for request, own in zip(requests, pixels, strict=True)}
+        maps = {request.tiles_key for request in requests if "received" in request.selector.tower_states}
         states = self._store.get(list(given))
-        missing = [key for key in given if key not in states]
+        missing = [key for key in given if key not in states or (key in maps and states[key].received is None)]
         if missing:
-            found = self._run_tower(torch.cat([given[key] for key in missing]))
+            found = self._run_tower(torch.cat([given[key] for key in missing]), not maps.isdisjoint(missing))
             for key, own in zip(missing, found.split([len(given[key]) for key in missing]), strict=True):
                 states[key] = own
                 self._store.put(key, own)
         return states
 
-    def _run_tower(self, pixels: Tensor) -> TileStates:
-        """Run vLLM's tower on tiles [T, 3, H, W]. vLLM's attention returns no weights, so a hook reads its inputs."""
-        attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
-        seen: list[Tensor] = []
-        hook = attention.qkv_proj.register_forward_hook(lambda module, given, result: seen.append(result[0]))
+    def _run_tower(self, pixels: Tensor, maps: bool) -> TileStates:
+        """Run vLLM's tower on tiles [T, 3, H, W]. maps: compute TileStates.received, too.
+
+        vLLM's attention returns no weights, so hooks read its queries and keys.
+        """
+        layers = self.vision_tower.vision_model.encoder.layers
+        middle, last = layers[middle_layer(len(layers)) - 1].self_attn, layers[-1].self_attn
+        seen: dict[torch.nn.Module, Tensor] = {}
+
+        def read(module, given, result):
+            seen[module] = result[0]
+
+        hooks = [one.qkv_proj.register_forward_hook(read) for one in ([middle, last] if maps else [last])]
         try:
             hidden = self.vision_tower(pixels, feature_select_strategy="full")
         finally:
-            hook.remove()
-        query, key, _ = seen[0].chunk(3, dim=-1)
-        # [T, heads of this rank, tokens, d], in float32: saliencies in half precision would tie often.
-        query, key = (
-            part.float().unflatten(-1, (attention.num_heads_per_partition, -1)).transpose(1, 2)
-            for part in (query[:, :1], key)
-        )
-        row = (query @ key.transpose(-1, -2) * attention.scale).softmax(dim=-1)[:, :, 0, 1:]
-        if attention.tp_size == 1:
-            return TileStates(hidden, row.mean(dim=1), key.mean(dim=1))
-        # Each rank has some of the heads, and the mean is over all of them.
-        tiles, rest = len(row), [row.shape[-1], key.shape[2] * key.shape[3]]
-        sums = torch.cat([row.sum(dim=1), key.sum(dim=1).reshape(tiles, -1)], dim=1)
-        row, key = (tensor_model_parallel_all_reduce(sums) / attention.num_heads).split(rest, dim=1)
-        return TileStates(hidden, row, key.unflatten(-1, (-1, attention.head_dim)))
+            for hook in hooks:
+                hook.remove()
+        query, key = _by_head(seen[last.qkv_proj], last)
+        means = [cls_attention(query, key, last.scale), key.float().mean(dim=1)]
+        if maps:
+            parts = (*_by_head(seen[middle.qkv_proj], middle), middle.scale), (query, key, last.scale)
+            means.append(torch.stack([received_attention(*part) for part in parts], dim=-1))
+        if last.tp_size > 1:
+            # Each rank has the means over its own heads, and all ranks have equally many.
+            sums = tensor_model_parallel_all_reduce(torch.cat([mean.flatten(1) for mean in means], dim=1))
+            parts = (sums / last.tp_size).split([mean[0].numel() for mean in means], dim=1)
+            means = [part.reshape(mean.shape) for part, mean in zip(parts, means, strict=True)]
+        return TileStates(hidden, *means)
 
     # --- questions --------------------------------------------------------------------------------------------
 
@@ -154,6 +162,12 @@ class _Selects:
         ids = [token for request in requests for token in request.question or ()]
         words = self.language_model.embed_input_ids(to_device(torch.tensor([*ids, 0]), self.vision_tower.device))
         return list(words[:-1].split(counts))
+
+
+def _by_head(projected: Tensor, attention) -> list[Tensor]:
+    """Return queries and keys [T, heads of this rank, 1 + P, d] from what qkv_proj of an `attention` returned."""
+    heads = attention.num_heads_per_partition
+    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1)[:2]]
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -16,12 +16,13 @@ from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import default_conv_mode, turn_markers
 from llava.integrations.vllm.image_request import ImageRequest
+from llava.methods.before_llm import Selector
 from llava.mm_utils import process_images, tile_plan
 from llava.model.checkpoint import Checkpoint
 from llava.model.encoded_images import RecentImages
 from llava.model.image_tokens import Layout, layout_of, sample_key, tokens_kept
 from llava.model.processors import adopt_padding, image_processor_of
-from llava.model.prompt_rows import image_places, question_of
+from llava.model.prompt_rows import image_places, question_of, word_ids, words_read
 
 PIXEL_BYTES = 128 << 20  # 39 images of five tiles of 336 pixels in half precision
 
@@ -63,7 +64,8 @@ class PromptImages:
         adopt_padding(config, self._processor)
         self._markers = turn_markers(default_conv_mode(config, tokenizer), tokenizer)
         self._recent, self._lock = RecentImages(PIXEL_BYTES), threading.Lock()  # vLLM has several threads here
-        self._words = partial(tokenizer.decode, skip_special_tokens=True)
+        self._to_text = partial(tokenizer.decode, skip_special_tokens=True)
+        self._to_ids = partial(word_ids, tokenizer)
 
     def requests(
         self, prompt: Sequence[int], sizes: Sequence[tuple[int, int]], hashes: Sequence[str], settings: AdaVConfig
@@ -79,10 +81,9 @@ class PromptImages:
         if len(places) != len(sizes):
             raise UserError(f"the prompt has {len(places)} image placeholders, but {len(sizes)} images came with it")
         method = settings.make_method()
-        scope = settings.option("text_scope")
         requests = []
         for nth, (place, size, image) in enumerate(zip(places, sizes, hashes, strict=True)):
-            question = ids[question_of(ids, place, scope, self._markers)].tolist() if method.reads_text else None
+            question = self._question(method, ids, place, settings.option("text_scope"))
             requests.append(
                 ImageRequest(
                     image=image,
@@ -92,11 +93,19 @@ class PromptImages:
                     options=settings.method_options,
                     anyres=settings.option("anyres"),
                     question=None if question is None else tuple(question),
-                    words=self._words(question) if "text_cosine" in method.tower_states else None,
+                    words=self._to_text(question) if "text_cosine" in method.tower_states else None,
                     key=sample_key(ids, size, nth) if method.reads_key else None,
                 )
             )
         return requests
+
+    def _question(self, method: Selector, ids: Tensor, place: int, scope: str) -> list[int] | None:
+        """Return the token ids that a method reads for the image at ids[place]; None for a method that reads none."""
+        if not method.reads_text:
+            return None
+        if method.words is not None:
+            return words_read(method.words, ids, place, self._markers, self._to_text, self._to_ids)
+        return ids[question_of(ids, place, scope, self._markers)].tolist()
 
     def tokens(self, size: tuple[int, int], settings: AdaVConfig) -> int:
         """Return how many tokens the LLM reads of an image of `size` (width, height)."""

@@ -13,8 +13,6 @@ KEY = "adav"  # in mm_processor_kwargs
 STORE_BYTES = 256 << 20  # 201 tiles of CLIP ViT-L/14 at 336 pixels in half precision
 #: Options whose value is a path or a hub name. A client must not make a server open files.
 _PATHS = ("text_tower", "table")
-# The states of the vision tower that the plugin computes for selectors (TowerStates).
-TOWER_STATES = {"hidden", "keys", "text_cosine"}
 
 
 def server_keys(given: object) -> dict[str, object]:
@@ -78,19 +76,7 @@ def check(config: AdaVConfig) -> None:
         raise UserError(
             'method "no_image" keeps no token, but vLLM needs one per image; leave the image out of the prompt'
         )
-    method = config.make_method()
-    if getattr(method, "words", None) is not None:
-        raise UserError(
-            f'method "{config.method}" reads some words of the user\'s turn, which the plugin for vLLM does not give to it; allowed '
-            "are methods that read all tokens of the question, or none"
-        )
-    unknown = set(getattr(method, "tower_states", ())) - TOWER_STATES
-    if unknown:
-        raise UserError(
-            f'method "{config.method}" reads {" and ".join(sorted(unknown))} of the vision tower, which the plugin for vLLM does '
-            f"not compute; allowed are methods that read {', '.join(sorted(TOWER_STATES))} or none of them"
-        )
-    if getattr(method, "resizes", False):
+    if getattr(config.make_method(), "resizes", False):
         raise UserError(
             f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
             "smaller image"
@@ -118,4 +104,3 @@ def check(config: AdaVConfig) -> None:
             f'"options.detail_share" is {config.detail_share}, but the plugin for vLLM does not rate the pixels of patches; '
             "allowed is 0"
         )
-    config.make_method()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,24 +18,40 @@ from llava.common.transfer import to_device
 
 @dataclass(frozen=True)
 class TileStates:
-    """Outputs of the tower for T tiles of P patches, all of the layer that gives the features.
+    """Outputs of the tower for T tiles of P patches, of the layer that gives the features.
 
     hidden    [T, 1 + P, W]  states, [CLS] first
     saliency  [T, P]         attention from [CLS] to each patch, mean over heads, float32
     keys      [T, 1 + P, d]  unscaled key vectors, mean over heads, float32
+    received  [T, P, 2]      attention that each patch receives, as TowerStates has it, float32; None where no method
+                             asked for it, because it needs a whole attention map per head in two layers
     """
 
     hidden: Tensor
     saliency: Tensor
     keys: Tensor
+    received: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def split(self, counts: Sequence[int]) -> list[TileStates]:
         """Return the states of `counts[i]` tiles at a time."""
-        parts = (getattr(self, name).split(list(counts)) for name in ("hidden", "saliency", "keys"))
-        return [TileStates(*one) for one in zip(*parts, strict=True)]
+        split = {name: state.split(list(counts)) for name, state in self.given().items()}
+        return [TileStates(**{name: parts[i] for name, parts in split.items()}) for i in range(len(counts))]
+
+    def given(self) -> dict[str, Tensor]:
+        """Return the states by name, without those that are None."""
+        states = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: state for name, state in states.items() if state is not None}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A stored image. places: of its tiles in the memory. received: whether this state of it was given."""
+
+    places: list[int]
+    received: bool
 
 
 class TowerStore:
@@ -48,20 +64,25 @@ class TowerStore:
     def __init__(
         self, patches: int, width: int, head_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ):
-        shapes = {"hidden": (1 + patches, width), "saliency": (patches,), "keys": (1 + patches, head_size)}
-        dtypes = {"hidden": dtype, "saliency": torch.float32, "keys": torch.float32}
+        shapes = {
+            "hidden": (1 + patches, width),
+            "saliency": (patches,),
+            "keys": (1 + patches, head_size),
+            "received": (patches, 2),
+        }
+        dtypes = {name: dtype if name == "hidden" else torch.float32 for name in shapes}
         tile = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items())
         tiles = capacity // tile
         self._states = TileStates(
             **{name: torch.empty(tiles, *shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
         )
         self._free = list(range(tiles))
-        self._held: OrderedDict[Hashable, list[int]] = OrderedDict()
+        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the memory, whether it is used or not."""
-        return sum(tensor.nbytes for tensor in vars(self._states).values())
+        return sum(tensor.nbytes for tensor in self._states.given().values())
 
     def __len__(self) -> int:
         return len(self._held)
@@ -73,22 +94,24 @@ class TowerStore:
             return {}
         for key in found:
             self._held.move_to_end(key)
-        places = self._index([place for own in found.values() for place in own])
-        copies = TileStates(**{name: held.index_select(0, places) for name, held in vars(self._states).items()})
-        return dict(zip(found, copies.split([len(own) for own in found.values()]), strict=True))
+        places = self._index([place for own in found.values() for place in own.places])
+        copies = TileStates(**{name: held.index_select(0, places) for name, held in self._states.given().items()})
+        states = dict(zip(found, copies.split([len(own.places) for own in found.values()]), strict=True))
+        return {key: one if found[key].received else replace(one, received=None) for key, one in states.items()}
 
     def put(self, key: Hashable, states: TileStates) -> None:
         """Store the states of an image, unless it alone exceeds the memory."""
-        self._free += self._held.pop(key, [])
+        if key in self._held:
+            self._free += self._held.pop(key).places
         if len(states) > len(self._states):
             return
         while len(self._free) < len(states):
-            self._free += self._held.popitem(last=False)[1]
+            self._free += self._held.popitem(last=False)[1].places
         own, self._free = self._free[: len(states)], self._free[len(states) :]
-        self._held[key] = own
+        self._held[key] = _Held(own, states.received is not None)
         places = self._index(own)
-        for name, held in vars(self._states).items():
-            held.index_copy_(0, places, getattr(states, name))
+        for name, state in states.given().items():
+            getattr(self._states, name).index_copy_(0, places, state)
 
     def _index(self, places: list[int]) -> Tensor:
         return to_device(torch.tensor(places), self._states.hidden.device)

@@ -123,6 +123,12 @@ class ApET(Selector):
     compat: str | None = None
     second_stage: bool = False
 
+    def num_kept(self, image: ImageTokens, budget: int) -> int:
+        smallest = min(image.on_host.sizes)
+        if self.start is not None and self.start >= smallest and budget < len(image.patches):
+            raise UserError(f"option 'start' is {self.start}, but a tile has {smallest} patches, counted from 0")
+        return budget
+
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         return self.keep_all([image], [text], [budget])[0]
 
@@ -137,8 +143,6 @@ class ApET(Selector):
     def _tiles(self, image: ImageTokens, budget: int) -> list[_Tile]:
         """Return the kept tokens of each tile that has a share of the budget."""
         members, _, sizes = members_of_tiles(image)
-        if self.start is not None and self.start >= min(sizes):
-            raise UserError(f"option 'start' is {self.start}, but a tile has {min(sizes)} patches, counted from 0")
         # Broken states count as zeros, so that they spoil neither scores nor the tokens that absorb them.
         hidden = image.of_patches(image.tower.hidden[:, 1:]).float()
         hidden, patches = torch.nan_to_num(hidden, nan=0.0, posinf=0.0, neginf=0.0), image.patches

@@ -257,7 +257,11 @@ class Selector(ABC):
         check_options(self)
 
     def num_kept(self, image: ImageTokens, budget: int) -> int:
-        """Return how many tokens of `image` are kept under `budget`: the budget, unless an option overrides it."""
+        """Return how many tokens of `image` are kept under `budget`: the budget, unless an option overrides it.
+
+        Only the places of the tokens are read, because vLLM lays out a prompt before the tower runs. UserError for
+        options that do not fit them; `keep` raises none, because vLLM's engine ends with an error in it.
+        """
         return budget
 
     @abstractmethod

@@ -75,17 +75,22 @@ class HiPrune(Selector):
     anchor_share: float = 0.1
     compat: str | None = None
 
+    def num_kept(self, image: ImageTokens, budget: int) -> int:
+        if self.compat != "public" or budget >= len(image.patches):
+            return budget
+        tiles = len(image.on_host.sizes)
+        if budget < tiles:
+            raise UserError(
+                f"compat='public' rounds a budget of {budget} over {tiles} tiles down to nothing, allowed is at least {tiles}"
+            )
+        return budget // tiles * tiles
+
     def keep(self, image: ImageTokens, text: Tensor, budget: int) -> Selection:
         members, real, sizes = members_of_tiles(image)
         where = image.on_host
         if self.compat == "public":
             _, tiles = places_in_whole_tiles(image)
             quota, beside = [budget // tiles] * tiles, wrapped_neighbours(tiles, sizes[0])
-            if not quota[0]:
-                raise UserError(
-                    f"compat='public' rounds a budget of {budget} over {tiles} tiles down to nothing, allowed is at "
-                    f"least {tiles}"
-                )
         else:
             quota, beside = split_evenly(budget, sizes), neighbours_of(where, where.members)
         received = torch.nan_to_num(image.of_patches(image.tower.received).float())[members]

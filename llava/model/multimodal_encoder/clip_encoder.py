@@ -47,14 +47,12 @@ def _sdpa_and_cls_row(
     mean_keys: a list that gets the keys [T, 1 + P, d], mean over heads
     received: a list that gets the attention that each patch receives [T, P], mean over heads and over all 1 + P queries
     """
-    # In float32: saliencies in half precision would tie often.
     if cls_rows is not None:
-        scores = (query[:, :, :1].float() @ key.float().transpose(-1, -2)) * scaling
-        cls_rows.append(scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
+        cls_rows.append(cls_attention(query, key, scaling))
     if mean_keys is not None:
         mean_keys.append(key.float().mean(dim=1))
     if received is not None:
-        received.append(_received(query, key, scaling))
+        received.append(received_attention(query, key, scaling))
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False
     )
@@ -63,8 +61,18 @@ def _sdpa_and_cls_row(
 AttentionInterface.register(_ATTENTION, _sdpa_and_cls_row)
 
 
-def _received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Return the attention that each patch receives [T, P], float32, from query and key [T, H, 1 + P, d]."""
+def cls_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return the [CLS] row [T, P], float32, mean over heads, from query and key [T, H, 1 + P, d]."""
+    # In float32: saliencies in half precision would tie often.
+    scores = (query[:, :, :1].float() @ key.float().transpose(-1, -2)) * scaling
+    return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
+
+
+def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return the attention that each patch receives [T, P], float32, from query and key [T, H, 1 + P, d].
+
+    It is the mean over heads and over all 1 + P queries.
+    """
     # Head by head: a map of all heads would need H times the memory. Parts by head are the same for every number of
     # tiles, so the sums round alike in every batch.
     total = 0

@@ -1,9 +1,10 @@
 """The plugin inside vLLM's engine: kept patches and greedy tokens are those of load_pretrained_model, in any batch."""
 
-import gc
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,7 +29,6 @@ from llava.config import AdaVConfig  # noqa: E402
 from llava.conversation import single_turn  # noqa: E402
 from llava.inference.loaded_checkpoint import LoadedCheckpoint  # noqa: E402
 from llava.integrations.vllm import model as plugin  # noqa: E402
-from llava.integrations.vllm import prompt_images  # noqa: E402
 from llava.integrations.vllm.prompt_images import PromptImages  # noqa: E402
 from llava.methods.before_llm import SELECTORS  # noqa: E402
 from llava.mm_utils import tokenizer_image_token  # noqa: E402
@@ -37,7 +37,7 @@ from llava.model.export import load_and_save  # noqa: E402
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[3]
-METHODS = sorted(set(SELECTORS) - {"no_image", "downsample", "hiprune", "mmtok"})  # these are refused
+METHODS = sorted(set(SELECTORS) - {"no_image", "downsample"})  # these are refused
 NEW = 12  # tokens per answer
 COMMON = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
 
@@ -103,9 +103,9 @@ def watched(monkeypatch):
             }
             return found
 
-        def running(model, pixels):
+        def running(model, pixels, maps):
             pair.tower_runs += 1
-            return run(model, pixels)
+            return run(model, pixels, maps)
 
         monkeypatch.setattr(plugin._Selects, "_select", selecting)
         monkeypatch.setattr(plugin._Selects, "_run_tower", running)
@@ -159,6 +159,9 @@ def mixed(pair):
         {"method": "visionzip", "overall_tokens": 5, "options": {"dominant": 2, "contextual": 1}},
         {"method": "random", "overall_tokens": 5, "options": {"seed": 7}},
         {"method": "fastervlm", "overall_tokens": 5, "options": {"anyres": "fastervlm"}},
+        {"method": "hiprune", "overall_tokens": 8, "options": {"compat": "public"}},
+        {"method": "hiprune", "overall_tokens": 9, "options": {"anchor_share": 0.7}},
+        {"method": "mmtok", "overall_tokens": 5, "options": {"text_scope": "turn"}},
     ]
     drawn = random.Random(0)
     prompts = []
@@ -189,11 +192,14 @@ def test_the_same_image_twice_in_one_prompt(pair, watched):
 
 def test_questions_and_methods_share_the_tower(pair, watched):
     watched(pair)
-    image, runs = make_image(77, 78), pair.tower_runs
-    for method in METHODS:
-        for text in QUESTIONS:
-            pair.ask([(question(pair, "<image>\n" + text), [image], {"method": method, "overall_tokens": 4})])
-    assert pair.tower_runs == runs + 1
+    # One run, and one more for attention maps, which the tower gives only to methods that read them.
+    read_maps = [method for method in METHODS if "received" in SELECTORS[method]().tower_states]
+    for image, methods, runs in ((make_image(77, 78), METHODS, 2), (make_image(78, 77), read_maps + METHODS, 1)):
+        before = pair.tower_runs
+        for method in methods:
+            for text in QUESTIONS:
+                pair.ask([(question(pair, "<image>\n" + text), [image], {"method": method, "overall_tokens": 4})])
+        assert pair.tower_runs == before + runs
 
 
 def test_questions_share_tokens_exactly_where_the_method_does_not_read_them(pair, watched):
@@ -219,6 +225,23 @@ def test_wrong_settings_end_a_request_and_not_the_engine(pair):
     assert pair.ask([good]) == pair.ask([good])
 
 
+# --------------------------------------------------------------------------------------------- processes of their own
+def rows_of(*command, seconds=900, **environment):
+    """What a Python script prints as JSON behind the word "rows". All its processes end with it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, start_new_session=True, **streams)
+    try:
+        said, errors = process.communicate(timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers of vLLM are processes, too
+        process.wait()
+    lines = [line for line in said.splitlines() if line.startswith("rows ")]
+    assert lines, errors[-2000:]
+    return json.loads(lines[0].removeprefix("rows "))
+
+
 # ----------------------------------------------------------------------------------------------------- without settings
 PLAIN = """
 import json, sys
@@ -239,12 +262,7 @@ def test_without_settings_nothing_changes_bit_for_bit(kind, tmp_path):
     save_llava_hf(build_reference(kind, hidden_size=128), tmp_path, "published")
     found = []
     for plugins in ("adav", "none"):
-        environment = os.environ | {"VLLM_PLUGINS": plugins, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", PLAIN, str(tmp_path), json.dumps(COMMON)]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("rows ")]
-        assert lines, done.stderr[-2000:]
-        found.append(json.loads(lines[0].removeprefix("rows ")))
+        found.append(rows_of("-c", PLAIN, str(tmp_path), json.dumps(COMMON), VLLM_PLUGINS=plugins))
     (ours, rows), (theirs, plain) = found
     assert ours == "llava.integrations.vllm.model" and theirs.startswith("vllm.")
     assert rows == plain
@@ -265,30 +283,57 @@ def test_demo_checkpoints_answer_the_same(version, tokens, tmp_path, watched):
 
 
 # ------------------------------------------------------------------------------------------------------------- long runs
-def held() -> int:
-    """Bytes of all tensors that Python objects hold."""
+SOAK = """
+import gc, json, os, random, sys
+sys.path.insert(0, "tests/support")
+import torch
+from tiny_checkpoints import QUESTIONS, make_image
+from vllm import LLM, SamplingParams
+from llava.integrations.vllm import prompt_images
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def tensors():
     gc.collect()
-    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+    found = [one.untyped_storage() for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({one.data_ptr(): one.nbytes() for one in found}.values())
+
+# Small caches, so that they are full long before the end.
+prompt_images.PIXEL_BYTES = 1 << 20
+small = {"mm_processor_cache_gb": 0.01, "num_gpu_blocks_override": 32}
+llm = LLM(sys.argv[1], additional_config={"adav": {"tower_bytes": 1 << 20}}, **small, **json.loads(sys.argv[2]))
+methods, batches = json.loads(sys.argv[3]), int(sys.argv[4])
+drawn, rows = random.Random(1), []
+for _ in range(batches):
+    prompts = [
+        {
+            "prompt": f"USER: <image>\\n{drawn.choice(QUESTIONS)} ASSISTANT:",
+            "multi_modal_data": {"image": make_image(drawn.randint(1, 200), drawn.randint(1, 200), seed=nth % 3)},
+            "mm_processor_kwargs": {"adav": {"method": drawn.choice(methods), "overall_tokens": drawn.randint(1, 30)}},
+        }
+        for nth in range(50)
+    ]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    assert all(output.outputs[0].token_ids for output in outputs)
+    rows.append([resident() >> 10, tensors() >> 10])
+print("rows", json.dumps(rows))
+"""
+# oneDNN, which computes on CPUs, keeps the code of its last 1,024 shapes. It would make new code during the whole soak.
+STEADY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def test_tensors_do_not_accumulate_over_1000_requests(tmp_path, monkeypatch):
+WARM_UP = 8  # batches of 50 requests
+
+
+def test_memory_of_the_process_is_stable_over_1000_requests(tmp_path):
     save_llava_hf(build_reference("llava_next", hidden_size=128), tmp_path, "published")
-    # Small caches, so that they are full long before the end. The resident memory of the process says nothing here: on a
-    # CPU it grows under plain vLLM, too.
-    monkeypatch.setattr(prompt_images, "PIXEL_BYTES", 1 << 20)
-    small = {"mm_processor_cache_gb": 0.01, "num_gpu_blocks_override": 32}
-    pair = Pair(tmp_path, additional_config={"adav": {"tower_bytes": 1 << 20}}, **small)
-    drawn, seen = random.Random(1), []
-    for _ in range(20):
-        prompts = []
-        for nth in range(50):
-            image = make_image(drawn.randint(1, 200), drawn.randint(1, 200), seed=nth % 3)
-            keys = {"method": drawn.choice(METHODS), "overall_tokens": drawn.randint(1, 30)}
-            prompts.append((question(pair, "<image>\n" + drawn.choice(QUESTIONS)), [image], keys))
-        assert all(pair.ask(prompts))
-        seen.append(held())
-    assert max(seen[8:]) <= 1.05 * seen[7], str([size >> 10 for size in seen])
+    arguments = [str(tmp_path), json.dumps(COMMON), json.dumps(METHODS)]
+    rows = rows_of("-c", SOAK, *arguments, str(WARM_UP + 20), **STEADY)
+    for name, kibibytes in zip(("resident", "tensors"), zip(*rows, strict=True), strict=True):
+        after = kibibytes[WARM_UP - 1 :]
+        assert max(after) <= 1.05 * after[0], (name, kibibytes)
 
 
 RANKS = """
@@ -305,7 +350,7 @@ def main():
             "multi_modal_data": {"image": make_image(90 + nth, 70)},
             "mm_processor_kwargs": {"adav": {"method": method, "overall_tokens": 7}},
         }
-        for method in ("none", "cls", "adav", "fastervlm", "visionzip")
+        for method in ("none", "cls", "adav", "fastervlm", "visionzip", "hiprune", "mmtok")
         for nth, question in enumerate(("Yes?", "What colour is the shape on the left?"))
     ]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
@@ -321,12 +366,6 @@ def test_two_tensor_parallel_ranks_answer_as_one(kind, tmp_path):
     save_llava_hf(build_reference(kind, hidden_size=128), tmp_path / "model", "published")
     script = tmp_path / "ranks.py"  # workers are spawned, which needs a file
     script.write_text(RANKS)
-    found = []
-    for ranks in ("1", "2"):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        command = [sys.executable, str(script), str(tmp_path / "model"), json.dumps(COMMON), ranks]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("rows ")]
-        assert lines, done.stderr[-2000:]
-        found.append(json.loads(lines[0].removeprefix("rows ")))
-    assert found[0] == found[1]
+    # The engine runs in the script's own process, as in this one: each further process has to import vLLM first.
+    one, two = (rows_of(str(script), str(tmp_path / "model"), json.dumps(COMMON), ranks) for ranks in ("1", "2"))
+    assert one == two

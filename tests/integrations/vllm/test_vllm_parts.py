@@ -19,7 +19,7 @@ from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-REFUSED = {"no_image", "downsample", "hiprune", "mmtok"}
+REFUSED = {"no_image", "downsample"}
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -52,8 +52,6 @@ def test_a_server_may_name_a_file(tmp_path):
         ({"method": "best"}, "allowed is one of"),
         ({"method": "no_image"}, "needs one per image"),
         ({"method": "downsample"}, "makes the image smaller before the tower"),
-        ({"method": "hiprune"}, "reads received of the vision tower"),
-        ({"method": "mmtok"}, "reads some words of the user's turn"),
         ({"method": "fastv"}, "drops tokens inside the LLM"),
         ({"vision_adaptive_attention": True}, "the KV cache of all layers"),
         ({"text_pruning_flag": True}, "the KV cache of all layers"),
@@ -151,13 +149,22 @@ def test_tokens_of_published_settings_are_counted(checkpoint):
         ("adav", {"compat": "public"}),
         ("visionzip", {"dominant": 2, "contextual": 1}),
         ("visionzip", {"dominant": 20, "contextual": 5}),
+        *((method, {"compat": "public"}) for method in ("apet", "hiprune", "holov", "prunesid")),
     ):
         settings = AdaVConfig(method=method, overall_tokens=23, options=options)
         pixels = process_images([make_image(*size)], processor, model.config, settings.option("anyres"))
         (kept,) = model.prepare(torch.tensor([1, -200, 9]), pixels, [size], config=settings).selections[0]
         assert images.tokens(size, settings) == len(kept.indices), options
-    with pytest.raises(UserError, match="down to nothing"):
-        images.tokens(size, AdaVConfig(overall_tokens=1, options={"compat": "public"}))
+
+
+def test_options_that_do_not_fit_an_image_are_refused_before_the_model_gets_it(checkpoint):
+    images = checkpoint[0]
+    for method, option, value, words in (
+        ("adav", "compat", "public", "down to nothing"),
+        ("apet", "start", 1_000, "'start' is 1000, but a tile has"),
+    ):
+        with pytest.raises(UserError, match=words):
+            images.tokens((100, 110), AdaVConfig(method=method, overall_tokens=1, options={option: value}))
 
 
 def test_identity_has_the_question_exactly_for_methods_that_read_it(checkpoint):
@@ -172,6 +179,25 @@ def test_identity_has_the_question_exactly_for_methods_that_read_it(checkpoint):
         selector = SELECTORS[method]
         assert a == again and a != other
         assert (a == b) == (not selector.reads_text and not selector.reads_key), method
+
+
+def test_a_method_that_reads_words_has_the_ids_of_those_words(checkpoint):
+    images, tokenizer, model, _ = checkpoint
+
+    def question(text, method="mmtok", **options):
+        settings = AdaVConfig(method=method, overall_tokens=5, options=options)
+        return images.requests(ids_of(tokenizer, model, text), [(60, 60)], ["x"], settings)[0].question
+
+    words = [number for word in ("colour", "shape") for number in tokenizer(word, add_special_tokens=False).input_ids]
+    # Words before the image count as well as those behind it, and the others are no part of the identity.
+    for text in (
+        "<image>\nWhat colour is the shape?",
+        "colour of <image> the shape",
+        "<image>\nWhich colour has a shape",
+    ):
+        assert question(text) == tuple(words) == question(text, text_scope="turn")
+    assert question("<image>\nWhat colour is the shape?", "adav") != tuple(words)
+    assert question("<image>") == ()
 
 
 def test_each_image_has_its_own_question(checkpoint):
@@ -197,20 +223,23 @@ def test_pixels_are_those_of_load_pretrained_model(checkpoint):
 
 
 # ----------------------------------------------------------------------------------------------------------- tower store
-def states_of(tiles, value):
-    return TileStates(*(torch.full((tiles, *shape), float(value)) for shape in ((5, 3), (4,), (5, 2))))
+TILE = 4 * (5 * 3 + 4 + 5 * 2 + 4 * 2)  # bytes
+
+
+def states_of(tiles, value, received=True):
+    shapes = ((5, 3), (4,), (5, 2), (4, 2))[: 4 if received else 3]
+    return TileStates(*(torch.full((tiles, *shape), float(value)) for shape in shapes))
 
 
 def test_the_store_drops_the_image_that_was_not_used_for_longest():
-    tile = 4 * (5 * 3 + 4 + 5 * 2)
-    store = TowerStore(4, 3, 2, 5 * tile + tile - 1, torch.float32, torch.device("cpu"))
-    assert store.nbytes == 5 * tile
+    store = TowerStore(4, 3, 2, 5 * TILE + TILE - 1, torch.float32, torch.device("cpu"))
+    assert store.nbytes == 5 * TILE
     store.put("a", states_of(2, 1))
     store.put("b", states_of(2, 2))
     assert set(store.get(["a", "z"])) == {"a"}  # "b" is now the older one
     store.put("c", states_of(3, 3))
     found = store.get(["a", "b", "c"])
-    assert set(found) == {"a", "c"} and len(store) == 2 and store.nbytes == 5 * tile
+    assert set(found) == {"a", "c"} and len(store) == 2 and store.nbytes == 5 * TILE
     for key, value, tiles in (("a", 1, 2), ("c", 3, 3)):
         for name, expected in vars(states_of(tiles, value)).items():
             assert torch.equal(getattr(found[key], name), expected)
@@ -221,11 +250,23 @@ def test_the_store_drops_the_image_that_was_not_used_for_longest():
 
 
 def test_states_that_were_read_do_not_change_when_their_place_is_used_again():
-    store = TowerStore(4, 3, 2, 120, torch.float32, torch.device("cpu"))
+    store = TowerStore(4, 3, 2, TILE, torch.float32, torch.device("cpu"))
     store.put("a", states_of(1, 1))
     found = store.get(["a"])["a"]
     store.put("b", states_of(1, 2))
     assert torch.equal(found.hidden, states_of(1, 1).hidden) and not store.get(["a"])
+
+
+def test_received_attention_is_there_exactly_where_it_was_given():
+    store = TowerStore(4, 3, 2, 5 * TILE, torch.float32, torch.device("cpu"))
+    store.put("a", states_of(2, 1, received=False))
+    store.put("b", states_of(1, 2))
+    found = store.get(["a", "b"])
+    assert found["a"].received is None and torch.equal(found["b"].received, states_of(1, 2).received)
+    assert [part.received for part in found["a"].split([1, 1])] == [None, None]
+    store.put("a", states_of(2, 3))  # the tower ran once more, with it
+    assert torch.equal(store.get(["a"])["a"].received, states_of(2, 3).received)
+    assert len(store) == 2 and sorted(len(one) for one in store.get(["a", "b"]).values()) == [1, 2]
 
 
 def test_a_store_without_memory_stores_nothing():

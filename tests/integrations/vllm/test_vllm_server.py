@@ -158,6 +158,9 @@ def wrong_settings():
     yield from ({"options": {name: value}} for name, own in options.items() for value in own)
     yield from ({"method": "visionzip", "options": {name: 3}} for name in ("dominant", "contextual"))
     yield from ({"options": {"compat": "public"}, "overall_tokens": tokens} for tokens in (1, 2, 3))
+    # These fit no image of this size; the error must not come from the model, because it would end the engine.
+    yield {"method": "hiprune", "options": {"compat": "public"}, "overall_tokens": 1}
+    yield {"method": "apet", "options": {"start": 1_000}}
     yield from ({f"unknown_{i}": i} for i in itertools.count())
 
 
