@@ -149,6 +149,11 @@ class AdaVConfig:
                 raise ConfigError(
                     f'{where}: "options.{name}" states what is kept, so "options.budget" cannot be "mean" beside it'
                 )
+        if "crops" in self.options and "crop_share" in self.options:
+            raise ConfigError(
+                f'{where}: "options.crops" and "options.crop_share" both say how many crops are encoded, allowed is one of '
+                "them"
+            )
         if ("dominant" in self.options) != ("contextual" in self.options):
             raise ConfigError(
                 f'{where}: "options.dominant" and "options.contextual" go together, but only one of them is set'
