@@ -170,7 +170,7 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
 
 # PruneSID also waits inside torch.linalg.eigh, once per image on a GPU, which a CPU does not show.
 # One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover.
-ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2}
+ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2, "adav_zoom": 2}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
