@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
@@ -102,21 +102,42 @@ def on_view(view: View, side: int, places: Sequence[Place], values: np.ndarray, 
 def kept_views(
     image: Image.Image, plan: TilePlan, side: int, selection: Selection, scale: float = 1
 ) -> list[tuple[str, Image.Image]]:
-    """(label, picture) per view: kept patches are bright and outlined, dropped ones dark, padding is hatched."""
-    return kept_at(image, plan, side, left_of(selection), scale)
+    """(label, picture) per view: kept patches are bright and outlined, dropped ones dark, padding is hatched.
+
+    Crops that were not encoded are crossed out, and the label counts the others.
+    """
+    return kept_at(image, plan, side, left_of(selection), scale, selection.tiles)
 
 
 def kept_at(
-    image: Image.Image, plan: TilePlan, side: int, places: Sequence[Place], scale: float = 1
+    image: Image.Image,
+    plan: TilePlan,
+    side: int,
+    places: Sequence[Place],
+    scale: float = 1,
+    tiles: Sequence[int] | None = None,
 ) -> list[tuple[str, Image.Image]]:
-    """kept_views with the patches at `places` as the kept ones."""
-    return [
-        (
-            view.label,
-            _kept(*_canvas(image, view, scale), on_view(view, side, places, np.ones(len(places), bool), False)),
-        )
-        for view in views_of(plan, side)
-    ]
+    """kept_views with the patches at `places` as the kept ones. tiles: those that were encoded; None: all of them."""
+    drawn = []
+    for view in views_of(plan, side):
+        pixels, cell = _canvas(image, view, scale)
+        kept = _kept(pixels, cell, on_view(view, side, places, np.ones(len(places), bool), False))
+        label, crops = view.label, range(view.first, view.first + (view.rows // side) * (view.columns // side))
+        missing = [] if tiles is None else [tile for tile in crops if tile not in tiles]
+        if missing:
+            label = f"{label}, {len(crops) - len(missing)} of them encoded"
+            _cross_out(kept, [view.at((tile, 0, 0), side) for tile in missing], side, cell)
+        drawn.append((label, kept))
+    return drawn
+
+
+def _cross_out(picture: Image.Image, corners: Sequence[tuple[int, int]], side: int, cell: int) -> None:
+    """Draw both diagonals of tiles. corners: (row, column) of the first patch of each tile."""
+    draw, length = ImageDraw.Draw(picture), side * cell - 1
+    for row, column in corners:
+        top, left = row * cell, column * cell
+        draw.line((left, top, left + length, top + length), PADDING, 2)
+        draw.line((left, top + length, left + length, top), PADDING, 2)
 
 
 def heat_views(

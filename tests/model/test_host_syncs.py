@@ -32,7 +32,7 @@ from llava.methods.before_llm import (
     vispruner,
 )
 from llava.methods.before_llm.coverage import Coverage
-from llava.model import image_tokens, llava_arch, prompt_rows
+from llava.model import image_tokens, llava_arch, prompt_rows, zoom
 from llava.model.image_tokens import sample_key
 
 aten = torch.ops.aten
@@ -126,6 +126,7 @@ def counted(model, monkeypatch):
             image_tokens,
             llava_arch,
             prompt_rows,
+            zoom,
             transfer,
             adav,
             adav_cover,
@@ -161,6 +162,7 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, batch, seed=batch)
     config = AdaVConfig(method=method, overall_tokens=tokens, options=options)
     image_tokens.layout_of.cache_clear()
+    image_tokens.part_layout_of.cache_clear()
     monkeypatch.setattr(Coverage, "all_rows", True)  # as on a GPU
     with torch.inference_mode(), counted(model, monkeypatch) as waits:
         waits.mark(prompts.ids, "host")
@@ -169,8 +171,16 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
 
 
 # PruneSID also waits inside torch.linalg.eigh, once per image on a GPU, which a CPU does not show.
-# One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover.
-ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2, "adav_zoom": 2}
+# One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover,
+# and two of adav_zoom: the importance of all crops, and AdaV's one.
+ALLOWED = dict.fromkeys(selector_names(), 0) | {
+    "adav": 1,
+    "mix": 1,
+    "visionzip": 1,
+    "apet": 1,
+    "adav_cover": 2,
+    "adav_zoom": 2,
+}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
@@ -178,6 +188,13 @@ ALLOWED = dict.fromkeys(selector_names(), 0) | {"adav": 1, "mix": 1, "visionzip"
 def test_waits_before_the_llm(model, monkeypatch, method, batch):
     """However large the batch is. AdaV's may be three at most. 40 tokens: VisionZip merges some."""
     assert len(waits_of(model, monkeypatch, method, batch, tokens=40)) == ALLOWED[method]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("method, waits", [("fastervlm", 1), ("visionzip", 2)])
+def test_crops_are_ranked_in_one_wait(model, monkeypatch, method, waits, batch):
+    found = waits_of(model, monkeypatch, method, batch, tokens=40, crops=2)
+    assert found == ["to_host"] * waits
 
 
 @pytest.mark.parametrize("batch", [1, 4])

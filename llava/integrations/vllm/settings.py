@@ -95,6 +95,11 @@ def check(config: AdaVConfig) -> None:
             f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
             "smaller image"
         )
+    if getattr(method, "zooms", False):
+        raise UserError(
+            f'method "{config.method}" encodes only some crops of an image, but in vLLM the tower takes '
+            "all of its tiles before the question is known; allowed are methods over all tiles, such as adav"
+        )
     if config.method in dropper_names():
         raise UserError(
             f'method "{config.method}" drops tokens inside the LLM, but in vLLM all layers have one KV length; allowed '

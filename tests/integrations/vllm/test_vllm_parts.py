@@ -19,7 +19,7 @@ from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-REFUSED = {"no_image", "downsample", "hiprune", "mmtok"}
+REFUSED = {"no_image", "downsample", "hiprune", "mmtok", "adav_zoom"}
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -52,6 +52,8 @@ def test_a_server_may_name_a_file(tmp_path):
         ({"method": "best"}, "allowed is one of"),
         ({"method": "no_image"}, "needs one per image"),
         ({"method": "downsample"}, "makes the image smaller before the tower"),
+        ({"method": "adav_zoom"}, "encodes only some crops"),
+        ({"method": "fastervlm", "options": {"crops": 2}}, "encodes only some crops"),
         ({"method": "hiprune"}, "reads received of the vision tower"),
         ({"method": "mmtok"}, "reads some words of the user's turn"),
         ({"method": "fastv"}, "drops tokens inside the LLM"),
