@@ -1,6 +1,7 @@
 """Accuracy by the number of crops that are encoded, against all crops: adav_zoom, and the option `crops` of two methods.
 
     python benchmarks/adav_zoom_crops.py [--split validation|test] [--methods adav] [--questions 600] [--output FILE.csv]
+    python benchmarks/adav_zoom_crops.py --table benchmarks/results/adav_zoom_crops-*.csv    # into docs/comparison.md
 
 The default of `crops` is chosen on the validation pictures of the demo task and on nothing else; the test split is for
 the documentation. Every picture is encoded once for each method that reads other states, and its tiles are shared by all
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from page import made, number, put_results
 from PIL import Image
 from record import RESULTS, how, write_csv
 
@@ -29,6 +31,7 @@ from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import REPOSITORY
 from llava.common.progress import progress_bar
 from llava.common.rounding import floor_share
+from llava.common.text_table import markdown_table
 from llava.config import AdaVConfig
 from llava.costs.measure import predicted
 from llava.costs.model_shape import ImageCounts
@@ -137,8 +140,8 @@ def rows_of(task: Task, answered: list[Cell], split: str) -> list[dict]:
     columns += [right[id(cell)] - right[id(cell.against)] for cell in compared]
     mean, low, high = (100 * values for values in cluster_intervals(np.stack(columns, axis=1), task.pictures))
     kinds = defaultdict(list)
-    for number, label in enumerate(task.labels):
-        kinds[label["category"]].append(number)
+    for question, label in enumerate(task.labels):
+        kinds[label["category"]].append(question)
     rows, difference = [], len(answered)
     for n, cell in enumerate(answered):
         row = {"split": split, "questions": len(task.rows), "budget_percent": cell.percent}
@@ -167,6 +170,29 @@ def means(rows: list[dict]) -> str:
     )
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown table of the rows of a results file, with a line about how they were made."""
+
+    def interval(row: dict, name: str, form: str) -> str:
+        values = [row[name + end] for end in ("", "_low", "_high")]
+        return "" if values[0] is None else "{} [{}, {}]".format(*(format(value, form) for value in values))
+
+    head = ("tokens", "method", "tiles", "GFLOPs", "accuracy, % [95 %]", "minus all crops [95 %]", *QUESTION_TYPES)
+    lines = [head]
+    for row in rows:
+        cells = [f"{row['budget_percent']:g} %", " ".join(filter(None, (f"`{row['method']}`", _words(row["options"]))))]
+        cells += [number(row["tiles"], 2), number(row["prefill_gflops"], 2)]
+        cells += [interval(row, "accuracy", ".1f"), interval(row, "difference", "+.1f")]
+        lines.append((*cells, *(number(row[f"accuracy_{kind}"], 1) for kind in QUESTION_TYPES)))
+    about = f"The {rows[0]['split']} split, {number(rows[0]['questions'])} questions. {made(rows)}."
+    return f"{about}\n\n{markdown_table(lines)}"
+
+
+def _words(options: str | None) -> str:
+    """Options as the page shows them: `crops` 2."""
+    return ", ".join(f"`{name}` {value}" for name, value in json.loads(options or "{}").items())
+
+
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,7 +201,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all of them")
     parser.add_argument("--budgets", type=percents, default="25,10,5", help="%% of the vision tokens (25,10,5)")
     parser.add_argument("--output", type=Path, help="default: runs/benchmarks/adav_zoom_crops-<split>.csv")
+    parser.add_argument(
+        "--table", nargs="+", type=Path, metavar="CSV", help="put results into docs/comparison.md instead"
+    )
     args = parser.parse_args()
+    if args.table:
+        put_results(REPOSITORY / "docs" / "comparison.md", "adav_zoom_crops", args.table, "tiles", table)
+        return
     if args.questions < PER_IMAGE:
         raise UserError(f"--questions is {args.questions}, allowed is at least {PER_IMAGE}, which share a picture")
     # One thread, so that a rerun sums in the same order.

@@ -18,7 +18,7 @@ from llava.model.image_tokens import layout_of, outline_of, part_layout_of, proj
 
 
 class LlavaZoom:
-    """Mixin of LlavaMetaForCausalLM (llava_arch.py)."""
+    """Mixin of LlavaMetaForCausalLM (llava_arch.py), whose tower, projector and order of tokens it uses."""
 
     def look(
         self, pixels: list[Tensor], plans: list[TilePlan], method: Zoom, budget: int, clock: StageClock
@@ -34,7 +34,7 @@ class LlavaZoom:
             late = projects_late(method, outline_of(layout), budget)
             images.append(EncodedImage(plan, None, on_demand=TilesOnDemand(tiles, projected=not late)))
             every = method.needs_every_crop(layout.sizes, budget)
-            asked.append(method.tiles(layout.sizes, [0.0] * plan.tiles, budget) if every else (0,))
+            asked.append(method.tiles(layout.sizes, [0.0] * (plan.tiles - 1), budget) if every else (0,))
         self._encode_missing(images, asked, method, clock)
         return [replace(image, tokens=self._part(image, (0,)).tokens) for image in images]
 
@@ -67,7 +67,7 @@ class LlavaZoom:
         """Return the tiles that each question wants of its image."""
         side = self.get_vision_tower().num_patches_per_side
         sizes = [layout_of(image.plan, side, image.plan.tiles).sizes for image in images]
-        importance = [[0.0] * image.plan.tiles for image in images]
+        importance = [[0.0] * (image.plan.tiles - 1) for image in images]
         open_ = [n for n, own in enumerate(sizes) if not method.needs_every_crop(own, budget)]
         if open_:
             # The sums of all crops of the batch go to the host in one copy: each copy would wait for the device.
@@ -93,7 +93,7 @@ class LlavaZoom:
         if not todo:
             return
         # 2. All of it through the tower in one pass.
-        pixels = [image.on_demand.pixels[list(missing)] for image, missing in todo]
+        pixels = [torch.stack([image.on_demand.pixels[tile] for tile in missing]) for image, missing in todo]
         towers = self.encode_images(pixels, clock, method.tower_states, project=False)
         # 3. The patches through the projector in one call, where the method reads them. Padding stays zero.
         with clock.stage("projector"):
