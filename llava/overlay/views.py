@@ -133,9 +133,10 @@ def kept_at(
 
 def _cross_out(picture: Image.Image, corners: Sequence[tuple[int, int]], side: int, cell: int) -> None:
     """Draw both diagonals of tiles. corners: (row, column) of the first patch of each tile."""
-    draw, length = ImageDraw.Draw(picture), side * cell - 1
+    # One pixel inside of the tile, because a line of two pixels reaches beyond its ends.
+    draw, length = ImageDraw.Draw(picture), side * cell - 3
     for row, column in corners:
-        top, left = row * cell, column * cell
+        top, left = row * cell + 1, column * cell + 1
         draw.line((left, top, left + length, top + length), PADDING, 2)
         draw.line((left, top + length, left + length, top), PADDING, 2)
 

@@ -30,10 +30,10 @@ ZOOMING = [
 def test_overlap_of_patches_and_crops_by_hand():
     # Two crops of 4 x 4 pixels. The image lies at x = 1 .. 7, so a patch of tile 0 is 2 pixels wide: 1 .. 3, 3 .. 5, 5 .. 7.
     plan = TilePlan((60, 40), 4, (2, 1), (8, 4), (6, 4), (1, 0))
-    assert crop_overlap(plan, 3).tolist() == [[1, 0.5, 0] * 3, [0, 0.5, 1] * 3]
+    torch.testing.assert_close(crop_overlap(plan, 3), torch.tensor([[1, 0.5, 0] * 3, [0, 0.5, 1] * 3]).double())
     # The image lies at y = 1 .. 7 of two crops above each other; each row of 2 patches is 3 pixels high.
     plan = TilePlan((40, 60), 4, (1, 2), (4, 8), (4, 6), (0, 1))
-    assert crop_overlap(plan, 2).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    torch.testing.assert_close(crop_overlap(plan, 2), torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).double())
 
 
 @pytest.mark.parametrize("size", [(100, 30), (35, 80), (61, 60)])
@@ -45,15 +45,16 @@ def test_overlap_is_the_share_of_the_points_of_a_patch(size):
     plan = TilePlan(
         size, tile, grid, canvas, resized, tuple((c - r) // 2 for c, r in zip(canvas, resized, strict=True))
     )
+    # Points in the middle of a fine raster over the image: the patch and the crop of each of them.
     points, found = 40, torch.zeros(6, side * side)
-    for y in range(side * points):
-        for x in range(side * points):
-            at = [
-                offset + length * (place + 0.5) / (side * points)
-                for place, length, offset in zip((x, y), plan.resized, plan.offset, strict=True)
-            ]
-            crop = int(at[1] // tile) * grid[0] + int(at[0] // tile)
-            found[crop, y // points * side + x // points] += 1 / points**2
+    place = torch.arange(side * points)
+    x, y = (
+        ((place + 0.5) / (side * points) * length + offset).div(tile, rounding_mode="floor").long()
+        for length, offset in zip(plan.resized, plan.offset, strict=True)
+    )
+    crop = y[:, None] * grid[0] + x
+    patch = (place // points)[:, None] * side + place // points
+    found.index_put_((crop.flatten(), patch.flatten()), torch.tensor(1 / points**2), accumulate=True)
     torch.testing.assert_close(crop_overlap(plan, side).float(), found, atol=1.5 / points, rtol=0)
 
 
@@ -181,9 +182,12 @@ def test_the_budget_is_exact_and_places_are_those_of_the_image(loaded, method, o
         assert torch.equal(layout.row[places], selection.row[selection.indices >= 0])
         seen = {int(layout.tile[token]) for group in [places.tolist(), *selection.sources] for token in group}
         assert seen - {-1} <= set(selection.tiles)
-        for name in ("text_score", "saliency_score") if method == "adav_zoom" else ():
+        if (
+            method == "adav_zoom" and tokens <= 20
+        ):  # a budget that reaches all patches of the encoded tiles needs no scores
             inside = torch.isin(layout.tile, torch.tensor(selection.tiles))
-            assert torch.equal(selection.report[name].isfinite(), inside)
+            for name in ("text_score", "saliency_score"):
+                assert torch.equal(selection.report[name].isfinite(), inside)
 
 
 @pytest.mark.parametrize("method, options", ZOOMING, ids=str)
