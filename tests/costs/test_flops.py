@@ -204,7 +204,8 @@ def test_prefill_agrees_with_torchs_counter(model, method):
 )
 def test_crops_that_are_not_encoded_cost_nothing(model, method, options):
     """Counted after the fact from the tiles that were encoded, and before it where the number of crops is known."""
-    config = AdaVConfig(method=method, overall_tokens=BUDGET, options=options)
+    # Fewer tokens than tile 0 has patches: otherwise the budget would ask for further crops.
+    config = AdaVConfig(method=method, overall_tokens=BUDGET // 5, options=options)
     batch, images, prepared = inputs(model, ROWS[1:2], SIZES[1:]), counts(model, SIZES[1:]), []
     shape = ModelShape.from_config(model.config)
 
@@ -214,7 +215,7 @@ def test_crops_that_are_not_encoded_cost_nothing(model, method, options):
 
     (measured,) = counted(model, run)
     (cost,) = predicted(prepared[0], images, shape, config)
-    agrees(measured, cost, 0.15)
+    agrees(measured, cost, 0.0)
     before = predict(shape, config, images, text_tokens=5, words=[4, 3])
     whole = predict(shape, AdaVConfig(method="none"), images, text_tokens=5, words=[4, 3])
     tiles = [len(selection.tiles) for selection in prepared[0].selections[0]]
