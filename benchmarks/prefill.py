@@ -1,6 +1,6 @@
 """Time to the first token of every method, on a model with random weights.
 
-    python benchmarks/prefill.py [--preset cpu] [--methods adav fastv] [--shares 0.05 0.25] [--output FILE.csv]
+    python benchmarks/prefill.py [--preset cpu] [--methods adav fastv] [--shares 0.05 0.25] [--crops 1 2] [--output FILE.csv]
 
 Prefill here is everything from pixels on the device to the first token on the host: vision tower, projector, selection,
 and one pass of the LLM over the remaining tokens. The engine runs it, as in evaluation and serving: on a GPU with fused
@@ -58,7 +58,12 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return f"{self.config.method} at {self.config.overall_tokens}"
+        return f"{self.method} at {self.config.overall_tokens}"
+
+    @property
+    def method(self) -> str:
+        """The method with its options, such as adav_zoom crops=2."""
+        return " ".join([self.config.method, *(f"{name}={value}" for name, value in self.config.options.items())])
 
     def median(self, *stages: str) -> float:
         """Median in milliseconds of the sum of some stages. A stage that did not run counts 0."""
@@ -70,7 +75,7 @@ class Entry:
         # A dropper works within the LLM's pass, so its own time cannot be measured separately.
         selector = None if self.config.method in DROPPERS else self.median("selection")
         return {
-            "method": self.config.method,
+            "method": self.method,
             "overall_tokens": self.config.overall_tokens if self is not plain else "all",
             "layer_mean_tokens": round(self.cost.layer_mean, 1),
             "prefill_ms": round(self.median("prefill"), 2),
@@ -165,17 +170,31 @@ class Bench:
         return ""
 
 
+def configurations(methods: list[str], budgets: list[int], crops: list[int]) -> list[AdaVConfig]:
+    """All configurations, `none` first. A method that zooms has one for each number of crops."""
+    found = [AdaVConfig(method="none")]
+    for method in methods:
+        if method != "none":
+            options = [{"crops": n} for n in crops] if AdaVConfig(method=method).make_method().zooms else [{}]
+            found += [AdaVConfig(method=method, overall_tokens=k, options=o) for k in budgets for o in options]
+    return found
+
+
 def run(
-    bench: Bench, methods: list[str], shares: list[float], repeats: int, save: Callable[[list[dict]], None]
+    bench: Bench,
+    methods: list[str],
+    shares: list[float],
+    repeats: int,
+    save: Callable[[list[dict]], None],
+    crops: list[int],
 ) -> list[str]:
     """Measure all methods at all budgets, and return what was wrong. A wrong method has no row.
 
-    shares: budgets as shares of the vision tokens. save: called after every repetition with all rows, `none` first.
+    shares: budgets as shares of the vision tokens. crops: numbers of crops of methods that zoom. save: called after
+    every repetition with all rows, `none` first.
     """
     budgets = [max(1, int(share * bench.prompts.image.tokens + 1e-6)) for share in shares]
-    configs = [AdaVConfig(method="none")]
-    configs += [AdaVConfig(method=m, overall_tokens=k) for m in methods if m != "none" for k in budgets]
-    entries = [Entry(config, bench.cost(config), []) for config in configs]
+    entries = [Entry(config, bench.cost(config), []) for config in configurations(methods, budgets, crops)]
     plain, complaints = entries[0], []
     # Compiling kernels and capturing graphs belongs to no method.
     rounds = [False] * (WARM_UPS if bench.engine.graphs else 0) + [True] * repeats
@@ -238,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--methods", nargs="+", default=known, help="default: all that use a budget")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05], help="of the image's tokens (0.05)")
+    parser.add_argument("--crops", nargs="+", type=int, default=[1, 2], help="of methods that zoom (1 2)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
@@ -251,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f'--methods names "{method}", allowed are {", ".join(known)}')
     if args.repeats < 1 or not all(0 < share < 1 for share in args.shares):
         raise UserError("--repeats is at least 1, and --shares are numbers between 0 and 1")
+    if min(args.crops) < 0:
+        raise UserError(f"--crops has {min(args.crops)}, allowed are whole numbers of at least 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     # 2. Measure. Rows are written after every repetition, so that an interrupted run keeps them.
@@ -264,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[:] = found
         write_csv(output, rows, made)
 
-    wrong = run(bench, args.methods, args.shares, args.repeats, save)
+    wrong = run(bench, args.methods, args.shares, args.repeats, save, args.crops)
     # 3. Print.
     prompts = bench.prompts
     print(

@@ -213,7 +213,7 @@ class Upstream(Provider):
         if config.prefill_filter_flag or config.method in ("none", "no_image", "random", *DROPPERS):
             return False
         method = config.make_method()
-        return not (method.tower_states or method.resizes)
+        return not (method.tower_states or method.resizes or method.zooms)
 
     def answer(self, prompts: Prompts, new_tokens: int, logits: bool = False) -> Answer:
         return _one_after_another([self._one(prompts, row, new_tokens, logits) for row in range(len(prompts.ids))])

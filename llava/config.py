@@ -166,6 +166,11 @@ class AdaVConfig:
                 raise ConfigError(
                     f'{where}: "options.{name}" states what is kept, so "options.budget" cannot be "mean" beside it'
                 )
+        if "crops" in self.options and "crop_share" in self.options:
+            raise ConfigError(
+                f'{where}: "options.crops" and "options.crop_share" both say how many crops are encoded, allowed is one of '
+                "them"
+            )
         if ("dominant" in self.options) != ("contextual" in self.options):
             raise ConfigError(
                 f'{where}: "options.dominant" and "options.contextual" go together, but only one of them is set'
@@ -292,6 +297,11 @@ class AdaVConfig:
             raise ConfigError(
                 f'"options.positions" is "original", but method "{self.method}" makes tokens that stood nowhere in the '
                 'image; allowed is "reindexed"'
+            )
+        if self.detail_share and getattr(self.make_method(), "zooms", False):
+            raise ConfigError(
+                f'"options.detail_share" is {self.detail_share}, but method "{self.method}" leaves crops unencoded, and their '
+                "detail is not rated; allowed is 0"
             )
 
     @property

@@ -218,6 +218,23 @@ def merge_order(plan: TilePlan, side: int, tiles: int | None = None) -> Tensor:
     return torch.cat([whole, raster.flatten()])
 
 
+@lru_cache(maxsize=512)
+def crop_overlap(plan: TilePlan, side: int) -> Tensor:
+    """The share of each patch of tile 0 that lies in each crop: float64 [crops, side**2], crops in raster order.
+
+    side: patches per tile side. Tile 0 is the whole image squeezed into a square, so its patches are rectangles on the
+    canvas. Padding belongs to no patch, and the shares of a patch add up to 1. The result is cached: do not write into it.
+    """
+    shares = []
+    for length, offset, crops in zip(plan.resized, plan.offset, plan.grid, strict=True):
+        borders = offset + length / side * torch.arange(side + 1, dtype=torch.float64)
+        start = plan.tile_size * torch.arange(crops, dtype=torch.float64)[:, None]
+        inside = torch.minimum(torch.maximum(borders, start), start + plan.tile_size)
+        shares.append(inside.diff(dim=1) / (length / side))
+    across, down = shares  # [columns, side], [rows, side]
+    return torch.einsum("yr,xc->yxrc", down, across).reshape(-1, side * side)
+
+
 def blank_patches(plan: TilePlan, side: int) -> Tensor | None:
     """Which patches of a square tile show only padding of the image: bool [side**2]; None for an image without padding.
 

@@ -38,6 +38,7 @@ from llava.costs.method_costs import (
     SelectorCase,
     apet_stage,
     cache_cost,
+    look_cost,
     together,
 )
 from llava.costs.model_shape import ImageCounts, ModelShape, product, read_config
@@ -170,12 +171,14 @@ def predict(
     words: Sequence[int],
     kept: Sequence[int] | None = None,
     logits: int = 1,
+    tiles: Sequence[Sequence[int] | None] | None = None,
 ) -> Cost:
     """Predicted cost of one sample under a configuration.
 
     images: each image before selection. text_tokens: text tokens of the prompt. words: per image, how many text tokens
     the method may read. kept: per image, vision tokens that enter the LLM; None: as many as the configuration asks for.
-    logits: see language_model.
+    logits: see language_model. tiles: where the method zooms, per image, the tiles that were encoded; None: as many as for
+    an image whose importance is spread evenly, which is exact for options.crops where all crops have equally many patches.
     """
     # 1. How many vision tokens enter the LLM.
     drops = config.method in DROPPERS
@@ -184,6 +187,10 @@ def predict(
         images = [image.smaller(shape.side, config.overall_tokens) for image in images]
     if kept is None:
         kept = [image.tokens if drops else _kept(method, config.overall_tokens, image) for image in images]
+    looks = []
+    if method.zooms:
+        looks = [_look(shape, method, config.overall_tokens, *own, options) for own in zip(images, words, strict=True)]
+        images = _encoded(method, config.overall_tokens, images, tiles)
     # 2. What the method costs. A prefill filter makes FastV's cut after a selector, so it has FastV's cost.
     dropper = config.make_dropper()
     if drops:
@@ -194,7 +201,7 @@ def predict(
         # If the budget reaches all patches, prepare() does not run the method.
         asked = [case for case in cases if not method.uses_budget or case.kept < case.image.candidates]
         cost = _listed(SELECTOR_COSTS, "SELECTOR_COSTS", config)
-        costs = [cost(case) for case in asked]
+        costs = [*looks, *(cost(case) for case in asked)]
     # 3. What each layer sees, and what dropping inside the LLM costs.
     seen = [(sum(kept), sum(kept))] * shape.layers
     if dropper is not None:
@@ -203,7 +210,7 @@ def predict(
         costs.append(price(DropperCase(shape, text_tokens, words, kept, cuts, seen)))
     # 4. Tiles of the tower, and tower states that are projected: only the kept ones, if the method reads no features.
     extra = together(costs)
-    tiles = [(len(image.patches), _side(image, shape, method)) for image in images] if method.needs_image else []
+    passes = [(len(image.patches), _side(image, shape, method)) for image in images] if method.needs_image else []
     late = not method.reads_features
     rows = [n if late and n < image.candidates else image.candidates for image, n in zip(images, kept, strict=True)]
     projected = sum(rows) if method.needs_image else 0
@@ -215,13 +222,30 @@ def predict(
     both = together([extra, choosing])
     return Cost(
         shape,
-        _vision(shape, tiles, projected)
+        _vision(shape, passes, projected)
         | {"method": extra.flops, "cache": choosing.flops}
         | language_model(shape, text_tokens, seen, logits),
         plans=tuple(policy.plan(counts) for counts in held),
         layer_mean=sum(attended for attended, _ in seen) / shape.layers,
         elements=both.elements,
     )
+
+
+def _look(shape: ModelShape, method, budget: int, image: ImageCounts, words: int, options: dict) -> MethodCost:
+    """What a method that zooms needs to rank the crops of an image; nothing where all crops are encoded anyway."""
+    if len(image.patches) == 1 or method.needs_every_crop(image.patches, budget):
+        return MethodCost()
+    case = SelectorCase(shape, image.of_tiles((0,)), words, 0, options)
+    return look_cost(case, len(image.patches) - 1, method.reads_text)
+
+
+def _encoded(
+    method, budget: int, images: Sequence[ImageCounts], tiles: Sequence[Sequence[int] | None] | None
+) -> list[ImageCounts]:
+    """Counts of the tiles of each image that a method that zooms encodes. tiles: see `predict`."""
+    # Importance that is spread evenly over an image is shared among its crops as its patches are.
+    chosen = tiles or [method.tiles(image.patches, image.patches[1:], budget) for image in images]
+    return [image if own is None else image.of_tiles(own) for image, own in zip(images, chosen, strict=True)]
 
 
 def _side(image: ImageCounts, shape: ModelShape, method) -> int:

@@ -27,7 +27,8 @@ def predicted(prepared: PreparedPrompt, images: list[ImageCounts], shape: ModelS
         # Text after an image: the slots from its start on, without its own tokens and those of later images. With
         # text_scope="turn", the method may read less of it.
         words = [length - start - sum(kept[i:]) for i, (start, _) in enumerate(spans)]
-        costs.append(predict(shape, config, [next(images) for _ in spans], text, words, kept))
+        tiles = [selection.tiles for selection in prepared.selections[row]]
+        costs.append(predict(shape, config, [next(images) for _ in spans], text, words, kept, tiles=tiles))
     return costs
 
 

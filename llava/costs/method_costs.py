@@ -108,6 +108,15 @@ def _adav(case: SelectorCase) -> MethodCost:
     return MethodCost(case.cosines_with_words(), elements | {"sort": case.image.candidates * (2 if case.words else 1)})
 
 
+def look_cost(case: SelectorCase, crops: int, reads_text: bool) -> MethodCost:
+    """Ranking of `crops` crops by the patches of tile 0 (zoom.py): their overlap times the importance of the patches.
+
+    case: of tile 0 alone. reads_text: the importance has a text score beside saliency; then the split sorts both.
+    """
+    overlap = MethodCost(product(crops, case.image.candidates, 1))
+    return together([overlap, _adav(case)]) if reads_text else overlap
+
+
 def _adav_cover(case: SelectorCase) -> MethodCost:
     """adav_cover: the cost of adav, and coverage over cosines [P, P]."""
     adav, patches = _adav(case), case.image.candidates
@@ -247,6 +256,7 @@ SELECTOR_COSTS: dict[str, Callable[[SelectorCase], MethodCost]] = {
     "prunesid": _prunesid,
     "adav": _adav,
     "adav_cover": _adav_cover,
+    "adav_zoom": _adav,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,6 +147,11 @@ class ImageCounts:
             return self
         newlines = min(1, self.newlines)  # of a picture of one tile
         return ImageCounts((smaller_side(side, budget, newlines) ** 2,), newlines)
+
+    def of_tiles(self, tiles: Sequence[int]) -> ImageCounts:
+        """Counts of some tiles of the image. A newline token ends a whole row of crops, so it is there only with all."""
+        left = [size for tile, size in enumerate(self.patches) if tile not in tiles]
+        return ImageCounts(tuple(self.patches[tile] for tile in tiles), 0 if any(left) else self.newlines)
 
     def kept(self, budget: int) -> int:
         """Vision tokens after selection under a budget K. UserError for a budget below 1."""

@@ -81,6 +81,8 @@ OPTION_RULES: dict[str, Rule] = {
     "salient_share": SHARE,
     "alpha": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
     "strength": Rule("a number of at least 0", lambda v: is_number(v) and 0 <= v < float("inf")),
+    "crops": whole(0),
+    "crop_share": SHARE,
     "positions": one_of("reindexed", "original"),
     "text_scope": one_of("after", "turn"),
     "anyres": one_of("official", "fastervlm"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava.common.transfer import to_host
-from llava.methods.before_llm import ImageTokens, Selector, TowerStates
+from llava.methods.before_llm import ImageTokens, Selection, Selector, TowerStates
 from llava.methods.before_llm.base import TokenPlaces
 from llava.methods.before_llm.downsample import smaller_side
 from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order, picture_bounds
@@ -46,6 +46,49 @@ class Layout(TokenPlaces):
 def layout_of(plan: TilePlan, side: int, tiles: int) -> Layout:
     """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles that the tower got."""
     return Layout(merge_order(plan, side, tiles), side, blank_patches(plan, side), picture_bounds(plan, tiles))
+
+
+class PartLayout(Layout):
+    """The places of the tokens of some tiles of an image. The tiles are numbered 0, 1, .. in their order.
+
+    tiles: their numbers in the image, ascending. total: tokens of the whole image
+    whole_index [n + 1]: index of each of the n tokens among all tokens of the image; the last entry is -1
+    whole_tile [t + 1]: number of each of the t tiles in the image; the last entry is -1
+    """
+
+    def __init__(self, plan: TilePlan, side: int, tiles: tuple[int, ...]):
+        order, whole, per_tile = merge_order(plan, side), layout_of(plan, side, plan.tiles), side * side
+        number = torch.full((plan.tiles,), -1)
+        number[list(tiles)] = torch.arange(len(tiles))
+        place = order.clamp(min=0)
+        own = (number[place // per_tile] * per_tile + place % per_tile).masked_fill(order == NEWLINE, NEWLINE)
+        # A newline token ends a whole row of crops, so it is there only with all of them.
+        complete = all(tile in tiles for tile, size in enumerate(whole.sizes) if size)
+        kept = torch.nonzero((number[place // per_tile] >= 0) & (complete | (order != NEWLINE))).flatten()
+        super().__init__(own[kept], side, None)
+        self.tiles, self.total = tiles, len(order)
+        self.whole_index = torch.nn.functional.pad(kept, (0, 1), value=-1)
+        self.whole_tile = torch.tensor([*tiles, -1])
+
+    def in_whole_image(self, selection: Selection) -> None:
+        """Describe a Selection among these tokens as one among all tokens of the image. Scores elsewhere are NaN."""
+        # The index -1 of merged tokens and the tile -1 of newline tokens pick the last entry, which is -1.
+        index, tile = (self.on(selection.indices.device, name) for name in ("whole_index", "whole_tile"))
+        own = selection.total
+        for name, value in selection.report.items():
+            if isinstance(value, Tensor) and value.shape == (own,):
+                selection.report[name] = value.new_full((self.total,), float("nan")).index_copy(0, index[:-1], value)
+        kept = self.whole_index.tolist()
+        selection.sources = [[kept[token] for token in group] for group in selection.sources]
+        selection.indices, selection.tile = index[selection.indices], tile[selection.tile]
+        selection.total, selection.tiles = self.total, self.tiles
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def part_layout_of(plan: TilePlan, side: int, tiles: tuple[int, ...]) -> PartLayout:
+    """Return the layout of some tiles of a tile plan, `tiles` ascending. side: patches per side of a tile."""
+    return PartLayout(plan, side, tiles)
 
 
 def tokens_in_order(
@@ -102,6 +145,12 @@ def with_newlines(features: Tensor, patches: Tensor, tokens: int, newline: Tenso
     return newlines.index_copy(0, patches.to(features.device), features)
 
 
+def outline_of(layout: Layout) -> ImageTokens:
+    """Return the tokens of a layout where only their places count: the features have no columns."""
+    blank = layout.tile.new_empty((len(layout.tile), 0))
+    return ImageTokens(blank, layout.tile, layout.tile, layout.row, layout.column)
+
+
 def tokens_kept(method: Selector, layout: Layout, budget: int) -> int:
     """Return how many tokens `method` keeps of an image under `budget`. The tile plan alone tells it.
 
@@ -117,9 +166,7 @@ def tokens_kept(method: Selector, layout: Layout, budget: int) -> int:
         return smaller_side(side, budget, newlines) ** 2 + newlines
     if not method.uses_budget:
         return total
-    # Only the places count here, so the features have no columns.
-    blank = layout.tile.new_empty((total, 0))
-    outline = ImageTokens(blank, layout.tile, layout.tile, layout.row, layout.column)
+    outline = outline_of(layout)
     kept = method.num_kept(outline, budget)
     return kept if kept < len(outline.patches) else total
 

@@ -33,6 +33,7 @@ from llava.model.decoding.layer_loop import on_one_device
 from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock
 from llava.model.encoded_images import EncodedImage
 from llava.model.image_tokens import (
+    Layout,
     layout_of,
     project_now,
     projects_late,
@@ -56,6 +57,7 @@ from llava.model.prompt_rows import (
     splice,
     words_read,
 )
+from llava.model.zoom import LlavaZoom
 
 
 class LlavaMetaModel:
@@ -69,7 +71,7 @@ class LlavaMetaModel:
             self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
 
 
-class LlavaMetaForCausalLM(LlavaGeneration):
+class LlavaMetaForCausalLM(LlavaZoom, LlavaGeneration):
     """Mixin for an LLM with a language-modelling head: images in, tokens out.
 
     adav_config     AdaVConfig of the model; without one from the builder it is the plain model
@@ -180,7 +182,8 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         # Whether all patches go through the projector depends on the number of kept ones (projects_late).
         # So does the size of an image that is made smaller.
         kept = None if method.reads_features and not method.resizes else (repr(method), config.overall_tokens)
-        return config.option("anyres"), method.needs_image, tuple(method.tower_states), kept, config.detail_share > 0
+        own = tuple(method.tower_states), method.zooms, kept, config.detail_share > 0
+        return config.option("anyres"), method.needs_image, *own
 
     def encode(self, images, image_sizes=None, config: AdaVConfig | None = None, clock=None) -> list[EncodedImage]:
         """Return the vision tokens of images in LLM order, independent of any question.
@@ -191,21 +194,37 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         config = config or self.adav_config
         words = self.get_input_embeddings().weight
         clock = clock or StageClock(words.device)
-        anyres, needs_image, wanted, _, reads_detail = self.encoding(config)
-        pixels, plans = self._plans(images, image_sizes, anyres)
-        if not pixels or not needs_image:
+        method = config.make_method()
+        pixels, plans = self._plans(images, image_sizes, config.option("anyres"))
+        if not method.needs_image:
             return [EncodedImage(plan, None) for plan in plans]
+        # Of an image that is looked at first, the other tiles are encoded in `prepare`, where the question is known.
+        looked = [i for i, tiles in enumerate(pixels) if method.zooms and len(tiles) > 1]
+        whole = [i for i in range(len(pixels)) if i not in looked]
+        own = ([values[i] for i in looked] for values in (pixels, plans))
+        found = dict(zip(looked, self.look(*own, method, config.overall_tokens, clock), strict=True))
+        own = ([values[i] for i in whole] for values in (pixels, plans))
+        found |= zip(whole, self._encode_whole(*own, config, clock), strict=True)
+        return [found[i] for i in range(len(pixels))]
+
+    def _encode_whole(
+        self, pixels: list[Tensor], plans: list[TilePlan], config: AdaVConfig, clock: StageClock
+    ) -> list[EncodedImage]:
+        """Encode all tiles of images, as `encode` returns them. pixels [T, 3, H, W] of each image."""
+        if not pixels:
+            return []
+        method = config.make_method()
         # 1. All tiles of all images through the tower as one batch; of images that are made smaller, one batch per size.
         totals: list[int | None] = [None] * len(pixels)
-        if config.make_method().resizes:
+        if method.resizes:
             pixels, totals = self._made_smaller(pixels, plans, config.overall_tokens)
         details = [None] * len(pixels)
-        if reads_detail:
+        if config.detail_share:
             pixels, details = self._detail(pixels, plans)
         towers: list = [None] * len(pixels)
         for size in dict.fromkeys(one.shape[-1] for one in pixels):
             of_size = [i for i, one in enumerate(pixels) if one.shape[-1] == size]
-            found = self.encode_images([pixels[i] for i in of_size], clock, wanted, project=False)
+            found = self.encode_images([pixels[i] for i in of_size], clock, method.tower_states, project=False)
             for i, one in zip(of_size, found, strict=True):
                 towers[i] = one
         # 2. The tokens of each image in LLM order.
@@ -215,7 +234,6 @@ class LlavaMetaForCausalLM(LlavaGeneration):
                 for plan, (features, saliency, tower), detail in zip(plans, towers, details, strict=True)
             ]
             # A choice that does not read features can come first; then only kept tokens go through the projector.
-            method = config.make_method()
             now = [i for i, one in enumerate(tokens) if not projects_late(method, one, config.overall_tokens)]
         # 3. The patches of all other images through the projector, in one call.
         with clock.stage("projector"):
@@ -302,6 +320,19 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         projected: False for states of the tower, [T, P, W]. Tokens that are read then go through the projector.
         """
         layout = layout_of(plan, math.isqrt(features.shape[1]), len(features))
+        return self.tokens_of_layout(features, saliency, layout, key, tower, projected, detail)
+
+    def tokens_of_layout(
+        self,
+        features: Tensor,
+        saliency: Tensor,
+        layout: Layout,
+        key: int = 0,
+        tower: TowerStates | None = None,
+        projected: bool = True,
+        detail: Tensor | None = None,
+    ) -> ImageTokens:
+        """As `image_tokens`, for the tiles of a layout."""
         image = tokens_in_order(features, saliency, layout, self._project_to_llm, key, tower, detail)
         if not projected:
             return image
@@ -315,12 +346,16 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         places = image_places(ids)
         return Row(ids, labels, places, [question_of(ids, place, scope, self.turn_markers, labels) for place in places])
 
+    def _texts(self, rows: list[Row], words: Tensor, method) -> list[Tensor]:
+        """Return what a method reads of each image's question [m, D], in reading order. words: as `embed` gives them."""
+        if method.words is not None and self.word_ids is not None:
+            return self._embedded_words(rows, words.device, method)
+        return question_embeddings(rows, words)
+
     def _select(
-        self, rows: list[Row], words: Tensor, encoded: list[EncodedImage], config: AdaVConfig, method
+        self, rows: list[Row], texts: list[Tensor], encoded: list[EncodedImage], config: AdaVConfig, method
     ) -> list[Selection]:
-        """Return the Selection of every image of a batch, in reading order. words: embeddings of all ids (embed)."""
-        if encoded and not method.needs_image:
-            return [_no_tokens(words) for _ in encoded]
+        """Return the Selection of every image of a batch, in reading order. texts: of each of them (_texts)."""
         text_tower = method.text_tower if "text_cosine" in method.tower_states else None
         asked = [(row.ids, nth, question) for row in rows for nth, question in enumerate(row.questions)]
         images = []
@@ -335,14 +370,12 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
         # A dropper removes tokens inside the LLM, so every token enters it.
         name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
-        if method.words is not None and self.word_ids is not None:
-            texts = self._embedded_words(rows, words.device, method)
-        else:
-            texts = question_embeddings(rows, words)
         selections = select_all(name, images, texts, config.overall_tokens, config.detail_share, **own)
         for one, selection in zip(encoded, selections, strict=True):
             if one.total is not None:
                 _describe_smaller(selection, one.total, self.get_vision_tower().num_patches_per_side)
+            if one.part is not None:
+                one.part.in_whole_image(selection)
         return selections
 
     def _embedded_words(self, rows: list[Row], device: torch.device, method) -> list[Tensor]:
@@ -401,7 +434,14 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         with clock.stage("splice"):
             words = embed(rows, embedding, device)
         with clock.stage("selection"):
-            kept = iter(self._select(rows, words, encoded, config, method))
+            texts = self._texts(rows, words, method)
+        if method.zooms:
+            encoded = self.zoom(encoded, texts, method, config.overall_tokens, clock)
+        with clock.stage("selection"):
+            if method.needs_image:
+                kept = iter(self._select(rows, texts, encoded, config, method))
+            else:
+                kept = iter([_no_tokens(words) for _ in encoded])
             for row in rows:
                 row.selections = [next(kept) for _ in row.places]
         # 4. The batch, and the settings of the LLM for it: dropping and the KV cache.

@@ -136,7 +136,9 @@ def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selecti
 
     # 1. The place of each token and the shares of the budget, from the plan and the report.
     if not has_scores(selection):
-        raise UserError("the selection's report has no scores to draw; allowed are selections of adav and adav_cover")
+        raise UserError(
+            "the selection's report has no scores to draw; allowed are selections of adav, adav_cover and adav_zoom"
+        )
     report, tokens = selection.report, merge_order(plan, side).tolist()
     places = [(-1, -1, -1) if at == NEWLINE else (at // side**2, at % side**2 // side, at % side) for at in tokens]
     k_text, k_saliency = report["k_text"], report["k_saliency"]
@@ -147,13 +149,16 @@ def score_maps(image: Image.Image, plan: TilePlan, side: int, selection: Selecti
         ("text_score", "Closeness to the question", k_text, (0, share), TEXT_COLOR),
         ("saliency_score", "Saliency ([CLS] attention)", k_saliency, (share, 1), SALIENCY_COLOR),
     ):
-        # Newline tokens have no saliency (NaN). They are not drawn, but NaN would spoil the maximum.
-        scores = np.nan_to_num(np.array(report[name].tolist()), nan=0.0)
+        # Newline tokens and crops that were not encoded have no score: NaN, which would spoil the maximum.
+        found = np.array(report[name].tolist())
+        scores = np.nan_to_num(found, nan=0.0)
         if len(scores) != len(places):
             raise UserError(f"the selection has {len(scores)} scores, but this image {len(places)} tokens")
         largest = float(scores.max(initial=0))
         # Square root: a softmax gives most patches about a hundredth of the maximum. Without the root all are black.
         levels = np.sqrt(scores.clip(0) / largest) if largest > 0 else np.zeros(len(scores))
+        if selection.tiles is not None:
+            levels[np.isnan(found)] = np.nan
         views = view_block(heat_views(image, plan, side, places, levels, places_of(selection)), ROOM)
         width = max(PANEL, views.width)
         maps.append(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
     from llava.methods.before_llm import Selection
@@ -112,9 +112,10 @@ def kept_views(
 ) -> list[tuple[str, Image.Image]]:
     """(label, picture) per view: kept patches are bright and outlined, dropped ones dark, padding is hatched.
 
-    The outline of patches that are kept for their fine detail has another colour.
+    The outline of patches that are kept for their fine detail has another colour. Crops that were not encoded are crossed
+    out, and the label counts the others.
     """
-    return kept_at(image, plan, side, left_of(selection), scale, detailed(selection))
+    return kept_at(image, plan, side, left_of(selection), scale, detailed(selection), selection.tiles)
 
 
 def kept_at(
@@ -124,13 +125,34 @@ def kept_at(
     places: Sequence[Place],
     scale: float = 1,
     detail: Sequence[Place] = (),
+    tiles: Sequence[int] | None = None,
 ) -> list[tuple[str, Image.Image]]:
-    """kept_views with the patches at `places` as the kept ones, and those at `detail` as kept for their detail."""
+    """kept_views with the patches at `places` as the kept ones, and those at `detail` as kept for their detail.
+
+    tiles: those that were encoded; None: all of them.
+    """
     drawn = []
     for view in views_of(plan, side):
+        pixels, cell = _canvas(image, view, scale)
         kept, fine = (on_view(view, side, own, np.ones(len(own), bool), False) for own in (places, detail))
-        drawn.append((view.label, _kept(*_canvas(image, view, scale), kept, fine)))
+        picture = _kept(pixels, cell, kept, fine)
+        label, crops = view.label, range(view.first, view.first + (view.rows // side) * (view.columns // side))
+        missing = [] if tiles is None else [tile for tile in crops if tile not in tiles]
+        if missing:
+            label = f"{label}, {len(crops) - len(missing)} of them encoded"
+            _cross_out(picture, [view.at((tile, 0, 0), side) for tile in missing], side, cell)
+        drawn.append((label, picture))
     return drawn
+
+
+def _cross_out(picture: Image.Image, corners: Sequence[tuple[int, int]], side: int, cell: int) -> None:
+    """Draw both diagonals of tiles. corners: (row, column) of the first patch of each tile."""
+    # One pixel inside of the tile, because a line of two pixels reaches beyond its ends.
+    draw, length = ImageDraw.Draw(picture), side * cell - 3
+    for row, column in corners:
+        top, left = row * cell + 1, column * cell + 1
+        draw.line((left, top, left + length, top + length), PADDING, 2)
+        draw.line((left, top + length, left + length, top), PADDING, 2)
 
 
 def heat_views(

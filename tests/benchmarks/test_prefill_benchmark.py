@@ -21,13 +21,14 @@ METHODS = ["none", *(name for name in SELECTORS if SELECTORS[name].uses_budget),
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 def test_every_method_has_its_row(tmp_path, capsys):
     output = tmp_path / "results" / "prefill.csv"
-    flags = ["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--repeats", "1"]
+    flags = ["--preset", "tiny", "--device", "cpu", "--shares", "0.05", "0.5", "--crops", "1", "3", "--repeats", "1"]
     prefill.main([*flags, "--output", str(output)])
     rows = list(csv.DictReader(output.open()))
     names = METHODS[1:]
+    lines = {name: [f"{name} crops={n}" for n in (1, 3)] if name == "adav_zoom" else [name] for name in names}
     assert [(row["method"], row["overall_tokens"]) for row in rows] == [
         ("none", "all"),
-        *((name, tokens) for name in names for tokens in ("4", "40")),  # of 5 x 16 tokens
+        *((own, tokens) for name in names for tokens in ("4", "40") for own in lines[name]),  # of 5 x 16 tokens
     ]
     plain, *others = rows
     assert plain["prefill_of_none"] == plain["gflops_of_none"] == "1.0" and plain["layer_mean_tokens"] == "80.0"
@@ -66,13 +67,14 @@ def test_graphs_are_captured_before_times_count(monkeypatch):
     monkeypatch.setattr(prefill.Bench, "prefill", lambda *args: before.append(len(captured)) or once(*args))
     bench, saved = prefill.Bench(PRESETS["tiny"], "cpu", torch.float32, seed=0), []
     assert bench.engine.graphs
-    assert not prefill.run(bench, METHODS, [0.05, 0.5], repeats=1, save=saved.extend)
+    assert not prefill.run(bench, METHODS, [0.05, 0.5], repeats=1, save=saved.extend, crops=[2])
     assert len(saved) == 1 + 2 * (len(METHODS) - 1) and len(before) == len(saved) * (prefill.WARM_UPS + 1)
     # No capture after the second repetition, so that the third one allocates all memory that captures released.
     assert before[2 * len(saved)] == len(captured)
-    # Of the tower, one graph for each set of its states. Prompts of 12 words with 4, 40 and 80 vision tokens are padded
-    # to 64, 64 and 128 tokens.
-    assert len(captured) == len({(), *(SELECTORS[name]().tower_states for name in METHODS if name in SELECTORS)}) + 2
+    # Of the tower, one graph for each set of its states, and two more for one and for two tiles (adav_zoom). Prompts of 12
+    # words with 4, 40 and 80 vision tokens are padded to 64, 64 and 128 tokens.
+    states = {(), *(SELECTORS[name]().tower_states for name in METHODS if name in SELECTORS)}
+    assert len(captured) == len(states) + 2 + 2
 
 
 def test_wrong_output_gets_no_time(monkeypatch):
@@ -125,6 +127,7 @@ def test_bad_arguments(capsys):
         (["--methods", "no_image"], '--methods names "no_image", allowed are none, random'),
         (["--shares", "1.5"], "--shares are numbers between 0 and 1"),
         (["--repeats", "0"], "--repeats is at least 1"),
+        (["--crops", "2", "-1"], "--crops has -1, allowed are whole numbers of at least 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             prefill.main(["--preset", "tiny", "--device", "cpu", *arguments])

@@ -10,6 +10,7 @@ from llava.common.files import REPOSITORY
 
 NAMES = (
     "adav_cover_strength",
+    "adav_zoom_crops",
     "cache_policies",
     "decode_kernel",
     "end_to_end",

@@ -203,6 +203,56 @@ def test_both_stages_of_apet_agree_with_torchs_counter(model):
     assert cost.parts["method"] > first.parts["method"] and cost.parts["mlp"] < first.parts["mlp"]
 
 
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("adav_zoom", {"crops": 0}),
+        ("adav_zoom", {"crops": 1}),
+        ("adav_zoom", {"crop_share": 0.3}),
+        ("fastervlm", {"crops": 1}),
+        ("visionzip", {"crops": 1}),
+    ],
+    ids=str,
+)
+def test_crops_that_are_not_encoded_cost_nothing(model, method, options):
+    """Counted after the fact from the tiles that were encoded, and before it where the number of crops is known."""
+    # Fewer tokens than tile 0 has patches: otherwise the budget would ask for further crops.
+    config = AdaVConfig(method=method, overall_tokens=BUDGET // 5, options=options)
+    batch, images, prepared = inputs(model, ROWS[1:2], SIZES[1:]), counts(model, SIZES[1:]), []
+    shape = ModelShape.from_config(model.config)
+
+    def run():
+        prepared.append(model.prepare(**batch, config=config))
+        model.generate(prepared=prepared[0], max_new_tokens=1, do_sample=False)
+
+    (measured,) = counted(model, run)
+    (cost,) = predicted(prepared[0], images, shape, config)
+    agrees(measured, cost, 0.0)
+    before = predict(shape, config, images, text_tokens=5, words=[4, 3])
+    whole = predict(shape, AdaVConfig(method="none"), images, text_tokens=5, words=[4, 3])
+    tiles = [len(selection.tiles) for selection in prepared[0].selections[0]]
+    assert cost.parts["vision_tower"] / sum(tiles) == whole.parts["vision_tower"] / sum(len(i.patches) for i in images)
+    if "crops" in options:
+        assert tiles == [1 + options["crops"]] * 2 and before.parts["vision_tower"] == cost.parts["vision_tower"]
+        assert abs(before.total - cost.total) <= 0.02 * cost.total
+
+
+def test_crops_by_hand():
+    # Tiles of 4, 4, 2 and 4 patches and three newline tokens. With one crop, the largest one comes first.
+    image = ImageCounts((4, 4, 2, 4), 3)
+    assert image.of_tiles((0, 2)) == ImageCounts((4, 2), 0) and image.of_tiles((0, 1, 2, 3)) == image
+    config = AdaVConfig(method="adav_zoom", overall_tokens=3, options={"crops": 1})
+    cost = predict(HAND, config, [image], text_tokens=5, words=[3])
+    assert cost.parts["vision_tower"] == vision(HAND, 2, 0)["vision_tower"]
+    assert cost.parts["projector"] == HAND.projected(8) and cost.layer_mean == 3
+    # The ranking: 3 crops x 4 patches, and the cosines of 3 words and 4 patches of width 4. The choice: 8 patches.
+    assert cost.parts["method"] == 2 * 3 * 4 + 2 * 3 * 4 * 4 + 2 * 3 * 4 * 8
+    # Nine tokens need a third tile. A budget of all patches encodes all tiles, and ranks and chooses nothing.
+    more, every = (predict(HAND, config.replaced(overall_tokens=k), [image], 5, [3]) for k in (9, 14))
+    assert more.parts["vision_tower"] == vision(HAND, 3, 0)["vision_tower"]
+    assert every == predict(HAND, AdaVConfig(method="none"), [image], 5, [3])
+
+
 @pytest.mark.filterwarnings("ignore:no FitPrune table was fitted")
 @pytest.mark.parametrize("method", DROPPERS)
 def test_dropping_from_two_images_agrees_with_torchs_counter(model, method):

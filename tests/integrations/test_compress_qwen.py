@@ -521,6 +521,7 @@ REFUSED = {
     "scope": (dict(method="scope"), r"hidden .*\[CLS\]"),
     "hiprune": (dict(method="hiprune"), r"received .*\[CLS\]"),
     "downsample": (dict(method="downsample"), "max_pixels"),
+    "adav_zoom": (dict(method="adav_zoom"), "encodes only some crops"),
     "mmtok": (dict(method="mmtok"), r"hidden .*\[CLS\]"),
     "text tower": (dict(method="cdpruner", options={"text_tower": "x"}), "text_cosine"),
     "compat": (dict(options={"compat": "public"}), "options.compat"),

@@ -94,6 +94,10 @@ BAD = [
     ({"options": {"dominant": 54, "contextual": 10.0}}, ["options.contextual", "10.0", "whole number"]),
     ({"options": {"dominant": 54}}, ["options.dominant", "options.contextual", "together"]),
     ({"options": {"contextual": 10}}, ["options.dominant", "options.contextual", "together"]),
+    ({"options": {"crops": -1}}, ["options.crops", "-1", "at least 0"]),
+    ({"options": {"crops": 1.5}}, ["options.crops", "1.5", "whole number"]),
+    ({"options": {"crop_share": 1.2}}, ["options.crop_share", "1.2", "0 to 1"]),
+    ({"options": {"crops": 1, "crop_share": 0.5}}, ["options.crops", "options.crop_share", "one of them"]),
     ({"options": {"relevance": "cosine"}}, ["options.relevance", "cosine", "clip", "embeddings"]),
     ({"options": {"relevance": "clip"}}, ["options.relevance", "options.text_tower"]),
     ({"options": {"text_tower": " "}}, ["options.text_tower", "CLIP"]),
@@ -178,6 +182,7 @@ def test_command_prints_the_configuration_and_imports_no_torch(tmp_path):
     [
         ({"options": {"min_shre": 0.2}}, 0, ["warning: options.min_shre is set", '"adav" does not use it']),
         ({"method": "visionzip", "options": {"positions": "original"}}, 2, ["error:", "makes tokens"]),
+        ({"method": "adav_zoom", "options": {"detail_share": 0.1}}, 2, ["error:", "leaves crops unencoded"]),
         (
             {"method": "prunesid", "options": {"positions": "original", "compat": "public"}},
             2,

@@ -128,6 +128,7 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
     prompts = Prompts.random(PRESETS["tiny"], model.config, model.lm_head.weight, batch, seed=batch)
     config = AdaVConfig(method=method, overall_tokens=tokens, options=options)
     image_tokens.layout_of.cache_clear()
+    image_tokens.part_layout_of.cache_clear()
     monkeypatch.setattr(Coverage, "all_rows", True)  # as on a GPU
     with torch.inference_mode(), counted(model, monkeypatch) as waits:
         waits.mark(prompts.ids, "host")
@@ -136,8 +137,10 @@ def waits_of(model, monkeypatch, method, batch, tokens=12, **options):
 
 
 # PruneSID also waits inside torch.linalg.eigh, once per image on a GPU, which a CPU does not show.
-# One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover.
-ALLOWED = dict.fromkeys(SELECTORS, 0) | {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2}
+# One wait for what both lists hold, or for what VisionZip and ApET merged; two for the fill and the report of adav_cover,
+# and two of adav_zoom: the importance of all crops, and AdaV's one.
+ALLOWED = dict.fromkeys(SELECTORS, 0)
+ALLOWED |= {"adav": 1, "mix": 1, "visionzip": 1, "apet": 1, "adav_cover": 2, "adav_zoom": 2}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
@@ -153,6 +156,13 @@ def test_one_more_wait_for_patches_with_detail(model, monkeypatch, method, batch
     # 60 tokens: VisionZip still merges some with what is left of them.
     waits = waits_of(model, monkeypatch, method, batch, tokens=60, detail_share=0.3)
     assert waits == ["to_host"] * (ALLOWED[method] + 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("method, waits", [("fastervlm", 1), ("visionzip", 2)])
+def test_crops_are_ranked_in_one_wait(model, monkeypatch, method, waits, batch):
+    found = waits_of(model, monkeypatch, method, batch, tokens=40, crops=2)
+    assert found == ["to_host"] * waits
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -111,6 +111,20 @@ def test_one_kept_patch_is_the_only_bright_one(grid, anyres):
         assert all(len(other) == 0 for other in shown), "tile 0 and the crops are not mixed up"
 
 
+def test_crops_that_were_not_encoded_are_crossed_out():
+    image, plan = make_case((2, 2))
+    selection = selection_of([(0, 1, 1), (2, 3, 3)])
+    (_, thumbnail), (label, plain) = kept_views(image, plan, SIDE, selection)
+    assert label == "2 x 2 crops"
+    selection.tiles = (0, 2, 3)
+    (_, same), (label, crossed) = kept_views(image, plan, SIDE, selection)
+    assert label == "2 x 2 crops, 2 of them encoded" and np.array_equal(same, thumbnail)
+    changed = (np.asarray(plain) != np.asarray(crossed)).any(-1)
+    height, width = (length // 2 for length in changed.shape)
+    corners = [changed[:height, :width], changed[:height, width:], changed[height:, :width], changed[height:, width:]]
+    assert [corner.any() for corner in corners] == [True, False, False, True], "crops 1 and 4 in raster order"
+
+
 @pytest.mark.parametrize("anyres", ["official", "fastervlm"])
 @pytest.mark.parametrize("grid", SIZES, ids=str)
 def test_many_kept_patches(grid, anyres):

@@ -122,6 +122,11 @@ class FamilyCompression(Compression):
                 f'method "{name}" makes the image smaller before a CLIP tower, which {family} does not have; its processor has '
                 "max_pixels for that"
             )
+        if getattr(method, "zooms", False):
+            raise UserError(
+                f'method "{name}" encodes only some crops of an image, but {family} encodes all of it at once; allowed are '
+                "methods over all tokens, such as adav"
+            )
         needed = method.tower_states
         if needed:
             raise UserError(

@@ -81,6 +81,11 @@ def check(config: AdaVConfig) -> None:
             f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
             "smaller image"
         )
+    if getattr(config.make_method(), "zooms", False):
+        raise UserError(
+            f'method "{config.method}" encodes only some crops of an image, but in vLLM the tower takes '
+            "all of its tiles before the question is known; allowed are methods over all tiles, such as adav"
+        )
     if config.make_dropper() is not None:
         beside = '"prefill_filter_flag"' if config.prefill_filter_flag else '"options.second_stage"'
         setting = f'method "{config.method}"' if config.method in dropper_names() else beside

@@ -45,6 +45,7 @@ _CLASSES = {
     "prunesid": "prunesid:PruneSID",
     "adav": "adav:AdaV",
     "adav_cover": "adav_cover:AdaVCover",
+    "adav_zoom": "adav_zoom:AdaVZoom",
 }
 
 

@@ -219,6 +219,7 @@ class Selection:
     report    dict    details of the method's choice (AdaV: k_text, k_saliency, both scores); with options.detail_share,
                       "detail": bool [K], True for patches that are kept for their detail
     sources   list    for each -1 in `indices`, in order: the indices that were merged into it; empty for a [CLS] token
+    tiles     tuple   numbers of the tiles that were encoded, ascending, where the method zooms; None: all tiles
     """
 
     indices: Tensor
@@ -230,6 +231,7 @@ class Selection:
     total: int = 0
     report: dict = field(default_factory=dict)
     sources: list = field(default_factory=list)
+    tiles: tuple[int, ...] | None = None
 
 
 class Selector(ABC):
@@ -244,6 +246,7 @@ class Selector(ABC):
     reads_text = True  # False: `keep` does not read the question, so questions about an image share its kept tokens
     reads_key = False  # True: `keep` reads ImageTokens.key
     resizes = False  # True: the image is made smaller before the tower; `keep` gets what it has then
+    zooms = False  # True: only some crops of the image are encoded (zoom.py); `keep` gets the tokens of those tiles
     # True: some tokens (index -1) are no patch, so they have no original position. Where an option decides, the instance
     # has the attribute.
     makes_tokens = False

@@ -4,18 +4,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
+from llava.methods.before_llm.base import ImageTokens, Selection, take
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.tiles import first_picks, members_of_tiles, split_evenly
+from llava.methods.before_llm.zoom import Zoom
 from llava.methods.ranking import lowest_index_topk
 
 
 @dataclass
-class FasterVLM(Selector):
+class FasterVLM(Zoom):
     """Top patches of each tile by [CLS] saliency. The question is not read.
 
     As for all methods here, the budget is per image. It is split evenly over the tiles. In the published code the
     budget is per tile.
+
+    crops, crop_share  encode only the most salient crops, see Zoom; by default all of them, as in the published code
     """
 
     reads_features = False

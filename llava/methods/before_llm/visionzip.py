@@ -11,10 +11,11 @@ from torch import Tensor
 
 from llava.common.errors import UserError
 from llava.common.transfer import to_device, to_host
-from llava.methods.before_llm.base import ImageTokens, Selection, Selector
+from llava.methods.before_llm.base import ImageTokens, Selection
 from llava.methods.before_llm.scores import patch_saliency
 from llava.methods.before_llm.similarity import unit_rows
 from llava.methods.before_llm.tiles import members_of_tiles, split_evenly
+from llava.methods.before_llm.zoom import Zoom
 from llava.methods.ranking import lowest_index_topk
 
 PUBLISHED = (54, 10)  # published counts per tile: dominant tokens, [CLS] included, and contextual tokens
@@ -39,7 +40,7 @@ def merge_alike(hidden: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 @dataclass
-class VisionZip(Selector):
+class VisionZip(Zoom):
     """Keeps "dominant" and "contextual" tokens of each tile. The question is not read.
 
     Dominant tokens are [CLS] and the patches that it attends to most. Contextual tokens are the other patches, merged
@@ -56,6 +57,7 @@ class VisionZip(Selector):
     dominant, contextual  published counts per tile, both or neither. The budget is then (dominant + contextual) x
                           tiles, and the requested one is ignored. By default they are 54 and 10, only their ratio
                           counts, and the requested budget is kept.
+    crops, crop_share     encode only the most salient crops, see Zoom; by default all of them
     """
 
     reads_features = False

@@ -77,6 +77,7 @@ class Dropper(ABC):
     needs_image: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
     resizes: ClassVar[bool] = False
+    zooms: ClassVar[bool] = False
     tower_states: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[None] = None  # droppers read the tokens of the prompt, see Selector.words
     reads_features: ClassVar[bool] = True  # every token enters the LLM, so all of them go through the projector

@@ -37,7 +37,7 @@ from llava.model.export import load_and_save  # noqa: E402
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[3]
-METHODS = sorted(set(SELECTORS) - {"no_image", "downsample"})  # these are refused
+METHODS = sorted(set(SELECTORS) - {"no_image", "downsample", "adav_zoom"})  # these are refused
 NEW = 12  # tokens per answer
 COMMON = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
 

@@ -19,7 +19,7 @@ from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-REFUSED = {"no_image", "downsample"}
+REFUSED = {"no_image", "downsample", "adav_zoom"}
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -52,6 +52,8 @@ def test_a_server_may_name_a_file(tmp_path):
         ({"method": "best"}, "allowed is one of"),
         ({"method": "no_image"}, "needs one per image"),
         ({"method": "downsample"}, "makes the image smaller before the tower"),
+        ({"method": "adav_zoom"}, "encodes only some crops"),
+        ({"method": "fastervlm", "options": {"crops": 2}}, "encodes only some crops"),
         ({"method": "fastv"}, "drops tokens inside the LLM"),
         ({"vision_adaptive_attention": True}, "the KV cache of all layers"),
         ({"text_pruning_flag": True}, "the KV cache of all layers"),
