@@ -23,7 +23,6 @@ from llava.common.command_line import Parser, add_checkpoint_flags, existing_fol
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
-from llava.common.machine import cores
 from llava.common.rounding import floor_share
 from llava.config import AdaVConfig, add_plugin_flag
 from llava.conversation import get_conversation
@@ -132,13 +131,17 @@ class Comparison:
         return run
 
     def measure(
-        self, chosen: list[str], budgets: list[float], seeds: int, shards: int, devices: list[str], fresh: bool
+        self, chosen: list[str], budgets: list[float], seeds: int, devices: list[str], args: argparse.Namespace
     ) -> list[dict]:
-        """Answer the missing questions; return the rows of this checkpoint for compare.csv."""
+        """Answer the missing questions; return the rows of this checkpoint for compare.csv.
+
+        args: the command line, of which shards, threads and fresh are read.
+        """
 
         def answer(wanted: list[Cell], title: str) -> tuple[dict[Cell, Run], dict[Cell, dict]]:
             runs = {cell: self.run(cell) for cell in wanted}
-            reports = evaluate_runs(list(runs.values()), shards, devices, self.batch, fresh, title)
+            listed = list(runs.values())
+            reports = evaluate_runs(listed, args.shards, devices, self.batch, args.fresh, title, threads=args.threads)
             return runs, dict(zip(runs, reports, strict=True))
 
         # 1. `none` first: its vision tokens turn percentages into numbers of tokens.
@@ -166,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=positive,
         help=f"questions per checkpoint (default: {ONE_TILE.questions} for one tile, {SEVERAL_TILES.questions} for several)",
     )
-    parser.add_argument("--shards", type=positive, help="processes (default: one per device or, on the CPU, per core)")
+    parser.add_argument("--shards", type=positive, help="processes (default: as llava.eval.launch)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where results go (default: playground/compare/)")
     parser.add_argument("--fresh", action="store_true", help="forget what these very runs have answered already")
@@ -252,7 +255,6 @@ def compare_files(args: argparse.Namespace) -> str:
 def compare(args: argparse.Namespace) -> None:
     """Measure all checkpoints and write compare.csv."""
     devices = device_groups()
-    shards = args.shards or len(devices) or cores()
     checkpoints = [find_checkpoint(name) for name in args.checkpoints]
     _refuse_same_name(checkpoints)
     with as_user_error_on_write(args.out):
@@ -261,7 +263,7 @@ def compare(args: argparse.Namespace) -> None:
     comparisons = [Comparison(c, model_base, args, "cuda" if devices else "cpu") for c in checkpoints]
     rows: list[dict] = []
     for comparison in comparisons:
-        rows += comparison.measure(args.methods, args.budgets, args.seeds, shards, devices, args.fresh)
+        rows += comparison.measure(args.methods, args.budgets, args.seeds, devices, args)
         # Written after each checkpoint, so that an interruption keeps the finished ones.
         write_rows(rows, args.out / "compare.csv")
 

@@ -296,5 +296,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
     run = FileRun(args.answers_file, benchmark, config, checkpoint, generation, model_base)
     # 3. Answer, and write the answers file.
     title = f"{args.question_file.name} {config.method}"
-    evaluate_or_exit([run], max(1, len(devices)), devices, args.batch_size, args.fresh, title)
+    # One process on a CPU: users of LLaVA's commands start several of them, with --num-chunks.
+    shards = max(1, len(devices))
+    evaluate_or_exit([run], shards, devices, args.batch_size, args.fresh, title, threads=args.threads)
     print(f"{len(run.samples)} answers in {args.answers_file}")
