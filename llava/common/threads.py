@@ -19,6 +19,11 @@ _PROCESS_BYTES = 1 << 30
 _WEIGHT_BYTES = 4  # of a parameter: float32 is the default on a CPU
 
 
+def is_small(parameters: int | None) -> bool:
+    """Return whether a model of so many parameters, None if they are unknown, runs on one thread."""
+    return parameters is not None and parameters <= SMALL_MODEL
+
+
 def threads_for(parameters: int | None, asked: int | None = None) -> int | None:
     """Return the threads of a process that runs a model on a CPU; None where torch's own choice is best.
 
@@ -29,14 +34,14 @@ def threads_for(parameters: int | None, asked: int | None = None) -> int | None:
     named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked is None and named.isascii() and named.isdigit() and int(named):
         return int(named)
-    if asked is None and parameters is not None and parameters <= SMALL_MODEL:
+    if asked is None and is_small(parameters):
         return 1
     return asked
 
 
 def processes_for(parameters: int | None) -> int:
     """Return the processes that an evaluation on a CPU uses: one per core for a small model, as far as memory allows."""
-    if parameters is None or parameters > SMALL_MODEL:
+    if not is_small(parameters):
         return 1
     free = available_memory()
     most = cores() if free is None else free // (_PROCESS_BYTES + _WEIGHT_BYTES * parameters)

@@ -31,7 +31,7 @@ from llava.eval.benchmarks.own_data import NAME, OwnData, add_own_data_flags, re
 from llava.eval.results.compare_rows import Cell, rows_of
 from llava.eval.results.compare_table import caveat, markdown, read_rows, write_rows
 from llava.eval.runs.evaluate import evaluate_runs
-from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 from llava.methods.index import method_names
@@ -47,10 +47,10 @@ _KEPT = "what is answered is kept; the same command continues from there"
 
 @dataclass(frozen=True)
 class Workload:
-    """The default number of questions (None: all of them), and the samples per batch."""
+    """The default number of questions (None: all of them), and of samples per batch (None: that of the launcher)."""
 
     questions: int | None
-    batch: int
+    batch: int | None
 
 
 # With these numbers, a whole comparison takes less than an hour on two cores.
@@ -110,7 +110,7 @@ class Comparison:
         self.checkpoint, self.model_base, self.output = checkpoint, model_base, args.output
         self.benchmark = _benchmark(args, checkpoint)
         own = args.benchmark == NAME
-        self.load = Workload(None, BATCH_SIZE) if own else SEVERAL_TILES if checkpoint.anyres else ONE_TILE
+        self.load = Workload(None, None) if own else SEVERAL_TILES if checkpoint.anyres else ONE_TILE
         self.limit = args.limit or self.load.questions
         self.batch = args.batch_size or self.load.batch
         longest = args.max_new_tokens or self.benchmark.max_new_tokens
@@ -174,7 +174,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=FOLDER, help="where results go (default: playground/compare/)")
     parser.add_argument("--fresh", action="store_true", help="forget what these very runs have answered already")
     parser.add_argument("--plot-only", action="store_true", help="table and plot from the compare.csv that is there")
-    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default with {NAME}: {BATCH_SIZE})")
+    parser.add_argument(
+        "--batch-size", type=positive, help=f"samples per batch (default with {NAME}: {BATCH_SIZE_HELP})"
+    )
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--data-root", type=existing_folder, help="of the benchmark of two answer files")
     parser.add_argument("--split", help="of the benchmark of two answer files, or of a folder of the datasets library")

@@ -31,7 +31,7 @@ from llava.eval.runs.describe import describe_plan, describe_run
 from llava.eval.runs.engines import ENGINES, RunEngine, worker_python
 from llava.eval.runs.evaluate import evaluate_or_exit, follow_rank_zero
 from llava.eval.runs.machines import Ranks
-from llava.eval.runs.run import BATCH_SIZES, DATA_ROOT, FAMILIES, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, DATA_ROOT, FAMILIES, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
 
@@ -72,8 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=env.get("GPUS_PER_MODEL", "1"),
         help="devices per shard, with vllm its tensor parallelism (default: $GPUS_PER_MODEL, else 1)",
     )
-    defaults = ", ".join(f"{size} with {name}" for name, size in BATCH_SIZES.items())
-    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {defaults})")
+    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {BATCH_SIZE_HELP})")
     # 2. Questions and answers.
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--split", help="of the benchmark (default: its first)")
@@ -198,9 +197,8 @@ def run_as_rank_zero(
             told = f"{run.benchmark.name}: {len(run.samples):,} questions; {run.benchmark.duration}; --limit N asks the first N"
             print(told, file=sys.stderr, flush=True)
     title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
-    batch_size = args.batch_size or BATCH_SIZES[args.engine]
     reports = evaluate_or_exit(
-        runs, shards, devices, batch_size, args.fresh, title, args.partial, ranks, threads=args.threads
+        runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks, threads=args.threads
     )
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))

@@ -31,7 +31,7 @@ from llava.eval.prepare import prepare
 from llava.eval.results.published_table import FORMATS, collect, render
 from llava.eval.results.reproduction import FAMILIES, Needed, configurations, describe, needs
 from llava.eval.runs.evaluate import evaluate_or_exit
-from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
 from llava.methods.index import method_names
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, default=os.environ.get("DATA_ROOT") or DATA_ROOT, help="$DATA_ROOT")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     parser.add_argument("--out", type=Path, help="where results go (default: playground/reproduce/<family>)")
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch ({BATCH_SIZE})")
+    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {BATCH_SIZE_HELP})")
     parser.add_argument("--shards", type=positive, help="processes (default: as llava.eval.launch)")
     add_threads_flag(parser)
     parser.add_argument("--dtype", default="auto", choices=DTYPES)

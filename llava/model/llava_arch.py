@@ -306,8 +306,13 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             return [_no_tokens(words) for _ in encoded]
         text_tower = method.text_tower if "text_cosine" in method.tower_states else None
         asked = [(row.ids, nth, question) for row in rows for nth, question in enumerate(row.questions)]
+        dropping = config.method in dropper_names()
+        # Where the choice reads nothing of the question, questions about one image share it.
+        alike = dropping or not (method.reads_text or method.reads_key)
+        first = {id(one) if alike else n: n for n, one in reversed(list(enumerate(encoded)))}
         images = []
-        for one, (ids, nth, question) in zip(encoded, asked, strict=True):
+        for n in first.values():
+            one, (ids, nth, question) = encoded[n], asked[n]
             tower = one.tokens.tower
             if text_tower is not None:
                 judged = self.text_tower(text_tower).cosine(
@@ -317,12 +322,18 @@ class LlavaMetaForCausalLM(LlavaGeneration):
             # A copy: questions may share the encoded image, but its key and text_cosine belong to this question.
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
         # A dropper removes tokens inside the LLM, so every token enters it.
-        name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
+        name, own = ("none", {}) if dropping else (config.method, config.method_options)
         if method.words is not None and self.word_ids is not None:
             texts = self._embedded_words(rows, words.device, method)
         else:
             texts = question_embeddings(rows, words)
-        selections = select_all(name, images, texts, config.overall_tokens, **own)
+        texts = [texts[n] for n in first.values()]
+        found = dict(zip(first, select_all(name, images, texts, config.overall_tokens, **own), strict=True))
+        # Copies: a dropper adds to the report of each question.
+        selections = [
+            replace(selection, report={**selection.report})
+            for selection in (found[id(one) if alike else n] for n, one in enumerate(encoded))
+        ]
         for one, selection in zip(encoded, selections, strict=True):
             if one.total is not None:
                 _describe_smaller(selection, one.total, self.get_vision_tower().num_patches_per_side)

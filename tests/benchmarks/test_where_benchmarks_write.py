@@ -8,7 +8,7 @@ import record
 
 from llava.common.files import REPOSITORY
 
-NAMES = ("adav_cover_strength", "cache_policies", "decode_kernel", "end_to_end", "eval_throughput", "gpu_profile", "prefill", "serving", "vllm_throughput")
+NAMES = ("adav_cover_strength", "busy_machine", "cache_policies", "decode_kernel", "end_to_end", "eval_throughput", "gpu_profile", "prefill", "serving")
 
 
 def test_the_folder_is_ignored():

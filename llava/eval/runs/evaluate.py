@@ -13,7 +13,7 @@ from llava.common.machine import code_digest, commit
 from llava.eval.runs.division import divide
 from llava.eval.runs.machines import Ranks
 from llava.eval.runs.run import Run
-from llava.eval.runs.shard_count import shard_threads, shards_to_start
+from llava.eval.runs.shard_count import batch_size_of, shard_threads, shards_to_start
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, run_shards, threads_of_each
 
 
@@ -21,7 +21,7 @@ def evaluate_runs(
     runs: list[Run],
     shards: int | None,
     devices: list[str],
-    batch_size: int,
+    batch_size: int | None,
     fresh: bool = False,
     title: str = "",
     partial: bool = False,
@@ -31,7 +31,8 @@ def evaluate_runs(
     """Answer, merge and score runs of one checkpoint; return the report of each run.
 
     All runs have the same engine and share its worker processes, so the checkpoint is loaded once per shard.
-    shards, threads: processes and CPU threads of each; None leaves the choice to llava.eval.runs.shard_count.
+    shards, threads, batch_size: processes, CPU threads of each, samples of a batch; None leaves the choice to
+        llava.eval.runs.shard_count.
     devices: one entry per device or device group; [] is the CPU. title: shown in the line of progress.
     partial: if images are unreadable, score the other questions and say so in the score.
     ranks: the ranks that have joined, of which this process is rank 0; `shards` then counts the shards of all ranks.
@@ -43,6 +44,7 @@ def evaluate_runs(
             run.open(fresh)
         missing = [run.todo() for run in runs]
         shards, threads = shards_to_start(runs, missing, shards, devices), shard_threads(runs, threads, devices)
+        batch_size = batch_size_of(runs, batch_size, devices)
         # 2. Facts about this start of the command, for run.json.
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,11 +1,11 @@
-"""How many worker processes answer a run, and on how many threads each. Imports no torch."""
+"""How many worker processes answer a run, on how many threads each, and in what batches. Imports no torch."""
 
 from __future__ import annotations
 
-from llava.common.threads import processes_for, threads_for
+from llava.common.threads import is_small, processes_for, threads_for
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.runs.division import useful_shards
-from llava.eval.runs.run import Run
+from llava.eval.runs.run import BATCH_SIZES, SMALL_MODEL_BATCH_SIZE, Run
 
 # Fewest questions for which another process on a CPU pays: its start takes about as long as the demo takes for so many.
 _FEWEST_QUESTIONS = 200
@@ -29,6 +29,13 @@ def shards_to_start(runs: list[Run], missing: list[list[Sample]], asked: int | N
 def shard_threads(runs: list[Run], asked: int | None, devices: list[str]) -> int | None:
     """Return the CPU threads of each shard; None divides the cores. asked: the user's number, or None."""
     return threads_for(None if devices else _parameters(runs[0]), asked)
+
+
+def batch_size_of(runs: list[Run], asked: int | None, devices: list[str]) -> int:
+    """Return the number of samples of a batch. asked: the user's number, or None."""
+    engine = runs[0].engine.name
+    small = engine == "llava" and not devices and is_small(_parameters(runs[0]))
+    return asked or (SMALL_MODEL_BATCH_SIZE if small else BATCH_SIZES[engine])
 
 
 def _parameters(run: Run) -> int | None:

@@ -11,7 +11,7 @@ from llava.common.rounding import floor_share
 from llava.common.transfer import to_host
 from llava.methods.before_llm.adav_public import keep_public, rounded_budget
 from llava.methods.before_llm.base import ImageTokens, Selection, Selector, take
-from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image
+from llava.methods.before_llm.scores import on_all_tokens, patch_saliency, text_to_image, unit_patches
 from llava.methods.before_llm.two_lists import TwoLists, unions_of_best
 from llava.methods.ranking import lowest_index_topk
 
@@ -71,9 +71,14 @@ class AdaV(Selector):
         return self.keep_all([image], [text], [budget])[0]
 
     def keep_all(self, images: list[ImageTokens], texts: list[Tensor], budgets: list[int]) -> list[Selection]:
-        # 1. Both scores of every image.
+        # 1. Both scores of every image. Questions about one image share its features as one object.
+        units = {id(image.features): image for image, text in zip(images, texts, strict=True) if len(text)}
+        units = {key: unit_patches(image) for key, image in units.items()}
         scores = [
-            (text_to_image(image, text, self.temperature) if len(text) else None, patch_saliency(image))
+            (
+                text_to_image(image, text, self.temperature, units[id(image.features)]) if len(text) else None,
+                patch_saliency(image),
+            )
             for image, text in zip(images, texts, strict=True)
         ]
         # 2. What is kept of each image. The splits of a batch come to the host in one copy: each copy would wait.
