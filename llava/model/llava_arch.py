@@ -309,7 +309,9 @@ class LlavaMetaForCausalLM(LlavaGeneration):
         dropping = config.method in dropper_names()
         # Where the choice reads nothing of the question, questions about one image share it.
         alike = dropping or not (method.reads_text or method.reads_key)
-        first = {id(one) if alike else n: n for n, one in reversed(list(enumerate(encoded)))}
+        first: dict[int, int] = {}
+        for n, one in enumerate(encoded):
+            first.setdefault(id(one) if alike else n, n)
         images = []
         for n in first.values():
             one, (ids, nth, question) = encoded[n], asked[n]

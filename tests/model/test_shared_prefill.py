@@ -8,6 +8,7 @@ from shapes import Preset, Prompts, random_model
 from support.graph_emulator import install
 
 from llava.config import AdaVConfig
+from llava.model import llava_arch
 from llava.model.decoding import prefill as prefill_module
 from llava.model.decoding import prepared as prepared_module
 from llava.model.decoding.decode_step import Stepper
@@ -168,3 +169,22 @@ def test_the_cheapest_way_is_chosen():
     assert chosen([2, 2], one, one, 9) == ["text", "image"]
     assert chosen([2, 2], one - 1, one, 9) == ["image"]
     assert worth_sharing((), [5, 5]) == ()
+
+
+@pytest.mark.parametrize("method, choices", [("fastervlm", 2), ("none", 2), ("fastv", 2), ("adav", 5), ("random", 5)])
+def test_questions_about_one_image_share_a_choice_that_does_not_read_them(asked, monkeypatch, method, choices):
+    seen, real = [], llava_arch.select_all
+    monkeypatch.setattr(
+        llava_arch,
+        "select_all",
+        lambda name, images, *rest, **own: seen.append(images) or real(name, images, *rest, **own),
+    )
+    together = asked.prepare(method=method)
+    assert [len(images) for images in seen] == [choices]
+    found = [selection for row in together.selections for selection in row]
+    assert len({id(selection.report) for selection in found}) == 5, "a report belongs to one question"
+    for row, (image, words) in enumerate(zip((0, 0, 0, 1, 1), (7, 3, 5, 7, 1), strict=True)):
+        if method not in ("random", "adav"):  # the ids of a row depend on the batch here, and these two read them
+            (alone,) = asked.prepare(images=(image,), words=(words,), method=method).selections[0]
+            assert torch.equal(found[row].indices, alone.indices)
+            torch.testing.assert_close(found[row].features, alone.features, rtol=0, atol=1e-5)
