@@ -1,21 +1,22 @@
-"""Questions per second: the worker at its defaults against the loop that evaluations of LLaVA forks are made of.
+"""Questions per second of an evaluation: this repository's engine, vLLM, and the loop that forks of LLaVA are made of.
 
-    python benchmarks/eval_throughput.py [--pictures 8] [--tokens K] [--repeats 5] [--device cuda] [--output FILE.csv]
+    python benchmarks/eval_throughput.py [--checkpoint playground/llava-shapes-v1.6] [--tokens 58] [--each 1 4 8 16]
+        [--providers upstream,plain,own_adav] [--pictures 16] [--repeats 5] [--threads 1] [--device cuda] [--output FILE.csv]
+    python benchmarks/eval_throughput.py --table FILE.csv [FILE.csv ...]      # put tables of results into docs/serving.md
 
-The upstream loop here is our own code that does the same work. It takes one question at a time. It decodes the image
-and cuts it into tiles. The vision tower runs all of its layers with eager attention and returns the attention map of
-each layer (`output_attentions=True`). Then `generate` runs at batch 1. The worker is llava.eval.runs.answer_shard as
-the launcher starts it: batches, each picture decoded and encoded once for all its questions, SDPA, and one [CLS] row.
-Both loops choose tokens by the same code and configuration, both write one answer line per question, and neither counts
-loading.
+All providers run in one process. With vLLM among them that is the Python of vLLM's workers ($VLLM_PYTHON, else .venv-vllm,
+`make vllm`), which the command changes to by itself; without such a Python, vLLM is left out. `own` and `vllm` are the
+workers llava.eval.runs.answer_shard and answer_on_vllm, as the launcher starts them, at their default batch sizes.
 
-The pictures are the demo's, with eight questions each (POPE has 18 per picture, GQA 30, MME 2). The answers must be the
-same (in half precision, 95 % of them), else no figure is given. The loops take turns in every repetition, so that a
-machine that slows down slows both. Figures are medians.
+The upstream loop is our own code that does the same work as the published one. It takes one question at a time. It decodes
+the image and cuts it into tiles. The vision tower runs all of its layers with eager attention and returns the attention map
+of each layer (`output_attentions=True`). Then `generate` runs at batch 1. It chooses tokens by our selectors.
 
-What limits the ratio: tokens are selected per question, so questions cannot share the LLM's prefill. They share only
-the work before it. On a CPU, matrix products are at full speed at batch 1 already, so a batch does not make prefill
-cheaper. llm_share is the LLM's share of a loop's time.
+The pictures are the demo's, with some questions each (POPE has 18 per picture, GQA 30, MME 2). Loading is not counted. The
+providers take turns in every repetition, so that a machine that slows down slows all of them. All stores are empty at the
+start of each repetition, so a repetition shares what its own questions share. Figures are medians. A provider whose answers
+differ from one repetition to the next gives no figure, nor do upstream and own_adav where theirs differ from each other (in
+half precision, in more than 5 % of the answers).
 """
 
 from __future__ import annotations
@@ -23,36 +24,55 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
+from page import made, number, put_results, share
 from PIL import Image
 from questions import make_questions
 from record import RESULTS, how, pick, write_csv
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import logging as transformers_logging
 
-from llava.common.command_line import Parser, positive
-from llava.common.errors import exits_cleanly
+from llava.common.command_line import Parser, names, positive
+from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import REPOSITORY
+from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.progress import progress_bar
-from llava.common.text_table import columns
+from llava.common.text_table import columns, markdown_table
+from llava.common.threads import is_small, wait_policy
 from llava.config import AdaVConfig
 from llava.conversation import default_conv_mode, single_turn
 from llava.eval.runs.answer_shard import ShardAnswerer
-from llava.eval.runs.run import BATCH_SIZE
-from llava.eval.runs.work_order import Generation, WorkOrder
+from llava.eval.runs.answerer import Answerer
+from llava.eval.runs.engines import worker_python
+from llava.eval.runs.exported import Exported
+from llava.eval.runs.run import BATCH_SIZES, SMALL_MODEL_BATCH_SIZE
+from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
+DOCUMENT = REPOSITORY / "docs" / "serving.md"
 CHECKPOINT = REPOSITORY / "playground" / "llava-shapes-v1.6"
-FAMILY, PER_PICTURE, MAX_NEW_TOKENS = "v1.6", 8, 2
+MAX_NEW_TOKENS = 8
+# name -> (what tables call it, engine, method)
+PROVIDERS = {
+    "upstream": ("upstream loop, adav", "upstream", "adav"),
+    "plain": ("vLLM", "vllm", "none"),
+    "vllm_fastervlm": ("vLLM + fastervlm", "vllm", "fastervlm"),
+    "vllm_adav": ("vLLM + adav", "vllm", "adav"),
+    "own_none": ("own engine", "llava", "none"),
+    "own_fastervlm": ("own engine + fastervlm", "llava", "fastervlm"),
+    "own_adav": ("own engine + adav", "llava", "adav"),
+}
 # Share of answers that may differ in half precision, because a batch sums in another order than a single question.
 OTHER_ANSWERS = 0.05
 
@@ -88,9 +108,10 @@ class EagerTower(torch.nn.Module):
 class Upstream:
     """The upstream loop: one question at a time, and nothing is shared between questions."""
 
-    def __init__(self, shard: ShardAnswerer, tower: EagerTower, spec: WorkOrder):
-        self.shard, self.tower, self.spec = shard, tower, spec
-        self.config = spec.config
+    def __init__(self, spec: WorkOrder):
+        self.shard, self.spec, self.config = ShardAnswerer(spec), spec, spec.config
+        self.tower = EagerTower(self.shard.model.get_vision_tower(), self.shard.model.config.vision)
+        self.tower.to(self.shard.device, self.shard.model.dtype)
         self.llm_seconds = 0.0
 
     @contextlib.contextmanager
@@ -131,31 +152,55 @@ class Upstream:
 
 
 class Worker:
-    """The worker of this repository's evaluation."""
+    """A worker of this repository's evaluation. llm_seconds: None where the worker does not measure them (vLLM)."""
 
-    def __init__(self, shard: ShardAnswerer, spec: WorkOrder):
-        self.shard, self.spec = shard, spec
-        self.llm_seconds = 0.0
+    def __init__(self, answerer: Answerer, spec: WorkOrder):
+        self.answerer, self.spec = answerer, spec
+        self.llm_seconds: float | None = 0.0
 
     def run(self, file: Path) -> list[str]:
-        self.shard.run(replace(self.spec, answers=file), threading.Event())
+        self.answerer.run(replace(self.spec, answers=file), threading.Event())
         rows = {tuple(row["key"]): row for row in map(json.loads, file.read_text().splitlines())}
-        self.llm_seconds += sum(row["seconds"][stage] for row in rows.values() for stage in ("prefill", "decode"))
+        if all("seconds" in row for row in rows.values()):
+            self.llm_seconds += sum(row["seconds"][stage] for row in rows.values() for stage in ("prefill", "decode"))
+        else:
+            self.llm_seconds = None
         return [rows[sample.key]["answer"] for sample in self.spec.samples]
 
 
-def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of every repetition per loop, after one repetition that warms up.
+def load(name: str, checkpoint: EvalCheckpoint, order: WorkOrder, budget: dict) -> Upstream | Worker:
+    """Start a provider. order: its samples and settings, without configuration, batch size and vLLM's folder."""
+    _, engine, method = PROVIDERS[name]
+    order = replace(order, config=AdaVConfig(method=method, **budget))
+    if engine == "upstream":
+        return Upstream(order)
+    if engine == "llava":
+        small = order.generation.device == "cpu" and is_small(checkpoint.parameters)
+        order = replace(order, batch_size=SMALL_MODEL_BATCH_SIZE if small else BATCH_SIZES[engine])
+        return Worker(ShardAnswerer(order), order)
+    from llava.eval.runs.answer_on_vllm import VllmAnswerer
 
-    Exits if more than the share `may_differ` of the answers differ, because the loops would not do the same work.
+    exported = Exported(checkpoint, None, RESULTS.parent)
+    exported.write()
+    order = replace(order, batch_size=BATCH_SIZES[engine], for_vllm=str(exported.folder))
+    return Worker(VllmAnswerer(order), order)
+
+
+def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of every repetition per provider, after one repetition that warms up.
+
+    Exits if more than the share `may_differ` of the answers differ where they should be the same (see above).
     """
-    warm = progress_bar("warming up", loops.items(), unit=" loops")
+
+    def check(one: list[str], other: list[str], what: str) -> None:
+        differ = sum(a != b for a, b in zip(one, other, strict=True))
+        if differ > may_differ * len(one):
+            sys.exit(f"{differ} of {len(one)} answers differ between {what}, so no figure is given")
+
+    warm = progress_bar("warming up", loops.items(), unit=" providers")
     answers = {name: loop.run(folder / f"{name}-warm.jsonl") for name, loop in warm}
-    first, *others = answers.values()
-    for other in others:
-        differ = sum(a != b for a, b in zip(first, other, strict=True))
-        if differ > may_differ * len(first):
-            sys.exit(f"{differ} of {len(first)} answers differ between {' and '.join(answers)}, so no figure is given")
+    if {"upstream", "own_adav"} <= answers.keys():
+        check(answers["upstream"], answers["own_adav"], "upstream and own_adav")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop.llm_seconds = 0.0
@@ -164,77 +209,135 @@ def measure(loops: dict, repeats: int, folder: Path, may_differ: float = 0.0) ->
             start = time.perf_counter()
             again = loop.run(folder / f"{name}-{repeat}.jsonl")
             seconds[name].append(time.perf_counter() - start)
-            differ = sum(a != b for a, b in zip(again, first, strict=True))
-            if differ > may_differ * len(first):
-                sys.exit(f"{name} answers otherwise in repetition {repeat + 1}, so no figure is given")
+            check(again, answers[name], f"two repetitions of {name}")
     return seconds
 
 
 def rows_of(seconds: dict[str, list[float]], loops: dict, questions: int) -> list[dict]:
-    """One row per loop, `upstream` first. of_upstream: ratio of the medians. llm_share: the LLM's share of the time."""
+    """One row per provider. of_plain, of_upstream: ratios of the medians. llm_share: the LLM's share of the time."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return [
-        {
-            "loop": name,
+    rows = []
+    for name, times in seconds.items():
+        what, _, method = PROVIDERS[name]
+        row = {
+            "provider": name,
+            "what": what,
+            "overall_tokens": None if method == "none" else loops[name].spec.config.overall_tokens,
+            "batch_size": loops[name].spec.batch_size,
             "questions_per_second": round(questions / medians[name], 3),
             "questions_per_second_min": round(questions / max(times), 3),
             "questions_per_second_max": round(questions / min(times), 3),
-            "of_upstream": round(medians["upstream"] / medians[name], 3),
-            "llm_share": round(loops[name].llm_seconds / sum(times), 3),
         }
-        for name, times in seconds.items()
-    ]
+        for base in ("plain", "upstream"):
+            row[f"of_{base}"] = round(medians[base] / medians[name], 3) if base in medians else None
+        llm = loops[name].llm_seconds
+        rows.append(row | {"llm_share": None if llm is None else round(llm / sum(times), 3)})
+    return rows
+
+
+def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
+    head = ("provider", "vision tokens", "questions/s", "slowest", "fastest", "of vLLM", "of upstream", "in the LLM")
+    lines = [("questions per picture", *head)]
+    for row in rows:
+        tokens = "all" if row["overall_tokens"] is None else number(row["overall_tokens"])
+        speeds = (number(row[f"questions_per_second{end}"], 1) for end in ("", "_min", "_max"))
+        ratios = (number(row[name], 2) for name in ("of_plain", "of_upstream"))
+        each = number(row["questions_per_picture"])
+        lines.append((each, row["what"], tokens, *speeds, *ratios, share(row["llm_share"])))
+    return lines
+
+
+def fill(document: Path, results: list[Path]) -> None:
+    """Put the tables of `results` into `document`, one after another, between the marks `eval_throughput`."""
+
+    def table(rows: list[dict]) -> str:
+        return f"{rows[0]['preset']}. {made(rows)}.\n\n{markdown_table(lines_of(rows))}"
+
+    put_results(document, "eval_throughput", results, "of_plain", table)
+
+
+def chosen(asked: list[str] | None, argv: list[str]) -> list[str]:
+    """Return the providers to measure. Changes to the Python that has vLLM, if one is asked for and this has none."""
+    if unknown := set(asked or []) - set(PROVIDERS):
+        raise UserError(f'--providers has "{min(unknown)}", allowed are {", ".join(PROVIDERS)}')
+    wanted = [name for name in PROVIDERS if asked is None or name in asked]
+    if "vllm" in packages_distributions() or not any(PROVIDERS[name][1] == "vllm" for name in wanted):
+        return wanted
+    python = worker_python("vllm")
+    if python != sys.executable:
+        paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+        os.execve(python, [python, __file__, *argv], os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    if asked is not None:
+        raise UserError(f"{python}: has no vLLM, which --providers asks for; make vllm installs it into .venv-vllm")
+    print("note: no Python with vLLM is there (make vllm), so vLLM is left out", file=sys.stderr)
+    return [name for name in wanted if PROVIDERS[name][1] != "vllm"]
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python benchmarks/eval_throughput.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", type=positive, default=8, help=f"{PER_PICTURE} questions each (8)")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or hub name (the demo's v1.6)")
     parser.add_argument("--tokens", type=positive, help="vision tokens per image; default: that of adav_configs.json")
+    parser.add_argument("--providers", type=names, help=f"of {', '.join(PROVIDERS)} (all)")
+    parser.add_argument("--pictures", type=positive, default=16)
+    parser.add_argument(
+        "--each", type=positive, nargs="+", default=[1, 4, 8, 16], help="questions per picture (1 4 8 16)"
+    )
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"of the worker ({BATCH_SIZE})")
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of every provider (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--output", type=Path, help="default: runs/benchmarks/eval_throughput-<device>.csv")
+    parser.add_argument(
+        "--output", type=Path, help="default: runs/benchmarks/eval_throughput-<checkpoint>-<device>.csv"
+    )
+    parser.add_argument("--table", type=Path, nargs="+", metavar="CSV", help="measure nothing: fill --document")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: docs/serving.md")
     args = parser.parse_args(argv)
-    args.given, args.preset = sys.argv[1:] if argv is None else argv, CHECKPOINT.name
+    if args.table:
+        fill(args.document, args.table)
+        return
+    args.given = sys.argv[1:] if argv is None else argv
+    providers = chosen(args.providers, args.given)
+    # 1. The same number of threads for all. vLLM and LoadedCheckpoint read the variable.
+    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": wait_policy()}
+    torch.set_num_threads(args.threads)
     args.device, args.dtype = pick(args.device, args.dtype)
-    args.output = args.output or RESULTS / f"eval_throughput-{args.device}.csv"
-    if args.threads:
-        torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
-    # 2. Pictures, model and both loops, in a folder that is removed afterwards.
+    checkpoint = find_checkpoint(args.checkpoint)
+    args.preset = checkpoint.short_name
+    args.output = args.output or RESULTS / f"eval_throughput-{args.preset}-{args.device}.csv"
+    # 2. Pictures and providers, in a folder that is removed afterwards. The first set of questions loads the providers.
+    budget = {"overall_tokens": args.tokens} if args.tokens else {}
+    facts = {"pictures": args.pictures, "vllm": None, **how(args, "eval_throughput.py", args.device)}
+    if vllm := packages_distributions().get("vllm"):
+        facts["vllm"] = version(vllm[0])  # its package may have another name
+    rows, loops = [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        samples = make_questions(folder, FAMILY, args.pictures, PER_PICTURE)
-        budget = {"overall_tokens": args.tokens} if args.tokens else {}
-        config = AdaVConfig.load(REPOSITORY / "adav_configs.json", **budget)
-        generation = Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)
-        answers = folder / "answers.jsonl"
-        spec = WorkOrder(str(CHECKPOINT), None, config, generation, args.batch_size, folder, answers, tuple(samples))
-        shard = ShardAnswerer(spec)
-        tower = EagerTower(shard.model.get_vision_tower(), shard.model.config.vision)
-        tower.to(shard.device, shard.model.dtype)
-        loops = {"upstream": Upstream(shard, tower, spec), "worker": Worker(shard, spec)}
-        seconds = measure(loops, args.repeats, folder, 0.0 if args.dtype == "float32" else OTHER_ANSWERS)
-        rows = rows_of(seconds, loops, len(samples))
-    # 3. Write and print.
-    made = {
-        "checkpoint": CHECKPOINT.name,
-        "method": config.method,
-        "overall_tokens": config.overall_tokens,
-        "pictures": args.pictures,
-        "questions": len(samples),
-        "batch_size": args.batch_size,
-        **how(args, "eval_throughput.py", args.device),
-    }
-    write_csv(args.output, rows, made)
-    lines = [("loop", "questions/s", "slowest", "fastest", "of upstream", "in the LLM")]
-    for row in rows:
-        speeds = (f"{row[f'questions_per_second{end}']:.1f}" for end in ("", "_min", "_max"))
-        lines.append((row["loop"], *speeds, f"{row['of_upstream']:.2f}", f"{row['llm_share']:.0%}"))
-    print(f"{columns(lines)}\n\n{made['device']}, {made['threads']} threads, medians of {args.repeats}; {args.output}")
+        for each in args.each:
+            samples = _questions(folder, checkpoint, args.pictures, each)
+            if not loops:
+                generation = Generation(MAX_NEW_TOKENS, dtype=args.dtype, device=args.device)
+                order = WorkOrder(
+                    *(str(checkpoint.folder), None, AdaVConfig(), generation, 1, folder),
+                    *(folder / "answers.jsonl", samples),
+                )
+                loops = {one: load(one, checkpoint, order, budget) for one in providers}
+            for loop in loops.values():
+                loop.spec = replace(loop.spec, samples=samples)
+            seconds = measure(loops, args.repeats, folder, 0.0 if args.dtype == "float32" else OTHER_ANSWERS)
+            counts = {"questions_per_picture": each, "questions": len(samples)}
+            rows += [{**counts, **row} for row in rows_of(seconds, loops, len(samples))]
+            # Written after each number of questions, so that an interruption keeps the finished ones.
+            write_csv(args.output, rows, facts)
+    print(
+        f"{columns(lines_of(rows))}\n\n{facts['device']}, {facts['threads']} threads, medians of {args.repeats}; {args.output}"
+    )
+
+
+def _questions(folder: Path, checkpoint: EvalCheckpoint, pictures: int, each: int) -> tuple[OrderedSample, ...]:
+    """Draw the pictures into `folder` and return the samples about them."""
+    return tuple(make_questions(folder, "v1.6" if checkpoint.anyres else "v1.5", pictures, each))
 
 
 if __name__ == "__main__":

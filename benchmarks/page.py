@@ -39,12 +39,13 @@ def picture(document: Path, name: str, what: str) -> str:
 def made(rows: list[dict]) -> str:
     """How the rows of a file were made, as one line without a full stop: commands, commit, time, hardware, versions.
 
-    Everything except the commands is taken from the first row.
+    Everything except the commands is taken from the first row. Without `threads` in it, none are named.
     """
     row, commands = rows[0], dict.fromkeys(f"`{row['command']}`" for row in rows)
+    threads = "" if row["threads"] is None else f"{row['threads']:.0f} threads, "
     return (
         f"{' and '.join(commands)} at commit {str(row['commit'])[:12]}, {row['written']}: {row['device']}, "
-        f"{row['threads']:.0f} threads, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
+        f"{threads}{row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
     )
 
 
@@ -63,7 +64,9 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def put_results(document: Path, mark: str, results: list[Path], column: str, table: Callable[[list[dict]], str]) -> None:
+def put_results(
+    document: Path, mark: str, results: list[Path], column: str, table: Callable[[list[dict]], str]
+) -> None:
     """Put the tables of several CSVs into `document`, one after another, between the marks `mark`.
 
     column: a column that the CSVs have. table: function from the rows of a CSV to its table, with a line about it.

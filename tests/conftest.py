@@ -13,6 +13,8 @@ from warm_python import WarmPython
 # Read once, when triton is first imported (which transformers does). Only tests that ask for the Triton backend meet it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# The launcher sets it for its workers (llava/common/threads.py). They start warm only if the warm Python has it too.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @pytest.fixture(scope="session")

@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         AdaVConfig(method="none"),
         device=args.device,
         dtype=args.dtype,
+        threads=args.threads,
         purpose="a fit",
     )
     # 2. Fit.

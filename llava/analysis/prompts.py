@@ -56,7 +56,9 @@ def prompts(args: Namespace) -> Iterator[tuple]:
     from llava.inference.loaded_checkpoint import LoadedCheckpoint
 
     config = AdaVConfig(method="none")
-    loaded = LoadedCheckpoint(args.checkpoint, args.model_base, config, dtype=args.dtype, purpose="an analysis")
+    loaded = LoadedCheckpoint(
+        args.checkpoint, args.model_base, config, dtype=args.dtype, threads=args.threads, purpose="an analysis"
+    )
     for sample in progress_bar("prompts", samples, unit=" questions"):
         try:
             image = read_image(args.images / sample.image)

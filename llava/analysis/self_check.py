@@ -99,6 +99,7 @@ def run_ours(args: argparse.Namespace, source: Checkpoint, image: Image.Image, d
         config,
         device_map=device_map,
         dtype=args.dtype,
+        threads=args.threads,
         purpose="a self-check",
     )
     tokenizer, model, image_processor = checkpoint.tokenizer, checkpoint.model, checkpoint.image_processor

@@ -139,7 +139,13 @@ class TryOut:
     def __init__(self, args: argparse.Namespace, device: str):
         config = AdaVConfig(method="none")
         self.loaded = LoadedCheckpoint(
-            args.model_path, args.model_base, config, device=device, dtype=args.dtype, purpose="a try-out"
+            args.model_path,
+            args.model_base,
+            config,
+            device=device,
+            dtype=args.dtype,
+            threads=args.threads,
+            purpose="a try-out",
         )
         self.conversation, self.longest = args.conv_mode, args.max_new_tokens
         self.shape = ModelShape.from_config(self.loaded.model.config)

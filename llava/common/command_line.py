@@ -22,14 +22,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, conversation: bool = True) -> None:
-    """Add the flags of a command that loads a checkpoint: --model-base, --dtype and, unless `conversation` is False,
-    --conv-mode. A command may set another default with set_defaults."""
+    """Add the flags of a command that loads a checkpoint: --model-base, --dtype, --threads and, unless `conversation` is
+    False, --conv-mode. A command may set another default with set_defaults."""
     parser.add_argument("--model-base", help="LLM under a LoRA or projector-only checkpoint")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="auto: float32 on a CPU, the checkpoint's own dtype on a GPU"
     )
+    add_threads_flag(parser)
     if conversation:
         parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+
+
+def add_threads_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --threads (llava/common/threads.py)."""
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        help="CPU threads of each process (default: $OMP_NUM_THREADS, else 1 for a small model and all cores for others)",
+    )
 
 
 def positive(text: str) -> int:

@@ -6,6 +6,8 @@ Imports no torch. The worker reports errors of the weights themselves (llava.mod
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,13 @@ class EvalCheckpoint:
         return self.settings.get("image_aspect_ratio") == "anyres" or self.settings.get("model_type") == "llava_next"
 
     @property
+    def parameters(self) -> int | None:
+        """Number of parameters of its weight files; None if it is not downloaded yet."""
+        return self.folder and sum(
+            map(_parameters, sorted(self.folder.glob("*.safetensors")) or self.folder.glob("*.bin"))
+        )
+
+    @property
     def identity(self) -> dict:
         return {"name": self.short_name, "content": self.folder and content_digest(self.folder)}
 
@@ -68,6 +77,19 @@ def find_checkpoint(name: str, fetch: bool = True) -> EvalCheckpoint:
     if folder is None:
         return EvalCheckpoint(str(name), None, {})
     return EvalCheckpoint(str(name), folder, read_json(folder / "config.json"))
+
+
+def _parameters(file: Path) -> int:
+    """Return the number of parameters of a weight file. Damaged files are the worker's affair, and count as empty."""
+    if file.suffix != ".safetensors":
+        return os.path.getsize(file) // 2  # a pickle does not say it; published ones have 16 bits per parameter
+    # The format: eight bytes with the length of a JSON header, then the header with the shape of every tensor.
+    try:
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
+        return 0
 
 
 def content_digest(folder: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llava.common.files import PACKAGE, REPOSITORY
 
+_CGROUP = Path("/sys/fs/cgroup")  # limits of a container; on Linux with version 2 of control groups
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "triton", "peft")
 
 
@@ -30,7 +31,23 @@ def environment() -> dict:
 def cores() -> int:
     """CPU cores that this process may use."""
     # cpu_count() ignores the affinity mask, so in a container or under taskset it returns too many. macOS has no mask.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A container may have a share of the time of all cores: microseconds per period, or "max" without a limit.
+    quota, _, period = (_line(_CGROUP / "cpu.max") or "max").partition(" ")
+    return count if quota == "max" else max(1, min(count, round(int(quota) / int(period))))
+
+
+def available_memory() -> int | None:
+    """Bytes that new processes may take without swapping, also inside a container's limit. None if nothing says it."""
+    found = []
+    if text := _first_value("/proc/meminfo", "MemAvailable"):
+        found.append(1024 * int(text.removesuffix("kB")))
+    limit, used = _line(_CGROUP / "memory.max"), _line(_CGROUP / "memory.current")
+    if limit and used and limit != "max":
+        # What is used includes cached files, which the kernel drops when a process needs the memory.
+        cached = _first_value(str(_CGROUP / "memory.stat"), "inactive_file", " ") or 0
+        found.append(max(0, int(limit) - int(used) + int(cached)))
+    return min(found, default=None)
 
 
 def gpus() -> list[str]:
@@ -84,11 +101,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _first_value(path: str, key: str) -> str | None:
+def _line(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _first_value(path: str, key: str, separator: str = ":") -> str | None:
     try:
         for line in Path(path).read_text().splitlines():
             if line.startswith(key):
-                return line.split(":", 1)[1].strip()
+                return line.split(separator, 1)[1].strip()
     except OSError:
         pass
     return None

@@ -23,7 +23,6 @@ from llava.common.command_line import Parser, add_checkpoint_flags, existing_fol
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
-from llava.common.machine import cores
 from llava.common.rounding import floor_share
 from llava.config import AdaVConfig, add_plugin_flag
 from llava.conversation import get_conversation
@@ -32,7 +31,7 @@ from llava.eval.benchmarks.own_data import NAME, OwnData, add_own_data_flags, re
 from llava.eval.results.compare_rows import Cell, rows_of
 from llava.eval.results.compare_table import caveat, markdown, read_rows, write_rows
 from llava.eval.runs.evaluate import evaluate_runs
-from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, ShardFailure, device_groups
 from llava.methods.index import method_names
@@ -48,10 +47,10 @@ _KEPT = "what is answered is kept; the same command continues from there"
 
 @dataclass(frozen=True)
 class Workload:
-    """The default number of questions (None: all of them), and the samples per batch."""
+    """The default number of questions (None: all of them), and of samples per batch (None: that of the launcher)."""
 
     questions: int | None
-    batch: int
+    batch: int | None
 
 
 # With these numbers, a whole comparison takes less than an hour on two cores.
@@ -111,7 +110,7 @@ class Comparison:
         self.checkpoint, self.model_base, self.output = checkpoint, model_base, args.output
         self.benchmark = _benchmark(args, checkpoint)
         own = args.benchmark == NAME
-        self.load = Workload(None, BATCH_SIZE) if own else SEVERAL_TILES if checkpoint.anyres else ONE_TILE
+        self.load = Workload(None, None) if own else SEVERAL_TILES if checkpoint.anyres else ONE_TILE
         self.limit = args.limit or self.load.questions
         self.batch = args.batch_size or self.load.batch
         longest = args.max_new_tokens or self.benchmark.max_new_tokens
@@ -132,13 +131,17 @@ class Comparison:
         return run
 
     def measure(
-        self, chosen: list[str], budgets: list[float], seeds: int, shards: int, devices: list[str], fresh: bool
+        self, chosen: list[str], budgets: list[float], seeds: int, devices: list[str], args: argparse.Namespace
     ) -> list[dict]:
-        """Answer the missing questions; return the rows of this checkpoint for compare.csv."""
+        """Answer the missing questions; return the rows of this checkpoint for compare.csv.
+
+        args: the command line, of which shards, threads and fresh are read.
+        """
 
         def answer(wanted: list[Cell], title: str) -> tuple[dict[Cell, Run], dict[Cell, dict]]:
             runs = {cell: self.run(cell) for cell in wanted}
-            reports = evaluate_runs(list(runs.values()), shards, devices, self.batch, fresh, title)
+            listed = list(runs.values())
+            reports = evaluate_runs(listed, args.shards, devices, self.batch, args.fresh, title, threads=args.threads)
             return runs, dict(zip(runs, reports, strict=True))
 
         # 1. `none` first: its vision tokens turn percentages into numbers of tokens.
@@ -166,12 +169,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=positive,
         help=f"questions per checkpoint (default: {ONE_TILE.questions} for one tile, {SEVERAL_TILES.questions} for several)",
     )
-    parser.add_argument("--shards", type=positive, help="processes (default: one per device or, on the CPU, per core)")
+    parser.add_argument("--shards", type=positive, help="processes (default: as llava.eval.launch)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where results go (default: playground/compare/)")
     parser.add_argument("--fresh", action="store_true", help="forget what these very runs have answered already")
     parser.add_argument("--plot-only", action="store_true", help="table and plot from the compare.csv that is there")
-    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default with {NAME}: {BATCH_SIZE})")
+    parser.add_argument(
+        "--batch-size", type=positive, help=f"samples per batch (default with {NAME}: {BATCH_SIZE_HELP})"
+    )
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--data-root", type=existing_folder, help="of the benchmark of two answer files")
     parser.add_argument("--split", help="of the benchmark of two answer files, or of a folder of the datasets library")
@@ -252,7 +257,6 @@ def compare_files(args: argparse.Namespace) -> str:
 def compare(args: argparse.Namespace) -> None:
     """Measure all checkpoints and write compare.csv."""
     devices = device_groups()
-    shards = args.shards or len(devices) or cores()
     checkpoints = [find_checkpoint(name) for name in args.checkpoints]
     _refuse_same_name(checkpoints)
     with as_user_error_on_write(args.out):
@@ -261,7 +265,7 @@ def compare(args: argparse.Namespace) -> None:
     comparisons = [Comparison(c, model_base, args, "cuda" if devices else "cpu") for c in checkpoints]
     rows: list[dict] = []
     for comparison in comparisons:
-        rows += comparison.measure(args.methods, args.budgets, args.seeds, shards, devices, args.fresh)
+        rows += comparison.measure(args.methods, args.budgets, args.seeds, devices, args)
         # Written after each checkpoint, so that an interruption keeps the finished ones.
         write_rows(rows, args.out / "compare.csv")
 

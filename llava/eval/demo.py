@@ -13,11 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from llava.common.command_line import Parser, positive
+from llava.common.command_line import Parser, add_threads_flag, positive
 from llava.common.errors import exits_cleanly
 from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import find_checkpoint
-from llava.common.machine import cores
 from llava.common.progress import progress_bar
 from llava.common.scatter import BATCH_LIMIT, REASON, scatters
 from llava.common.text_table import markdown_table
@@ -137,17 +136,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m llava.eval.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--limit", type=positive, help="fewer questions per checkpoint, for a quick try")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
+    parser.add_argument("--shards", type=positive, help="processes (default: as llava.eval.launch)")
+    add_threads_flag(parser)
     args = parser.parse_args(argv)
     begun = time.monotonic()
     devices = device_groups()
-    shards = len(devices) or min(cores(), 4)
     # 1. Measure both checkpoints.
     measured, everything = [], []
     for scene in SCENES:
         runs = make_runs(scene, args.output, args.limit, "cuda" if devices else "cpu")
         try:
             reports = evaluate_runs(
-                list(runs.values()), shards, devices, scene.batch, fresh=True, title=Path(scene.checkpoint).name
+                list(runs.values()),
+                args.shards,
+                devices,
+                scene.batch,
+                fresh=True,
+                title=Path(scene.checkpoint).name,
+                threads=args.threads,
             )
         except (ShardFailure, Interrupted) as error:
             stopped = isinstance(error, Interrupted)
@@ -161,8 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     text = table(measured)
     write_atomically(FOLDER / "table.md", text + "\n")
     print(f"\n{text}\n\n{CAVEAT}\n")
+    session = measured[-1][2]["sessions"][-1]
     print(
-        f"tokens kept and KV cache are means per image and per question; times are of {shards} processes side by side"
+        "tokens kept and KV cache are means per image and per question; times are of "
+        f"{session['shards']} processes side by side, {session['threads']} threads each"
     )
     if "(scatters)" in text:
         print(f"a time that scatters: {REASON}")

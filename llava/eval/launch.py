@@ -31,7 +31,7 @@ from llava.eval.runs.describe import describe_plan, describe_run
 from llava.eval.runs.engines import ENGINES, RunEngine, worker_python
 from llava.eval.runs.evaluate import evaluate_or_exit, follow_rank_zero
 from llava.eval.runs.machines import Ranks
-from llava.eval.runs.run import BATCH_SIZES, DATA_ROOT, FAMILIES, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, DATA_ROOT, FAMILIES, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
 
@@ -61,15 +61,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="llava",
         help="llava is this repository's engine (default); vllm runs in .venv-vllm, or under $VLLM_PYTHON",
     )
-    parser.add_argument("--shards", type=positive, help="processes (default: one per device or device group)")
+    parser.add_argument(
+        "--shards",
+        type=positive,
+        help="processes (default: one per device or device group; a small model on a CPU: one per core, as memory allows)",
+    )
     parser.add_argument(
         "--gpus-per-model",
         type=positive,
         default=env.get("GPUS_PER_MODEL", "1"),
         help="devices per shard, with vllm its tensor parallelism (default: $GPUS_PER_MODEL, else 1)",
     )
-    defaults = ", ".join(f"{size} with {name}" for name, size in BATCH_SIZES.items())
-    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {defaults})")
+    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {BATCH_SIZE_HELP})")
     # 2. Questions and answers.
     parser.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's")
     parser.add_argument("--split", help="of the benchmark (default: its first)")
@@ -101,10 +104,10 @@ def budget(text: str | None) -> int | None:
         raise UserError(f"<tokens> is {error} (vision tokens per image, all tiles together)") from None
 
 
-def plan(args: argparse.Namespace, shards: int, devices: list[str]) -> list[Run]:
+def plan(args: argparse.Namespace, shards: int | None, devices: list[str]) -> list[Run]:
     """Return the runs that the command line asks for. All input is checked: raises UserError.
 
-    shards: number of processes on this machine.
+    shards: number of processes on this machine, None where the run decides.
     """
     # 1. Arguments that exclude each other.
     if args.benchmark not in (*BENCHMARKS, NAME, "all"):
@@ -163,10 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     ranks = Ranks.of_environment()
     devices = device_groups(args.gpus_per_model, every=ranks is not None)
     if ranks is None:
-        run_as_rank_zero(args, args.shards or max(1, len(devices)), devices)
+        run_as_rank_zero(args, args.shards, devices)
         return
     devices = ranks.share(devices)
     ranks.python = worker_python(args.engine)
+    # One per rank on a CPU: how many ranks share a machine is the choice of who started them.
     with ranks.joined(args.shards or max(1, len(devices)), devices):
         if ranks.rank == 0:
             run_as_rank_zero(args, sum(ranks.shards), devices, ranks)
@@ -174,25 +178,28 @@ def main(argv: list[str] | None = None) -> None:
             follow_rank_zero(ranks)
 
 
-def run_as_rank_zero(args: argparse.Namespace, shards: int, devices: list[str], ranks: Ranks | None = None) -> None:
+def run_as_rank_zero(
+    args: argparse.Namespace, shards: int | None, devices: list[str], ranks: Ranks | None = None
+) -> None:
     """Run, or with --plan print, what the command line asks for. Called by the only process or by rank 0.
 
-    shards: number of shards of all ranks. devices: those of this process.
+    shards: number of shards of all ranks, None where the run decides. devices: those of this process.
     """
     try:
         runs = plan(args, ranks.shards[ranks.rank] if ranks else shards, devices)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if args.plan:
-        print(describe_plan(runs, shards, devices))
+        print(describe_plan(runs, shards, devices, args.threads))
         return
     for run in runs:
         if run.benchmark.duration:
             told = f"{run.benchmark.name}: {len(run.samples):,} questions; {run.benchmark.duration}; --limit N asks the first N"
             print(told, file=sys.stderr, flush=True)
     title = f"{args.benchmark} {runs[0].folder.name if len(runs) == 1 else runs[0].checkpoint.short_name}"
-    batch_size = args.batch_size or BATCH_SIZES[args.engine]
-    reports = evaluate_or_exit(runs, shards, devices, batch_size, args.fresh, title, args.partial, ranks)
+    reports = evaluate_or_exit(
+        runs, shards, devices, args.batch_size, args.fresh, title, args.partial, ranks, threads=args.threads
+    )
     for run, report in zip(runs, reports, strict=True):
         print(describe_run(run, report))
     if len(runs) > 1:

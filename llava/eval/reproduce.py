@@ -25,7 +25,7 @@ import signal
 import sys
 from pathlib import Path
 
-from llava.common.command_line import DTYPES, Parser, names, positive
+from llava.common.command_line import DTYPES, Parser, add_threads_flag, names, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.files import BASE, as_user_error_on_write, write_atomically
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
@@ -39,7 +39,7 @@ from llava.eval.results.published_table import FORMATS, collect, render
 from llava.eval.results.reproduction import FAMILIES, Needed, configurations, describe, needs
 from llava.eval.runs.evaluate import evaluate_or_exit
 from llava.eval.runs.lmms_eval import LmmsRun
-from llava.eval.runs.run import BATCH_SIZE, DATA_ROOT, OUTPUT, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, DATA_ROOT, OUTPUT, Run
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import Interrupted, device_groups
 from llava.methods.index import method_names
@@ -62,8 +62,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, default=os.environ.get("DATA_ROOT") or DATA_ROOT, help="$DATA_ROOT")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where run folders go (default: runs/)")
     parser.add_argument("--out", type=Path, help="where results go (default: playground/reproduce/<family>)")
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch ({BATCH_SIZE})")
-    parser.add_argument("--shards", type=positive, help="processes (default: one per GPU)")
+    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {BATCH_SIZE_HELP})")
+    parser.add_argument("--shards", type=positive, help="processes (default: as llava.eval.launch)")
+    add_threads_flag(parser)
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument(
         "--partial", action="store_true", help="score what has a label and a readable image, and say so"
@@ -131,8 +132,7 @@ def run_all(args: argparse.Namespace, checkpoint: EvalCheckpoint, ready: list[Ne
     for n, config in enumerate(configs, 1):
         runs = [_run(args, each, config, checkpoint, generation_of, subset) for each in ready]
         title = f"{n}/{len(configs)} {config.method} {runs[0].tokens}"
-        shards = args.shards or max(1, len(devices))
-        evaluate_or_exit(runs, shards, devices, args.batch_size, False, title, args.partial)
+        evaluate_or_exit(runs, args.shards, devices, args.batch_size, False, title, args.partial, threads=args.threads)
         folders += [run.folder for run in runs]
         # After each configuration, so that a stopped command leaves the table of what is finished.
         write_tables(args, folders)

@@ -16,6 +16,7 @@ from pathlib import Path
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.progress import progress_bar
+from llava.common.threads import wait_passively
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation, single_turn
 from llava.eval.runs.llava_commands import add_model_flags, configuration, sampling
@@ -82,7 +83,12 @@ def eval_model(args) -> None:
     except UnreadableImage as error:
         raise UserError(f"--image-file: cannot be read as an image ({error})") from None
     checkpoint = LoadedCheckpoint(
-        args.model_path, args.model_base, config, dtype=args.dtype, purpose="a question about an image"
+        args.model_path,
+        args.model_base,
+        config,
+        dtype=args.dtype,
+        threads=args.threads,
+        purpose="a question about an image",
     )
     prompt = single_turn(args.conv_mode or checkpoint.conversation, asked)
     ids = tokenizer_image_token(prompt, checkpoint.tokenizer, return_tensors="pt")
@@ -100,7 +106,9 @@ def eval_model(args) -> None:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    eval_model(parse(argv))
+    args = parse(argv)
+    wait_passively()
+    eval_model(args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.common.errors import UserError
+from llava.common.threads import threads_for
 from llava.config import AdaVConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import default_conv_mode, single_turn
@@ -62,7 +63,7 @@ class LoadedCheckpoint:
     path: folder or hub name. model_base: the LLM under a LoRA or projector-only checkpoint, or None.
     config: the configuration that the model is loaded with.
     device: "cpu", "cuda", or "auto" (the GPU if there is one). device_map: passed to transformers; replaces device.
-    dtype: name of a dtype, or "auto". purpose: words for the error message: what the checkpoint is needed for.
+    dtype: name of a dtype, or "auto". threads: CPU threads of this process; None: see llava.common.threads. purpose: words for the error message: what the checkpoint is needed for.
 
     Attributes: shape has the sizes that costs are counted from; conversation is the name of the checkpoint's
     conversation template; context is the LLM's number of positions.
@@ -78,6 +79,7 @@ class LoadedCheckpoint:
         device: str = "auto",
         device_map=None,
         dtype="auto",
+        threads: int | None = None,
         purpose: str = "an evaluation",
     ):
         if device == "cuda" and not torch.cuda.is_available():
@@ -98,6 +100,10 @@ class LoadedCheckpoint:
                 raise UserError(f"{path}: has no {part}, which {purpose} needs")
         # With a device_map, layers may be on several devices. Prompts go to the device of the word embeddings.
         self.device = self.model.get_input_embeddings().weight.device
+        on_cpu = self.device.type == "cpu"
+        threads = threads_for(sum(part.numel() for part in self.model.parameters()) if on_cpu else None, threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.engine = Engine(self.model, self.tokenizer)
         self.shape = ModelShape.from_config(self.model.config)
         self.conversation = default_conv_mode(self.model.config, self.tokenizer)

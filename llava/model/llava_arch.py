@@ -30,7 +30,7 @@ from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
 from llava.model.decoding.generation import LlavaGeneration, check_cache
 from llava.model.decoding.layer_loop import on_one_device
-from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock
+from llava.model.decoding.prepared import PreparedPrompt, SharedPrefixes, StageClock, worth_sharing
 from llava.model.encoded_images import EncodedImage
 from llava.model.image_tokens import (
     Layout,
@@ -358,8 +358,15 @@ class LlavaMetaForCausalLM(LlavaZoom, LlavaGeneration):
         """Return the Selection of every image of a batch, in reading order. texts: of each of them (_texts)."""
         text_tower = method.text_tower if "text_cosine" in method.tower_states else None
         asked = [(row.ids, nth, question) for row in rows for nth, question in enumerate(row.questions)]
+        dropping = config.method in dropper_names()
+        # Where the choice reads nothing of the question, questions about one image share it.
+        alike = dropping or not (method.reads_text or method.reads_key)
+        first: dict[int, int] = {}
+        for n, one in enumerate(encoded):
+            first.setdefault(id(one) if alike else n, n)
         images = []
-        for one, (ids, nth, question) in zip(encoded, asked, strict=True):
+        for n in first.values():
+            one, (ids, nth, question) = encoded[n], asked[n]
             tower = one.tokens.tower
             if text_tower is not None:
                 judged = self.text_tower(text_tower).cosine(
@@ -369,8 +376,15 @@ class LlavaMetaForCausalLM(LlavaZoom, LlavaGeneration):
             # A copy: questions may share the encoded image, but its key and text_cosine belong to this question.
             images.append(replace(one.tokens, key=sample_key(ids, one.plan.image_size, nth), tower=tower))
         # A dropper removes tokens inside the LLM, so every token enters it.
-        name, own = ("none", {}) if config.method in dropper_names() else (config.method, config.method_options)
-        selections = select_all(name, images, texts, config.overall_tokens, config.detail_share, **own)
+        name, own = ("none", {}) if dropping else (config.method, config.method_options)
+        texts = [texts[n] for n in first.values()]
+        kept = select_all(name, images, texts, config.overall_tokens, config.detail_share, **own)
+        found = dict(zip(first, kept, strict=True))
+        # Copies: a dropper adds to the report of each question.
+        selections = [
+            replace(selection, report={**selection.report})
+            for selection in (found[id(one) if alike else n] for n, one in enumerate(encoded))
+        ]
         for one, selection in zip(encoded, selections, strict=True):
             if one.total is not None:
                 _describe_smaller(selection, one.total, self.get_vision_tower().num_patches_per_side)
@@ -465,8 +479,10 @@ class LlavaMetaForCausalLM(LlavaZoom, LlavaGeneration):
             numbering=None if dropping is None else dropping.numbering(),
             one_device=self.one_device,
         )
-        if dropping is None and labels is None and not (method.reads_text or method.reads_key) and self.one_device:
-            prepared.prefixes = None if prepared.caching.adaptive else _prefixes(rows, encoded)
+        if dropping is None and labels is None and self.one_device and not prepared.caching.adaptive:
+            # On a GPU the text alone is not worth a pass: kernels, and not tokens, take the time of a short prefill.
+            with_text, with_image = device.type == "cpu", not (method.reads_text or method.reads_key)
+            prepared.prefixes = _prefixes(rows, encoded, with_text, with_image)
         prepared.clock = clock
         return prepared
 
@@ -535,19 +551,34 @@ class LlavaMetaForCausalLM(LlavaZoom, LlavaGeneration):
         return super().loss_function(logits=logits, labels=labels, **kwargs)
 
 
-def _prefixes(rows: list[Row], encoded: Sequence[EncodedImage]) -> SharedPrefixes | None:
-    """Return the prefixes that rows share, up to the end of their first image; None where sharing saves too little."""
-    keys, lengths, at = [], [], 0
+def _prefixes(
+    rows: list[Row], encoded: Sequence[EncodedImage], with_text: bool, with_image: bool
+) -> tuple[SharedPrefixes, ...]:
+    """Return the prefixes that rows share.
+
+    with_text: the text before their first image; with_image: that text with the image, where rows about one image keep the
+    same tokens of it
+    """
+    texts, images, text_lengths, image_lengths, at = [], [], [], [], 0
     for number, row in enumerate(rows):
+        # A row without an image is a group of its own, with no prefix.
+        text, image, text_length, image_length = number, number, 0, 0
         if row.places:
+            text, text_length, image_length = (
+                row.ids[: row.places[0]].numpy().tobytes(),
+                row.places[0],
+                sum(row.spans[0]),
+            )
             # Rows share an image only as one object: two encodings may differ in rounding.
-            keys.append((row.ids[: row.places[0]].numpy().tobytes(), id(encoded[at])))
-            lengths.append(sum(row.spans[0]))
-        else:
-            keys.append(number)
-            lengths.append(0)
+            image = text, id(encoded[at])
+        texts.append(text)
+        images.append(image)
+        text_lengths.append(text_length)
+        image_lengths.append(image_length)
         at += len(row.places)
-    return SharedPrefixes.of_rows(keys, lengths, [row.length for row in rows])
+    totals = [row.length for row in rows]
+    found = ((with_text, texts, text_lengths), (with_image, images, image_lengths))
+    return worth_sharing([SharedPrefixes.of_rows(*own, totals) for wanted, *own in found if wanted], totals)
 
 
 def _images_of(images) -> Sequence[Tensor]:

@@ -90,8 +90,11 @@ class MethodMeasurer:
         conversation: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        threads: int | None = None,
     ):
-        loaded = LoadedCheckpoint(model_path, model_base, config, device=device, dtype=dtype, purpose="a question")
+        loaded = LoadedCheckpoint(
+            model_path, model_base, config, device=device, dtype=dtype, threads=threads, purpose="a question"
+        )
         self.model, self.engine, self.context, self.image = loaded.model, loaded.engine, loaded.context, image
         self.tokenizer = loaded.tokenizer
         self.plan: TilePlan = tile_plan(image.size, self.model.config, config.option("anyres"))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, add_checkpoint_flags, positive
 from llava.common.errors import UserError, exits_cleanly
+from llava.common.threads import wait_passively
 from llava.config import add_config_flags, config_of_flags
 from llava.serve.service.image_input import ImageLimits
 from llava.serve.service.listening import listen, port_number, shown_host
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     """Load the checkpoint and serve it until a signal comes."""
     # 1. Everything that can fail without the checkpoint fails first: loading it may take minutes.
     args = parse(argv)
+    wait_passively()
     try:
         serve(args)
     except KeyboardInterrupt:  # while it loads
@@ -97,6 +99,7 @@ def serve(args: argparse.Namespace) -> None:
         model_base=args.model_base,
         config=config,
         dtype=args.dtype,
+        threads=args.threads,
         max_batch=args.max_batch,
         max_waiting=args.max_waiting,
         max_prompt_tokens=args.max_prompt_tokens,

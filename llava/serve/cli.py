@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser
 from llava.common.errors import UserError, exits_cleanly
+from llava.common.threads import wait_passively
 from llava.methods.index import method_names
 from llava.serve.service.cost_text import cost_line, measured
 from llava.serve.service.image_input import ImageLimits, picture_from_file
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="answers as JSON objects with their costs, one a line")
     args = parser.parse_args(argv)
+    wait_passively()
     sys.stdin.reconfigure(errors="replace")
     try:
         config, decoding, checkpoint = configuration(args), sampling(args), checkpoint_of(args)

@@ -18,6 +18,7 @@ from pathlib import Path
 from llava.common.command_line import Parser, add_checkpoint_flags, names, positive
 from llava.common.errors import UserError, exits_cleanly
 from llava.common.find_checkpoint import find_checkpoint
+from llava.common.threads import wait_passively
 from llava.config import AdaVConfig, add_config_flags, config_of_flags, config_overrides
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_conversation
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the methods, print their answers and costs, and write the picture."""
     # 1. Arguments. torch is imported only when they are right.
     args = parse(argv)
+    wait_passively()
     configs = configurations(args)
     check(args, configs)
     checkpoint = find_checkpoint(args.model_path)
@@ -109,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         conversation=args.conv_mode,
         device=args.device,
         dtype=args.dtype,
+        threads=args.threads,
     )
     layers = run.model.config.num_hidden_layers
     if args.layer and args.layer > layers:

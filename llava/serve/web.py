@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llava.common.command_line import Parser, positive
 from llava.common.errors import UserError, exits_cleanly
+from llava.common.threads import wait_passively
 from llava.serve.service.image_input import ImageLimits, picture_from_file
 from llava.serve.service.listening import listen, port_number, shown_host
 from llava.serve.service.start import add_model_flags, checkpoint_of, configuration, limits_of, load, sampling
@@ -156,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     """Load the checkpoint and serve the page until a signal comes."""
     # 1. Everything that can fail without the checkpoint fails first.
     args = parse(argv)
+    wait_passively()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         run(args)

@@ -1,20 +1,17 @@
-"""benchmarks/serving.py and vllm_throughput.py without vLLM: a server that counts, models without an end, tables."""
+"""benchmarks/serving.py without vLLM: a server that counts, models without an end, the table."""
 
 import base64
 import http.server
 import json
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import serving
-import vllm_throughput
 from PIL import Image
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
-from llava.eval.runs.work_order import OrderedSample
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
 from llava.model.decoding.sampling import Sampling
 
@@ -134,52 +131,13 @@ FACTS = {"preset": "tiny", "overall_tokens": 5, "vllm": "0.32.0", "command": "py
 FACTS |= {"written": "now", "device": "a CPU", "threads": 1, "dtype": "float32", "torch": "2", "transformers": "5"}
 
 
-def test_both_tables_go_into_the_page(tmp_path):
-    page, first, second = tmp_path / "page.md", tmp_path / "serving.csv", tmp_path / "throughput.csv"
-    marks = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ("serving", "vllm_throughput"))
-    page.write_text("before\n" + marks)
+def test_the_table_goes_into_the_page(tmp_path):
+    page, first = tmp_path / "page.md", tmp_path / "serving.csv"
+    page.write_text("before\n<!-- serving -->\n<!-- end of serving -->\n")
     cell = {"users": 8, "questions_per_picture": 4, "new_tokens": 16, "requests_per_second": 12.5}
     cell |= {"first_token_p50": 0.25, "first_token_p99": 0.5, "tokens_per_second": 200.0}
     serving.write_csv(first, [{"server": "vLLM", **cell}], FACTS)
     serving.main(["--table", str(first), "--document", str(page)])
-    plain, adav = (
-        vllm_throughput.Loop(None, SimpleNamespace(config=config))
-        for config in (AdaVConfig(method="none"), AdaVConfig(overall_tokens=58))
-    )
-    seconds = {"vLLM": [2.0, 1.0, 4.0], "vLLM + adav": [1.0, 1.0, 1.0]}
-    rows = vllm_throughput.rows_of(seconds, {"vLLM": plain, "vLLM + adav": adav}, 8)
-    assert [row["of_plain"] for row in rows] == [1.0, 2.0] and [row["questions_per_second"] for row in rows] == [
-        4.0,
-        8.0,
-    ]
-    assert (rows[0]["questions_per_second_min"], rows[0]["questions_per_second_max"]) == (2.0, 8.0)
-    facts = {name: value for name, value in FACTS.items() if name != "overall_tokens"}
-    vllm_throughput.write_csv(second, rows, facts | {"questions_per_picture": 4})
-    vllm_throughput.main(["--table", str(second), "--document", str(page)])
     text = page.read_text()
     assert "12.50" in text and "vLLM 0.32.0" in text
-    assert "| vLLM + adav | 58" in text and "2.00" in text and text.startswith("before")
-
-
-def test_a_repetition_that_answers_otherwise_gives_no_figure(tmp_path):
-    samples = (OrderedSample((0, 0), None, "?"),)
-    order = vllm_throughput.WorkOrder(
-        "m", None, AdaVConfig(), vllm_throughput.Generation(2), 8, tmp_path, tmp_path, samples
-    )
-
-    class Fickle:
-        said = 0
-
-        def run(self, order, stopping):
-            Fickle.said += 1
-            order.answers.write_text(json.dumps({"key": [0, 0], "answer": str(Fickle.said)}) + "\n")
-
-    with pytest.raises(UserError, match="method adav: a repetition answers otherwise"):
-        vllm_throughput.measure({"vLLM": vllm_throughput.Loop(Fickle(), order)}, 1, tmp_path)
-
-
-def test_a_python_without_vllm_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(vllm_throughput, "packages_distributions", dict)
-    with pytest.raises(SystemExit) as ended:
-        vllm_throughput.main(["--pictures", "1"])
-    assert ended.value.code == 2 and "has no vLLM; run this with .venv-vllm/bin/python" in capsys.readouterr().err
+    assert text.startswith("before")

@@ -11,6 +11,7 @@ from llava.common.files import REPOSITORY
 NAMES = (
     "adav_cover_strength",
     "adav_zoom_crops",
+    "busy_machine",
     "cache_policies",
     "decode_kernel",
     "end_to_end",
@@ -19,7 +20,6 @@ NAMES = (
     "long_answers",
     "prefill",
     "serving",
-    "vllm_throughput",
 )
 
 

@@ -449,7 +449,7 @@ def test_long_questions_are_scored_in_parts(monkeypatch):
     image, text = make_image(), make_text(50)
     whole = scores.text_to_image(image, text, 0.01), scores.max_cosine(image, text)
     monkeypatch.setattr(scores, "CHUNK", 3 * len(image.patches))
-    parts = list(scores._cosines(image, text))
+    parts = list(scores._cosines(scores.unit_patches(image), text))
     assert len(parts) == 17 and max(len(part) for part in parts) == 3
     for one, other in zip(
         whole, (scores.text_to_image(image, text, 0.01), scores.max_cosine(image, text)), strict=True

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 
 from llava.common.scatter import BATCH_LIMIT, REASON, scatters
-from llava.eval.runs.division import divide, useful_shards
+from llava.eval.runs.division import divide
 from llava.eval.runs.run import Run
+from llava.eval.runs.shard_count import shard_threads, shards_to_start
 from llava.eval.runs.worker_processes import device_of, worker_command, worker_settings
 
 
-def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
+def describe_plan(runs: list[Run], shards: int | None, devices: list[str], threads: int | None = None) -> str:
     """Return a text with the runs and the exact command of each shard, from the answers that are on disk now.
 
+    shards, threads: as the user asked; None leaves the choice to llava.eval.runs.shard_count.
     No run is opened: nothing is locked or written.
     """
     lines = []
@@ -40,14 +42,14 @@ def describe_plan(runs: list[Run], shards: int, devices: list[str]) -> str:
         lines.append(f"  {run.folder}{fetched}")
     # 2. The shards. The division must be the one of evaluate_runs, or the printed commands are not those that run.
     missing, python = [run.todo() for run in runs], runs[0].engine.python
-    shards = useful_shards(missing, shards)
+    shards, threads = shards_to_start(runs, missing, shards, devices), shard_threads(runs, threads, devices)
     pieces = [divide(samples, shards) for samples in missing]
     for shard in range(shards):
         orders = [run.order_of(shard) for run, parts in zip(runs, pieces, strict=True) if parts[shard]]
         if orders:
             samples = [sample for parts in pieces for sample in parts[shard]]
             images = len({name for sample in samples for name in sample.images})
-            settings = worker_settings(device_of(shard, devices), shards)
+            settings = worker_settings(device_of(shard, devices), shards, threads)
             command = shlex.join(
                 [f"{name}={value}" for name, value in settings.items()] + worker_command(orders, python)
             )

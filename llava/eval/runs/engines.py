@@ -51,12 +51,12 @@ class RunEngine:
         """What an answer depends on. None for the own engine, whose runs have no such entry."""
         return None if self.name == "llava" else {"name": self.name, "version": self.version}
 
-    def check(self, config: AdaVConfig, shards: int, devices: list[str]) -> None:
-        """Raise UserError for what vLLM cannot run. devices: of this machine, [] is the CPU."""
+    def check(self, config: AdaVConfig, shards: int | None, devices: list[str]) -> None:
+        """Raise UserError for what vLLM cannot run. shards: None is one per device. devices: of this machine, [] is the CPU."""
         if self.name == "llava":
             return
         check(config)
-        if devices and shards > len(devices):
+        if devices and shards and shards > len(devices):
             # Each vLLM takes nearly all memory of its GPUs when it starts.
             raise UserError(
                 f"--shards is {shards}, allowed with --engine vllm are at most {len(devices)}: one per GPU or group of GPUs"

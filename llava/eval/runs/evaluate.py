@@ -10,25 +10,29 @@ from pathlib import Path
 
 from llava.common.errors import UserError
 from llava.common.machine import code_digest, commit
-from llava.eval.runs.division import divide, useful_shards
+from llava.eval.runs.division import divide
 from llava.eval.runs.machines import Ranks
 from llava.eval.runs.run import Run
-from llava.eval.runs.worker_processes import Interrupted, ShardFailure, run_shards
+from llava.eval.runs.shard_count import batch_size_of, shard_threads, shards_to_start
+from llava.eval.runs.worker_processes import Interrupted, ShardFailure, run_shards, threads_of_each
 
 
 def evaluate_runs(
     runs: list[Run],
-    shards: int,
+    shards: int | None,
     devices: list[str],
-    batch_size: int,
+    batch_size: int | None,
     fresh: bool = False,
     title: str = "",
     partial: bool = False,
     ranks: Ranks | None = None,
+    threads: int | None = None,
 ) -> list[dict]:
     """Answer, merge and score runs of one checkpoint; return the report of each run.
 
     All runs have the same engine and share its worker processes, so the checkpoint is loaded once per shard.
+    shards, threads, batch_size: processes, CPU threads of each, samples of a batch; None leaves the choice to
+        llava.eval.runs.shard_count.
     devices: one entry per device or device group; [] is the CPU. title: shown in the line of progress.
     partial: if images are unreadable, score the other questions and say so in the score.
     ranks: the ranks that have joined, of which this process is rank 0; `shards` then counts the shards of all ranks.
@@ -39,7 +43,8 @@ def evaluate_runs(
         for run in runs:
             run.open(fresh)
         missing = [run.todo() for run in runs]
-        shards = useful_shards(missing, shards)
+        shards, threads = shards_to_start(runs, missing, shards, devices), shard_threads(runs, threads, devices)
+        batch_size = batch_size_of(runs, batch_size, devices)
         # 2. Facts about this start of the command, for run.json.
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -47,6 +52,7 @@ def evaluate_runs(
             "commit": commit(),
             "code": code_digest(runs[0].engine.name),
             "shards": shards,
+            "threads": threads_of_each(shards, threads),
             "devices": devices or ["cpu"],
             "batch_size": batch_size,
         }
@@ -77,7 +83,7 @@ def evaluate_runs(
         # 3. Answer what is missing.
         try:
             if any(missing):
-                _answer(runs, missing, shards, devices, batch_size, title, ranks)
+                _answer(runs, missing, shards, threads, devices, batch_size, title, ranks)
         # BaseException, because KeyboardInterrupt is no Exception: run.json should record that end too.
         except BaseException as error:
             # If the disk is full, writing run.json fails too. The first error is the one to report.
@@ -108,6 +114,7 @@ def _answer(
     runs: list[Run],
     missing: list[list],
     shards: int,
+    threads: int | None,
     devices: list[str],
     batch_size: int,
     title: str,
@@ -130,6 +137,7 @@ def _answer(
         "logs": [runs[0].shards / f"shard-{shard}.log" for shard in range(shards)],
         "title": title,
         "todo": sum(map(len, missing)),
+        "threads": threads,
     }
     if ranks:
         ranks.lead(**work, folders=[run.folder for run in runs])
@@ -148,13 +156,13 @@ def follow_rank_zero(ranks: Ranks) -> None:
         sys.exit(128 + error.number)
 
 
-def evaluate_or_exit(runs: list[Run], *arguments) -> list[dict]:
+def evaluate_or_exit(runs: list[Run], *arguments, **settings) -> list[dict]:
     """Call `evaluate_runs`; on failure, print the reason and how many answers are kept, and exit.
 
     Exit codes: 1 if a shard died, 128 + n if signal n stopped the launcher.
     """
     try:
-        return evaluate_runs(runs, *arguments)
+        return evaluate_runs(runs, *arguments, **settings)
     except (ShardFailure, Interrupted) as error:
         answered, all_ = sum(len(run.answered) for run in runs), sum(len(run.samples) for run in runs)
         kept = f"{answered} of {all_} questions are answered and kept; the same command continues from there"

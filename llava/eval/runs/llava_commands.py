@@ -33,7 +33,7 @@ from llava.eval.benchmarks.mmbench_cn import MMBenchCN
 from llava.eval.benchmarks.questions import Sample, make_samples
 from llava.eval.benchmarks.sqa import ScienceQA
 from llava.eval.runs.evaluate import evaluate_or_exit
-from llava.eval.runs.run import BATCH_SIZE, Run
+from llava.eval.runs.run import BATCH_SIZE_HELP, Run
 from llava.eval.runs.shard_answers import merge
 from llava.eval.runs.work_order import Generation
 from llava.eval.runs.worker_processes import device_groups
@@ -263,7 +263,7 @@ def parse(name: str, argv: list[str] | None) -> argparse.Namespace:
         default=os.environ.get("GPUS_PER_MODEL", "1"),
         help="devices per process (default: $GPUS_PER_MODEL, else 1)",
     )
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help=f"samples per batch ({BATCH_SIZE})")
+    parser.add_argument("--batch-size", type=positive, help=f"samples per batch (default: {BATCH_SIZE_HELP})")
     parser.add_argument("--fresh", action="store_true", help="answer everything anew")
     if COMMANDS[name].reads in (ScienceFile, MMBenchFile):
         parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter")
@@ -296,5 +296,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
     run = FileRun(args.answers_file, benchmark, config, checkpoint, generation, model_base)
     # 3. Answer, and write the answers file.
     title = f"{args.question_file.name} {config.method}"
-    evaluate_or_exit([run], max(1, len(devices)), devices, args.batch_size, args.fresh, title)
+    # One process on a CPU: users of LLaVA's commands start several of them, with --num-chunks.
+    shards = max(1, len(devices))
+    evaluate_or_exit([run], shards, devices, args.batch_size, args.fresh, title, threads=args.threads)
     print(f"{len(run.samples)} answers in {args.answers_file}")

@@ -127,13 +127,14 @@ class Ranks:
         self._told = True
         return word[0]
 
-    def lead(self, orders, answers, locks, logs, title, todo, folders: list[Path]) -> None:
+    def lead(self, orders, answers, locks, logs, title, todo, threads, folders: list[Path]) -> None:
         """On rank 0: give out the orders of all shards, and run this rank's share. Returns when all ranks are done."""
         # Absolute paths: the other ranks may have another working directory.
         paths = [[str(path.resolve()) for path in order] for order in orders]
         logs = [log.resolve() for log in logs]
-        self._tell({"orders": paths, "logs": list(map(str, logs)), "folders": [str(f.resolve()) for f in folders]})
-        self._run([list(map(Path, order)) for order in paths], answers, locks, logs, title, todo)
+        work = {"orders": paths, "logs": list(map(str, logs)), "folders": [str(f.resolve()) for f in folders]}
+        self._tell({**work, "threads": threads})
+        self._run([list(map(Path, order)) for order in paths], answers, locks, logs, title, todo, threads)
 
     def follow(self) -> None:
         """On any other rank: run this rank's share of the shards. Exits if rank 0 gives out an exit code instead."""
@@ -146,12 +147,12 @@ class Ranks:
         try:
             orders = [list(map(Path, order)) for order in work["orders"]]
             # No answer files and no title: the line of progress is on rank 0 alone, which can see all files.
-            self._run(orders, [], locks, list(map(Path, work["logs"])), None, 0)
+            self._run(orders, [], locks, list(map(Path, work["logs"])), None, 0, work["threads"])
         finally:
             for lock in locks:
                 os.close(lock)
 
-    def _run(self, orders, answers, locks, logs, title, todo) -> None:
+    def _run(self, orders, answers, locks, logs, title, todo, threads) -> None:
         """Run this rank's share of `orders`, and leave the process group when all ranks are done."""
         # Shards are numbered over all ranks, rank by rank.
         first = sum(self.shards[: self.rank])
@@ -165,6 +166,7 @@ class Ranks:
             title=title,
             todo=todo,
             python=self.python,
+            threads=threads,
             first=first,
             everywhere=len(orders),
             place=f" of rank {self.rank} on {self.hosts[self.rank]}",

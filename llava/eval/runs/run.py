@@ -72,6 +72,9 @@ OUTPUT = BASE / "runs"
 BATCH_SIZE = 8
 # By engine. vLLM takes a batch as its queue: it starts the next request where one ends.
 BATCH_SIZES = {"llava": BATCH_SIZE, "vllm": 128}
+# Of a small model on a CPU: Python takes a good part of its time, and more questions share the text before the image.
+SMALL_MODEL_BATCH_SIZE = 32
+BATCH_SIZE_HELP = f"{BATCH_SIZE}, {SMALL_MODEL_BATCH_SIZE} for a small model on a CPU, {BATCH_SIZES['vllm']} with vllm"
 
 # What stands for the budget of the methods that have none.
 _NO_BUDGET = {"none": "all", "no_image": "0"}

@@ -20,6 +20,7 @@ from pathlib import Path
 from llava.common.errors import UserError
 from llava.common.files import REPOSITORY
 from llava.common.machine import cores, gpus, torch_is_for_cpu
+from llava.common.threads import wait_policy
 from llava.eval.runs.shard_progress import Progress
 
 # Set by torchrun, `accelerate launch` and scripts/cluster/slurm.sh.
@@ -78,38 +79,45 @@ def worker_command(orders: list[Path], python: str) -> list[str]:
     return [python, "-m", "llava.eval.worker", "--watch-stdin", *map(str, orders)]
 
 
-def worker_settings(device: str | None, shards: int) -> dict[str, str]:
-    """Return the environment variables that are set for one of `shards` workers."""
-    # By default each process of torch takes all cores, and the shards would slow each other down. A value that the user
-    # has set is kept.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // shards))
-    return {"CUDA_VISIBLE_DEVICES": device or "", "OMP_NUM_THREADS": threads}
+def threads_of_each(shards: int, threads: int | None) -> int:
+    """Return the CPU threads of each of `shards` workers of this machine. threads: a number, None divides the cores."""
+    # By default each process of torch takes all cores, and the shards would slow each other down.
+    return threads or max(1, cores() // shards)
+
+
+def worker_settings(device: str | None, shards: int, threads: int | None) -> dict[str, str]:
+    """Return the environment variables that are set for one of `shards` workers. threads: see threads_of_each."""
+    return {
+        "CUDA_VISIBLE_DEVICES": device or "",
+        "OMP_NUM_THREADS": str(threads_of_each(shards, threads)),
+        "OMP_WAIT_POLICY": wait_policy(),
+    }
 
 
 class Shard:
     """A running worker process.
 
-    device: value of CUDA_VISIBLE_DEVICES, None for the CPU. shards: workers on this machine. locks: file descriptors
-    that the worker inherits. log: file that its output is appended to. python: the interpreter that it runs under.
+    settings: environment variables of the worker. locks: file descriptors that the worker inherits. log: file that its
+    output is appended to. python: the interpreter that it runs under.
     """
 
     def __init__(
         self,
         name: str,
-        device: str | None,
+        settings: dict[str, str],
         orders: list[Path],
-        shards: int,
         locks: list[int],
         log: Path,
         python: str,
     ):
-        self.name = f"{name} ({'CPU' if device is None else 'GPU ' + device})"
+        device = settings["CUDA_VISIBLE_DEVICES"]
+        self.name = f"{name} ({'GPU ' + device if device else 'CPU'})"
         self.last_lines: deque[str] = deque(maxlen=12)
         self.warnings: list[str] = []
         # 1. The environment. A worker is no rank, even if its launcher is one: with these variables set, libraries
         # would look for the other processes.
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        environment |= {**worker_settings(device, shards), "PYTHONUNBUFFERED": "1"}
+        environment |= {**settings, "PYTHONUNBUFFERED": "1"}
         if REPOSITORY is not None:  # the launcher's own code, also where it was not installed
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
@@ -193,6 +201,7 @@ def run_shards(
     title: str | None,
     todo: int,
     python: str,
+    threads: int | None = None,
     first: int = 0,
     place: str = "",
     everywhere: int = 0,
@@ -203,6 +212,7 @@ def run_shards(
     orders: the work orders of each shard. answers: all files that they append to. devices: see device_groups.
     locks: file descriptors that the workers inherit. logs: one file per shard. title: begins the line of progress;
     None shows no such line. todo: number of samples that will be appended. python: the interpreter of the workers.
+    threads: CPU threads of each worker, None divides the cores.
 
     For a run with shards on other machines: first is the number of the first of these shards; place says where they
     are; everywhere is the number of shards of the whole run; others() is called again and again when these shards are
@@ -217,7 +227,8 @@ def run_shards(
         try:
             for i, (order, log) in enumerate(zip(orders, logs, strict=True)):
                 name = f"shard {first + i}{place}"
-                shards.append(Shard(name, device_of(i, devices), order, len(orders), locks, log, python))
+                settings = worker_settings(device_of(i, devices), len(orders), threads)
+                shards.append(Shard(name, settings, order, locks, log, python))
             # 2. Watch, until one fails (a non-zero exit code) or all are done.
             while not any(shard.process.poll() for shard in shards):
                 running = any(shard.process.poll() is None for shard in shards)

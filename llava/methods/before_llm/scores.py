@@ -37,14 +37,14 @@ def distance_from_mean(features: Tensor, is_patch: Tensor) -> Tensor:
     return distances
 
 
-def text_to_image(image: ImageTokens, text: Tensor, temperature: float) -> Tensor:
+def text_to_image(image: ImageTokens, text: Tensor, temperature: float, patches: Tensor | None = None) -> Tensor:
     """Return AdaV's text score [P] (arXiv 2501.09532): max over words of softmax over patches of cos / temperature.
 
     text: embeddings [m, D] of m >= 1 words. The softmax runs over the patches of all tiles together, for each word on
-    its own.
+    its own. patches: unit_patches(image), which questions about one image share.
     """
     best = None
-    for cosines in _cosines(image, text):
+    for cosines in _cosines(unit_patches(image) if patches is None else patches, text):
         score = torch.softmax(cosines / max(temperature, SMALLEST), dim=-1).amax(0)
         best = score if best is None else torch.maximum(best, score)
     return best
@@ -53,17 +53,21 @@ def text_to_image(image: ImageTokens, text: Tensor, temperature: float) -> Tenso
 def max_cosine(image: ImageTokens, text: Tensor) -> Tensor:
     """Return the cosine of each patch with its nearest word, [P]. text: [m, D] with m >= 1."""
     best = None
-    for cosines in _cosines(image, text):
+    for cosines in _cosines(unit_patches(image), text):
         score = cosines.amax(0)
         best = score if best is None else torch.maximum(best, score)
     return best
 
 
-def _cosines(image: ImageTokens, text: Tensor) -> Iterator[Tensor]:
-    """Yield the cosines of a few words at a time with all patches, float32 [<= m, P]."""
+def unit_patches(image: ImageTokens) -> Tensor:
+    """Return the features of the patches, scaled to length one, float64 [P, D]."""
     # Double precision: a float32 matrix product rounds equal patches differently in different columns, so exact ties
     # would not stay ties.
-    patches = _unit(image.features[image.patches])
+    return _unit(image.features[image.patches])
+
+
+def _cosines(patches: Tensor, text: Tensor) -> Iterator[Tensor]:
+    """Yield the cosines of a few words at a time with all patches, float32 [<= m, P]. patches: see unit_patches."""
     words = _unit(text.to(patches.device))
     for part in words.split(max(1, CHUNK // max(1, len(patches)))):
         yield torch.nan_to_num((part @ patches.T).float(), nan=-1.0)

@@ -31,13 +31,19 @@ def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
     far), ties to `first`. The mass of a list is the sum of the scores of the tokens that came from it. Scores below
     zero count as zero here. Needs budget <= P.
     """
-    # 1. The heads of all lists go to the host in one copy, so a batch waits for the device once.
-    heads = [_heads(lists) for lists in images]
-    packed = to_host(torch.cat([head.flatten() for head in heads]))
+    # 1. The heads of all lists, for images of one size together. They go to the host in one copy, so a batch waits for the
+    # device once.
+    sizes = [(len(lists.first), lists.budget) for lists in images]
+    groups = [[i for i, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
+    heads = [_heads([images[i] for i in group]) for group in groups]
+    packed = to_host(torch.cat([head.flatten() for head in heads])).split([head.numel() for head in heads])
+    by_image: list[list[float]] = [[] for _ in images]
+    for group, head, part in zip(groups, heads, packed, strict=True):
+        for i, row in zip(group, part.view(head.shape).tolist(), strict=True):
+            by_image[i] = row
     # 2. The unions are built on the host: filling up is a loop whose every step depends on the one before it.
     chosen, splits = [], []
-    for lists, part in zip(images, packed.split([head.numel() for head in heads]), strict=True):
-        split, *rest = part.tolist()
+    for lists, (split, *rest) in zip(images, by_image, strict=True):
         length = len(rest) // 4
         order = [list(map(int, rest[s * length : (s + 1) * length])) for s in (0, 1)]
         value = [rest[s * length : (s + 1) * length] for s in (2, 3)]
@@ -49,20 +55,22 @@ def unions_of_best(images: list[TwoLists]) -> list[tuple[Tensor, int]]:
     return list(zip(parts, splits, strict=True))
 
 
-def _heads(lists: TwoLists) -> Tensor:
-    """Return float64 [1 + 4n]: k_first, the n best indices of both lists, then their scores; n is at most the budget.
+def _heads(images: list[TwoLists]) -> Tensor:
+    """Return float64 [B, 1 + 4n] for lists of one length and budget.
+
+    A row has k_first, the n best indices of both lists, then their scores; n is at most the budget.
 
     The union never reads past the first `budget` tokens of a list. It contains all tokens before the next unused one,
     and these are fewer than the budget while it is being filled.
     """
     # One float64 tensor for numbers of two kinds: float64 holds every index and every float32 score exactly.
-    n = min(lists.budget, len(lists.first))
-    orders = [lowest_index_topk(scores, n) for scores in (lists.first, lists.second)]
-    values = [scores[order].double().clamp_min(0) for scores, order in zip(lists[:2], orders, strict=True)]
-    split = lists.k_first
-    if not isinstance(split, Tensor):
-        split = torch.full((1,), split, device=lists.first.device)
-    return torch.cat([split.reshape(1).double(), *(order.double() for order in orders), *values])
+    scores = torch.stack([torch.stack(lists[:2]) for lists in images])  # [B, 2, P]
+    orders = lowest_index_topk(scores, min(images[0].budget, scores.shape[-1]))
+    values = scores.gather(-1, orders).double().clamp_min(0)
+    given = [lists.k_first for lists in images]
+    splits = [one if isinstance(one, Tensor) else torch.full((1,), one, device=scores.device) for one in given]
+    splits = torch.stack([one.reshape(1).double() for one in splits])
+    return torch.cat([splits, orders.double().flatten(1), values.flatten(1)], dim=1)
 
 
 def _union(order: list[list[int]], value: list[list[float]], k_first: int, budget: int) -> list[int]:

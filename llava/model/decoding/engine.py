@@ -163,7 +163,7 @@ class Engine:
         # From the fastest way to the most general one: a captured prefill, shared prefixes, fused layers, the loop that
         # drops tokens.
         logits = None if self._prefills is None else self._prefills(prepared, cache)
-        if logits is None and prepared.prefixes is not None:
+        if logits is None and prepared.prefixes:
             logits = prefill_shared(self.model, prepared, cache, self._stepper)
         if logits is None and prepared.dropping is None:
             logits = prefill(self.model, prepared, cache, self._stepper)

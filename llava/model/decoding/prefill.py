@@ -142,15 +142,6 @@ class RecordedLayers:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for query, key, value, _ in self._layers for tensor in (query, key, value))
 
-    @property
-    def length(self) -> int:
-        """Tokens of each recorded row, 0 where no layer has run."""
-        return self._layers[0][1].shape[2] if self._layers else 0
-
-    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the rotated keys and the values of a layer, [B, G, S, d] each."""
-        return self._layers[layer][1:3]
-
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         return key, value
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Hashable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -14,20 +15,20 @@ from llava.methods.before_llm import Selection
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.dropping import Dropping
 
-# Fewest tokens that sharing must save. Every layer runs twice, which costs about as much as this many tokens of a small model.
-MIN_SAVED_TOKENS = 64
+# What one more pass through the layers costs, in tokens of a pass of a small model.
+PASS_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """The prefixes of the rows of a batch. groups [B]: index of each row's prefix; lengths [U]: tokens of each prefix."""
+    """One prefix for each row of a batch. groups [B]: number of each row's prefix; lengths [U]: tokens of each prefix."""
 
     groups: tuple[int, ...]
     lengths: tuple[int, ...]
 
     @classmethod
-    def of_rows(cls, keys: Sequence[Hashable], lengths: Sequence[int], totals: Sequence[int]) -> SharedPrefixes | None:
-        """Return the prefixes of rows; None where sharing them saves too little.
+    def of_rows(cls, keys: Sequence[Hashable], lengths: Sequence[int], totals: Sequence[int]) -> SharedPrefixes:
+        """Return the prefixes of rows.
 
         keys: rows with equal keys have the same prefix. lengths: tokens of each row's prefix. totals: tokens of each row
         """
@@ -38,8 +39,26 @@ class SharedPrefixes:
             min(min(length, total - 1) for length, total, own in zip(lengths, totals, groups, strict=True) if own == n)
             for n in range(len(number))
         ]
-        saved = sum(shared[n] for n in groups) - sum(shared)
-        return cls(groups, tuple(shared)) if saved >= MIN_SAVED_TOKENS else None
+        return cls(groups, tuple(shared))
+
+
+def worth_sharing(levels: Sequence[SharedPrefixes], totals: Sequence[int]) -> tuple[SharedPrefixes, ...]:
+    """Return those of `levels` whose sharing makes prefill cheapest; () where whole rows are.
+
+    levels: from the shortest prefixes to the longest; prefixes of a level begin with those of the levels before it.
+    totals: tokens of each row
+    """
+
+    def cost(chosen: Sequence[SharedPrefixes]) -> int:
+        tokens, starts = 0, [0] * len(totals)
+        for level in chosen:
+            firsts = [level.groups.index(n) for n in range(len(level.lengths))]
+            tokens += sum(length - starts[row] for row, length in zip(firsts, level.lengths, strict=True)) + PASS_TOKENS
+            starts = [level.lengths[n] for n in level.groups]
+        return tokens + sum(totals) - sum(starts)
+
+    every = [chosen for number in range(len(levels) + 1) for chosen in combinations(levels, number)]
+    return min(every, key=lambda chosen: (cost(chosen), -len(chosen)))
 
 
 @dataclass
@@ -52,7 +71,8 @@ class PreparedPrompt:
     lengths           per row: real tokens; unpruned_lengths: the same without selection
     position_offset   [B, 1]: position of the first generated token minus (last position + 1)
     dropping          drops vision tokens between LLM layers; None where all of them stay
-    prefixes          prefixes that rows share (shared_prefill.py); None where each row is prefilled on its own
+    prefixes          prefixes that rows share, the shortest first (shared_prefill.py); () where each row is prefilled on its
+                      own
     caching           settings of the KV cache
     clock             times of the stages before the LLM
     """
@@ -67,7 +87,7 @@ class PreparedPrompt:
     unpruned_lengths: list[int]
     position_offset: Tensor
     dropping: Dropping | None = None
-    prefixes: SharedPrefixes | None = None
+    prefixes: tuple[SharedPrefixes, ...] = ()
     caching: Caching | None = None
     clock: StageClock | None = None
 

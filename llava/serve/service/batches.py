@@ -60,8 +60,18 @@ class BatchAnswerer(LoadedCheckpoint):
     `job` may be called from any thread. `answer` and `free_memory` must always be called from the same thread.
     """
 
-    def __init__(self, model_path, model_base, config: AdaVConfig, device_map, dtype, max_prompt_tokens, image_cache):
-        super().__init__(model_path, model_base, config, device_map=device_map, dtype=dtype, purpose="a conversation")
+    def __init__(
+        self, model_path, model_base, config: AdaVConfig, device_map, dtype, threads, max_prompt_tokens, image_cache
+    ):
+        super().__init__(
+            model_path,
+            model_base,
+            config,
+            device_map=device_map,
+            dtype=dtype,
+            threads=threads,
+            purpose="a conversation",
+        )
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self._recent = RecentImages(image_cache)
         # A tokenizer changes its own settings during a call, so it is not thread-safe. `job` uses a copy behind a lock,

@@ -78,6 +78,7 @@ class Service:
         config: AdaVConfig,
         device_map="auto",
         dtype="auto",
+        threads: int | None = None,
         max_batch: int = 8,
         max_waiting: int = 64,
         max_prompt_tokens: int | None = None,
@@ -85,6 +86,7 @@ class Service:
     ) -> Service:
         """A service of a checkpoint, which is loaded as load_pretrained_model loads it.
 
+        threads: CPU threads; None leaves the choice to llava.common.threads.
         max_prompt_tokens: limit of a prompt; None allows what the model's context holds.
         image_cache: bytes of encoded images that are kept for later requests about the same picture. With 0 no request
             becomes faster because of an earlier one.
@@ -92,7 +94,9 @@ class Service:
         """
         from llava.serve.service.batches import BatchAnswerer
 
-        model = BatchAnswerer(model_path, model_base, config, device_map, dtype, max_prompt_tokens, image_cache)
+        model = BatchAnswerer(
+            model_path, model_base, config, device_map, dtype, threads, max_prompt_tokens, image_cache
+        )
         return cls(model, config, max_batch, max_waiting)
 
     def __enter__(self) -> Service:

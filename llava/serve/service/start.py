@@ -73,7 +73,8 @@ def load(checkpoint: EvalCheckpoint, args: argparse.Namespace, config: AdaVConfi
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return Service.load(checkpoint.folder, model_base=args.model_base, config=config, dtype=args.dtype, **limits)
+        settings = {"model_base": args.model_base, "config": config, "dtype": args.dtype, "threads": args.threads}
+        return Service.load(checkpoint.folder, **settings, **limits)
     finally:
         if bar:
             logging.enable_progress_bar()

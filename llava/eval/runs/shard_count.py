@@ -1,0 +1,44 @@
+"""How many worker processes answer a run, on how many threads each, and in what batches. Imports no torch."""
+
+from __future__ import annotations
+
+from llava.common.threads import is_small, processes_for, threads_for
+from llava.eval.benchmarks.questions import Sample
+from llava.eval.runs.division import useful_shards
+from llava.eval.runs.run import BATCH_SIZES, SMALL_MODEL_BATCH_SIZE, Run
+
+# Fewest questions for which another process on a CPU pays: its start takes about as long as the demo takes for so many.
+_FEWEST_QUESTIONS = 200
+
+
+def shards_to_start(runs: list[Run], missing: list[list[Sample]], asked: int | None, devices: list[str]) -> int:
+    """Return the number of shards that answer `missing`, the unanswered samples of each run.
+
+    asked: the user's number; None is one per device, and on a CPU as many as cores, memory and questions allow.
+    """
+    if asked is None:
+        own = (
+            runs[0].engine.name == "llava"
+        )  # on a CPU, one vLLM holds its requests back until it has the memory for them
+        asked = len(devices) or (processes_for(_parameters(runs[0])) if own else 1)
+        if not devices:
+            asked = min(asked, max(1, sum(map(len, missing)) // _FEWEST_QUESTIONS))
+    return useful_shards(missing, asked)
+
+
+def shard_threads(runs: list[Run], asked: int | None, devices: list[str]) -> int | None:
+    """Return the CPU threads of each shard; None divides the cores. asked: the user's number, or None."""
+    return threads_for(None if devices else _parameters(runs[0]), asked)
+
+
+def batch_size_of(runs: list[Run], asked: int | None, devices: list[str]) -> int:
+    """Return the number of samples of a batch. asked: the user's number, or None."""
+    engine = runs[0].engine.name
+    small = engine == "llava" and not devices and is_small(_parameters(runs[0]))
+    return asked or (SMALL_MODEL_BATCH_SIZE if small else BATCH_SIZES[engine])
+
+
+def _parameters(run: Run) -> int | None:
+    """Return the parameters of the model of a run, with those of its base; None if they are unknown."""
+    known = [one.parameters for one in (run.checkpoint, run.model_base) if one is not None]
+    return None if None in known else sum(known)
