@@ -65,7 +65,7 @@ class PartLayout(Layout):
         # A newline token ends a whole row of crops, so it is there only with all of them.
         complete = all(tile in tiles for tile, size in enumerate(whole.sizes) if size)
         kept = torch.nonzero((number[place // per_tile] >= 0) & (complete | (order != NEWLINE))).flatten()
-        super().__init__(own[kept], side, None)
+        super().__init__(own[kept], side, None, None)
         self.tiles, self.total = tiles, len(order)
         self.whole_index = torch.nn.functional.pad(kept, (0, 1), value=-1)
         self.whole_tile = torch.tensor([*tiles, -1])
