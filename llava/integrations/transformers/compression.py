@@ -27,6 +27,7 @@ from llava.integrations.transformers.base import Compression
 from llava.integrations.transformers.cuts import cutting
 from llava.integrations.transformers.families.base import Family
 from llava.integrations.transformers.prompts import Prompts
+from llava.integrations.transformers.selectors import check_selector
 from llava.methods.inside_llm import dropper_names
 
 # Arguments of some families that configure the tower for one call.
@@ -83,7 +84,7 @@ class FamilyCompression(Compression):
     def _check_config(self) -> None:
         """Raise UserError for a setting that is not available for this family."""
         config = self.config
-        name, given, family = config.method, config.options, self.family.name
+        name, family = config.method, self.family.name
         if name in dropper_names():
             allowed = self.family.inside_llm
             if name not in allowed:
@@ -99,32 +100,7 @@ class FamilyCompression(Compression):
                 f'the configuration asks for the KV cache policy "{config.cache_policy}", allowed for {family} are methods '
                 "before the LLM alone"
             )
-        method = config.make_method()
-        if getattr(method, "resizes", False):
-            raise UserError(
-                f'method "{name}" makes the image smaller before a CLIP tower, which {family} does not have; its processor has '
-                "max_pixels for that"
-            )
-        needed = method.tower_states
-        if needed:
-            raise UserError(
-                f'method "{name}" reads {" and ".join(needed)} of a CLIP tower with [CLS] and square tiles, which {family} '
-                "does not have"
-            )
-        if getattr(method, "makes_tokens", False):
-            raise UserError(
-                f'method "{name}" makes tokens that stood nowhere in the image, allowed for {family} are methods that keep '
-                "tokens of the image"
-            )
-        if given.get("positions") == "reindexed":
-            raise UserError(
-                f'"options.positions" is "reindexed", allowed for {family} is "original", its default there'
-            )
-        for option, value in (("compat", "public"), ("anyres", "fastervlm")):
-            if given.get(option) == value:
-                raise UserError(
-                    f'"options.{option}" is "{value}", a rule for LLaVA\'s tiles, which {family} does not have'
-                )
+        check_selector(config, family)
         config.warn_of_unused_options()
 
     def _turn_markers(self) -> tuple[tuple[int, ...], ...]:

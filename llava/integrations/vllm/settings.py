@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
@@ -17,10 +17,11 @@ _PATHS = ("text_tower", "table")
 TOWER_STATES = {"hidden", "keys", "text_cosine"}
 
 
-def server_keys(given: object) -> dict[str, object]:
+def server_keys(given: object, refuse: Callable[[AdaVConfig], None] | None = None) -> dict[str, object]:
     """Return the keys that a server sets; {} where it sets none.
 
-    given: an object of keys, the path of a configuration file, or None. UserError for anything that cannot be used.
+    given: an object of keys, the path of a configuration file, or None. refuse: the check of the model's family; None is
+    `check`. UserError for anything that cannot be used.
     """
     where = f'--mm-processor-kwargs: "{KEY}"'
     if isinstance(given, str):
@@ -31,14 +32,17 @@ def server_keys(given: object) -> dict[str, object]:
         return {}
     else:
         raise UserError(f"{where} is {given!r}, allowed is an object of keys or the path of a configuration file")
-    check(AdaVConfig.from_keys(keys, where))
+    (refuse or check)(AdaVConfig.from_keys(keys, where))
     return keys
 
 
-def of_request(given: object, server: Mapping[str, object]) -> AdaVConfig:
+def of_request(
+    given: object, server: Mapping[str, object], refuse: Callable[[AdaVConfig], None] | None = None
+) -> AdaVConfig:
     """Return the settings of a request. Its keys replace those of the server, key by key.
 
-    given: the object that the request carries; server: as `server_keys` returns it. UserError for anything else.
+    given: the object that the request carries; server: as `server_keys` returns it; refuse: as in `server_keys`.
+    UserError for anything else.
     """
     where = f'mm_processor_kwargs: "{KEY}"'
     if not isinstance(given, Mapping):
@@ -48,7 +52,7 @@ def of_request(given: object, server: Mapping[str, object]) -> AdaVConfig:
         if isinstance(options, Mapping) and name in options:
             raise UserError(f'{where} has "options.{name}", which is allowed on the server\'s command line alone')
     config = AdaVConfig.from_keys({**server, **given}, where)
-    check(config)
+    (refuse or check)(config)
     # A server's file may hold the options of several methods. In a request, such an option is a mistake.
     unused = [name for name in config.unused_options() if name in (options or ())]
     if unused:
@@ -72,12 +76,30 @@ def store_bytes(additional_config: object) -> int:
     return size
 
 
-def check(config: AdaVConfig) -> None:
-    """Raise UserError for settings that vLLM cannot run, or that no method can."""
+def check_engine(config: AdaVConfig) -> None:
+    """Raise UserError for settings that vLLM cannot run with any model, or that no method can."""
     if config.method == "no_image":
         raise UserError(
             'method "no_image" keeps no token, but vLLM needs one per image; leave the image out of the prompt'
         )
+    if config.method in dropper_names():
+        raise UserError(
+            f'method "{config.method}" drops tokens inside the LLM, but in vLLM all layers have one KV length; allowed '
+            "are methods before the LLM"
+        )
+    for key in ("vision_adaptive_attention", "text_pruning_flag", "prefill_filter_flag", "all_use_h2o"):
+        if getattr(config, key):
+            raise UserError(
+                f'"{key}" is true, but in vLLM the KV cache of all layers and heads is one; allowed is false'
+            )
+    if config.h2o_heavy_share is not None:
+        raise UserError('"h2o_heavy_share" is set, but vLLM evicts nothing from the KV cache; allowed is null')
+    config.make_method()
+
+
+def check(config: AdaVConfig) -> None:
+    """Raise UserError for settings that vLLM cannot run with a LLaVA, or that no method can."""
+    check_engine(config)
     method = config.make_method()
     if getattr(method, "words", None) is not None:
         raise UserError(
@@ -95,20 +117,7 @@ def check(config: AdaVConfig) -> None:
             f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
             "smaller image"
         )
-    if config.method in dropper_names():
-        raise UserError(
-            f'method "{config.method}" drops tokens inside the LLM, but in vLLM all layers have one KV length; allowed '
-            "are methods before the LLM"
-        )
-    for key in ("vision_adaptive_attention", "text_pruning_flag", "prefill_filter_flag", "all_use_h2o"):
-        if getattr(config, key):
-            raise UserError(
-                f'"{key}" is true, but in vLLM the KV cache of all layers and heads is one; allowed is false'
-            )
-    if config.h2o_heavy_share is not None:
-        raise UserError('"h2o_heavy_share" is set, but vLLM evicts nothing from the KV cache; allowed is null')
     if config.option("positions") != "reindexed":
         raise UserError(
             '"options.positions" is "original", but vLLM counts positions of a prompt one by one; allowed is "reindexed"'
         )
-    config.make_method()

@@ -27,9 +27,9 @@ from vllm.exceptions import VLLMValidationError  # noqa: E402
 from llava.config import AdaVConfig  # noqa: E402
 from llava.conversation import single_turn  # noqa: E402
 from llava.inference.loaded_checkpoint import LoadedCheckpoint  # noqa: E402
-from llava.integrations.vllm import model as plugin  # noqa: E402
 from llava.integrations.vllm import prompt_images  # noqa: E402
-from llava.integrations.vllm.prompt_images import PromptImages  # noqa: E402
+from llava.integrations.vllm.families import llava as plugin  # noqa: E402
+from llava.integrations.vllm.prompt_images import TiledImages  # noqa: E402
 from llava.methods.before_llm import SELECTORS  # noqa: E402
 from llava.mm_utils import tokenizer_image_token  # noqa: E402
 from llava.model.decoding.sampling import Sampling  # noqa: E402
@@ -50,7 +50,7 @@ class Pair:
         self.llm = LLM(str(folder), **COMMON, **options)
         tokenizer, processor = self.loaded.tokenizer, self.loaded.image_processor
         config = self.llm.llm_engine.model_config.hf_config
-        self.images = PromptImages(config, processor.to_dict(), tokenizer, "tiny")
+        self.images = TiledImages(config, processor.to_dict(), tokenizer, "tiny")
         self.kept, self.tower_runs, self.selected = {}, 0, 0
 
     def ids(self, text):
@@ -92,7 +92,7 @@ def watched(monkeypatch):
     """Makes a Pair see what the plugin does."""
 
     def watch(pair):
-        select, run = plugin._Selects._select, plugin._Selects._run_tower
+        select, run = plugin._SelectsTiles._select, plugin._SelectsTiles._run_tower
 
         def selecting(model, pixels, requests):
             found = select(model, pixels, requests)
@@ -107,8 +107,8 @@ def watched(monkeypatch):
             pair.tower_runs += 1
             return run(model, pixels)
 
-        monkeypatch.setattr(plugin._Selects, "_select", selecting)
-        monkeypatch.setattr(plugin._Selects, "_run_tower", running)
+        monkeypatch.setattr(plugin._SelectsTiles, "_select", selecting)
+        monkeypatch.setattr(plugin._SelectsTiles, "_run_tower", running)
         return pair
 
     return watch
@@ -246,7 +246,7 @@ def test_without_settings_nothing_changes_bit_for_bit(kind, tmp_path):
         assert lines, done.stderr[-2000:]
         found.append(json.loads(lines[0].removeprefix("rows ")))
     (ours, rows), (theirs, plain) = found
-    assert ours == "llava.integrations.vllm.model" and theirs.startswith("vllm.")
+    assert ours == "llava.integrations.vllm.families.llava" and theirs.startswith("vllm.")
     assert rows == plain
 
 
