@@ -12,7 +12,7 @@ _NOTE = "adav_refuses"  # attribute of the model's configuration
 
 
 def refused_because(hf_config) -> str | None:
-    """Return why the engine cannot select tokens, as a sentence; None where it can. hf_config: of the model."""
+    """Return why the engine cannot select tokens, as the end of a sentence; None where it can. hf_config: of the model."""
     return getattr(hf_config, _NOTE, None)
 
 
@@ -22,12 +22,8 @@ class EngineCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
         """Note in the configuration of the model which feature of the engine is in the way. Nothing else changes."""
-        model, parallel, compilation = (
-            vllm_config.model_config,
-            vllm_config.parallel_config,
-            vllm_config.compilation_config,
-        )
-        lora = vllm_config.lora_config
+        model, lora = vllm_config.model_config, vllm_config.lora_config
+        parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         # A kept token's place in its image travels in columns of its embedding, from the tower to the first LLM layer.
         found = [
             words
@@ -43,5 +39,5 @@ class EngineCheck(VerifyAndUpdateConfig):
             if on
         ]
         if found:
-            sentence = f"the server runs with {found[0]}, which vision tokens of this model cannot be selected with"
+            sentence = f"the server runs with {found[0]}; allowed is a server without it"
             setattr(model.hf_config, _NOTE, sentence)

@@ -158,7 +158,8 @@ def test_every_method_keeps_the_same_tokens_and_answers_the_same(pair, watched):
 
 def mixed():
     """64 prompts of all kinds: some are plain vLLM's, some have two images, some a second turn."""
-    sizes = [(1, 1), (400, 70), (70, 400), (57, 57), (31, 90), (300, 300), (120, 110), (56, 56)]
+    # Images of a few pixels are left out: tokens of one are equal up to rounding, or have equal distances.
+    sizes = [(44, 61), (400, 70), (70, 400), (57, 57), (31, 90), (300, 300), (120, 110), (56, 56)]
     images = [make_image(*size) for size in sizes]
     asked = [settings(method, tokens) for method in METHODS for tokens in (1, 6)]
     asked += [

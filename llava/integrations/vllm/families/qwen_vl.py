@@ -5,6 +5,10 @@ selection, as under `compress` for transformers' models. vLLM computes the posit
 a pixel. So it is given the positions of the whole prompt, where each kept token has that of its image's first token. The
 row and the column of a kept token travel in columns behind its embedding, and are added in `forward`.
 
+vLLM has a hook for the positions of pruned video tokens, `recompute_mrope_positions`. It is not used here: vLLM calls it
+only where --video-pruning-rate is set, and then for every prompt; it waits for the device, and it takes positions in the
+dtype of the model, where bfloat16 holds no odd number above 256.
+
 Videos are never selected from.
 """
 
@@ -58,7 +62,7 @@ class _GridInfo(Info):
         config = self.get_hf_config()
         because = refused_because(config)
         if because is None and not self.ctx.model_config.uses_mrope:
-            because = "its configuration has no mrope_section, so its tokens have no rows and columns"
+            because = "its configuration has no mrope_section; allowed are positions in three dimensions"
         if because is not None:
             raise UserError(f'{self.model_id}: "adav" was asked for, but {because}')
         return GridImages(config, self.get_tokenizer())
@@ -118,14 +122,9 @@ class _SelectsFromGrids(Selecting):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         device = vllm_config.device_config.device
         # One row per merged token. The tower appends DeepStack features, if there are any, to the features.
-        self._store = RowStore(
-            {
-                "features": ((self.visual.out_hidden_size,), vllm_config.model_config.dtype),
-                "saliency": ((), torch.float32),
-            },
-            store_bytes(vllm_config.additional_config),
-            device,
-        )
+        features = (self.visual.out_hidden_size,), vllm_config.model_config.dtype
+        capacity = store_bytes(vllm_config.additional_config)
+        self._store = RowStore({"features": features, "saliency": ((), torch.float32)}, capacity, device)
         self._moved = 0  # columns of _moves that may not be zero
         if not vllm_config.model_config.uses_mrope:  # the processor refuses requests with settings
             return
@@ -190,14 +189,10 @@ class _SelectsFromGrids(Selecting):
             features = self.visual(torch.cat(pixels), grids, encoder_metadata=metadata)
         finally:
             hook.remove()
-        # [S, heads of this rank, d] of the patches of all images
-        (query, key), counts = (part[0] for part in seen[0]), [len(own) for own in pixels]
-        received = torch.cat(
-            [
-                mean_received(*own, attention.attn.scale)
-                for own in zip(query.split(counts), key.split(counts), strict=True)
-            ]
-        )
+        counts = [len(own) for own in pixels]
+        # Queries and keys [S, heads of this rank, d] of each image. A patch attends to its own image alone.
+        parts = zip(*(states[0].split(counts) for states in seen[0]), strict=True)
+        received = torch.cat([mean_received(query, key, attention.attn.scale) for query, key in parts])
         if attention.tp_size > 1:
             # Each rank has the mean over its own heads, and all ranks have equally many.
             received = tensor_model_parallel_all_reduce(received) / attention.tp_size
@@ -207,8 +202,8 @@ class _SelectsFromGrids(Selecting):
         if order is not None:
             saliency = saliency[order]
         tokens = [count // unit for count in counts]
-        parts = zip(features.split(tokens), saliency.split(tokens), strict=True)
-        return [{"features": own, "saliency": score} for own, score in parts]
+        rows = zip(features.split(tokens), saliency.split(tokens), strict=True)
+        return [{"features": own, "saliency": score} for own, score in rows]
 
     # --- positions --------------------------------------------------------------------------------------------
 
