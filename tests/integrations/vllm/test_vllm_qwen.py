@@ -292,10 +292,10 @@ def main():
         for nth, question in enumerate(("Yes?", "What colour is the shape on the left?"))
     ]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, logprobs=5), use_tqdm=False)
-    module = llm.apply_model(lambda model: type(model).__module__) if options.get("tensor_parallel_size") is None else None
+    modules = llm.apply_model(lambda model: type(model).__module__) if options.get("tensor_parallel_size") is None else [""]
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     steps = [sorted((i, p.logprob) for i, p in step.items()) for o in outputs for step in o.outputs[0].logprobs]
-    print("found", json.dumps([module, tokens, steps]))
+    print("found", json.dumps([modules[0], tokens, steps]))
 
 if __name__ == "__main__":
     main()
@@ -372,6 +372,20 @@ def test_features_of_the_engine_that_are_in_the_way_are_named(changed, words):
     EngineCheck.verify_and_update_config(config)
     because = refused_because(model.hf_config)
     assert because is None if words is None else words in because
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_of_a_request_replace_those_of_the_server(kind, tmp_path):
+    pair = Pair(tmp_path, kind, mm_processor_kwargs={"adav": settings("cls", 5)})
+    image, text = make_image(120, 190), chat(IMAGE + QUESTIONS[0])
+    outputs = pair.ask(
+        [(text, [image], None), (text, [image], {"method": "adav"}), (text, [image], {"overall_tokens": 2})]
+    )
+    for output, keys in zip(outputs, (settings("cls", 5), settings("adav", 5), settings("cls", 2)), strict=True):
+        _, tokens = pair.expected(text, [image], keys)
+        assert list(output.outputs[0].token_ids) == tokens, keys
+        assert output.prompt_token_ids.count(pair.model.config.image_token_id) == keys["overall_tokens"]
 
 
 @pytest.mark.long
