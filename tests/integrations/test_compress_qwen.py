@@ -511,8 +511,7 @@ def test_only_this_model(model):
 
 
 REFUSED = {
-    "fitprune": (dict(method="fitprune"), "acts inside the LLM"),
-    "sparsevlm": (dict(method="sparsevlm"), "acts inside the LLM"),
+    "sparsevlm": (dict(method="sparsevlm"), "merges dropped tokens"),
     "filter": (dict(prefill_filter_flag=True), "prefill_filter_flag"),
     "second stage": (dict(method="apet", options={"second_stage": True}), "options.second_stage"),
     "avl": (dict(vision_adaptive_attention=True), 'policy "avl"'),

@@ -27,6 +27,7 @@ from llava.integrations.transformers.base import Compression
 from llava.integrations.transformers.cuts import cutting
 from llava.integrations.transformers.families.base import Family
 from llava.integrations.transformers.prompts import Prompts
+from llava.integrations.transformers.selectors import check_selector
 from llava.methods.inside_llm import dropper_names
 from llava.model.decoding.adaptive_cache import AdaptiveCache
 from llava.model.decoding.cache_argument import CACHE
@@ -92,7 +93,7 @@ class FamilyCompression(Compression):
     def _check_config(self) -> None:
         """Raise UserError for a setting that is not available for this family."""
         config = self.config
-        name, given, family = config.method, config.options, self.family.name
+        name, family = config.method, self.family.name
         if config.cache_policy != "full" and (name in dropper_names() or not self.family.adaptive_caches):
             beside = f' with method "{name}"' if self.family.adaptive_caches else ""
             raise UserError(
@@ -116,42 +117,7 @@ class FamilyCompression(Compression):
         elif config.make_dropper() is not None:
             key = "prefill_filter_flag" if config.prefill_filter_flag else "options.second_stage"
             raise UserError(f'"{key}" is true, allowed for {family} are methods before the LLM alone')
-        method = config.make_method()
-        if getattr(method, "resizes", False):
-            raise UserError(
-                f'method "{name}" makes the image smaller before a CLIP tower, which {family} does not have; its processor has '
-                "max_pixels for that"
-            )
-        if getattr(method, "zooms", False):
-            raise UserError(
-                f'method "{name}" encodes only some crops of an image, but {family} encodes all of it at once; allowed are '
-                "methods over all tokens, such as adav"
-            )
-        needed = method.tower_states
-        if needed:
-            raise UserError(
-                f'method "{name}" reads {" and ".join(needed)} of a CLIP tower with [CLS] and square tiles, which {family} '
-                "does not have"
-            )
-        if getattr(method, "makes_tokens", False):
-            raise UserError(
-                f'method "{name}" makes tokens that stood nowhere in the image, allowed for {family} are methods that keep '
-                "tokens of the image"
-            )
-        if given.get("positions") == "reindexed":
-            raise UserError(
-                f'"options.positions" is "reindexed", allowed for {family} is "original", its default there'
-            )
-        for option, value in (("compat", "public"), ("anyres", "fastervlm")):
-            if given.get(option) == value:
-                raise UserError(
-                    f'"options.{option}" is "{value}", a rule for LLaVA\'s tiles, which {family} does not have'
-                )
-        if config.detail_share:
-            raise UserError(
-                f'"options.detail_share" is {config.detail_share}, which rates the pixels of patches in LLaVA\'s tiles; allowed '
-                f"for {family} is 0"
-            )
+        check_selector(config, family)
         config.warn_of_unused_options()
 
     def _turn_markers(self) -> tuple[tuple[int, ...], ...]:

@@ -55,6 +55,15 @@ class _Recorder:
         self._received = self.received(attention, hidden, named)
 
 
+def last_full_block(tower):
+    """The last block of a Qwen-VL tower whose attention compares all patches of an image. UserError if there is none."""
+    blocks = len(tower.blocks)
+    whole = [index for index in getattr(tower, "fullatt_block_indexes", range(blocks)) if index < blocks]
+    if not whole:
+        raise UserError("the vision tower has no full-attention block, which saliency without [CLS] is read from")
+    return tower.blocks[max(whole)]
+
+
 class QwenSaliency(_Recorder):
     """Saliency of every merged token of a Qwen-VL tower.
 
@@ -68,11 +77,7 @@ class QwenSaliency(_Recorder):
     """
 
     def __init__(self, tower):
-        blocks = len(tower.blocks)
-        whole = [index for index in getattr(tower, "fullatt_block_indexes", range(blocks)) if index < blocks]
-        if not whole:
-            raise UserError("the vision tower has no full-attention block, which saliency without [CLS] is read from")
-        super().__init__(tower.blocks[max(whole)].attn)
+        super().__init__(last_full_block(tower).attn)
         self._tower = tower
 
     def received(self, attention, hidden: Tensor, named: dict) -> Tensor:

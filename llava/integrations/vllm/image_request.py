@@ -17,13 +17,14 @@ class ImageRequest:
     """How the tokens of one image of one prompt are selected.
 
     image     hash of the image, without any settings
-    size      (width, height) of the image in pixels
+    size      (width, height) of the image: in pixels, or in tokens where an image is a grid of tokens
     method, budget, options: as `select` takes them; options are those of the method alone
-    anyres    rule by which the image is cut into tiles
+    anyres    rule by which the image is cut into tiles; None where it is not cut
     question  token ids that the method reads, of the question or of its words (Selector.words); None for a method that
               reads none
     words     the question as a string; None unless the method reads the state text_cosine
     key       ImageTokens.key; None for a method that does not read it
+    saliency  the option of that name
 
     Two requests are equal exactly where the LLM gets the same tokens, so `to_bytes` is the identity of the result in
     vLLM's caches. A field that a method does not read must be None: otherwise equal tokens are computed again.
@@ -34,13 +35,14 @@ class ImageRequest:
     method: str
     budget: int
     options: dict
-    anyres: str
+    anyres: str | None
     question: tuple[int, ...] | None = None
     words: str | None = None
     key: int | None = None
+    saliency: str = "attention"
 
     @property
-    def tiles_key(self) -> tuple[str, str]:
+    def tiles_key(self) -> tuple[str, str | None]:
         """Identifies the tower's outputs for the image, whatever the method and the question."""
         return self.image, self.anyres
 

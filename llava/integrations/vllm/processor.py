@@ -1,4 +1,4 @@
-"""vLLM's processors of LLaVA, with our settings: they count placeholders, make pixels and name cache entries.
+"""What vLLM's processors have in common with our settings: they count placeholders, make pixels and name cache entries.
 
 A processor runs in vLLM's front end. It lays out the prompt before the model has seen a pixel, so the number of kept
 tokens follows from the image size and the settings alone.
@@ -7,23 +7,14 @@ tokens follows from the image size and the settings alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
-import torch
-from PIL import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
-from vllm.model_executor.models.llava import (
-    LlavaMultiModalProcessor,
-    LlavaProcessingInfo,
-    PixtralHFMultiModalProcessor,
-    PixtralHFProcessingInfo,
-)
-from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
@@ -32,9 +23,9 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.integrations.vllm.image_request import ImageRequest
 from llava.integrations.vllm.prompt_images import PromptImages
-from llava.integrations.vllm.settings import KEY, of_request, server_keys
+from llava.integrations.vllm.settings import KEY, check, of_request, server_keys
 
-PIXELS, REQUEST = "adav_pixels", "adav_request"  # fields of an image that reach the model
+REQUEST = "adav_request"  # a field of an image that reaches the model
 
 
 @dataclass
@@ -53,54 +44,49 @@ class _Prompt:
 _PROMPT: ContextVar[_Prompt | None] = ContextVar("adav_prompt", default=None)
 
 
-def settings_of_server(model_config) -> dict[str, object]:
-    """Return the keys of the server's settings; {} where it has none. UserError for settings that cannot be used."""
+def settings_of_server(model_config, refuse: Callable[[AdaVConfig], None] = check) -> dict[str, object]:
+    """Return the keys of the server's settings; {} where it has none. UserError for settings that cannot be used.
+
+    refuse: the check of the model's family.
+    """
     # vLLM hands all of mm_processor_kwargs to the checkpoint's own processor, which does not know our key. So it is
     # moved into the configuration of the model, in each process that reads it first.
     settings, model = model_config.get_multimodal_config(), model_config.hf_config
     given = settings.mm_processor_kwargs or {}
     if KEY in given:
-        setattr(model, KEY, server_keys(given[KEY]))
+        setattr(model, KEY, server_keys(given[KEY], refuse))
         settings.mm_processor_kwargs = {name: value for name, value in given.items() if name != KEY}
     return getattr(model, KEY, {})
 
 
-class _Info:
-    """Mixin for vLLM's processing info of a LLaVA: it has the server's settings, and our reading of the checkpoint."""
+class Info:
+    """Mixin for vLLM's processing info of a family: it has the server's settings, and our reading of the checkpoint."""
+
+    #: Raises UserError for settings that the family cannot run with.
+    refuse = staticmethod(check)
 
     def __init__(self, ctx):
         super().__init__(ctx)
-        self.server = settings_of_server(ctx.model_config)
+        self.server = settings_of_server(ctx.model_config, self.refuse)
         if self.server:
             self.images  # noqa: B018  an architecture without selection ends the start of the server
 
     @cached_property
     def images(self) -> PromptImages:
-        """UserError for an architecture that our code does not know."""
-        processor = self.get_hf_processor().image_processor
-        return PromptImages(self.get_hf_config(), processor.to_dict(), self.get_tokenizer(), self.model_id)
+        """UserError for an architecture or an engine that our code does not work with."""
+        return self.make_images()
+
+    @abstractmethod
+    def make_images(self) -> PromptImages:
+        """Return the PromptImages of the checkpoint. UserError as in `images`."""
+
+    @abstractmethod
+    def size(self, items: ImageProcessorItems, index: int, hf_kwargs: Mapping[str, object]) -> tuple[int, int]:
+        """Return ImageRequest.size of an image. hf_kwargs: settings of the checkpoint's own processor."""
 
 
-class LlavaInfo(_Info, LlavaProcessingInfo):
-    """Of LLaVA-1.5."""
-
-
-class LlavaNextInfo(_Info, LlavaNextProcessingInfo):
-    """Of LLaVA-1.6."""
-
-
-class PixtralInfo(_Info, PixtralHFProcessingInfo):
-    """Of Pixtral, which vLLM runs as a LLaVA; settings are refused."""
-
-
-def llava_info(ctx):
-    """Return the processing info of a LlavaForConditionalGeneration."""
-    pixtral = ctx.model_config.hf_config.vision_config.model_type == "pixtral"
-    return (PixtralInfo if pixtral else LlavaInfo)(ctx)
-
-
-class _Processor:
-    """Mixin for vLLM's processors of a LLaVA. Without settings, all is the base class's own."""
+class Processor:
+    """Mixin for vLLM's processors of a family. Without settings, all is the base class's own."""
 
     def apply(self, inputs, timing_ctx):
         """Process a prompt as vLLM does. VLLMValidationError (HTTP 400) for settings that cannot be used."""
@@ -121,7 +107,7 @@ class _Processor:
         plain = replace(inputs, hf_processor_mm_kwargs=given)
         if KEY not in inputs.hf_processor_mm_kwargs and not self.info.server:
             return inputs, None
-        settings = of_request(asked, self.info.server)
+        settings = of_request(asked, self.info.server, self.info.refuse)
         items = inputs.mm_data_items.get("image")
         if not items:
             return plain, None
@@ -131,7 +117,7 @@ class _Processor:
             )
         # The base class would mix our settings into the hash. What the model reads is added below instead.
         hashes = super()._get_mm_hashes(plain)["image"]
-        sizes = [_size(items, index) for index in range(len(items))]
+        sizes = [self.info.size(items, index, given) for index in range(len(items))]
         images = self.info.images.requests(inputs.prompt, sizes, hashes, settings)
         for size in sizes:
             self.info.images.tokens(size, settings)  # a budget that rounds down to nothing
@@ -157,31 +143,42 @@ class _Processor:
         prompt = _PROMPT.get()
         if prompt is None:
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        items, dtype = mm_items.get("image") or (), self.info.ctx.model_config.dtype
         requests = [prompt.images[index] for index in prompt.missing]
-        pixels = [
-            self.info.images.pixels(_picture(items.get(nth)), request, dtype) for nth, request in enumerate(requests)
-        ]
-        return BatchFeature({PIXELS: pixels, REQUEST: [one.to_tensor() for one in requests]} if requests else {})
+        inputs = self.inputs(mm_items, hf_kwargs, requests)
+        if requests:
+            inputs[REQUEST] = [one.to_tensor() for one in requests]
+        return inputs
+
+    @abstractmethod
+    def inputs(self, mm_items, hf_kwargs: Mapping[str, object], requests: Sequence[ImageRequest]) -> BatchFeature:
+        """Return what the model gets of `mm_items` beside the requests of their images."""
+
+    @abstractmethod
+    def fields(self, hf_inputs: BatchFeature, hf_kwargs: Mapping[str, object]) -> dict[str, MultiModalFieldConfig]:
+        """Return how vLLM divides `inputs` into items."""
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         if _PROMPT.get() is None:
             return super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {
-            PIXELS: MultiModalFieldConfig.batched("image"),
-            REQUEST: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-        }
+        own = {REQUEST: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        return self.fields(hf_inputs, hf_processor_mm_kwargs) | own
+
+    def size(self, mm_items, hf_kwargs: Mapping[str, object], out_mm_kwargs, index: int) -> tuple[int, int]:
+        """Return ImageRequest.size of an image of `mm_items`. out_mm_kwargs: what `inputs` gave, item by item."""
+        return self.info.size(mm_items["image"], index, hf_kwargs)
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence[PromptReplacement]:
-        prompt = _PROMPT.get()
+        updates, prompt = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs), _PROMPT.get()
         if prompt is None:
-            return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        placeholder = self.info.get_hf_config().image_token_index
+            return updates
+        images = self.info.images
 
         def placeholders(index: int) -> list[int]:
-            return [placeholder] * self.info.images.tokens(_size(mm_items["image"], index), prompt.settings)
+            size = self.size(mm_items, hf_processor_mm_kwargs, out_mm_kwargs, index)
+            return [images.image_id] * images.tokens(size, prompt.settings)
 
-        return [PromptReplacement(modality="image", target=[placeholder], replacement=placeholders)]
+        own = PromptReplacement(modality="image", target=[images.image_id], replacement=placeholders)
+        return [own if update.modality == "image" else update for update in updates]
 
     def get_dummy_inputs(self, *args, **kwargs):
         """Return inputs with the most tokens per image, from which vLLM sizes its memory."""
@@ -189,41 +186,3 @@ class _Processor:
         # Any request may ask for all tokens, whatever the server's settings are.
         keep_all = {KEY: {"method": "none", "options": {}}} if self.info.server else {}
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, **keep_all})
-
-
-class LlavaProcessor(_Processor, LlavaMultiModalProcessor):
-    """Of LLaVA-1.5."""
-
-
-class LlavaNextProcessor(_Processor, LlavaNextMultiModalProcessor):
-    """Of LLaVA-1.6."""
-
-
-class PixtralProcessor(_Processor, PixtralHFMultiModalProcessor):
-    """Of Pixtral."""
-
-
-def llava_processor(info, dummy_inputs):
-    """Return the processor of a LlavaForConditionalGeneration."""
-    return (PixtralProcessor if isinstance(info, PixtralInfo) else LlavaProcessor)(info, dummy_inputs)
-
-
-def _size(items: ImageProcessorItems, index: int) -> tuple[int, int]:
-    """Return (width, height) of an image."""
-    size = items.get_image_size(index)
-    return size.width, size.height
-
-
-def _picture(image) -> Image.Image:
-    """Return an image of a prompt as a PIL image. vLLM's offline API takes arrays too."""
-    if isinstance(image, Image.Image):
-        return image
-    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise VLLMValidationError(
-            f'an image is an array of {array.dtype} of shape {list(array.shape)}; beside "adav" allowed are PIL images, and '
-            "arrays of uint8 with three colours"
-        )
-    return Image.fromarray(array)

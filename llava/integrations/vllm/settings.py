@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
@@ -10,15 +10,16 @@ from llava.methods.inside_llm import dropper_names
 from llava.methods.options import iswhole
 
 KEY = "adav"  # in mm_processor_kwargs
-STORE_BYTES = 256 << 20  # 201 tiles of CLIP ViT-L/14 at 336 pixels in half precision
+STORE_BYTES = 256 << 20  # 200 tiles of CLIP ViT-L/14 at 336 pixels in half precision
 #: Options whose value is a path or a hub name. A client must not make a server open files.
 _PATHS = ("text_tower", "table")
 
 
-def server_keys(given: object) -> dict[str, object]:
+def server_keys(given: object, refuse: Callable[[AdaVConfig], None] | None = None) -> dict[str, object]:
     """Return the keys that a server sets; {} where it sets none.
 
-    given: an object of keys, the path of a configuration file, or None. UserError for anything that cannot be used.
+    given: an object of keys, the path of a configuration file, or None. refuse: the check of the model's family; None is
+    `check`. UserError for anything that cannot be used.
     """
     where = f'--mm-processor-kwargs: "{KEY}"'
     if isinstance(given, str):
@@ -29,14 +30,17 @@ def server_keys(given: object) -> dict[str, object]:
         return {}
     else:
         raise UserError(f"{where} is {given!r}, allowed is an object of keys or the path of a configuration file")
-    check(AdaVConfig.from_keys(keys, where))
+    (refuse or check)(AdaVConfig.from_keys(keys, where))
     return keys
 
 
-def of_request(given: object, server: Mapping[str, object]) -> AdaVConfig:
+def of_request(
+    given: object, server: Mapping[str, object], refuse: Callable[[AdaVConfig], None] | None = None
+) -> AdaVConfig:
     """Return the settings of a request. Its keys replace those of the server, key by key.
 
-    given: the object that the request carries; server: as `server_keys` returns it. UserError for anything else.
+    given: the object that the request carries; server: as `server_keys` returns it; refuse: as in `server_keys`.
+    UserError for anything else.
     """
     where = f'mm_processor_kwargs: "{KEY}"'
     if not isinstance(given, Mapping):
@@ -46,7 +50,7 @@ def of_request(given: object, server: Mapping[str, object]) -> AdaVConfig:
         if isinstance(options, Mapping) and name in options:
             raise UserError(f'{where} has "options.{name}", which is allowed on the server\'s command line alone')
     config = AdaVConfig.from_keys({**server, **given}, where)
-    check(config)
+    (refuse or check)(config)
     # A server's file may hold the options of several methods. In a request, such an option is a mistake.
     unused = [name for name in config.unused_options() if name in (options or ())]
     if unused:
@@ -70,21 +74,11 @@ def store_bytes(additional_config: object) -> int:
     return size
 
 
-def check(config: AdaVConfig) -> None:
-    """Raise UserError for settings that vLLM cannot run, or that no method can."""
+def check_engine(config: AdaVConfig) -> None:
+    """Raise UserError for settings that vLLM cannot run with any model."""
     if config.method == "no_image":
         raise UserError(
             'method "no_image" keeps no token, but vLLM needs one per image; leave the image out of the prompt'
-        )
-    if getattr(config.make_method(), "resizes", False):
-        raise UserError(
-            f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
-            "smaller image"
-        )
-    if getattr(config.make_method(), "zooms", False):
-        raise UserError(
-            f'method "{config.method}" encodes only some crops of an image, but in vLLM the tower takes '
-            "all of its tiles before the question is known; allowed are methods over all tiles, such as adav"
         )
     if config.make_dropper() is not None:
         beside = '"prefill_filter_flag"' if config.prefill_filter_flag else '"options.second_stage"'
@@ -100,6 +94,22 @@ def check(config: AdaVConfig) -> None:
             )
     if config.h2o_heavy_share is not None:
         raise UserError('"h2o_heavy_share" is set, but vLLM evicts nothing from the KV cache; allowed is null')
+
+
+def check(config: AdaVConfig) -> None:
+    """Raise UserError for settings that vLLM cannot run with a LLaVA, or that no method can."""
+    check_engine(config)
+    method = config.make_method()
+    if method.resizes:
+        raise UserError(
+            f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
+            "smaller image"
+        )
+    if method.zooms:
+        raise UserError(
+            f'method "{config.method}" encodes only some crops of an image, but in vLLM the tower takes '
+            "all of its tiles before the question is known; allowed are methods over all tiles, such as adav"
+        )
     if config.option("positions") != "reindexed":
         raise UserError(
             '"options.positions" is "original", but vLLM counts positions of a prompt one by one; allowed is "reindexed"'

@@ -6,14 +6,13 @@ question about an image would run the tower again. What is kept here depends on 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from llava.common.transfer import to_device
+from llava.integrations.vllm.row_store import RowStore
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,10 @@ class TileStates:
         return {name: state for name, state in states.items() if state is not None}
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A stored image. places: of its tiles in the memory. received: whether this state of it was given."""
-
-    places: list[int]
-    received: bool
-
-
 class TowerStore:
     """Tile states of recent images by key; the least recently used images are dropped.
 
-    patches, width, head_size: P, W and d of TileStates. capacity: bytes, which are taken at once, so that vLLM sees
-    them when it measures how much memory is left for the KV cache.
+    patches, width, head_size: P, W and d of TileStates. capacity: as in RowStore; a row is a tile.
     """
 
     def __init__(
@@ -70,48 +60,21 @@ class TowerStore:
             "keys": (1 + patches, head_size),
             "received": (patches, 2),
         }
-        dtypes = {name: dtype if name == "hidden" else torch.float32 for name in shapes}
-        tile = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items())
-        tiles = capacity // tile
-        self._states = TileStates(
-            **{name: torch.empty(tiles, *shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-        )
-        self._free = list(range(tiles))
-        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+        rows = {name: (shape, dtype if name == "hidden" else torch.float32) for name, shape in shapes.items()}
+        self._rows = RowStore(rows, capacity, device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the memory, whether it is used or not."""
-        return sum(tensor.nbytes for tensor in self._states.given().values())
+        return self._rows.nbytes
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._rows)
 
     def get(self, keys: Sequence[Hashable]) -> dict[Hashable, TileStates]:
         """Return copies of the states of those `keys` that are stored, and mark them as used."""
-        found = {key: self._held[key] for key in keys if key in self._held}
-        if not found:
-            return {}
-        for key in found:
-            self._held.move_to_end(key)
-        places = self._index([place for own in found.values() for place in own.places])
-        copies = TileStates(**{name: held.index_select(0, places) for name, held in self._states.given().items()})
-        states = dict(zip(found, copies.split([len(own.places) for own in found.values()]), strict=True))
-        return {key: one if found[key].received else replace(one, received=None) for key, one in states.items()}
+        return {key: TileStates(**states) for key, states in self._rows.get(keys).items()}
 
     def put(self, key: Hashable, states: TileStates) -> None:
         """Store the states of an image, unless it alone exceeds the memory."""
-        if key in self._held:
-            self._free += self._held.pop(key).places
-        if len(states) > len(self._states):
-            return
-        while len(self._free) < len(states):
-            self._free += self._held.popitem(last=False)[1].places
-        own, self._free = self._free[: len(states)], self._free[len(states) :]
-        self._held[key] = _Held(own, states.received is not None)
-        places = self._index(own)
-        for name, state in states.given().items():
-            getattr(self._states, name).index_copy_(0, places, state)
-
-    def _index(self, places: list[int]) -> Tensor:
-        return to_device(torch.tensor(places), self._states.hidden.device)
+        self._rows.put(key, states.given())

@@ -1,18 +1,14 @@
 """The plugin inside vLLM's engine: kept patches and greedy tokens are those of load_pretrained_model, in any batch."""
 
-import contextlib
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoints import QUESTIONS, build_reference, make_image, save_llava_hf
+from vllm_scripts import ROOT, rows_of
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here; make vllm makes an environment that has it")
 # The engine runs in this process, so that its model can be looked into.
@@ -28,15 +24,14 @@ from vllm.exceptions import VLLMValidationError  # noqa: E402
 from llava.config import AdaVConfig  # noqa: E402
 from llava.conversation import single_turn  # noqa: E402
 from llava.inference.loaded_checkpoint import LoadedCheckpoint  # noqa: E402
-from llava.integrations.vllm import model as plugin  # noqa: E402
-from llava.integrations.vllm.prompt_images import PromptImages  # noqa: E402
+from llava.integrations.vllm.families import llava as plugin  # noqa: E402
+from llava.integrations.vllm.prompt_images import TiledImages  # noqa: E402
 from llava.methods.before_llm import SELECTORS  # noqa: E402
 from llava.mm_utils import tokenizer_image_token  # noqa: E402
 from llava.model.decoding.sampling import Sampling  # noqa: E402
 from llava.model.export import load_and_save  # noqa: E402
 
 pytestmark = pytest.mark.long
-ROOT = Path(__file__).resolve().parents[3]
 METHODS = sorted(set(SELECTORS) - {"no_image", "downsample", "adav_zoom"})  # these are refused
 NEW = 12  # tokens per answer
 COMMON = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
@@ -50,7 +45,7 @@ class Pair:
         self.llm = LLM(str(folder), **COMMON, **options)
         tokenizer, processor = self.loaded.tokenizer, self.loaded.image_processor
         config = self.llm.llm_engine.model_config.hf_config
-        self.images = PromptImages(config, processor.to_dict(), tokenizer, "tiny")
+        self.images = TiledImages(config, processor.to_dict(), tokenizer, "tiny")
         self.kept, self.tower_runs, self.selected = {}, 0, 0
 
     def ids(self, text):
@@ -92,7 +87,7 @@ def watched(monkeypatch):
     """Makes a Pair see what the plugin does."""
 
     def watch(pair):
-        select, run = plugin._Selects._select, plugin._Selects._run_tower
+        select, run = plugin._SelectsTiles._select, plugin._SelectsTiles._run_tower
 
         def selecting(model, pixels, requests):
             found = select(model, pixels, requests)
@@ -107,8 +102,8 @@ def watched(monkeypatch):
             pair.tower_runs += 1
             return run(model, pixels, maps)
 
-        monkeypatch.setattr(plugin._Selects, "_select", selecting)
-        monkeypatch.setattr(plugin._Selects, "_run_tower", running)
+        monkeypatch.setattr(plugin._SelectsTiles, "_select", selecting)
+        monkeypatch.setattr(plugin._SelectsTiles, "_run_tower", running)
         return pair
 
     return watch
@@ -225,23 +220,6 @@ def test_wrong_settings_end_a_request_and_not_the_engine(pair):
     assert pair.ask([good]) == pair.ask([good])
 
 
-# --------------------------------------------------------------------------------------------- processes of their own
-def rows_of(*command, seconds=900, **environment):
-    """What a Python script prints as JSON behind the word "rows". All its processes end with it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, start_new_session=True, **streams)
-    try:
-        said, errors = process.communicate(timeout=seconds)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # workers of vLLM are processes, too
-        process.wait()
-    lines = [line for line in said.splitlines() if line.startswith("rows ")]
-    assert lines, errors[-2000:]
-    return json.loads(lines[0].removeprefix("rows "))
-
-
 # ----------------------------------------------------------------------------------------------------- without settings
 PLAIN = """
 import json, sys
@@ -264,7 +242,7 @@ def test_without_settings_nothing_changes_bit_for_bit(kind, tmp_path):
     for plugins in ("adav", "none"):
         found.append(rows_of("-c", PLAIN, str(tmp_path), json.dumps(COMMON), VLLM_PLUGINS=plugins))
     (ours, rows), (theirs, plain) = found
-    assert ours == "llava.integrations.vllm.model" and theirs.startswith("vllm.")
+    assert ours == "llava.integrations.vllm.families.llava" and theirs.startswith("vllm.")
     assert rows == plain
 
 

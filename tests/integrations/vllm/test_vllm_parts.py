@@ -12,7 +12,7 @@ from llava.common.errors import UserError
 from llava.config import AdaVConfig, ConfigError
 from llava.conversation import single_turn
 from llava.integrations.vllm.image_request import ImageRequest
-from llava.integrations.vllm.prompt_images import PromptImages
+from llava.integrations.vllm.prompt_images import TiledImages
 from llava.integrations.vllm.settings import STORE_BYTES, of_request, server_keys, store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
 from llava.methods.before_llm import SELECTORS, select
@@ -119,7 +119,7 @@ def checkpoint(request, tmp_path_factory):
     reference = build_reference(request.param)
     save_llava_hf(reference, folder)
     tokenizer, model, processor, _ = load_pretrained_model(folder, device_map="cpu")
-    images = PromptImages(reference.config, processor.to_dict(), tokenizer, "tiny")
+    images = TiledImages(reference.config, processor.to_dict(), tokenizer, "tiny")
     return images, tokenizer, model, processor
 
 

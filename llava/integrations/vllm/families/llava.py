@@ -1,34 +1,121 @@
-"""vLLM's models of LLaVA-1.5 and LLaVA-1.6, with token selection between tower and LLM.
-
-Only `embed_multimodal` differs from vLLM's, and only for images that carry an ImageRequest.
-"""
+"""LLaVA-1.5 and LLaVA-1.6 with a CLIP tower: images are tiles of one size, and positions count from 0 without gaps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageProcessorItems
 
 from llava.common.errors import UserError
-from llava.common.transfer import to_device
-from llava.integrations.vllm import processor
 from llava.integrations.vllm.image_request import ImageRequest
-from llava.integrations.vllm.prompt_images import Tiling
+from llava.integrations.vllm.processor import Info, Processor, settings_of_server
+from llava.integrations.vllm.prompt_images import TiledImages, Tiling
+from llava.integrations.vllm.selecting import Selecting
 from llava.integrations.vllm.settings import store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
-from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
+from llava.methods.before_llm import ImageTokens, TowerStates
 from llava.model.image_tokens import project_now, projects_late, tokens_in_order
 from llava.model.multimodal_encoder.clip_encoder import cls_attention, middle_layer, received_attention
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 
+PIXELS = "adav_pixels"  # a field of an image that reaches the model
 
-class _Selects:
+
+# --- processor ----------------------------------------------------------------------------------------------------
+
+
+class _TiledInfo(Info):
+    """Of a LLaVA."""
+
+    def make_images(self) -> TiledImages:
+        processor = self.get_hf_processor().image_processor
+        return TiledImages(self.get_hf_config(), processor.to_dict(), self.get_tokenizer(), self.model_id)
+
+    def size(self, items: ImageProcessorItems, index: int, hf_kwargs: Mapping[str, object]) -> tuple[int, int]:
+        size = items.get_image_size(index)
+        return size.width, size.height
+
+
+class LlavaInfo(_TiledInfo, llava.LlavaProcessingInfo):
+    """Of LLaVA-1.5."""
+
+
+class LlavaNextInfo(_TiledInfo, llava_next.LlavaNextProcessingInfo):
+    """Of LLaVA-1.6."""
+
+
+class PixtralInfo(_TiledInfo, llava.PixtralHFProcessingInfo):
+    """Of Pixtral, which vLLM runs as a LLaVA; settings are refused."""
+
+
+def llava_info(ctx):
+    """Return the processing info of a LlavaForConditionalGeneration."""
+    pixtral = ctx.model_config.hf_config.vision_config.model_type == "pixtral"
+    return (PixtralInfo if pixtral else LlavaInfo)(ctx)
+
+
+class _TiledProcessor(Processor):
+    """Of a LLaVA. Pixels are made by our own code."""
+
+    def inputs(self, mm_items, hf_kwargs: Mapping[str, object], requests: Sequence[ImageRequest]) -> BatchFeature:
+        items, dtype = mm_items.get("image") or (), self.info.ctx.model_config.dtype
+        pixels = [
+            self.info.images.pixels(_picture(items.get(nth)), request, dtype) for nth, request in enumerate(requests)
+        ]
+        return BatchFeature({PIXELS: pixels} if requests else {})
+
+    def fields(self, hf_inputs: BatchFeature, hf_kwargs: Mapping[str, object]) -> dict[str, MultiModalFieldConfig]:
+        return {PIXELS: MultiModalFieldConfig.batched("image")}
+
+
+class LlavaProcessor(_TiledProcessor, llava.LlavaMultiModalProcessor):
+    """Of LLaVA-1.5."""
+
+
+class LlavaNextProcessor(_TiledProcessor, llava_next.LlavaNextMultiModalProcessor):
+    """Of LLaVA-1.6."""
+
+
+class PixtralProcessor(_TiledProcessor, llava.PixtralHFMultiModalProcessor):
+    """Of Pixtral."""
+
+
+def llava_processor(info, dummy_inputs):
+    """Return the processor of a LlavaForConditionalGeneration."""
+    return (PixtralProcessor if isinstance(info, PixtralInfo) else LlavaProcessor)(info, dummy_inputs)
+
+
+def _picture(image) -> Image.Image:
+    """Return an image of a prompt as a PIL image. vLLM's offline API takes arrays too."""
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise VLLMValidationError(
+            f'an image is an array of {array.dtype} of shape {list(array.shape)}; beside "adav" allowed are PIL images, and '
+            "arrays of uint8 with three colours"
+        )
+    return Image.fromarray(array)
+
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+class _SelectsTiles(Selecting):
     """Mixin for vLLM's models of a LLaVA with a CLIP tower."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
@@ -48,34 +135,19 @@ class _Selects:
             device=self.vision_tower.device,
         )
         self._text_tower: ClipTextTower | None = None
-        self._text_tower_name = processor.settings_of_server(model_config).get("options", {}).get("text_tower")
+        self._text_tower_name = settings_of_server(model_config).get("options", {}).get("text_tower")
 
-    def embed_multimodal(self, **kwargs: object):
-        """Return the LLM embeddings of each image, [K, D]."""
-        pixels, requests = kwargs.pop(processor.PIXELS, None), kwargs.pop(processor.REQUEST, None)
-        if requests is None:
-            return super().embed_multimodal(**kwargs)
+    @property
+    def tower_device(self) -> torch.device:
+        return self.vision_tower.device
+
+    def embed_kept(self, inputs: dict, requests: list[ImageRequest]) -> list[Tensor]:
         if self._text_tower_name and self._text_tower is None:
             # vLLM's own trial of the largest image comes first, so a tower that cannot be loaded ends the start.
             tower = SimpleNamespace(config=self._tiling.vision, device=self.vision_tower.device)
             self._text_tower = ClipTextTower.load(self._text_tower_name, tower)
-        requests = [ImageRequest.from_tensor(one) for one in requests]
-        return [selection.features for selection in self._select(pixels, requests)]
-
-    def _select(self, pixels: Sequence[Tensor], requests: list[ImageRequest]) -> list[Selection]:
-        """Return the kept tokens of each request."""
-        images, texts = self._image_tokens(pixels, requests), self._questions(requests)
-        # All images with one method and its options are selected together, which greedy methods make use of.
-        groups: dict[tuple, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault((request.method, request.budget, repr(request.options)), []).append(i)
-        kept: dict[int, Selection] = {}
-        for (method, budget, _), members in groups.items():
-            own = ([values[i] for i in members] for values in (images, texts))
-            kept.update(zip(members, select_all(method, *own, budget, **requests[members[0]].options), strict=True))
-        return [kept[i] for i in range(len(requests))]
-
-    # --- images -----------------------------------------------------------------------------------------------
+        images = self._image_tokens(inputs[PIXELS], requests)
+        return [selection.features for selection in self._select(images, requests)]
 
     def _image_tokens(self, pixels: Sequence[Tensor], requests: list[ImageRequest]) -> list[ImageTokens]:
         """Return the ImageTokens of each request; projected, where its method reads features or keeps all."""
@@ -153,16 +225,6 @@ class _Selects:
             means = [part.reshape(mean.shape) for part, mean in zip(parts, means, strict=True)]
         return TileStates(hidden, *means)
 
-    # --- questions --------------------------------------------------------------------------------------------
-
-    def _questions(self, requests: list[ImageRequest]) -> list[Tensor]:
-        """Return the word embeddings [m, D] of each request's question; m is 0 for methods that read none."""
-        counts = [len(request.question or ()) for request in requests]
-        # One copy and one lookup for the whole batch. Id 0 stands for an empty batch, as vLLM's lookup needs one.
-        ids = [token for request in requests for token in request.question or ()]
-        words = self.language_model.embed_input_ids(to_device(torch.tensor([*ids, 0]), self.vision_tower.device))
-        return list(words[:-1].split(counts))
-
 
 def _by_head(projected: Tensor, attention) -> list[Tensor]:
     """Return queries and keys [T, heads of this rank, 1 + P, d] from what qkv_proj of an `attention` returned."""
@@ -170,15 +232,13 @@ def _by_head(projected: Tensor, attention) -> list[Tensor]:
     return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1)[:2]]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    processor.llava_processor, info=processor.llava_info, dummy_inputs=llava.LlavaDummyInputsBuilder
-)
-class LlavaForConditionalGeneration(_Selects, llava.LlavaForConditionalGeneration):
+@MULTIMODAL_REGISTRY.register_processor(llava_processor, info=llava_info, dummy_inputs=llava.LlavaDummyInputsBuilder)
+class LlavaForConditionalGeneration(_SelectsTiles, llava.LlavaForConditionalGeneration):
     """LLaVA-1.5."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    processor.LlavaNextProcessor, info=processor.LlavaNextInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
+    LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class LlavaNextForConditionalGeneration(_Selects, llava_next.LlavaNextForConditionalGeneration):
+class LlavaNextForConditionalGeneration(_SelectsTiles, llava_next.LlavaNextForConditionalGeneration):
     """LLaVA-1.6."""
