@@ -55,7 +55,8 @@ from llava.eval.runs.answer_shard import ShardAnswerer
 from llava.eval.runs.answerer import Answerer
 from llava.eval.runs.engines import worker_python
 from llava.eval.runs.exported import Exported
-from llava.eval.runs.run import BATCH_SIZES, SMALL_MODEL_BATCH_SIZE
+from llava.eval.runs.run import BATCH_SIZES
+from llava.eval.runs.shard_count import default_batch_size
 from llava.eval.runs.work_order import Generation, OrderedSample, WorkOrder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -176,7 +177,7 @@ def load(name: str, checkpoint: EvalCheckpoint, order: WorkOrder, budget: dict) 
         return Upstream(order)
     if engine == "llava":
         small = order.generation.device == "cpu" and is_small(checkpoint.parameters)
-        order = replace(order, batch_size=SMALL_MODEL_BATCH_SIZE if small else BATCH_SIZES[engine])
+        order = replace(order, batch_size=default_batch_size(engine, small, checkpoint.anyres, order.config))
         return Worker(ShardAnswerer(order), order)
     from llava.eval.runs.answer_on_vllm import VllmAnswerer
 

@@ -10,10 +10,11 @@ import torch
 from llava.common import threads
 from llava.common.find_checkpoint import EvalCheckpoint, find_checkpoint
 from llava.common.threads import SMALL_MODEL
+from llava.config import AdaVConfig
 from llava.eval.benchmarks.questions import Sample
 from llava.eval.runs import worker_processes
 from llava.eval.runs.engines import RunEngine
-from llava.eval.runs.shard_count import shard_threads, shards_to_start
+from llava.eval.runs.shard_count import batch_size_of, shard_threads, shards_to_start
 from llava.eval.runs.worker_processes import threads_of_each, worker_settings
 from llava.inference.loaded_checkpoint import LoadedCheckpoint
 
@@ -29,11 +30,12 @@ def eight_cores(monkeypatch):
     monkeypatch.setattr(threads, "available_memory", lambda: 100 << 30)
 
 
-def run(parameters: int | None, base: int | None = None, engine: str = "llava"):
-    """What is read of a Run."""
+def run(parameters: int | None, base: int | None = None, engine: str = "llava", anyres=False, **keys):
+    """What is read of a Run. keys: of its configuration."""
     model_base = None if base is None else SimpleNamespace(parameters=base)
+    checkpoint = SimpleNamespace(parameters=parameters, anyres=anyres)
     return SimpleNamespace(
-        checkpoint=SimpleNamespace(parameters=parameters), model_base=model_base, engine=RunEngine(engine)
+        checkpoint=checkpoint, model_base=model_base, engine=RunEngine(engine), config=AdaVConfig(**keys)
     )
 
 
@@ -64,6 +66,25 @@ def test_shards_where_the_user_names_none(one, number, asked, devices, expected)
 
 def test_the_questions_of_all_runs_count():
     assert shards_to_start([run(1), run(1)], [questions(300), questions(150)], None, []) == 2
+
+
+@pytest.mark.parametrize(
+    "runs, asked, devices, expected",
+    [
+        ([run(1)], None, [], 32),
+        ([run(1)], 5, [], 5),
+        ([run(1)], None, ["0"], 8),
+        ([run(SMALL_MODEL + 1)], None, [], 8),
+        ([run(1, engine="vllm")], None, [], 128),
+        ([run(1, method="none")], None, [], 32),
+        ([run(1, anyres=True)], None, [], 32),
+        ([run(1, anyres=True, overall_tokens=720)], None, [], 8),
+        ([run(1, anyres=True, method="fastv")], None, [], 8),
+        ([run(1, anyres=True), run(1, anyres=True, method="none")], None, [], 8),
+    ],
+)
+def test_a_batch(runs, asked, devices, expected):
+    assert batch_size_of(runs, asked, devices) == expected
 
 
 def test_threads_of_a_shard(monkeypatch):
