@@ -4,8 +4,13 @@ from dataclasses import astuple
 
 import pytest
 
+from llava.common.find_checkpoint import find_checkpoint
+from llava.config import AdaVConfig
 from llava.eval.benchmarks.shapes_captions import ShapesCaptions, judge
+from llava.eval.runs.image_reader import read_image
 from llava.eval.scoring.verdicts import headline
+from llava.inference.loaded_checkpoint import LoadedCheckpoint
+from llava.model.decoding.sampling import Sampling
 
 RED, BLUE = "In the top left there is a red ring.", "In the top right there is a blue letter k."
 TALLY = "There are 3: shape 2, digit 0, letter 1."
@@ -60,3 +65,20 @@ def test_the_score_of_a_run(benchmark, tmp_path):
     assert score["precision"] == 1 and score["exact"] == 0 and score["tally"] == 1
     assert headline(verdicts) == pytest.approx(score["f1"])
     assert [verdict.kinds for verdict in verdicts] == [(f"{n} objects",) for n in objects]
+
+
+def test_the_shipped_checkpoint_writes_captions(benchmark, tmp_path):
+    """All tokens on 20 pictures, in one batch: right objects, captions that end, and a cache policy that changes them."""
+    samples = benchmark.load()
+    images = [read_image(benchmark.image_folder / sample.image) for sample in samples]
+    loaded = LoadedCheckpoint(find_checkpoint("playground/llava-shapes-captions").folder, device="cpu")
+
+    def f1(**keys):
+        config = AdaVConfig(method="none", **keys)
+        prepared = loaded.prepare([sample.prompt for sample in samples], images, config)
+        answers = loaded.engine.generate(prepared, Sampling(benchmark.max_new_tokens)).answers
+        return benchmark.score(samples, [{"text": answer.text} for answer in answers], tmp_path)["f1"]
+
+    whole = f1()
+    assert whole >= 0.7
+    assert whole - f1(h2o_heavy_share=0.05, h2o_recent_share=0.05) >= 0.2

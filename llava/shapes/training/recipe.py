@@ -168,7 +168,7 @@ CAPTIONS = Recipe(
         Stage("A", 250, first_image=200_000, sparse=1.0, least=0.75, seed=21, **_CAPTIONS),
         Stage("B", 600, first_image=210_000, sparse=1.0, least=0.75, seed=22, **_CAPTIONS),
         Stage("C", 600, first_image=220_000, sparse=1.0, least=0.5, seed=23, **_CAPTIONS),
-        Stage("D", 300, first_image=230_000, sparse=0.5, seed=24, **_CAPTIONS),
+        Stage("D", 1500, first_image=230_000, sparse=0.5, seed=24, **_CAPTIONS),
     ),
 )
 RECIPES = {
