@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from llava.common.errors import UserError
 from llava.common.transfer import to_device
@@ -26,6 +27,7 @@ from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select
 from llava.model.image_tokens import project_now, projects_late, tokens_in_order
 from llava.model.multimodal_encoder.clip_encoder import cls_attention, middle_layer, received_attention
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
+from llava.model.processors import adopt_padding
 
 
 class _Selects:
@@ -38,6 +40,8 @@ class _Selects:
             self._tiling = Tiling(self.config, model_config.model)
         except UserError:  # another tower; the processor refuses requests with settings
             return
+        # Methods that know which patches show only padding learn it from the layout.
+        adopt_padding(self._tiling.config, cached_image_processor_from_config(model_config))
         vision = self._tiling.vision
         self._store = TowerStore(
             patches=self._tiling.side**2,
