@@ -17,6 +17,7 @@ from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
+from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from llava.common.errors import UserError
 from llava.integrations.vllm.image_request import ImageRequest
@@ -29,6 +30,7 @@ from llava.methods.before_llm import ImageTokens, TowerStates
 from llava.model.image_tokens import project_now, projects_late, tokens_in_order
 from llava.model.multimodal_encoder.clip_encoder import cls_attention, middle_layer, received_attention
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
+from llava.model.processors import adopt_padding
 
 PIXELS = "adav_pixels"  # a field of an image that reaches the model
 
@@ -125,6 +127,8 @@ class _SelectsTiles(Selecting):
             self._tiling = Tiling(self.config, model_config.model)
         except UserError:  # another tower; the processor refuses requests with settings
             return
+        # Methods that know which patches show only padding learn it from the layout.
+        adopt_padding(self._tiling.config, cached_image_processor_from_config(model_config))
         vision = self._tiling.vision
         self._store = TowerStore(
             patches=self._tiling.side**2,
