@@ -65,7 +65,7 @@ def test_score_prints_json(answers, tmp_path, capsys):
 def test_score_says_in_one_sentence_what_is_wrong(answers, tmp_path, capsys):
     path = answers("gqa", yes_no)
     data = ["--data-root", tmp_path / "data"]
-    assert 'unknown benchmark "gqq", allowed are shapes, vqav2' in refused(score.main, ["gqq", path], capsys)
+    assert 'unknown benchmark "gqq", allowed are shapes, shapes_captions, vqav2' in refused(score.main, ["gqq", path], capsys)
     assert "has no split" in refused(score.main, ["gqa", path, "--split", "val", *data], capsys)
     assert "no folder nowhere" in refused(score.main, ["gqa", path, "--data-root", "nowhere"], capsys)
     assert "nowhere.jsonl: no such file" in refused(score.main, ["gqa", "nowhere.jsonl", *data], capsys)

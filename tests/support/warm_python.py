@@ -168,14 +168,16 @@ class Server:
         request["options"] = [word for word in request["arguments"][:1] if word == "-u"]  # torchrun gives it
         request["arguments"] = request["arguments"][len(request["options"]) :]
         if not self._fits(request):
-            client.send(b"cold")
+            with suppress(ConnectionError):
+                client.send(b"cold")
             client.close()
         elif pid := os.fork():
             pidfd = os.pidfd_open(pid)
             self.processes[pid] = client, pidfd
             self.selector.register(client, selectors.EVENT_READ, lambda: self._signal(pid))
             self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(pid))
-            client.send(b"warm")
+            with suppress(ConnectionError):  # it was killed meanwhile, which `_signal` will read
+                client.send(b"warm")
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self.selector.close()
