@@ -47,7 +47,7 @@ def questions(number: int) -> list[Sample]:
     "one, number, asked, devices, expected",
     [
         (run(1), 10_000, None, [], 8),
-        (run(1), 450, None, [], 2),  # too few questions for more
+        (run(1), 1_300, None, [], 2),  # too few questions for more
         (run(1), 10, None, [], 1),
         (run(1), 10, 3, [], 3),
         (run(1), 2, 3, [], 2),  # one image each
@@ -65,7 +65,7 @@ def test_shards_where_the_user_names_none(one, number, asked, devices, expected)
 
 
 def test_the_questions_of_all_runs_count():
-    assert shards_to_start([run(1), run(1)], [questions(300), questions(150)], None, []) == 2
+    assert shards_to_start([run(1), run(1)], [questions(900), questions(400)], None, []) == 2
 
 
 @pytest.mark.parametrize(

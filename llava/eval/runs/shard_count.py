@@ -9,8 +9,9 @@ from llava.eval.runs.division import useful_shards
 from llava.eval.runs.run import BATCH_SIZES, SMALL_MODEL_BATCH_SIZE, Run
 from llava.methods.inside_llm import dropper_names
 
-# Fewest questions for which another process on a CPU pays: its start takes about as long as the demo takes for so many.
-_FEWEST_QUESTIONS = 200
+# Fewest questions of each process on a CPU. Its start takes seconds: two processes for 200 questions each were slower than
+# one where another program kept a core busy (docs/evaluation.md).
+_FEWEST_QUESTIONS = 600
 # Most vision tokens of an image in a batch of SMALL_MODEL_BATCH_SIZE.
 _FEW_TOKENS = 200
 
