@@ -416,7 +416,7 @@ def many_steps(rule, quantile, groups, width, prompt, steps):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_evict_over_many_steps(rule):
-    many_steps(rule, 0.5, 2, 63, 40, 20)
+    many_steps(rule, 0.5, 2, 63, 40, 12)
 
 
 @pytest.mark.long
