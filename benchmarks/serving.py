@@ -4,9 +4,9 @@
         [--new-tokens 16 128] [--servers plain,fastervlm,adav,own] [--repeats 3] [--device cuda] [--output FILE.csv]
     python benchmarks/serving.py --table FILE.csv [FILE.csv ...]      # put tables of results into docs/serving.md
 
-Each server is started as a user starts it: `vllm serve`, and `python -m llava.serve.api`. All run under one Python, so
-with one torch: that with vLLM, which evaluation uses too (.venv-vllm, or $VLLM_PYTHON). All load the same folder in
-transformers' format. Its end token is removed, so that every answer has as many tokens as asked for.
+Each server is started as a user starts it: `vllm serve` (on a CPU with `--block-size 32`), and `python -m llava.serve.api`.
+All run under one Python, so with one torch: that with vLLM, which evaluation uses too (.venv-vllm, or $VLLM_PYTHON). All
+load the same folder in transformers' format. Its end token is removed, so that every answer has as many tokens as asked for.
 
 A user sends a question with its picture, reads the stream of the answer, and sends the next question at once. Questions
 about one picture follow each other, so they are often under way at the same time. `each` is the number of questions per
@@ -166,7 +166,9 @@ class Start:
             if method:
                 settings = {"adav": {"method": method, "overall_tokens": self.tokens}}
                 words += ["--mm-processor-kwargs", json.dumps(settings)]
-            words += ["--enforce-eager"] if self.device == "cpu" else []
+            # vLLM's blocks have 16 tokens on a GPU and 128 on a CPU. Only whole blocks are shared, and a prompt with few
+            # vision tokens has fewer than 128.
+            words += ["--enforce-eager", "--block-size", "32"] if self.device == "cpu" else []
         words += ["--dtype", self.dtype, "--host", "127.0.0.1", "--port", port]
         return [self.python, "-m", *map(str, words)]
 

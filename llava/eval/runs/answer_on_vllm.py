@@ -155,6 +155,9 @@ def _start(order: WorkOrder, shape: ModelShape, context: int):
     settings = {}
     if cpu:
         settings["enforce_eager"] = True
+        # Requests share whole blocks alone, and vLLM's 128 tokens on a CPU are more than many prompts with few vision tokens
+        # have. Its attention on CPUs wants a multiple of 32.
+        settings["block_size"] = 32
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             one = shape.layers * shape.kv_entry(4) * context
             settings["kv_cache_memory_bytes"] = max(one, min(_CPU_PROMPTS * one, _CPU_BYTES))

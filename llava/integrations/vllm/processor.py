@@ -67,9 +67,12 @@ class Info:
 
     def __init__(self, ctx):
         super().__init__(ctx)
+        first = not hasattr(ctx.model_config.hf_config, KEY)
         self.server = settings_of_server(ctx.model_config, self.refuse)
-        if self.server:
-            self.images  # noqa: B018  an architecture without selection ends the start of the server
+        # An architecture without selection ends the start of the server. Only the first processor reads the checkpoint for
+        # this, because that takes milliseconds and vLLM makes a further processor for each chat request.
+        if self.server and first:
+            self.images  # noqa: B018
 
     @cached_property
     def images(self) -> PromptImages:

@@ -220,6 +220,21 @@ def test_wrong_settings_end_a_request_and_not_the_engine(pair):
     assert pair.ask([good]) == pair.ask([good])
 
 
+def test_a_chat_request_does_not_read_the_checkpoint_again(tmp_path, monkeypatch):
+    # vLLM makes a processor for each of them. Reading the checkpoint took two thirds of a short request.
+    save_llava_hf(build_reference("llava", hidden_size=128), tmp_path, "published")
+    llm = LLM(str(tmp_path), **COMMON, mm_processor_kwargs={"adav": {"method": "cls", "overall_tokens": 3}})
+    read = []
+    monkeypatch.setattr(plugin, "TiledImages", lambda *args: read.append(args))
+    parts = [{"type": "image_pil", "image_pil": make_image(40, 40)}, {"type": "text", "text": "Yes?"}]
+    template = single_turn("vicuna_v1", "{% for part in messages[0]['content'] if part['type'] == 'image' %}<image>{% endfor %}")
+    sampling = SamplingParams(temperature=0, max_tokens=1)
+    chat = {"chat_template": template, "chat_template_content_format": "openai", "use_tqdm": False}
+    (output,) = llm.chat([{"role": "user", "content": parts}], sampling, **chat)
+    image_id = llm.llm_engine.model_config.hf_config.image_token_index
+    assert output.prompt_token_ids.count(image_id) == 3 and not read
+
+
 # ----------------------------------------------------------------------------------------------------- without settings
 PLAIN = """
 import json, sys
