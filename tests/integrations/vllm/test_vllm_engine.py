@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_checkpoints import QUESTIONS, build_reference, make_image, save_llava_hf
 from vllm_scripts import ROOT, rows_of
+from vllm_sharing import check_sharing
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here; make vllm makes an environment that has it")
 # The engine runs in this process, so that its model can be looked into.
@@ -198,15 +199,10 @@ def test_questions_and_methods_share_the_tower(pair, watched):
 
 
 def test_questions_share_tokens_exactly_where_the_method_does_not_read_them(pair, watched):
-    watched(pair)
-    cached = pair.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-    for nth, method in enumerate(METHODS):
-        image, before = make_image(80 + nth, 81), pair.selected
-        for text in QUESTIONS:
-            pair.ask([(question(pair, "<image>\n" + text), [image], {"method": method, "overall_tokens": 4})])
-        shared = not SELECTORS[method].reads_text and not SELECTORS[method].reads_key
-        if cached:
-            assert pair.selected - before == (1 if shared else len(QUESTIONS)), method
+    def settings(method):
+        return {"method": method, "overall_tokens": 4}
+
+    check_sharing(watched(pair), METHODS, lambda text: question(pair, "<image>\n" + text), settings, 80)
 
 
 def test_wrong_settings_end_a_request_and_not_the_engine(pair):

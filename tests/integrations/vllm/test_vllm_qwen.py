@@ -11,6 +11,7 @@ import torch
 from tiny_checkpoints import QUESTIONS, make_image
 from tiny_qwen import IMAGE, KINDS, save_qwen
 from vllm_scripts import rows_of
+from vllm_sharing import check_sharing
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here; make vllm makes an environment that has it")
 # The engine runs in this process, so that its model can be looked into.
@@ -28,7 +29,6 @@ from llava.integrations.transformers import compress  # noqa: E402
 from llava.integrations.vllm.engine_check import EngineCheck, refused_because  # noqa: E402
 from llava.integrations.vllm.families import qwen_vl  # noqa: E402
 from llava.integrations.vllm.prompt_images import GridImages  # noqa: E402
-from llava.methods.before_llm import SELECTORS  # noqa: E402
 
 METHODS = ("none", "random", "cls", "t2i", "mix", "fastervlm", "divprune", "cdpruner", "holov", "adav", "adav_cover")
 OPTIONS = {"cdpruner": {"relevance": "embeddings"}}  # its default needs CLIP's text tower
@@ -205,15 +205,7 @@ def test_questions_and_methods_share_the_tower(pair, watched):
 
 @pytest.mark.long
 def test_questions_share_tokens_exactly_where_the_method_does_not_read_them(pair, watched):
-    watched(pair)
-    cached = pair.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-    for nth, method in enumerate(METHODS):
-        image, before = make_image(180 + nth, 81), pair.selected
-        for text in QUESTIONS:
-            pair.ask([(chat(IMAGE + text), [image], settings(method, 4))])
-        shared = not SELECTORS[method].reads_text and not SELECTORS[method].reads_key
-        if cached:
-            assert pair.selected - before == (1 if shared else len(QUESTIONS)), method
+    check_sharing(watched(pair), METHODS, lambda text: chat(IMAGE + text), lambda method: settings(method, 4), 180)
 
 
 @pytest.mark.long
