@@ -70,6 +70,7 @@ PROVIDERS = {
     "plain": ("vLLM", "vllm", "none"),
     "vllm_fastervlm": ("vLLM + fastervlm", "vllm", "fastervlm"),
     "vllm_adav": ("vLLM + adav", "vllm", "adav"),
+    "vllm_zoom": ("vLLM + adav_zoom", "vllm", "adav_zoom"),
     "own_none": ("own engine", "llava", "none"),
     "own_fastervlm": ("own engine + fastervlm", "llava", "fastervlm"),
     "own_adav": ("own engine + adav", "llava", "adav"),

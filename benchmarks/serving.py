@@ -1,10 +1,13 @@
 """Many users at once: requests per second, time to the first token and tokens per second of vLLM and of our own API.
 
     python benchmarks/serving.py [--model llava-shapes-v1.6] [--tokens 58] [--users 1 8 32] [--each 1 4 16]
-        [--new-tokens 16 128] [--servers plain,fastervlm,adav,own] [--repeats 3] [--device cuda] [--output FILE.csv]
+        [--new-tokens 16 128] [--servers plain,fastervlm,adav,zoom,own] [--repeats 5] [--device cuda] [--output FILE.csv]
     python benchmarks/serving.py --table FILE.csv [FILE.csv ...]      # put tables of results into docs/serving.md
 
 Each server is started as a user starts it: `vllm serve` (on a CPU with `--block-size 32`), and `python -m llava.serve.api`.
+On a CPU, all servers run at a time and take turns in each repetition, so a machine that slows down slows all of them. On a
+GPU there is one at a time, because a vLLM takes nearly all of its memory.
+
 All run under one Python, so with one torch: that with vLLM, which evaluation uses too (.venv-vllm, or $VLLM_PYTHON). All
 load the same folder in transformers' format. Its end token is removed, so that every answer has as many tokens as asked for.
 
@@ -67,6 +70,7 @@ SERVERS = {
     "plain": ("vLLM", None),
     "fastervlm": ("vLLM + fastervlm", "fastervlm"),
     "adav": ("vLLM + adav", "adav"),
+    "zoom": ("vLLM + adav_zoom", "adav_zoom"),
     "own": ("own API + adav", "adav"),
 }
 STARTED = 900  # seconds that a server gets to start: a large model on a slow disk
@@ -176,7 +180,7 @@ class Start:
         given = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(REPOSITORY), "VLLM_NO_USAGE_STATS": "1"}
         if self.device == "cpu":
             given |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-            given |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")}
+            given |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
         return os.environ | given
 
 
@@ -332,25 +336,33 @@ class Pictures:
 # --- cells and tables ---------------------------------------------------------------------------------------------
 
 
-def measure(port: int, pictures: Pictures, users: int, each: int, new_tokens: int, repeats: int) -> dict:
-    """The figures of one cell. UserError if an answer is shorter than asked for."""
+def measure(
+    ports: dict[str, int], pictures: Pictures, users: int, each: int, new_tokens: int, repeats: int
+) -> dict[str, dict]:
+    """The figures of one cell for each of the servers at `ports`. UserError if an answer is shorter than asked for.
+
+    The servers take turns in each repetition, with the same requests.
+    """
     count = max(each, PER_USER * users)
     count += -count % each
-    rates, first, seconds_of_all = [], [], 0.0
+    rates: dict[str, list[float]] = {server: [] for server in ports}
+    first: dict[str, list[float]] = {server: [] for server in ports}
     for _ in range(repeats):
-        seconds, answered = run_users(port, pictures.requests(count, each, new_tokens), users)
-        if short := [one for one in answered if one.tokens != new_tokens]:
-            raise UserError(f"an answer has {short[0].tokens} tokens in place of {new_tokens}, so no figure is given")
-        rates.append(count / seconds)
-        first += [one.first for one in answered]
-        seconds_of_all += seconds
-    first.sort()
+        requests = pictures.requests(count, each, new_tokens)
+        for server, port in ports.items():
+            seconds, answered = run_users(port, requests, users)
+            if short := [one for one in answered if one.tokens != new_tokens]:
+                raise UserError(f"an answer has {short[0].tokens} tokens in place of {new_tokens}, so no figure is given")
+            rates[server].append(count / seconds)
+            first[server] += [one.first for one in answered]
+    cell = {"users": users, "questions_per_picture": each, "new_tokens": new_tokens, "requests": count}
+    return {server: cell | _figures(rates[server], sorted(first[server]), new_tokens) for server in ports}
+
+
+def _figures(rates: list[float], first: list[float], new_tokens: int) -> dict[str, float]:
+    """rates: requests per second of each repetition. first: seconds to the first token of all requests, ascending."""
     rate = statistics.median(rates)
     return {
-        "users": users,
-        "questions_per_picture": each,
-        "new_tokens": new_tokens,
-        "requests": count,
         "requests_per_second": round(rate, 3),
         "requests_per_second_min": round(min(rates), 3),
         "requests_per_second_max": round(max(rates), 3),
@@ -390,7 +402,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--users", type=positive, nargs="+", default=[1, 8, 32])
     parser.add_argument("--each", type=positive, nargs="+", default=[1, 4, 16], help="questions per picture")
     parser.add_argument("--new-tokens", type=positive, nargs="+", default=[16, 128])
-    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads of a server")
     parser.add_argument("--context", type=positive, default=4096, help="of vLLM, in tokens (4096)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
@@ -427,14 +439,19 @@ def main(argv: list[str] | None = None) -> None:
         facts |= {"threads": args.threads, **versions(engine.python)}
         size = PRESETS[args.model].size if args.model in PRESETS else None
         cells = [(n, each, users) for n in args.new_tokens for each in args.each for users in args.users]
-        for server in progress_bar("serving", servers, unit=" servers"):
+        # A vLLM takes nearly all memory of a GPU, so there is one server at a time.
+        groups = [servers] if args.device == "cpu" else [[server] for server in servers]
+        for group in progress_bar("serving", groups, unit=" groups of servers"):
             # The same pictures and questions for every server.
             pictures = Pictures(folder.name, family, size, work)
-            with running(start, server, work / f"{server}.log") as port:
-                run_users(port, pictures.requests(4, 1, 2), 2)  # the first requests of a server are slower
-                for new_tokens, each, users in progress_bar(SERVERS[server][0], cells, unit=" cells"):
-                    cell = measure(port, pictures, users, each, new_tokens, args.repeats)
-                    rows.append({"server": SERVERS[server][0], **cell})
+            with contextlib.ExitStack() as stack:
+                ports = {name: stack.enter_context(running(start, name, work / f"{name}.log")) for name in group}
+                first = pictures.requests(4, 1, 2)
+                for port in ports.values():
+                    run_users(port, first, 2)  # the first requests of a server are slower
+                for new_tokens, each, users in progress_bar("cells", cells, unit=" cells"):
+                    found = measure(ports, pictures, users, each, new_tokens, args.repeats)
+                    rows += [{"server": SERVERS[name][0], **cell} for name, cell in found.items()]
                     write_csv(output, rows, facts)  # after every cell: a run takes long, and may be ended early
     print(
         f"{columns(lines_of(rows))}\n\n{facts['device']}, {args.threads} threads, medians of {args.repeats}; {output}"

@@ -56,6 +56,11 @@ class TilePlan:
     hf: bool = False
 
     @property
+    def newlines_alone(self) -> int:
+        """Newline tokens of the whole image where it is the only tile. Both originals end it with one."""
+        return int(self.merge == "spatial_unpad")
+
+    @property
     def tiles(self) -> int:
         """Number of tiles: the whole image, and the crops of the grid."""
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
@@ -203,8 +208,7 @@ def merge_order(plan: TilePlan, side: int, tiles: int | None = None) -> Tensor:
     per_tile = side * side
     whole = torch.arange(per_tile)
     if (tiles or plan.tiles) == 1:
-        # An uncut image under `spatial_unpad` still ends with one newline token, in both originals.
-        return torch.cat([whole, torch.tensor([NEWLINE])]) if plan.merge == "spatial_unpad" else whole
+        return torch.cat([whole, torch.full((plan.newlines_alone,), NEWLINE)])
     across, down = plan.grid
     crops = torch.arange(per_tile, plan.tiles * per_tile)
     if plan.merge == "flat":

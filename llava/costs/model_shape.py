@@ -119,17 +119,20 @@ class ImageCounts:
     patches   [T] patches of each tile that are left after unpadding; tile 0 is the whole image. The tower still runs on
               whole tiles.
     newlines  newline tokens of the image
+    newlines_alone  newline tokens of the image where it is the only tile
     """
 
     patches: tuple[int, ...]
     newlines: int = 0
+    newlines_alone: int = 0
 
     @classmethod
     def from_plan(cls, plan: TilePlan, side: int) -> ImageCounts:
         """Counts from the image's tile plan. side: patches per side of a tile."""
         order = merge_order(plan, side)
         tiles = order[order != NEWLINE] // side**2
-        return cls(tuple(torch.bincount(tiles, minlength=plan.tiles).tolist()), int((order == NEWLINE).sum()))
+        patches = tuple(torch.bincount(tiles, minlength=plan.tiles).tolist())
+        return cls(patches, int((order == NEWLINE).sum()), plan.newlines_alone)
 
     @property
     def candidates(self) -> int:
@@ -145,13 +148,14 @@ class ImageCounts:
         """Counts of the image as method `downsample` makes it smaller. side: patches per side of a whole tile."""
         if self.candidates <= budget:
             return self
-        newlines = min(1, self.newlines)  # of a picture of one tile
-        return ImageCounts((smaller_side(side, budget, newlines) ** 2,), newlines)
+        newlines = self.newlines_alone
+        return ImageCounts((smaller_side(side, budget, newlines) ** 2,), newlines, newlines)
 
     def of_tiles(self, tiles: Sequence[int]) -> ImageCounts:
         """Counts of some tiles of the image. A newline token ends a whole row of crops, so it is there only with all."""
         left = [size for tile, size in enumerate(self.patches) if tile not in tiles]
-        return ImageCounts(tuple(self.patches[tile] for tile in tiles), 0 if any(left) else self.newlines)
+        newlines = 0 if any(left) else self.newlines
+        return ImageCounts(tuple(self.patches[tile] for tile in tiles), newlines, self.newlines_alone)
 
     def kept(self, budget: int) -> int:
         """Vision tokens after selection under a budget K. UserError for a budget below 1."""

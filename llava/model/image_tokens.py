@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from llava.common.transfer import to_host
+from llava.common.transfer import to_device, to_host
 from llava.methods.before_llm import ImageTokens, Selection, Selector, TowerStates
 from llava.methods.before_llm.base import TokenPlaces
 from llava.methods.before_llm.downsample import smaller_side
-from llava.mm_utils import NEWLINE, TilePlan, blank_patches, merge_order, picture_bounds
+from llava.methods.before_llm.zoom import Zoom
+from llava.mm_utils import NEWLINE, TilePlan, blank_patches, crop_overlap, merge_order, picture_bounds
 
 
 class Layout(TokenPlaces):
@@ -27,10 +28,12 @@ class Layout(TokenPlaces):
     source [N]: index of each token's patch in the tower's output; newline [N]: True for newline tokens
     blank: patches that show only padding, as TokenPlaces has them; None for an image without padding
     bounds [T, 4]: the part of each tile that shows the image, see mm_utils.picture_bounds
+    newlines_alone: see TilePlan
     """
 
-    def __init__(self, order: Tensor, side: int, blank: Tensor | None, bounds: Tensor):
+    def __init__(self, order: Tensor, side: int, blank: Tensor | None, bounds: Tensor, newlines_alone: int):
         per_tile = side * side
+        self.newlines_alone = newlines_alone
         self.newline, self.source = order == NEWLINE, order.clamp(min=0)
         self.newlines, self.bounds = int(self.newline.sum()), bounds
         tile, row = self.source // per_tile, self.source % per_tile // side
@@ -45,7 +48,8 @@ class Layout(TokenPlaces):
 @torch.inference_mode(False)  # cached tensors may index tensors with gradients, which inference tensors must not
 def layout_of(plan: TilePlan, side: int, tiles: int) -> Layout:
     """Return the layout of a tile plan. side: patches per side of a tile; tiles: number of tiles that the tower got."""
-    return Layout(merge_order(plan, side, tiles), side, blank_patches(plan, side), picture_bounds(plan, tiles))
+    where = blank_patches(plan, side), picture_bounds(plan, tiles)
+    return Layout(merge_order(plan, side, tiles), side, *where, plan.newlines_alone)
 
 
 class PartLayout(Layout):
@@ -65,7 +69,7 @@ class PartLayout(Layout):
         # A newline token ends a whole row of crops, so it is there only with all of them.
         complete = all(tile in tiles for tile, size in enumerate(whole.sizes) if size)
         kept = torch.nonzero((number[place // per_tile] >= 0) & (complete | (order != NEWLINE))).flatten()
-        super().__init__(own[kept], side, None, None)
+        super().__init__(own[kept], side, None, None, plan.newlines_alone)
         self.tiles, self.total = tiles, len(order)
         self.whole_index = torch.nn.functional.pad(kept, (0, 1), value=-1)
         self.whole_tile = torch.tensor([*tiles, -1])
@@ -89,6 +93,56 @@ class PartLayout(Layout):
 def part_layout_of(plan: TilePlan, side: int, tiles: tuple[int, ...]) -> PartLayout:
     """Return the layout of some tiles of a tile plan, `tiles` ascending. side: patches per side of a tile."""
     return PartLayout(plan, side, tiles)
+
+
+def made_smaller(whole: Tensor, plan: TilePlan, tiles: int, side: int, patch: int, budget: int) -> Tensor | None:
+    """Return the picture that method `downsample` makes of an image: float32 [1, 3, g * patch, g * patch].
+
+    None where the image has at most `budget` patches, and so stays as it is.
+
+    whole [1, 3, H, W]: tile 0. tiles: number of tiles. side: patches per side of a tile; patch: pixels per side of a patch
+    """
+    if int((merge_order(plan, side, tiles) != NEWLINE).sum()) <= budget:
+        return None
+    size = patch * smaller_side(side, budget, plan.newlines_alone)
+    picture = whole.float()  # half precision has no bicubic filter on a CPU
+    if size == picture.shape[-1]:
+        return picture
+    return torch.nn.functional.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a method that zooms is asked about one image and one question.
+
+    whole: the tokens of tile 0; None is allowed where the method needs every crop
+    text: what the method reads of the question [m, D]
+    """
+
+    method: Zoom
+    plan: TilePlan
+    whole: ImageTokens | None
+    text: Tensor | None
+    budget: int
+
+
+@torch.no_grad()
+def wanted_tiles(looks: Sequence[Look], side: int) -> list[tuple[int, ...]]:
+    """Return the tiles that each look asks for, ascending, with tile 0. side: patches per side of a tile."""
+    sizes = [layout_of(look.plan, side, look.plan.tiles).sizes for look in looks]
+    importance = [[0.0] * (look.plan.tiles - 1) for look in looks]
+    open_ = [n for n, look in enumerate(looks) if not look.method.needs_every_crop(sizes[n], look.budget)]
+    if open_:
+        # The sums of all crops of the batch go to the host in one copy: each copy would wait for the device.
+        sums = []
+        for look in (looks[n] for n in open_):
+            patches = look.method.importance(look.whole, look.text, look.budget).double()
+            overlap = to_device(crop_overlap(look.plan, side), patches.device)
+            sums.append((overlap @ patches[:, None]).flatten())
+        on_host = to_host(torch.cat(sums)).split([len(one) for one in sums])
+        for n, one in zip(open_, on_host, strict=True):
+            importance[n] = one.tolist()
+    return [look.method.tiles(*own, look.budget) for look, *own in zip(looks, sizes, importance, strict=True)]
 
 
 def tokens_in_order(
@@ -160,9 +214,7 @@ def tokens_kept(method: Selector, layout: Layout, budget: int) -> int:
         return 0
     total = len(layout.tile)
     if method.resizes and len(layout.patches) > budget:
-        # A picture of one tile is left, with a newline token where a picture of several tiles has any.
-        newlines = int(layout.newlines > 0)
-        side = math.isqrt(layout.sizes[0])
+        side, newlines = math.isqrt(layout.sizes[0]), layout.newlines_alone
         return smaller_side(side, budget, newlines) ** 2 + newlines
     if not method.uses_budget:
         return total

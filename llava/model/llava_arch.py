@@ -21,10 +21,10 @@ from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.methods.before_llm import ImageTokens, Selection, TowerStates, select_all
 from llava.methods.before_llm.detail import gradient_energy
-from llava.methods.before_llm.downsample import cells, smaller_side
+from llava.methods.before_llm.downsample import cells
 from llava.methods.inside_llm import dropper_names
 from llava.methods.kv_cache.base import RowSpans
-from llava.mm_utils import NEWLINE, TilePlan, merge_order, tile_plan
+from llava.mm_utils import TilePlan, merge_order, tile_plan
 from llava.model.decoding.adaptive_cache import Caching
 from llava.model.decoding.cache_argument import CACHE
 from llava.model.decoding.dropping import Dropping
@@ -35,6 +35,7 @@ from llava.model.encoded_images import EncodedImage
 from llava.model.image_tokens import (
     Layout,
     layout_of,
+    made_smaller,
     project_now,
     projects_late,
     sample_key,
@@ -252,18 +253,10 @@ class LlavaMetaForCausalLM(LlavaZoom, LlavaGeneration):
         tower, smaller, totals = self.get_vision_tower(), [], []
         side, patch = tower.num_patches_per_side, tower.config.patch_size
         for tiles, plan in zip(pixels, plans, strict=True):
-            order = merge_order(plan, side, len(tiles))
-            if int((order != NEWLINE).sum()) <= budget:
-                smaller.append(tiles)
-                totals.append(None)
-                continue
-            size = patch * smaller_side(side, budget, len(merge_order(plan, side, 1)) - side**2)
-            # In float32, on the device of the tower: half precision has no bicubic filter on a CPU.
-            picture = to_device(tiles[:1], tower.device).float()
-            if size < picture.shape[-1]:
-                picture = torch.nn.functional.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)
-            smaller.append(picture)
-            totals.append(len(order))
+            # On the device of the tower, where a picture is resized faster.
+            picture = made_smaller(to_device(tiles[:1], tower.device), plan, len(tiles), side, patch, budget)
+            smaller.append(tiles if picture is None else picture)
+            totals.append(None if picture is None else len(merge_order(plan, side, len(tiles))))
         return smaller, totals
 
     def _detail(self, pixels: list[Tensor], plans: list[TilePlan]) -> tuple[list[Tensor], Sequence[Tensor]]:

@@ -9,12 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llava.common.transfer import to_device, to_host
 from llava.methods.before_llm.zoom import Zoom
-from llava.mm_utils import TilePlan, crop_overlap
+from llava.mm_utils import TilePlan
 from llava.model.decoding.prepared import StageClock
 from llava.model.encoded_images import EncodedImage, TilesOnDemand
-from llava.model.image_tokens import layout_of, outline_of, part_layout_of, projects_late
+from llava.model.image_tokens import Look, layout_of, outline_of, part_layout_of, projects_late, wanted_tiles
 
 
 class LlavaZoom:
@@ -49,7 +48,8 @@ class LlavaZoom:
         """
         zoomed = [n for n, image in enumerate(images) if image.on_demand is not None]
         with clock.stage("selection"):
-            chosen = self._tiles([images[n] for n in zoomed], [texts[n] for n in zoomed], method, budget)
+            looks = [Look(method, images[n].plan, images[n].tokens, texts[n], budget) for n in zoomed]
+            chosen = wanted_tiles(looks, self.get_vision_tower().num_patches_per_side)
         self._encode_missing([images[n] for n in zoomed], chosen, method, clock)
         with clock.stage("splice"):
             found, parts = list(images), {}
@@ -59,27 +59,6 @@ class LlavaZoom:
                     parts[key] = self._part(images[n], tiles)
                 found[n] = parts[key]
         return found
-
-    @torch.no_grad()
-    def _tiles(
-        self, images: list[EncodedImage], texts: list[Tensor], method: Zoom, budget: int
-    ) -> list[tuple[int, ...]]:
-        """Return the tiles that each question wants of its image."""
-        side = self.get_vision_tower().num_patches_per_side
-        sizes = [layout_of(image.plan, side, image.plan.tiles).sizes for image in images]
-        importance = [[0.0] * (image.plan.tiles - 1) for image in images]
-        open_ = [n for n, own in enumerate(sizes) if not method.needs_every_crop(own, budget)]
-        if open_:
-            # The sums of all crops of the batch go to the host in one copy: each copy would wait for the device.
-            sums = []
-            for n in open_:
-                patches = method.importance(images[n].tokens, texts[n], budget).double()
-                overlap = to_device(crop_overlap(images[n].plan, side), patches.device)
-                sums.append((overlap @ patches[:, None]).flatten())
-            on_host = to_host(torch.cat(sums)).split([len(one) for one in sums])
-            for n, one in zip(open_, on_host, strict=True):
-                importance[n] = one.tolist()
-        return [method.tiles(*own, budget) for own in zip(sizes, importance, strict=True)]
 
     def _encode_missing(
         self, images: list[EncodedImage], tiles: list[tuple[int, ...]], method: Zoom, clock: StageClock

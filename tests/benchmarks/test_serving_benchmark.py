@@ -74,26 +74,29 @@ def picture_of(request: dict) -> bytes:
 
 
 def test_a_cell_asks_so_many_users_about_pictures_that_nobody_asked_about(server, tmp_path):
-    counted = server()
+    counted, other = server(), server()
+    ports = {"one": counted.server_port, "other": other.server_port}
     pictures = serving.Pictures("tiny", "v1.5", None, tmp_path)
-    first = serving.measure(counted.server_port, pictures, users=2, each=4, new_tokens=3, repeats=2)
+    found = serving.measure(ports, pictures, users=2, each=4, new_tokens=3, repeats=2)
+    first = found["one"]
     assert (first["requests"], first["new_tokens"], counted.most) == (8, 3, 2)
     assert len(counted.asked) == 16 and all(r["temperature"] == 0 and r["stream"] for r in counted.asked)
     seen = [picture_of(request) for request in counted.asked]
     assert sorted(seen.count(one) for one in set(seen)) == [4] * 4
+    assert sorted(map(picture_of, other.asked)) == sorted(seen)
     assert 0.02 <= first["first_token_p50"] <= first["first_token_p99"]
     assert first["requests_per_second_min"] <= first["requests_per_second"] <= first["requests_per_second_max"]
     assert first["tokens_per_second"] == pytest.approx(3 * first["requests_per_second"], rel=1e-3)
-    serving.measure(counted.server_port, pictures, users=3, each=1, new_tokens=2, repeats=1)
+    serving.measure(ports, pictures, users=3, each=1, new_tokens=2, repeats=1)
     assert not {*map(picture_of, counted.asked[16:])} & {*seen} and len(counted.asked) == 16 + 12
 
 
 def test_short_answers_and_refusals_give_no_figure(server, tmp_path):
     pictures = serving.Pictures("tiny", "v1.5", None, tmp_path)
     with pytest.raises(UserError, match="an answer has 2 tokens in place of 3"):
-        serving.measure(server(short=1).server_port, pictures, 1, 1, 3, 1)
+        serving.measure({"one": server(short=1).server_port}, pictures, 1, 1, 3, 1)
     with pytest.raises(UserError, match="a server answers with status 503"):
-        serving.measure(server(status=503).server_port, pictures, 2, 1, 3, 1)
+        serving.measure({"one": server(status=503).server_port}, pictures, 2, 1, 3, 1)
 
 
 @pytest.mark.parametrize("name, family", [("llava-shapes-v1.5", "v1.5"), ("tiny", "v1.6")])
@@ -121,9 +124,9 @@ def test_what_servers_are_started_with(tmp_path):
     start = serving.Start(tmp_path / "model", 58, "cpu", "float32", 1, "python", 512)
     words = {name: start.command(name, 8000) for name in serving.SERVERS}
     assert "--mm-processor-kwargs" not in words["plain"]
-    for name in ("fastervlm", "adav"):
+    for name, method in (("fastervlm", "fastervlm"), ("adav", "adav"), ("zoom", "adav_zoom")):
         settings = json.loads(words[name][words[name].index("--mm-processor-kwargs") + 1])
-        assert settings == {"adav": {"method": name, "overall_tokens": 58}}
+        assert settings == {"adav": {"method": method, "overall_tokens": 58}}
     assert "llava.serve.api" in words["own"] and "--overall-tokens" in words["own"]
 
 

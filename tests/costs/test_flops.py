@@ -100,7 +100,7 @@ def test_an_image_before_selection():
     # rows are image, 4 + 4 patches each, and each ends with a newline token.
     plan = TilePlan((112, 40), 56, (2, 1), (112, 56), (112, 40), (0, 8), merge="spatial_unpad")
     counts = ImageCounts.from_plan(plan, 4)
-    assert counts == ImageCounts(patches=(16, 8, 8), newlines=2)
+    assert counts == ImageCounts(patches=(16, 8, 8), newlines=2, newlines_alone=1)
     assert counts.candidates == 32 and counts.tokens == 34
     assert [counts.kept(budget) for budget in (1, 31, 32, 99)] == [1, 31, 34, 34]
     with pytest.raises(UserError, match="budget is 0"):

@@ -7,9 +7,11 @@ from tiny_checkpoints import build_reference, make_image, save_llava_hf
 from llava.common.errors import UserError
 from llava.config import AdaVConfig
 from llava.constants import IMAGE_TOKEN_INDEX as IMAGE
+from llava.costs.model_shape import ImageCounts
 from llava.methods.before_llm.downsample import cells, smaller_side
 from llava.mm_utils import left_pad, merge_order, process_images, tile_plan
 from llava.model.builder import load_pretrained_model
+from llava.model.image_tokens import layout_of, tokens_kept
 
 SIZES = [(97, 61), (40, 30), (57, 57)]
 
@@ -85,6 +87,18 @@ def test_the_whole_picture_comes_before_a_smaller_one(loaded):
     _, prepared = prepare(model, processor, 16 + newline)
     assert [len(kept.indices) for (kept,) in prepared.selections] == [16 + newline] * 3
     assert prepared.selections[0][0].total >= 16 + newline
+
+
+@pytest.mark.parametrize("size", [(300, 7), (7, 300), (1, 1), (120, 110)])
+def test_tokens_are_known_from_the_size_of_the_image(loaded, size):
+    """Also of a thin image, of whose crops unpadding leaves nothing: its smaller picture still ends with a newline."""
+    model, processor = loaded
+    plan = tile_plan(size, model.config)
+    for tokens in (2, 6, 12, 15, 17):
+        config = AdaVConfig(method="downsample", overall_tokens=tokens)
+        (kept,) = prepare(model, processor, tokens, [size])[1].selections[0]
+        assert tokens_kept(config.make_method(), layout_of(plan, 4, plan.tiles), tokens) == len(kept.indices)
+        assert ImageCounts.from_plan(plan, 4).smaller(4, tokens).tokens == len(kept.indices)
 
 
 def test_rows_are_those_of_batches_of_one(loaded):

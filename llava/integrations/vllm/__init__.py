@@ -15,11 +15,12 @@ prompt_images.py  images and prompt of one request: places, number of tokens, qu
 grid_positions.py positions of kept tokens under M-RoPE
 row_store.py      tensors of recent images in memory of a fixed size
 tower_store.py    tower outputs of recent images of LLaVA, shared by all questions and methods
+clip_tower.py     the run of LLaVA's tower, and what vLLM's attention does not return of it
 processor.py      what the families' processors of a request share
 selecting.py      what the families' model classes share
 families/         one file per family: its processors and its model classes
 
-Nothing here but engine_check.py, processor.py, selecting.py and families/ imports vllm.
+Nothing here but engine_check.py, processor.py, clip_tower.py, selecting.py and families/ imports vllm.
 """
 
 #: Architectures of vLLM that `register` replaces by subclasses of vLLM's own -> the file in families/.

@@ -18,7 +18,8 @@ class ImageRequest:
 
     image     hash of the image, without any settings
     size      (width, height) of the image: in pixels, or in tokens where an image is a grid of tokens
-    method, budget, options: as `select` takes them; options are those of the method alone
+    method, options: as `select` takes them; options are those of the method alone
+    budget    as `select` takes it, and what an image that is made smaller may cost; 1 for methods that read none
     anyres    rule by which the image is cut into tiles; None where it is not cut
     question  token ids that the method reads, of the question or of its words (Selector.words); None for a method that
               reads none
@@ -42,9 +43,9 @@ class ImageRequest:
     saliency: str = "attention"
 
     @property
-    def tiles_key(self) -> tuple[str, str | None]:
-        """Identifies the tower's outputs for the image, whatever the method and the question."""
-        return self.image, self.anyres
+    def tiles_key(self) -> tuple[str, str | None, int | None]:
+        """Identifies the pixels of the image's tiles, whatever the question; methods share them unless they resize."""
+        return self.image, self.anyres, self.budget if self.selector.resizes else None
 
     @cached_property
     def selector(self) -> Selector:

@@ -20,10 +20,10 @@ from llava.integrations.transformers.families.base import Family, grid_layout
 from llava.integrations.transformers.families.base import Layout as GridLayout
 from llava.integrations.vllm.image_request import ImageRequest
 from llava.methods.before_llm import Selector
-from llava.mm_utils import process_images, tile_plan
+from llava.mm_utils import TilePlan, process_images, tile_plan
 from llava.model.checkpoint import Checkpoint
 from llava.model.encoded_images import RecentImages
-from llava.model.image_tokens import Layout, layout_of, sample_key, tokens_kept
+from llava.model.image_tokens import Layout, layout_of, made_smaller, sample_key, tokens_kept
 from llava.model.processors import adopt_padding, image_processor_of
 from llava.model.prompt_rows import image_places, question_of, word_ids, words_read
 
@@ -42,11 +42,15 @@ class Tiling:
         # Reading a configuration of transformers takes milliseconds, so its values are kept.
         self.vision = self.config.vision
         self.side = self.vision.image_size // self.vision.patch_size
-        self.layout = lru_cache(maxsize=64)(self._layout)
+        self.plan = lru_cache(maxsize=64)(self._plan)
 
-    def _layout(self, size: tuple[int, int], anyres: str) -> Layout:
+    def _plan(self, size: tuple[int, int], anyres: str) -> TilePlan:
+        """Return the tiles of an image of `size` (width, height)."""
+        return tile_plan(size, self.config, anyres)
+
+    def layout(self, size: tuple[int, int], anyres: str) -> Layout:
         """Return the places of the tokens of an image of `size` (width, height)."""
-        plan = tile_plan(size, self.config, anyres)
+        plan = self.plan(size, anyres)
         return layout_of(plan, self.side, plan.tiles)
 
 
@@ -98,7 +102,7 @@ class PromptImages(ABC):
                     image=image,
                     size=size,
                     method=settings.method,
-                    budget=settings.overall_tokens if method.uses_budget else 1,
+                    budget=settings.overall_tokens if method.uses_budget or method.resizes else 1,
                     options=settings.method_options,
                     anyres=self.anyres(settings),
                     question=None if question is None else tuple(question),
@@ -147,14 +151,20 @@ class TiledImages(PromptImages):
         return settings.option("anyres")
 
     def pixels(self, image: Image.Image, request: ImageRequest, dtype: torch.dtype) -> Tensor:
-        """Return the pixels [T, 3, H, W] of an image, for the tower."""
+        """Return the pixels [T, 3, H, W] of an image, for the tower. They may be smaller than the tower's tiles."""
         # vLLM's own cache has them once per question where the method reads questions.
         key = request.tiles_key
         with self._lock:
             pixels = self._recent.get(key)
         if pixels is None:
             (pixels,) = process_images([image], self._processor, self._tiling.config, request.anyres)
-            pixels = (pixels if pixels.dim() == 4 else pixels[None]).to(dtype)
+            pixels = pixels if pixels.dim() == 4 else pixels[None]
+            if request.selector.resizes:
+                plan, tiling = self._tiling.plan(request.size, request.anyres), self._tiling
+                sizes = len(pixels), tiling.side, tiling.vision.patch_size
+                smaller = made_smaller(pixels[:1], plan, *sizes, request.budget)
+                pixels = pixels if smaller is None else smaller
+            pixels = pixels.to(dtype)
             with self._lock:
                 self._recent.put(key, pixels)
         return pixels

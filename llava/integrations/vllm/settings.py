@@ -99,17 +99,6 @@ def check_engine(config: AdaVConfig) -> None:
 def check(config: AdaVConfig) -> None:
     """Raise UserError for settings that vLLM cannot run with a LLaVA, or that no method can."""
     check_engine(config)
-    method = config.make_method()
-    if method.resizes:
-        raise UserError(
-            f'method "{config.method}" makes the image smaller before the tower, but in vLLM the tower takes whole tiles; send a '
-            "smaller image"
-        )
-    if method.zooms:
-        raise UserError(
-            f'method "{config.method}" encodes only some crops of an image, but in vLLM the tower takes '
-            "all of its tiles before the question is known; allowed are methods over all tiles, such as adav"
-        )
     if config.option("positions") != "reindexed":
         raise UserError(
             '"options.positions" is "original", but vLLM counts positions of a prompt one by one; allowed is "reindexed"'

@@ -39,6 +39,12 @@ class TileStates:
         split = {name: state.split(list(counts)) for name, state in self.given().items()}
         return [TileStates(**{name: parts[i] for name, parts in split.items()}) for i in range(len(counts))]
 
+    @classmethod
+    def joined(cls, parts: Sequence[TileStates]) -> TileStates:
+        """Return the states of all tiles of `parts`; `received` is None unless all parts have it."""
+        common = set.intersection(*(set(part.given()) for part in parts))
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in common})
+
     def given(self) -> dict[str, Tensor]:
         """Return the states by name, without those that are None."""
         states = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -28,12 +28,13 @@ from llava.inference.loaded_checkpoint import LoadedCheckpoint  # noqa: E402
 from llava.integrations.vllm.families import llava as plugin  # noqa: E402
 from llava.integrations.vllm.prompt_images import TiledImages  # noqa: E402
 from llava.methods.before_llm import SELECTORS  # noqa: E402
-from llava.mm_utils import tokenizer_image_token  # noqa: E402
+from llava.mm_utils import tile_plan, tokenizer_image_token  # noqa: E402
 from llava.model.decoding.sampling import Sampling  # noqa: E402
 from llava.model.export import load_and_save  # noqa: E402
+from llava.model.image_tokens import PartLayout  # noqa: E402
 
 pytestmark = pytest.mark.long
-METHODS = sorted(set(SELECTORS) - {"no_image", "downsample", "adav_zoom"})  # these are refused
+METHODS = sorted(set(SELECTORS) - {"no_image"})  # which is refused
 NEW = 12  # tokens per answer
 COMMON = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
 
@@ -78,7 +79,10 @@ class Pair:
             sizes = [image.size for image in images]
             asked = self.images.requests(ids, sizes, [""] * len(images), AdaVConfig(**keys))
             for request, selection in zip(asked, selections, strict=True):
-                assert torch.equal(self.kept[request.to_bytes()], selection.indices), (request.method, request.size)
+                kept, expected = self.kept[request.to_bytes()], selection.indices
+                if request.selector.resizes and (expected < 0).all():  # of a smaller picture, which has other patches
+                    expected = torch.arange(len(expected))
+                assert torch.equal(kept, expected), (request.method, request.size)
             # vLLM's answer ends with the end token, ours before it.
             assert answer[: len(tokens)] == tokens and len(answer) - len(tokens) in (0, 1), keys
 
@@ -90,9 +94,12 @@ def watched(monkeypatch):
     def watch(pair):
         select, run = plugin._SelectsTiles._select, plugin._SelectsTiles._run_tower
 
-        def selecting(model, pixels, requests):
-            found = select(model, pixels, requests)
+        def selecting(model, images, requests):
+            found = select(model, images, requests)
             pair.selected += len(requests)
+            for image, selection in zip(images, found, strict=True):
+                if isinstance(image.places, PartLayout):  # the method left crops unencoded
+                    image.places.in_whole_image(selection)
             pair.kept |= {
                 replace(request, image="").to_bytes(): selection.indices
                 for request, selection in zip(requests, found, strict=True)
@@ -147,8 +154,18 @@ def mixed(pair):
     """64 prompts of all kinds. Images of one size are one image: their size identifies them in `kept`."""
     sizes = [(1, 1), (3000, 70), (70, 3000), (57, 57), (31, 90), (2, 300), (120, 110), (56, 56)]
     images = [make_image(*size) for size in sizes]
-    settings = [{"method": method, "overall_tokens": tokens} for method in METHODS for tokens in (1, 6, 12)]
+    # A picture that is made smaller has at least one patch and a newline token.
+    settings = [
+        {"method": method, "overall_tokens": max(tokens, 2 if method == "downsample" else 1)}
+        for method in METHODS
+        for tokens in (1, 6, 12)
+    ]
     settings += [
+        {"method": "adav_zoom", "overall_tokens": 20, "options": {"crops": 1}},
+        {"method": "adav_zoom", "overall_tokens": 7, "options": {"crop_share": 0.6}},
+        {"method": "fastervlm", "overall_tokens": 9, "options": {"crops": 1}},
+        {"method": "visionzip", "overall_tokens": 9, "options": {"crops": 2}},
+        {"method": "downsample", "overall_tokens": 16},
         {"method": "adav", "overall_tokens": 8, "options": {"min_share": 0.0, "temperature": 0.1}},
         {"method": "adav", "overall_tokens": 12, "options": {"compat": "public"}},
         {"method": "adav", "overall_tokens": 5, "options": {"text_scope": "turn"}},
@@ -188,14 +205,33 @@ def test_the_same_image_twice_in_one_prompt(pair, watched):
 
 def test_questions_and_methods_share_the_tower(pair, watched):
     watched(pair)
-    # One run, and one more for attention maps, which the tower gives only to methods that read them.
-    read_maps = [method for method in METHODS if "received" in SELECTORS[method]().tower_states]
-    for image, methods, runs in ((make_image(77, 78), METHODS, 2), (make_image(78, 77), read_maps + METHODS, 1)):
+    # One run, and one more for attention maps, which the tower gives only to methods that read them. A smaller picture is
+    # another one.
+    whole = [method for method in METHODS if method != "downsample"]
+    read_maps = [method for method in whole if "received" in SELECTORS[method]().tower_states]
+    for image, methods, runs in ((make_image(77, 78), whole, 2), (make_image(78, 77), read_maps + whole, 1)):
         before = pair.tower_runs
         for method in methods:
             for text in QUESTIONS:
                 pair.ask([(question(pair, "<image>\n" + text), [image], {"method": method, "overall_tokens": 4})])
         assert pair.tower_runs == before + runs
+
+
+def test_a_method_that_zooms_shares_tiles_with_all_others(pair, watched):
+    image, seen = make_image(79, 77), []  # five tiles on v1.6, one on v1.5
+    run = plugin._SelectsTiles._run_tower
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin._SelectsTiles, "_run_tower", lambda *given: (seen.append(len(given[1])), run(*given))[1])
+        for keys in (
+            {"method": "adav_zoom", "overall_tokens": 5, "options": {"crops": 1}},
+            {"method": "adav_zoom", "overall_tokens": 4, "options": {"crops": 1}},
+            {"method": "adav", "overall_tokens": 5},
+            {"method": "adav_zoom", "overall_tokens": 5, "options": {"crops": 3}},
+        ):
+            pair.ask([(question(pair, "<image>\n" + QUESTIONS[0]), [image], keys)])
+    tiles = tile_plan(image.size, pair.loaded.model.config).tiles
+    assert sum(seen) == tiles, "each tile once"
+    assert seen[:2] == [1, 1] if tiles > 1 else seen == [1]
 
 
 def test_questions_share_tokens_exactly_where_the_method_does_not_read_them(pair, watched):

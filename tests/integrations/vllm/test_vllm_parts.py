@@ -19,7 +19,7 @@ from llava.methods.before_llm import SELECTORS, select
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-REFUSED = {"no_image", "downsample", "adav_zoom"}
+METHODS = sorted(set(SELECTORS) - {"no_image"})  # which is refused
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -51,9 +51,7 @@ def test_a_server_may_name_a_file(tmp_path):
         ({"overall_tokens": True}, "at least 1"),
         ({"method": "best"}, "allowed is one of"),
         ({"method": "no_image"}, "needs one per image"),
-        ({"method": "downsample"}, "makes the image smaller before the tower"),
-        ({"method": "adav_zoom"}, "encodes only some crops"),
-        ({"method": "fastervlm", "options": {"crops": 2}}, "encodes only some crops"),
+        ({"method": "fastervlm", "options": {"crops": 2, "crop_share": 0.5}}, "allowed is one of them"),
         ({"method": "fastv"}, "drops tokens inside the LLM"),
         ({"vision_adaptive_attention": True}, "the KV cache of all layers"),
         ({"text_pruning_flag": True}, "the KV cache of all layers"),
@@ -129,7 +127,7 @@ def ids_of(tokenizer, model, text):
     return [tokenizer.convert_tokens_to_ids("<image>") if i < 0 else i for i in ids]
 
 
-@pytest.mark.parametrize("method", sorted(set(SELECTORS) - REFUSED))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"downsample"}))
 @pytest.mark.parametrize("anyres", ["official", "fastervlm"])
 def test_tokens_are_counted_as_the_model_keeps_them(checkpoint, method, anyres):
     images, tokenizer, model, processor = checkpoint
@@ -142,6 +140,24 @@ def test_tokens_are_counted_as_the_model_keeps_them(checkpoint, method, anyres):
             settings = settings.replaced(overall_tokens=tokens)
             (kept,) = model.prepare(ids, config=settings, encoded=encoded).selections[0]
             assert images.tokens(size, settings) == len(kept.indices)
+
+
+def test_a_smaller_picture_is_made_and_counted_as_the_model_does_it(checkpoint):
+    images, _, model, processor = checkpoint
+    newline = model.config.mm_patch_merge_type == "spatial_unpad"
+    for size in ((1, 1), (57, 57), (300, 7), (31, 90), (120, 110)):
+        picture = make_image(*size)
+        for tokens in (1 + newline, 6, 9, 16, 17, 10_000):
+            settings = AdaVConfig(method="downsample", overall_tokens=tokens)
+            tiles, plans = model._plans(process_images([picture], processor, model.config), [size], "official")
+            (expected,), _ = model._made_smaller(tiles, plans, tokens)
+            (request,) = images.requests([1, images.image_id, 9], [size], [str(size)], settings)
+            assert torch.equal(images.pixels(picture, request, torch.float32), expected)
+            (kept,) = model.prepare(torch.tensor([1, -200, 9]), tiles, [size], config=settings).selections[0]
+            assert images.tokens(size, settings) == len(kept.indices)
+    if newline:
+        with pytest.raises(UserError, match="one patch and the newline token"):
+            images.tokens((57, 57), AdaVConfig(method="downsample", overall_tokens=1))
 
 
 def test_tokens_of_published_settings_are_counted(checkpoint):
@@ -172,7 +188,7 @@ def test_options_that_do_not_fit_an_image_are_refused_before_the_model_gets_it(c
 def test_identity_has_the_question_exactly_for_methods_that_read_it(checkpoint):
     images, tokenizer, model, _ = checkpoint
     first, second = (ids_of(tokenizer, model, "<image>\n" + question) for question in QUESTIONS[:2])
-    for method in sorted(set(SELECTORS) - REFUSED):
+    for method in METHODS:
         settings = AdaVConfig(method=method, overall_tokens=5)
         a, b, again, other = (
             images.requests(ids, [(60, 60)], [image], settings)[0].to_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
-from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -20,6 +20,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from llava.common.errors import UserError
+from llava.integrations.vllm.clip_tower import run_tower
 from llava.integrations.vllm.image_request import ImageRequest
 from llava.integrations.vllm.processor import Info, Processor, settings_of_server
 from llava.integrations.vllm.prompt_images import TiledImages, Tiling
@@ -27,8 +28,15 @@ from llava.integrations.vllm.selecting import Selecting
 from llava.integrations.vllm.settings import store_bytes
 from llava.integrations.vllm.tower_store import TileStates, TowerStore
 from llava.methods.before_llm import ImageTokens, TowerStates
-from llava.model.image_tokens import project_now, projects_late, tokens_in_order
-from llava.model.multimodal_encoder.clip_encoder import cls_attention, middle_layer, received_attention
+from llava.model.image_tokens import (
+    Look,
+    layout_of,
+    part_layout_of,
+    project_now,
+    projects_late,
+    tokens_in_order,
+    wanted_tiles,
+)
 from llava.model.multimodal_encoder.clip_text_tower import ClipTextTower
 from llava.model.processors import adopt_padding
 
@@ -116,6 +124,9 @@ def _picture(image) -> Image.Image:
 
 # --- model --------------------------------------------------------------------------------------------------------
 
+#: Outputs of the tower for single tiles, by (ImageRequest.tiles_key, number of the tile).
+_Rows = dict[tuple, TileStates]
+
 
 class _SelectsTiles(Selecting):
     """Mixin for vLLM's models of a LLaVA with a CLIP tower."""
@@ -155,85 +166,109 @@ class _SelectsTiles(Selecting):
 
     def _image_tokens(self, pixels: Sequence[Tensor], requests: list[ImageRequest]) -> list[ImageTokens]:
         """Return the ImageTokens of each request; projected, where its method reads features or keeps all."""
-        # 1. The tower, once for each image that is not stored.
-        states = self._tile_states(pixels, requests)
-        # 2. The tokens of each image in LLM order. Requests of one image share them.
-        tokens: dict[tuple, ImageTokens] = {}
-        for request in requests:
-            if request.tiles_key not in tokens:
-                own = states[request.tiles_key]
-                layout = self._tiling.layout(request.size, request.anyres)
-                tower = TowerStates(self.multi_modal_projector, hidden=own.hidden, keys=own.keys, received=own.received)
-                tokens[request.tiles_key] = tokens_in_order(
-                    own.hidden[:, 1:], own.saliency, layout, self.multi_modal_projector, tower=tower
-                )
-        # 3. The projector, once for each image of which more than the kept tokens is needed.
-        now = dict.fromkeys(
-            request.tiles_key
-            for request in requests
-            if not projects_late(request.selector, tokens[request.tiles_key], request.budget)
-        )
-        newline = getattr(self, "image_newline", None)
-        projected = dict(zip(now, project_now([tokens[key] for key in now], newline), strict=True))
-        # 4. What belongs to the question.
-        images = []
-        for request in requests:
-            late = projects_late(request.selector, tokens[request.tiles_key], request.budget)
-            image = (tokens if late else projected)[request.tiles_key]
-            tower = image.tower
+        given = {request.tiles_key: own for request, own in zip(requests, pixels, strict=True)}
+        # 1. The tiles that each request needs, and the outputs of the tower for them.
+        rows: _Rows = {}
+        tiles = self._wanted_tiles(rows, given, requests)
+        self._encode(rows, given, requests, tiles)
+        # 2. The tokens in LLM order, projected where more than the kept ones are needed.
+        images = self._in_order(rows, requests, tiles)
+        late = [projects_late(one.selector, own, one.budget) for one, own in zip(requests, images, strict=True)]
+        images = self._projected(images, late)
+        # 3. What belongs to the question.
+        for n, request in enumerate(requests):
+            tower = images[n].tower
             if request.words is not None:
                 tower = replace(tower, text_cosine=self._text_tower.cosine(tower.hidden[:, 1:], request.words))
-            images.append(replace(image, key=request.key or 0, tower=tower))
+            images[n] = replace(images[n], key=request.key or 0, tower=tower)
         return images
 
-    def _tile_states(self, pixels: Sequence[Tensor], requests: list[ImageRequest]) -> dict[tuple, TileStates]:
-        """Return the outputs of the tower for each image, by ImageRequest.tiles_key."""
-        given = {request.tiles_key: own for request, own in zip(requests, pixels, strict=True)}
-        maps = {request.tiles_key for request in requests if "received" in request.selector.tower_states}
-        states = self._store.get(list(given))
-        missing = [key for key in given if key not in states or (key in maps and states[key].received is None)]
-        if missing:
-            found = self._run_tower(torch.cat([given[key] for key in missing]), not maps.isdisjoint(missing))
-            for key, own in zip(missing, found.split([len(given[key]) for key in missing]), strict=True):
-                states[key] = own
-                self._store.put(key, own)
-        return states
+    def _wanted_tiles(self, rows: _Rows, pixels: dict, requests: list[ImageRequest]) -> list[tuple[int, ...]]:
+        """Return the tiles that each request needs: all, unless its method zooms. Encodes what methods look at."""
+        wanted = [tuple(range(len(pixels[request.tiles_key]))) for request in requests]
+        zooming = [n for n, request in enumerate(requests) if request.selector.zooms and len(wanted[n]) > 1]
+        asked = [requests[n] for n in zooming]
+        plans = [self._tiling.plan(request.size, request.anyres) for request in asked]
+        sizes = [self._tiling.layout(request.size, request.anyres).sizes for request in asked]
+        looks = [n for n, one in enumerate(asked) if not one.selector.needs_every_crop(sizes[n], one.budget)]
+        whole, texts = [None] * len(asked), [None] * len(asked)
+        if looks:
+            own = [asked[n] for n in looks]
+            self._encode(rows, pixels, own, [(0,)] * len(own))
+            images = self._in_order(rows, own, [(0,)] * len(own))
+            images = self._projected(images, [not request.selector.reads_features for request in own])
+            for n, image, text in zip(looks, images, self._questions(own), strict=True):
+                whole[n], texts[n] = image, text
+        found = [
+            Look(request.selector, plans[n], whole[n], texts[n], request.budget) for n, request in enumerate(asked)
+        ]
+        for n, tiles in zip(zooming, wanted_tiles(found, self._tiling.side), strict=True):
+            wanted[n] = tiles
+        return wanted
+
+    def _encode(
+        self, rows: _Rows, pixels: dict, requests: list[ImageRequest], tiles: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Add to `rows` what the tower gives for the `tiles` of each request, from the store or by a run of the tower.
+
+        pixels: [T, 3, H, W] of each image, by ImageRequest.tiles_key
+        """
+        # 1. What is wanted, and whether with the attention that patches receive.
+        wanted: dict[tuple, bool] = {}
+        for request, own in zip(requests, tiles, strict=True):
+            maps = "received" in request.selector.tower_states
+            for tile in own:
+                wanted[request.tiles_key, tile] = wanted.get((request.tiles_key, tile), False) or maps
+
+        def lacking() -> list[tuple]:
+            return [key for key, maps in wanted.items() if key not in rows or (maps and rows[key].received is None)]
+
+        # 2. What is stored.
+        rows |= self._store.get(lacking())
+        # 3. The rest through the tower, in one run per size of tiles.
+        sizes: dict[int, list[tuple]] = {}
+        for key in lacking():
+            sizes.setdefault(pixels[key[0]].shape[-1], []).append(key)
+        for size, keys in sizes.items():
+            own = torch.cat([pixels[image][tile : tile + 1] for image, tile in keys])
+            found = self._run_tower(own, any(wanted[key] for key in keys)).split([1] * len(keys))
+            rows |= zip(keys, found, strict=True)
+            if size == self._tiling.vision.image_size:  # the store has rows of one size
+                for key, states in zip(keys, found, strict=True):
+                    self._store.put(key, states)
 
     def _run_tower(self, pixels: Tensor, maps: bool) -> TileStates:
-        """Run vLLM's tower on tiles [T, 3, H, W]. maps: compute TileStates.received, too.
+        return run_tower(self.vision_tower, pixels, maps)
 
-        vLLM's attention returns no weights, so hooks read its queries and keys.
-        """
-        layers = self.vision_tower.vision_model.encoder.layers
-        middle, last = layers[middle_layer(len(layers)) - 1].self_attn, layers[-1].self_attn
-        seen: dict[torch.nn.Module, Tensor] = {}
+    def _in_order(
+        self, rows: _Rows, requests: list[ImageRequest], tiles: Sequence[tuple[int, ...]]
+    ) -> list[ImageTokens]:
+        """Return the tokens of the `tiles` of each request, not projected. Equal ones are one object."""
+        made: dict[tuple, ImageTokens] = {}
+        keys = [(request.tiles_key, own) for request, own in zip(requests, tiles, strict=True)]
+        for (image, own), request in zip(keys, requests, strict=True):
+            if (image, own) in made:
+                continue
+            states = TileStates.joined([rows[image, tile] for tile in own])
+            side, plan = math.isqrt(states.saliency.shape[1]), self._tiling.plan(request.size, request.anyres)
+            if request.selector.resizes or len(own) == plan.tiles:
+                layout = layout_of(plan, side, len(own))
+            else:
+                layout = part_layout_of(plan, side, own)
+            tower = TowerStates(
+                self.multi_modal_projector, hidden=states.hidden, keys=states.keys, received=states.received
+            )
+            made[image, own] = tokens_in_order(
+                states.hidden[:, 1:], states.saliency, layout, self.multi_modal_projector, tower=tower
+            )
+        return [made[key] for key in keys]
 
-        def read(module, given, result):
-            seen[module] = result[0]
-
-        hooks = [one.qkv_proj.register_forward_hook(read) for one in ([middle, last] if maps else [last])]
-        try:
-            hidden = self.vision_tower(pixels, feature_select_strategy="full")
-        finally:
-            for hook in hooks:
-                hook.remove()
-        query, key = _by_head(seen[last.qkv_proj], last)
-        means = [cls_attention(query, key, last.scale), key.float().mean(dim=1)]
-        if maps:
-            parts = (*_by_head(seen[middle.qkv_proj], middle), middle.scale), (query, key, last.scale)
-            means.append(torch.stack([received_attention(*part) for part in parts], dim=-1))
-        if last.tp_size > 1:
-            # Each rank has the means over its own heads, and all ranks have equally many.
-            sums = tensor_model_parallel_all_reduce(torch.cat([mean.flatten(1) for mean in means], dim=1))
-            parts = (sums / last.tp_size).split([mean[0].numel() for mean in means], dim=1)
-            means = [part.reshape(mean.shape) for part, mean in zip(parts, means, strict=True)]
-        return TileStates(hidden, *means)
-
-
-def _by_head(projected: Tensor, attention) -> list[Tensor]:
-    """Return queries and keys [T, heads of this rank, 1 + P, d] from what qkv_proj of an `attention` returned."""
-    heads = attention.num_heads_per_partition
-    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1)[:2]]
+    def _projected(self, images: list[ImageTokens], late: Sequence[bool]) -> list[ImageTokens]:
+        """Return `images`; those that are not `late` have gone through the projector, in one call and each once."""
+        now = {id(image): image for image, wait in zip(images, late, strict=True) if not wait}
+        made = project_now(list(now.values()), getattr(self, "image_newline", None))
+        done = dict(zip(now, made, strict=True))
+        return [image if wait else done[id(image)] for image, wait in zip(images, late, strict=True)]
 
 
 @MULTIMODAL_REGISTRY.register_processor(llava_processor, info=llava_info, dummy_inputs=llava.LlavaDummyInputsBuilder)
