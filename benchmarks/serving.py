@@ -180,7 +180,7 @@ class Start:
         given = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(REPOSITORY), "VLLM_NO_USAGE_STATS": "1"}
         if self.device == "cpu":
             given |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-            given |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
+            given |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
         return os.environ | given
 
 

@@ -62,20 +62,25 @@ class RowStore:
             for i, (key, held) in enumerate(found.items())
         }
 
-    def put(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors of an image, unless it alone exceeds the memory."""
-        if key in self._held:
-            self._free += self._held.pop(key).places
-        count = len(next(iter(tensors.values())))
-        if count > self.rows:
-            return
-        while len(self._free) < count:
-            self._free += self._held.popitem(last=False)[1].places
-        own, self._free = self._free[:count], self._free[count:]
-        self._held[key] = _Held(own, frozenset(tensors))
-        places = self._index(own)
-        for name, tensor in tensors.items():
-            self._memory[name].index_copy_(0, places, tensor)
+    def put(self, images: Mapping[Hashable, Mapping[str, Tensor]]) -> None:
+        """Store the tensors of images, one image after another. An image that alone exceeds the memory is not stored."""
+        for key, tensors in images.items():
+            if key in self._held:
+                self._free += self._held.pop(key).places
+            count = len(next(iter(tensors.values())))
+            if count > self.rows:
+                continue
+            while len(self._free) < count:
+                self._free += self._held.popitem(last=False)[1].places
+            own, self._free = self._free[:count], self._free[count:]
+            self._held[key] = _Held(own, frozenset(tensors))
+        # An image may have made room for a later one of the same call. One copy per tensor stores all others.
+        stored = [key for key in images if key in self._held]
+        for name, memory in self._memory.items():
+            own = [key for key in stored if name in self._held[key].names]
+            if own:
+                places = self._index([place for key in own for place in self._held[key].places])
+                memory.index_copy_(0, places, torch.cat([images[key][name] for key in own]))
 
     def _index(self, places: list[int]) -> Tensor:
         return to_device(torch.tensor(places), self._device)

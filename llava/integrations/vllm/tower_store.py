@@ -6,7 +6,7 @@ question about an image would run the tower again. What is kept here depends on 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -81,6 +81,6 @@ class TowerStore:
         """Return copies of the states of those `keys` that are stored, and mark them as used."""
         return {key: TileStates(**states) for key, states in self._rows.get(keys).items()}
 
-    def put(self, key: Hashable, states: TileStates) -> None:
-        """Store the states of an image, unless it alone exceeds the memory."""
-        self._rows.put(key, states.given())
+    def put(self, images: Mapping[Hashable, TileStates]) -> None:
+        """Store the states of images, one after another. An image that alone exceeds the memory is not stored."""
+        self._rows.put({key: states.given() for key, states in images.items()})

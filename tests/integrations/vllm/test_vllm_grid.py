@@ -160,9 +160,9 @@ def test_images_of_different_numbers_of_rows_share_the_store():
     store = RowStore({"features": ((3,), torch.float32), "saliency": ((), torch.float32)}, 160, torch.device("cpu"))
     assert store.rows == 10 and store.nbytes == 160
     for key, count in (("a", 4), ("b", 5), ("c", 1)):
-        store.put(key, rows(count, count))
+        store.put({key: rows(count, count)})
     assert set(store.get(["a", "b", "c"])) == {"a", "b", "c"}
-    store.put("d", rows(6, 6))  # "a" and "b" make room
+    store.put({"d": rows(6, 6)})  # "a" and "b" make room
     found = store.get(["a", "b", "c", "d"])
     assert set(found) == {"c", "d"}
     for key, count in (("c", 1), ("d", 6)):
@@ -170,12 +170,24 @@ def test_images_of_different_numbers_of_rows_share_the_store():
             assert torch.equal(found[key][name], expected)
 
 
+def test_images_of_one_call_are_stored_in_turn():
+    """The third makes room for itself by dropping the first; the fourth alone is too large."""
+    def rows(count, value):
+        return {"features": torch.full((count, 1), float(value))}
+
+    store = RowStore({"features": ((1,), torch.float32)}, 4 * 5, torch.device("cpu"))
+    store.put({"old": rows(5, 9)})
+    store.put({"a": rows(2, 1), "b": rows(3, 2), "c": rows(1, 3), "d": rows(6, 4)})
+    found = store.get(["old", "a", "b", "c", "d"])
+    assert {key: tensors["features"].flatten().tolist() for key, tensors in found.items()} == {"b": [2] * 3, "c": [3]}
+
+
 def test_a_tensor_that_an_image_lacks_is_not_read_from_another_image():
     row = {"features": ((2,), torch.float32), "extra": ((), torch.float32)}
     store = RowStore(row, 36, torch.device("cpu"))
-    store.put("a", {"features": torch.ones(2, 2), "extra": torch.ones(2)})
-    store.put("b", {"features": torch.zeros(1, 2)})
-    store.put("c", {"features": torch.full((2, 2), 2.0)})  # in the place of "a"
+    store.put({"a": {"features": torch.ones(2, 2), "extra": torch.ones(2)}})
+    store.put({"b": {"features": torch.zeros(1, 2)}})
+    store.put({"c": {"features": torch.full((2, 2), 2.0)}})  # in the place of "a"
     found = store.get(["a", "b", "c"])
     assert {key: set(tensors) for key, tensors in found.items()} == {"b": {"features"}, "c": {"features"}}
     assert store.rows == 3 and torch.equal(found["c"]["features"], torch.full((2, 2), 2.0))

@@ -252,42 +252,42 @@ def states_of(tiles, value, received=True):
 def test_the_store_drops_the_image_that_was_not_used_for_longest():
     store = TowerStore(4, 3, 2, 5 * TILE + TILE - 1, torch.float32, torch.device("cpu"))
     assert store.nbytes == 5 * TILE
-    store.put("a", states_of(2, 1))
-    store.put("b", states_of(2, 2))
+    store.put({"a": states_of(2, 1)})
+    store.put({"b": states_of(2, 2)})
     assert set(store.get(["a", "z"])) == {"a"}  # "b" is now the older one
-    store.put("c", states_of(3, 3))
+    store.put({"c": states_of(3, 3)})
     found = store.get(["a", "b", "c"])
     assert set(found) == {"a", "c"} and len(store) == 2 and store.nbytes == 5 * TILE
     for key, value, tiles in (("a", 1, 2), ("c", 3, 3)):
         for name, expected in vars(states_of(tiles, value)).items():
             assert torch.equal(getattr(found[key], name), expected)
-    store.put("d", states_of(6, 4))  # larger than the store
+    store.put({"d": states_of(6, 4)})  # larger than the store
     assert not store.get(["d"]) and len(store) == 2
-    store.put("c", states_of(1, 5))  # another number of tiles under the same key
+    store.put({"c": states_of(1, 5)})  # another number of tiles under the same key
     assert len(store.get(["c"])["c"]) == 1 and set(store.get(["a"])) == {"a"}
 
 
 def test_states_that_were_read_do_not_change_when_their_place_is_used_again():
     store = TowerStore(4, 3, 2, TILE, torch.float32, torch.device("cpu"))
-    store.put("a", states_of(1, 1))
+    store.put({"a": states_of(1, 1)})
     found = store.get(["a"])["a"]
-    store.put("b", states_of(1, 2))
+    store.put({"b": states_of(1, 2)})
     assert torch.equal(found.hidden, states_of(1, 1).hidden) and not store.get(["a"])
 
 
 def test_received_attention_is_there_exactly_where_it_was_given():
     store = TowerStore(4, 3, 2, 5 * TILE, torch.float32, torch.device("cpu"))
-    store.put("a", states_of(2, 1, received=False))
-    store.put("b", states_of(1, 2))
+    store.put({"a": states_of(2, 1, received=False)})
+    store.put({"b": states_of(1, 2)})
     found = store.get(["a", "b"])
     assert found["a"].received is None and torch.equal(found["b"].received, states_of(1, 2).received)
     assert [part.received for part in found["a"].split([1, 1])] == [None, None]
-    store.put("a", states_of(2, 3))  # the tower ran once more, with it
+    store.put({"a": states_of(2, 3)})  # the tower ran once more, with it
     assert torch.equal(store.get(["a"])["a"].received, states_of(2, 3).received)
     assert len(store) == 2 and sorted(len(one) for one in store.get(["a", "b"]).values()) == [1, 2]
 
 
 def test_a_store_without_memory_stores_nothing():
     store = TowerStore(4, 3, 2, 0, torch.float32, torch.device("cpu"))
-    store.put("a", states_of(1, 1))
+    store.put({"a": states_of(1, 1)})
     assert store.nbytes == 0 and not store.get(["a"])

@@ -232,10 +232,10 @@ class _SelectsTiles(Selecting):
         for size, keys in sizes.items():
             own = torch.cat([pixels[image][tile : tile + 1] for image, tile in keys])
             found = self._run_tower(own, any(wanted[key] for key in keys)).split([1] * len(keys))
-            rows |= zip(keys, found, strict=True)
+            encoded = dict(zip(keys, found, strict=True))
+            rows |= encoded
             if size == self._tiling.vision.image_size:  # the store has rows of one size
-                for key, states in zip(keys, found, strict=True):
-                    self._store.put(key, states)
+                self._store.put(encoded)
 
     def _run_tower(self, pixels: Tensor, maps: bool) -> TileStates:
         return run_tower(self.vision_tower, pixels, maps)

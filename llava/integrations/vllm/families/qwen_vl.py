@@ -173,9 +173,9 @@ class _SelectsFromGrids(Selecting):
         missing = [key for key in given if key not in states]
         if missing:
             found = self._run_tower(*zip(*(given[key] for key in missing), strict=True))
-            states |= zip(missing, found, strict=True)
-            for key in missing:
-                self._store.put(key, states[key])
+            encoded = dict(zip(missing, found, strict=True))
+            states |= encoded
+            self._store.put(encoded)
         return [states[request.tiles_key] for request in requests]
 
     def _run_tower(self, pixels: Sequence[Tensor], grids: Sequence[list[int]]) -> list[dict[str, Tensor]]:
