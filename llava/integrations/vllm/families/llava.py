@@ -186,11 +186,13 @@ class _SelectsTiles(Selecting):
     def _wanted_tiles(self, rows: _Rows, pixels: dict, requests: list[ImageRequest]) -> list[tuple[int, ...]]:
         """Return the tiles that each request needs: all, unless its method zooms. Encodes what methods look at."""
         wanted = [tuple(range(len(pixels[request.tiles_key]))) for request in requests]
+        # 1. The requests whose method may leave crops unencoded, and those of them that must look at tile 0 to know which.
         zooming = [n for n, request in enumerate(requests) if request.selector.zooms and len(wanted[n]) > 1]
         asked = [requests[n] for n in zooming]
         plans = [self._tiling.plan(request.size, request.anyres) for request in asked]
         sizes = [self._tiling.layout(request.size, request.anyres).sizes for request in asked]
         looks = [n for n, one in enumerate(asked) if not one.selector.needs_every_crop(sizes[n], one.budget)]
+        # 2. What is seen in tile 0.
         whole, texts = [None] * len(asked), [None] * len(asked)
         if looks:
             own = [asked[n] for n in looks]
@@ -199,6 +201,7 @@ class _SelectsTiles(Selecting):
             images = self._projected(images, [not request.selector.reads_features for request in own])
             for n, image, text in zip(looks, images, self._questions(own), strict=True):
                 whole[n], texts[n] = image, text
+        # 3. The tiles that follow from it, for all requests together: the host waits for the device once.
         found = [
             Look(request.selector, plans[n], whole[n], texts[n], request.budget) for n, request in enumerate(asked)
         ]
