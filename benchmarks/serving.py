@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -384,12 +385,38 @@ def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
     return lines
 
 
+def by_server(rows: list[dict], text: Callable[[dict, dict | None], str]) -> str:
+    """A table with one line per cell and one column per server. text: makes an entry of a row and of that of plain vLLM."""
+    servers = list(dict.fromkeys(row["server"] for row in rows))
+    names = ("new_tokens", "questions_per_picture", "users")
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in sorted(rows, key=lambda row: [row[name] for name in names]):
+        cells.setdefault(tuple(row[name] for name in names), {})[row["server"]] = row
+    lines = [("new tokens", "questions per picture", "users", *servers)]
+    for cell, found in cells.items():
+        plain = found.get(SERVERS["plain"][0])
+        entries = (text(found[name], plain) if name in found else "-" for name in servers)
+        lines.append((*map(number, cell), *entries))
+    return markdown_table(lines, left=0)
+
+
 def fill(document: Path, results: list[Path]) -> None:
     """Put the tables of `results` into `document`, one after another, between the marks `serving`."""
 
+    def rate(row: dict, plain: dict | None) -> str:
+        own = row["requests_per_second"]
+        of_plain = "" if plain is None or plain is row else f" ({number(own / plain['requests_per_second'], 2)})"
+        return number(own, 2) + of_plain
+
+    def first(row: dict, plain: dict | None) -> str:
+        return f"{number(row['first_token_p50'], 3)} / {number(row['first_token_p99'], 3)}"
+
     def table(rows: list[dict]) -> str:
         what = f"{rows[0]['preset']}, {number(rows[0]['overall_tokens'])} vision tokens where they are selected"
-        return f"{what}, vLLM {rows[0]['vllm']}. {made(rows)}.\n\n{markdown_table(lines_of(rows), left=4)}"
+        what += f", vLLM {rows[0]['vllm']}. {made(rows)}."
+        per_second = "Requests per second (tokens per second are so many times the new tokens), and their ratio to vLLM alone:"
+        waits = "Seconds to the first token, median / 99th percentile:"
+        return "\n\n".join([what, per_second, by_server(rows, rate), waits, by_server(rows, first)])
 
     put_results(document, "serving", results, "first_token_p99", table)
 

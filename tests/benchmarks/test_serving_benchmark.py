@@ -139,8 +139,15 @@ def test_the_table_goes_into_the_page(tmp_path):
     page.write_text("before\n<!-- serving -->\n<!-- end of serving -->\n")
     cell = {"users": 8, "questions_per_picture": 4, "new_tokens": 16, "requests_per_second": 12.5}
     cell |= {"first_token_p50": 0.25, "first_token_p99": 0.5, "tokens_per_second": 200.0}
-    serving.write_csv(first, [{"server": "vLLM", **cell}], FACTS)
+    faster = cell | {"requests_per_second": 25.0, "first_token_p50": 0.125}
+    one_user = cell | {"users": 1}
+    rows = [{"server": "vLLM", **cell}, {"server": "vLLM + adav", **faster}, {"server": "vLLM + adav", **one_user}]
+    serving.write_csv(first, rows, FACTS)
     serving.main(["--table", str(first), "--document", str(page)])
     text = page.read_text()
-    assert "12.50" in text and "vLLM 0.32.0" in text
+    lines = [[entry.strip() for entry in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    assert lines[0] == ["new tokens", "questions per picture", "users", "vLLM", "vLLM + adav"]
+    assert lines[2:4] == [["16", "4", "1", "-", "12.50"], ["16", "4", "8", "12.50", "25.00 (2.00)"]]
+    assert lines[6:] == [["16", "4", "1", "-", "0.250 / 0.500"], ["16", "4", "8", "0.250 / 0.500", "0.125 / 0.500"]]
+    assert "vLLM 0.32.0" in text
     assert text.startswith("before")
