@@ -6,7 +6,8 @@
 
 All providers run in one process. With vLLM among them that is the Python of vLLM's workers ($VLLM_PYTHON, else .venv-vllm,
 `make vllm`), which the command changes to by itself; without such a Python, vLLM is left out. `own` and `vllm` are the
-workers llava.eval.runs.answer_shard and answer_on_vllm, as the launcher starts them, at their default batch sizes.
+workers llava.eval.runs.answer_shard and answer_on_vllm, as the launcher starts them, at their default batch sizes. vLLM with
+all tokens is the worker with the method `none`.
 
 The upstream loop is our own code that does the same work as the published one. It takes one question at a time. It decodes
 the image and cuts it into tiles. The vision tower runs all of its layers with eager attention and returns the attention map

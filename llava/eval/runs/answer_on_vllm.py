@@ -58,11 +58,14 @@ class VllmAnswerer(Answerer):
         self.ends = end_tokens(source.generation_config(), self.tokenizer)
 
     def begin(self, order: WorkOrder) -> None:
-        """Empty vLLM's caches: times of runs are compared, so no run may use what another run computed."""
+        """Empty all caches: times of runs are compared, so no run may use what another run computed."""
+        from llava.integrations.vllm.processor import forget_images
+
         if order.config != self.adav:
             raise ValueError("vLLM was started with another configuration than that of the order")
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
+        forget_images()
 
     def answer_next(self, samples: Sequence[OrderedSample], order: WorkOrder) -> list[dict]:
         """Answer a batch as requests that vLLM runs together."""

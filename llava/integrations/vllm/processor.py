@@ -44,6 +44,19 @@ class _Prompt:
 _PROMPT: ContextVar[_Prompt | None] = ContextVar("adav_prompt", default=None)
 
 
+#: How often `forget_images` was called. The stores of the model may lie in other processes, which only requests reach.
+_forgotten = 0
+
+
+def forget_images() -> None:
+    """Let no later request of this process find what earlier ones left in the stores of pixels and of tower outputs.
+
+    What is left there is dropped in time, as images that are not used. vLLM's reset_mm_cache() empties its own caches alone.
+    """
+    global _forgotten
+    _forgotten += 1
+
+
 def settings_of_server(model_config, refuse: Callable[[AdaVConfig], None] = check) -> dict[str, object]:
     """Return the keys of the server's settings; {} where it has none. UserError for settings that cannot be used.
 
@@ -119,7 +132,7 @@ class Processor:
                 'ready embeddings of an image came with "adav", which selects from pixels; allowed is an image'
             )
         # The base class would mix our settings into the hash. What the model reads is added below instead.
-        hashes = super()._get_mm_hashes(plain)["image"]
+        hashes = [f"{_forgotten} {own}" for own in super()._get_mm_hashes(plain)["image"]]
         sizes = [self.info.size(items, index, given) for index in range(len(items))]
         images = self.info.images.requests(inputs.prompt, sizes, hashes, settings)
         for size in sizes:

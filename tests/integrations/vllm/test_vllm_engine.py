@@ -26,6 +26,7 @@ from llava.config import AdaVConfig  # noqa: E402
 from llava.conversation import single_turn  # noqa: E402
 from llava.inference.loaded_checkpoint import LoadedCheckpoint  # noqa: E402
 from llava.integrations.vllm.families import llava as plugin  # noqa: E402
+from llava.integrations.vllm.processor import forget_images  # noqa: E402
 from llava.integrations.vllm.prompt_images import TiledImages  # noqa: E402
 from llava.methods.before_llm import SELECTORS  # noqa: E402
 from llava.mm_utils import tile_plan, tokenizer_image_token  # noqa: E402
@@ -232,6 +233,18 @@ def test_a_method_that_zooms_shares_tiles_with_all_others(pair, watched):
     tiles = tile_plan(image.size, pair.loaded.model.config).tiles
     assert sum(seen) == tiles, "each tile once"
     assert seen[:2] == [1, 1] if tiles > 1 else seen == [1]
+
+
+def test_forgotten_images_are_encoded_anew(pair, watched):
+    watched(pair)
+    prompt, before = (question(pair, "<image>\nYes?"), [make_image(83, 84)], {"method": "adav"}), pair.tower_runs
+    answers = [pair.ask([prompt]), pair.ask([prompt])]
+    assert pair.tower_runs == before + 1
+    pair.llm.reset_prefix_cache()
+    pair.llm.reset_mm_cache()
+    forget_images()
+    answers.append(pair.ask([prompt]))
+    assert pair.tower_runs == before + 2 and answers[0] == answers[1] == answers[2]
 
 
 def test_questions_share_tokens_exactly_where_the_method_does_not_read_them(pair, watched):
