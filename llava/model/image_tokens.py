@@ -202,7 +202,9 @@ def with_newlines(features: Tensor, patches: Tensor, tokens: int, newline: Tenso
 def outline_of(layout: Layout) -> ImageTokens:
     """Return the tokens of a layout where only their places count: the features have no columns."""
     blank = layout.tile.new_empty((len(layout.tile), 0))
-    return ImageTokens(blank, layout.tile, layout.tile, layout.row, layout.column)
+    # Families of transformers have layouts of their own, from which the places are computed.
+    places = layout if isinstance(layout, TokenPlaces) else None
+    return ImageTokens(blank, layout.tile, layout.tile, layout.row, layout.column, places=places)
 
 
 def tokens_kept(method: Selector, layout: Layout, budget: int) -> int:

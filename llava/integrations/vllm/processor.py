@@ -32,11 +32,14 @@ REQUEST = "adav_request"  # a field of an image that reaches the model
 class _Prompt:
     """The prompt that a thread is processing.
 
-    images: the ImageRequest of each image. missing: the images whose pixels no cache has, as indices.
+    images: the ImageRequest of each image. hashes: identities of all items in vLLM's caches, by modality. counts: tokens of
+    an image by ImageRequest.size. missing: the images whose pixels no cache has, as indices.
     """
 
     settings: AdaVConfig
     images: list[ImageRequest]
+    hashes: dict[str, list[str]]
+    counts: dict[tuple[int, int], int]
     missing: list[int] = field(default_factory=list)
 
 
@@ -131,21 +134,21 @@ class Processor:
             raise UserError(
                 'ready embeddings of an image came with "adav", which selects from pixels; allowed is an image'
             )
-        # The base class would mix our settings into the hash. What the model reads is added below instead.
-        hashes = [f"{_forgotten} {own}" for own in super()._get_mm_hashes(plain)["image"]]
+        # 1. The base class would mix our settings into the hash. What the model reads is added instead.
+        hashes = super()._get_mm_hashes(plain)
+        own = [f"{_forgotten} {one}" for one in hashes["image"]]
+        # 2. What each image is asked.
         sizes = [self.info.size(items, index, given) for index in range(len(items))]
-        images = self.info.images.requests(inputs.prompt, sizes, hashes, settings)
-        for size in sizes:
-            self.info.images.tokens(size, settings)  # a budget that rounds down to nothing
-        return plain, _Prompt(settings, images, list(range(len(images))))
+        images = self.info.images.requests(inputs.prompt, sizes, own, settings)
+        identities = [hashlib.blake2b(image.to_bytes(), digest_size=32).hexdigest() for image in images]
+        # 3. How many tokens it keeps; a budget that rounds down to nothing is refused here.
+        counts = {size: self.info.images.tokens(size, settings) for size in set(sizes)}
+        return plain, _Prompt(settings, images, {**hashes, "image": identities}, counts, list(range(len(images))))
 
     def _get_mm_hashes(self, inputs):
         """Return the identity of each image's tokens, in vLLM's caches of pixels, encoder outputs and KV blocks."""
-        hashes, prompt = super()._get_mm_hashes(inputs), _PROMPT.get()
-        if prompt is None:
-            return hashes
-        own = [hashlib.blake2b(image.to_bytes(), digest_size=32).hexdigest() for image in prompt.images]
-        return {**hashes, "image": own}
+        prompt = _PROMPT.get()
+        return super()._get_mm_hashes(inputs) if prompt is None else prompt.hashes
 
     def _get_cache_missing_items(self, *args, **kwargs):
         cached, missing = super()._get_cache_missing_items(*args, **kwargs)
@@ -191,7 +194,9 @@ class Processor:
 
         def placeholders(index: int) -> list[int]:
             size = self.size(mm_items, hf_processor_mm_kwargs, out_mm_kwargs, index)
-            return [images.image_id] * images.tokens(size, prompt.settings)
+            if size not in prompt.counts:  # the checkpoint's processor resized the image as the request asks
+                prompt.counts[size] = images.tokens(size, prompt.settings)
+            return [images.image_id] * prompt.counts[size]
 
         own = PromptReplacement(modality="image", target=[images.image_id], replacement=placeholders)
         return [own if update.modality == "image" else update for update in updates]
