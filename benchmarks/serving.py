@@ -43,6 +43,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -373,20 +374,8 @@ def _figures(rates: list[float], first: list[float], new_tokens: int) -> dict[st
     }
 
 
-def lines_of(rows: list[dict]) -> list[tuple[str, ...]]:
-    head = ("new tokens", "questions per picture", "users", "server", "requests/s", "first token p50 s", "p99 s")
-    lines = [(*head, "tokens/s")]
-    cell = ("new_tokens", "questions_per_picture", "users")
-    for row in sorted(rows, key=lambda row: [row[name] for name in cell]):
-        times = (number(row["first_token_p50"], 3), number(row["first_token_p99"], 3))
-        places = (number(row[name]) for name in cell)
-        lines.append((*places, row["server"], number(row["requests_per_second"], 2), *times))
-        lines[-1] += (number(row["tokens_per_second"], 1),)
-    return lines
-
-
-def by_server(rows: list[dict], text: Callable[[dict, dict | None], str]) -> str:
-    """A table with one line per cell and one column per server. text: makes an entry of a row and of that of plain vLLM."""
+def by_server(rows: list[dict], text: Callable[[dict, dict | None], str]) -> list[tuple[str, ...]]:
+    """One line per cell and one column per server, with a header. text: makes an entry of a row and that of plain vLLM."""
     servers = list(dict.fromkeys(row["server"] for row in rows))
     names = ("new_tokens", "questions_per_picture", "users")
     cells: dict[tuple, dict[str, dict]] = {}
@@ -397,11 +386,11 @@ def by_server(rows: list[dict], text: Callable[[dict, dict | None], str]) -> str
         plain = found.get(SERVERS["plain"][0])
         entries = (text(found[name], plain) if name in found else "-" for name in servers)
         lines.append((*map(number, cell), *entries))
-    return markdown_table(lines, left=0)
+    return lines
 
 
-def fill(document: Path, results: list[Path]) -> None:
-    """Put the tables of `results` into `document`, one after another, between the marks `serving`."""
+def report(rows: list[dict], table: Callable[[list], str]) -> str:
+    """What the command prints and the page shows. table: makes text of lines."""
 
     def rate(row: dict, plain: dict | None) -> str:
         own = row["requests_per_second"]
@@ -411,12 +400,21 @@ def fill(document: Path, results: list[Path]) -> None:
     def first(row: dict, plain: dict | None) -> str:
         return f"{number(row['first_token_p50'], 3)} / {number(row['first_token_p99'], 3)}"
 
+    parts = [
+        "Requests per second, in brackets relative to vLLM alone. Tokens per second are this times the new tokens.",
+        table(by_server(rows, rate)),
+        "Seconds to the first token, median / 99th percentile:",
+        table(by_server(rows, first)),
+    ]
+    return "\n\n".join(parts)
+
+
+def fill(document: Path, results: list[Path]) -> None:
+    """Put the tables of `results` into `document`, one after another, between the marks `serving`."""
+
     def table(rows: list[dict]) -> str:
         what = f"{rows[0]['preset']}, {number(rows[0]['overall_tokens'])} vision tokens where they are selected"
-        what += f", vLLM {rows[0]['vllm']}. {made(rows)}."
-        per_second = "Requests per second (tokens per second are so many times the new tokens), and their ratio to vLLM alone:"
-        waits = "Seconds to the first token, median / 99th percentile:"
-        return "\n\n".join([what, per_second, by_server(rows, rate), waits, by_server(rows, first)])
+        return f"{what}, vLLM {rows[0]['vllm']}. {made(rows)}.\n\n{report(rows, partial(markdown_table, left=0))}"
 
     put_results(document, "serving", results, "first_token_p99", table)
 
@@ -481,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
                     rows += [{"server": SERVERS[name][0], **cell} for name, cell in found.items()]
                     write_csv(output, rows, facts)  # after every cell: a run takes long, and may be ended early
     print(
-        f"{columns(lines_of(rows))}\n\n{facts['device']}, {args.threads} threads, medians of {args.repeats}; {output}"
+        f"{report(rows, columns)}\n\n{facts['device']}, {args.threads} threads, medians of {args.repeats}; {output}"
     )
 
 

@@ -52,9 +52,9 @@ _forgotten = 0
 
 
 def forget_images() -> None:
-    """Let no later request of this process find what earlier ones left in the stores of pixels and of tower outputs.
+    """Make later requests of this process compute pixels and tower outputs anew, also of images that are stored.
 
-    What is left there is dropped in time, as images that are not used. vLLM's reset_mm_cache() empties its own caches alone.
+    The stores drop the old entries later, as the least recently used ones. vLLM's reset_mm_cache() does not empty them.
     """
     global _forgotten
     _forgotten += 1
